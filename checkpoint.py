@@ -1,0 +1,320 @@
+"""Reads and writes checkpoints: files in, (config, state dict) out. Knows no module.
+
+A format is found by content, never by a file's name, and nothing in a file is executed (`weights_only=True`):
+    torch zip   {"model": state dict, "model_args": config fields, ...}; course checkpoints, and our own
+    llama2.c v1 magic 0x616b3432, 256-byte header, float32
+    llama2.c v0 7 integers, float32; no magic, so it is taken for one only if the file's size fits its header exactly
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import LlamaConfig, feed_forward_size
+
+FORMAT_VERSION = 1
+LLAMA2C_MAGIC = 0x616B3432
+COMPILED_PREFIX = "_orig_mod."  # what torch.compile puts before every key
+
+# llama2.c's order of tensors; v0 ends in two RoPE tables that nobody reads. "{}" stands for the layer: one block a
+# name, all layers in a row.
+LLAMA2C_MATRICES = ("query", "key", "value", "output")
+LLAMA2C_V0 = (
+    "tok_embeddings.weight",
+    "layers.{}.attention_norm.weight",
+    *(f"layers.{{}}.attention.compute_{name}.weight" for name in LLAMA2C_MATRICES),
+    "layers.{}.ffn_norm.weight",
+    *(f"layers.{{}}.feed_forward.{name}.weight" for name in ("w1", "w2", "w3")),
+    "norm.weight",
+)
+LLAMA2C_V1 = (
+    "layers.{}.attention_norm.weight",
+    "layers.{}.ffn_norm.weight",
+    "norm.weight",
+    "tok_embeddings.weight",
+    *(f"layers.{{}}.attention.compute_{name}.weight" for name in LLAMA2C_MATRICES),
+    *(f"layers.{{}}.feed_forward.{name}.weight" for name in ("w1", "w2", "w3")),
+)
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the state dict of a `Llama` with this config, the tied output included."""
+    dim, hidden = config.dim, feed_forward_size(config.dim, config.hidden_dim, config.multiple_of)
+    kv_dim = config.kv_heads * config.head_dim
+    norm_parts = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for i in range(config.n_layers):
+        shapes |= {
+            f"layers.{i}.attention.compute_query.weight": (dim, dim),
+            f"layers.{i}.attention.compute_key.weight": (kv_dim, dim),
+            f"layers.{i}.attention.compute_value.weight": (kv_dim, dim),
+            f"layers.{i}.attention.compute_output.weight": (dim, dim),
+            f"layers.{i}.feed_forward.w1.weight": (hidden, dim),
+            f"layers.{i}.feed_forward.w2.weight": (dim, hidden),
+            f"layers.{i}.feed_forward.w3.weight": (hidden, dim),
+        }
+        shapes |= {
+            f"layers.{i}.{norm}.{part}": (dim,) for norm in ("attention_norm", "ffn_norm") for part in norm_parts
+        }
+    shapes |= {f"norm.{part}": (dim,) for part in norm_parts}
+    return shapes | {"output.weight": (config.vocab_size, dim)}
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds: the config, the tensors by the course's keys, and whatever else stood beside them."""
+
+    path: Path
+    kind: str
+    config: LlamaConfig
+    state: dict[str, Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def complete_state(self, config: LlamaConfig) -> dict[str, Tensor]:
+        """The state dict of a `Llama` with `config`, checked name by name and shape by shape.
+
+        Allowed to be missing: the biases of LayerNorms (zero), and output.weight where it is tied. Allowed to be too
+        many: norm biases that are zero, where the model is RMSNorm. Raises ValueError for anything else, and for NaN
+        or infinity.
+        """
+        state = dict(self.state)
+        shapes = parameter_shapes(config)
+        for name, shape in shapes.items():
+            if name not in state and name.endswith("norm.bias"):
+                state[name] = torch.zeros(shape)
+        if config.tie_embeddings and "tok_embeddings.weight" in state:
+            state.setdefault("output.weight", state["tok_embeddings.weight"])
+        for name in [name for name in state if name.endswith("norm.bias") and name not in shapes]:
+            if state.pop(name).any():
+                raise ValueError(
+                    f"{self.path}: {name} is not zero, so the model is LayerNorm; leave out --norm rmsnorm"
+                )
+
+        for name, shape in shapes.items():
+            if name not in state:
+                raise ValueError(f"{self.path}: tensor {name} is missing; this is not a whole Llama checkpoint")
+            if tuple(state[name].shape) != shape:
+                raise ValueError(
+                    f"{self.path}: {name} has shape {tuple(state[name].shape)}, its model_args ask for {shape}; "
+                    "one of the two is wrong"
+                )
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(
+                    f"{self.path}: {name} holds NaN or infinity; the file is damaged, fetch or train it anew"
+                )
+        if unknown := sorted(set(state) - set(shapes)):
+            raise ValueError(f"{self.path}: tensor {unknown[0]} (of {len(unknown)}) belongs to no Llama of this config")
+        return state
+
+
+def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
+    """Reads a file of any known format, onto the CPU.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, of no known format, or a pickle with code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; `python fetch_data.py checkpoint` brings stories42M.pt")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; --pretrained-model-path takes a checkpoint file")
+    with path.open("rb") as file:
+        head = file.read(256)
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
+    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
+        return _from_torch(path, read_torch(path))
+    if len(head) >= 4 and struct.unpack_from("<I", head)[0] == LLAMA2C_MAGIC:
+        return _read_llama2c_v1(path, head, size)
+    if checkpoint := _read_llama2c_v0(path, head, size):
+        return checkpoint
+    raise ValueError(
+        f"{path} is no checkpoint this program knows, or was cut short; "
+        "known are the course's torch files and llama2.c versions 0 and 1"
+    )
+
+
+def read_torch(path: Path) -> Any:
+    """What a torch file holds: tensors and plain values, nothing that runs. Raises ValueError for all else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: unpickling it would run code, or it is damaged; "
+            "a checkpoint holds tensors and plain values only"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
+
+
+def _from_torch(path: Path, content: Any) -> Checkpoint:
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f'{path} holds no "model"; a course checkpoint is {{"model": tensors, "model_args": sizes}}')
+    if not isinstance(content.get("model_args"), dict):
+        raise ValueError(f'{path} holds no "model_args", so the model\'s sizes are unknown')
+    if content.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {content['format_version']}; this program reads {FORMAT_VERSION}")
+    if content.get("kind", "llama") != "llama":
+        raise ValueError(f"{path} is a fine-tuned {content['kind']}, not a language model; give its base model instead")
+    state = {}
+    for name, tensor in content["model"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f'{path}: "model" holds {name!r}, which is no tensor of weights')
+        state[name.removeprefix(COMPILED_PREFIX)] = tensor
+    arguments = dict(content["model_args"])
+    if "tie_embeddings" not in arguments and {"output.weight", "tok_embeddings.weight"} <= set(state):
+        arguments["tie_embeddings"] = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+    try:
+        config = LlamaConfig.from_dict(arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    extra = {name: value for name, value in content.items() if name not in ("model", "model_args")}
+    kind = "mini-llama" if "format_version" in content else "course"
+    return Checkpoint(path, kind, config, state, extra)
+
+
+def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool) -> LlamaConfig:
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = sizes
+    try:
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            max_seq_len=max_seq_len,
+            hidden_dim=hidden_dim,
+            norm="rmsnorm",
+            causal=True,
+            tie_embeddings=tied,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the header is damaged") from error
+
+
+def _llama2c_blocks(
+    config: LlamaConfig, order: tuple[str, ...], gap: int = 0
+) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """(name, offset in floats, shape) of every tensor, in file order; last ("", total, ()). gap: unused floats before
+    the classifier."""
+    shapes = parameter_shapes(config)
+    offset = 0
+    for template in order:
+        for name in [template.format(i) for i in range(config.n_layers if "{}" in template else 1)]:
+            yield name, offset, shapes[name]
+            offset += int(np.prod(shapes[name]))
+    offset += gap
+    if not config.tie_embeddings:
+        yield "output.weight", offset, shapes["output.weight"]
+        offset += config.vocab_size * config.dim
+    yield "", offset, ()
+
+
+def _read_llama2c(
+    path: Path, config: LlamaConfig, blocks: list[tuple[str, int, tuple[int, ...]]], start: int, kind: str
+) -> Checkpoint:
+    floats = torch.from_numpy(np.fromfile(path, dtype="<f4", offset=start))
+    state = {name: floats[offset : offset + int(np.prod(shape))].view(shape) for name, offset, shape in blocks if name}
+    return Checkpoint(path, kind, config, state)
+
+
+def _read_llama2c_v1(path: Path, head: bytes, size: int) -> Checkpoint:
+    if len(head) < 256:
+        raise ValueError(f"{path} is cut short inside its header; fetch or copy it again")
+    _, version, *sizes, tied = struct.unpack_from("<Ii7iB", head)
+    if version != 1:
+        raise ValueError(f"{path} is llama2.c version {version}; this program reads versions 0 and 1")
+    config = _llama2c_config(path, tuple(sizes), bool(tied))
+    blocks = list(_llama2c_blocks(config, LLAMA2C_V1))
+    expected = 256 + 4 * blocks[-1][1]
+    if size != expected:
+        raise ValueError(f"{path} has {size:,} bytes, its header asks for {expected:,}; fetch or copy it again")
+    return _read_llama2c(path, config, blocks, 256, "llama2.c v1")
+
+
+def _read_llama2c_v0(path: Path, head: bytes, size: int) -> Checkpoint | None:
+    """None if the file is no such checkpoint: with no magic number, only a size that fits the header tells."""
+    if len(head) < 28:
+        return None
+    *sizes, vocab_size, max_seq_len = struct.unpack_from("<7i", head)
+    if min(*sizes, abs(vocab_size), max_seq_len) < 1 or max(*sizes, max_seq_len) > 1 << 20 or abs(vocab_size) > 1 << 24:
+        return None
+    try:
+        config = _llama2c_config(path, (*sizes, abs(vocab_size), max_seq_len), tied=vocab_size > 0)
+    except ValueError:
+        return None
+    if config.n_layers * 4 > size:  # a damaged count must not make us list millions of tensors
+        return None
+    blocks = list(_llama2c_blocks(config, LLAMA2C_V0, gap=max_seq_len * config.head_dim))
+    if size != 28 + 4 * blocks[-1][1]:
+        return None
+    return _read_llama2c(path, config, blocks, 28, "llama2.c v0")
+
+
+def write_checkpoint(
+    path: str | PathLike[str], state: dict[str, Tensor], config: LlamaConfig, kind: str = "llama", **extra: Any
+) -> None:
+    """Writes {"model", "model_args", "format_version", "kind", ...} atomically; `extra` must be tensors and plain
+    values.
+
+    A whole `Llama` (kind "llama") reads back through `read_checkpoint`, with its norm and causality, whatever the
+    defaults.
+    """
+    content = {
+        "model": {name: tensor.detach().cpu() for name, tensor in state.items()},
+        "model_args": config.to_dict(),
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        **extra,
+    }
+    with atomic_file(path, "wb") as file:
+        torch.save(content, file)
+
+
+@contextmanager
+def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` that takes its place when the block ends; on an error nothing is touched."""
+    target = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    encoding = None if "b" in mode else "utf-8"
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with open(descriptor, mode, encoding=encoding, newline=None if "b" in mode else "\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def check_writable(*paths: str | PathLike[str], exists: Callable[[Path], bool] = Path.is_dir) -> None:
+    """Raises OSError, naming the path, unless a file could be written at every one of `paths`. Touches none of them."""
+    for path in map(Path, paths):
+        folder = path.parent
+        if not exists(folder):
+            raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first (mkdir -p {folder})")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise PermissionError(f"{path} cannot be written: {error.strerror}; choose another folder") from error

@@ -1,0 +1,116 @@
+"""The shape and the conventions of a Llama, in one frozen dataclass. Imports no torch, so that `--help` stays
+instant.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+NORMS = ("layernorm", "rmsnorm")
+ATTENTION_KERNELS = ("fused", "manual")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Everything that decides what a Llama computes.
+
+    The defaults are the course's: a checkpoint that says no more than its sizes is read as LayerNorm with bidirectional
+    attention (no causal mask). Checkpoints of other origin state `norm` and `causal` themselves.
+
+    Raises ValueError if the sizes do not fit together.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 512
+    dropout: float = 0.0
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int | None = 8  # None: as many as n_heads
+    max_seq_len: int = 1024
+    layer_norm_eps: float = 1e-5
+    multiple_of: int = 32
+    hidden_dim: int | None = None  # None: derived from dim, see `feed_forward_size`
+    position_embedding_type: str = "rotary"
+    use_cache: bool = True
+    norm: str = "layernorm"
+    causal: bool = False
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+    attention_kernel: str = "fused"  # "manual" runs the readable path, to the same result
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name in (
+            "vocab_size",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "max_seq_len",
+            "multiple_of",
+            "hidden_dim",
+        ):
+            value = getattr(self, name)
+            if name == "hidden_dim" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"the head size dim / n_heads = {self.head_dim} is odd; rotary embeddings turn pairs of it"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        if not self.layer_norm_eps > 0.0:
+            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}; it must be above 0")
+        if not (self.rope_theta > 0.0 and math.isfinite(self.rope_theta)):
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
+        for name, allowed in (
+            ("norm", NORMS),
+            ("attention_kernel", ATTENTION_KERNELS),
+            ("position_embedding_type", ("rotary",)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, never None."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.n_heads
+
+    @property
+    def convention(self) -> str:
+        """The norm and the attention in words, as the header of a run prints them."""
+        norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[self.norm]
+        return f"{norm}, {'causal' if self.causal else 'bidirectional'} attention"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values; `LlamaConfig.from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
+        """Builds a config from the `model_args` of a checkpoint. Raises ValueError for a field it does not know."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"model_args has fields that this program does not know: {', '.join(map(str, unknown))}")
+        return cls(**values)
+
+
+def feed_forward_size(dim: int, hidden_dim: int | None, multiple_of: int) -> int:
+    """Width of the SwiGLU layer: `hidden_dim`, or 2/3 of 4*dim rounded up to `multiple_of` (arXiv 2302.13971, 2.2)."""
+    if hidden_dim is not None:
+        return hidden_dim
+    return multiple_of * math.ceil(int(8 * dim / 3) / multiple_of)

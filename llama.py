@@ -1,0 +1,278 @@
+"""The Llama decoder: pre-norm blocks of rotary grouped-query attention and SwiGLU, with tied embeddings.
+
+Shapes, one meaning per letter throughout:
+    B  rows of the batch        D   model width (dim)             H  query heads
+    T  tokens of a row          hd  width of one head, D / H      K  key/value heads, K <= H
+    V  vocabulary               F   width of the feed-forward layer
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import generation
+from checkpoint import Checkpoint, read_checkpoint
+from config import LlamaConfig, feed_forward_size
+from rope import apply_rotary_emb
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, in float32, biased variance."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        centred = wide - wide.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight + self.bias).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is wider (float64 references run through the same code)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def visible_positions(attention_mask: Tensor | None, seq_len: int, causal: bool, device: torch.device) -> Tensor | None:
+    """Which key each query may see: bool (B or 1, 1, T, T), True = attend; None where every query sees every key.
+
+    attention_mask: bool (B, T), True for real tokens. A padding position sees itself, so that no row of the softmax is
+    empty (an empty one is NaN, and NaN times zero reaches its neighbours' gradients).
+    """
+    visible = None
+    if causal:
+        visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()[None, None]
+    if attention_mask is not None:
+        itself = torch.eye(seq_len, dtype=torch.bool, device=device)
+        real = attention_mask[:, None, None, :]
+        visible = (real if visible is None else real & visible) | itself
+    return visible
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_query = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.compute_key = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.compute_value = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def compute_query_key_value_scores(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
+    ) -> Tensor:
+        """softmax(query key^T / sqrt(hd)) value: three times (B, H, T, hd) -> (B, H, T, hd), the readable path.
+
+        visible: bool, broadcast to (B, H, T, T), True = attend. Without it the config decides: causal, or all.
+        """
+        if visible is None:
+            visible = visible_positions(None, query.shape[-2], self.config.causal, query.device)
+        scores = at_least_float32(query @ key.transpose(-2, -1)) / math.sqrt(query.shape[-1])  # (B, H, T, T)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -math.inf)
+        weights = F.dropout(scores.softmax(-1), self.config.dropout, self.training)
+        return weights.to(value.dtype) @ value
+
+    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The same as `compute_query_key_value_scores`, by torch's fused kernel."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=self.config.causal and visible is None,
+        )
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); visible as in `compute_query_key_value_scores`."""
+        config = self.config
+        B, T, _ = x.shape
+        query = self.compute_query(x).view(B, T, config.n_heads, config.head_dim)  # (B, T, H, hd)
+        key = self.compute_key(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
+        value = self.compute_value(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
+        query, key = apply_rotary_emb(query, key, config.head_dim, config.max_seq_len, config.rope_theta)
+
+        group = config.n_heads // config.kv_heads  # query heads that share one key/value head
+        if group > 1:
+            key = key.repeat_interleave(group, dim=2)  # (B, T, H, hd)
+            value = value.repeat_interleave(group, dim=2)  # (B, T, H, hd)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H, T, hd)
+
+        fused = config.attention_kernel == "fused"
+        attend = self.fused_attention if fused else self.compute_query_key_value_scores
+        mixed = attend(query, key, value, visible)  # (B, H, T, hd)
+        mixed = mixed.transpose(1, 2).reshape(B, T, -1)  # (B, T, D)
+        return self.residual_dropout(self.compute_output(mixed))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x); w1 is the gate, w3 the up and w2 the down projection."""
+
+    def __init__(self, dim: int, hidden_dim: int | None, multiple_of: int, dropout: float) -> None:
+        super().__init__()
+        hidden = feed_forward_size(dim, hidden_dim, multiple_of)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def SwiGLU(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T, D), before dropout."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.SwiGLU(x))
+
+
+class LlamaLayer(nn.Module):
+    """One pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
+
+    def __init__(self, layer_id: int, config: LlamaConfig) -> None:
+        super().__init__()
+        norm = NORM_CLASSES[config.norm]
+        self.layer_id = layer_id
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.dim, config.hidden_dim, config.multiple_of, config.dropout)
+        self.attention_norm = norm(config.dim, config.layer_norm_eps)
+        self.ffn_norm = norm(config.dim, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        x = x + self.attention(self.attention_norm(x), visible)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """A stack of `LlamaLayer`s between an embedding and the output projection that (by default) shares its weight."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LlamaLayer(layer_id, config) for layer_id in range(config.n_layers))
+        self.norm = NORM_CLASSES[config.norm](config.dim, config.layer_norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 0.02); the two projections that write into the residual stream N(0, 0.02 / sqrt(2 * n_layers)).
+
+        Each of the 2 * n_layers writes adds its variance to the stream, hence the root (GPT-2). The course and llama2.c
+        scale w3 instead of w2; the loaded weights make that moot, pretraining does not.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("compute_output.weight", "w2.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers))
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """tokens (B, T) -> logits and hidden states (B, T, D), the latter after the final norm.
+
+        Logits are (B, T, V) when `targets` is given (its values are not looked at), else (B, 1, V): those of each row's
+        last real token. attention_mask: bool (B, T), True for real tokens, padding on either side; without it every
+        token is real.
+        """
+        config = self.config
+        seq_len = tokens.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(torch.bool)
+        plain_causal = attention_mask is None  # the kernels know the plain causal mask; they build it themselves
+        visible = None if plain_causal else visible_positions(attention_mask, seq_len, config.causal, tokens.device)
+
+        x = self.dropout(self.tok_embeddings(tokens))  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, visible)
+        hidden = self.norm(x)
+        logits = self.output(hidden if targets is not None else last_real(hidden, attention_mask)[:, None])
+        return logits, hidden
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        epsilon: float = 0.05,
+        *,
+        attention_mask: Tensor | None = None,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). See generation.py."""
+        return generation.generate(
+            self,
+            idx,
+            max_new_tokens,
+            temperature=temperature,
+            epsilon=epsilon,
+            attention_mask=attention_mask,
+            eos_id=eos_id,
+            generator=generator,
+        )
+
+
+def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Picks each row's last real token from hidden (B, T, D) -> (B, D); the last column where there is no mask.
+
+    The mask decides, never the ids: a padding id may also occur as a token.
+    """
+    if attention_mask is None:
+        return hidden[:, -1]
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (positions * attention_mask).argmax(-1)  # (B,)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def llama_from_checkpoint(checkpoint: Checkpoint, norm: str | None = None, causal: bool | None = None) -> Llama:
+    """Builds the model of a checkpoint that was read; `norm` and `causal` override what the checkpoint says."""
+    overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
+    config = replace(checkpoint.config, **overrides)  # type: ignore[arg-type]
+    model = Llama(config)
+    model.load_state_dict(checkpoint.complete_state(config), strict=True)
+    return model.eval()
+
+
+def load_pretrained(checkpoint: str | PathLike[str], norm: str | None = None, causal: bool | None = None) -> Llama:
+    """Reads a checkpoint file of any known format into a `Llama` in evaluation mode, on the CPU.
+
+    Raises FileNotFoundError or ValueError, each with what to do, if the file is missing, damaged or of no known format.
+    """
+    return llama_from_checkpoint(read_checkpoint(checkpoint), norm, causal)

@@ -1,0 +1,186 @@
+"""LoRA (arXiv 2106.09685): a frozen Linear plus a trainable update of low rank, W x + (alpha / rank) B A x.
+
+B starts at zero, so a freshly wrapped model computes what it computed before. Weights change only by the explicit verbs
+`merge` and `unmerge`, never as a side effect of train() or eval(). Works on any module that holds `nn.Linear`s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION_PROJECTIONS = ("compute_query", "compute_key", "compute_value", "compute_output")
+
+
+class LoRALayer(nn.Module):
+    """Wraps a Linear: (..., in) -> (..., out). `original_layer` is frozen, `lora_A` and `lora_B` are trained.
+
+    Raises ValueError if rank or alpha are not above 0.
+    """
+
+    def __init__(self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRA rank is {rank}; it must be 1 or more")
+        if not 0.0 < alpha < math.inf:
+            raise ValueError(f"LoRA alpha is {alpha}; it must be above 0")
+        weight = original_layer.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.original_layer = original_layer.requires_grad_(False)
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, original_layer.in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(original_layer.out_features, rank, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self._before_merge: tuple[Tensor, Tensor] | None = None  # (weight, lora_B), kept so that unmerging is exact
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the weight at present."""
+        return self._before_merge is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.original_layer(x)
+        if self.merged:
+            return base
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return base + (update * self.scaling).to(base.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the update into the weight, in float32, cast once. Merging a merged layer does nothing.
+
+        lora_B is zero meanwhile, so that a state dict saved now stands for the same function wherever it is loaded.
+        """
+        if self.merged:
+            return
+        weight = self.original_layer.weight
+        self._before_merge = (weight.clone(), self.lora_B.clone())
+        update = self.scaling * (self.lora_B.double() @ self.lora_A.double())
+        weight.copy_((weight.double() + update).to(weight.dtype))
+        self.lora_B.zero_()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores weight and update as they were before `merge`, bit for bit. Does nothing to an unmerged layer."""
+        if self._before_merge is None:
+            return
+        weight, lora_B = self._before_merge
+        self.original_layer.weight.copy_(weight)
+        self.lora_B.copy_(lora_B)
+        self._before_merge = None
+
+
+def apply_lora(
+    model: nn.Module,
+    rank: int = 4,
+    alpha: float = 1.0,
+    targets: Iterable[str] = ATTENTION_PROJECTIONS,
+    keep_trainable: Iterable[str] = ("classifier_head",),
+) -> nn.Module:
+    """Freezes `model` and wraps, in place, every Linear whose own name is among `targets`; returns the same model.
+
+    keep_trainable: names of submodules that have no pretrained weight to keep and go on training beside the adapters.
+
+    Raises ValueError, naming the Linears there are, if a target matches nothing or is wrapped already.
+    """
+    targets, keep_trainable = tuple(targets), tuple(keep_trainable)
+    if next(lora_layers(model), None) is not None:
+        raise ValueError("the model has LoRA layers already; merge_lora_weights and remove_lora take them off")
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own_names = {name.rpartition(".")[2] for name, _ in linears}
+    if missing := [target for target in targets if target not in own_names]:
+        raise ValueError(f"no Linear is named {', '.join(missing)}; the model's are {', '.join(sorted(own_names))}")
+    for name, parameter in model.named_parameters():
+        if not any(part in keep_trainable for part in name.split(".")):
+            parameter.requires_grad_(False)
+    for name, linear in linears:
+        parent, _, own_name = name.rpartition(".")
+        if own_name in targets:
+            setattr(model.get_submodule(parent), own_name, LoRALayer(linear, rank, alpha))
+    return model
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Every LoRA layer of `model`, with its dotted name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
+
+
+def get_lora_optimizer_params(model: nn.Module) -> list[nn.Parameter]:
+    """Every lora_A and lora_B of `model`, for an optimizer."""
+    return [parameter for _, layer in lora_layers(model) for parameter in (layer.lora_A, layer.lora_B)]
+
+
+def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
+    """(LoRA parameters, all parameters, the first as a percentage of the second); a tied weight counts once.
+
+    All means all: the course's script divides by the trainable ones instead, which makes the share look large.
+    """
+    lora = sum(parameter.numel() for parameter in get_lora_optimizer_params(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return lora, total, 100.0 * lora / total if total else 0.0
+
+
+def merge_lora_weights(model: nn.Module) -> nn.Module:
+    """Folds every update into its weight (see `LoRALayer.merge`); returns the same model."""
+    for _, layer in lora_layers(model):
+        layer.merge()
+    return model
+
+
+def unmerge_lora_weights(model: nn.Module) -> nn.Module:
+    """Takes every folded update out again, bit for bit; returns the same model."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+    return model
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Puts the wrapped Linears back in place, as they are (merge first to keep the update); returns the same model.
+
+    The state dict then has the plain model's keys again.
+    """
+    for name, layer in list(lora_layers(model)):
+        parent, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, layer.original_layer)
+    return model
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter alone: {"...compute_query.lora_A": (rank, in), "...lora_B": (out, rank), ...}, a copy.
+
+    Raises ValueError while the adapter is merged, for then B is zero.
+    """
+    if any(layer.merged for _, layer in lora_layers(model)):
+        raise ValueError("the adapter is merged into the weights; call unmerge_lora_weights before saving it")
+    return {
+        f"{name}.{matrix}": getattr(layer, matrix).detach().clone()
+        for name, layer in lora_layers(model)
+        for matrix in ("lora_A", "lora_B")
+    }
+
+
+def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
+    """Sets the adapter of a wrapped model. Raises ValueError, before changing anything, unless names and shapes
+    match.
+    """
+    own = dict(model.named_parameters())
+    expected = {f"{name}.{matrix}" for name, _ in lora_layers(model) for matrix in ("lora_A", "lora_B")}
+    if wrong := sorted(expected ^ set(adapter)):
+        raise ValueError(
+            f"the adapter does not fit the model: {wrong[0]} and {len(wrong) - 1} more names are in one only"
+        )
+    if wrong := [name for name in sorted(expected) if own[name].shape != adapter[name].shape]:
+        name = wrong[0]
+        raise ValueError(
+            f"{name} is {tuple(adapter[name].shape)}, the model's is {tuple(own[name].shape)}; another rank?"
+        )
+    unmerge_lora_weights(model)
+    with torch.no_grad():
+        for name in expected:
+            own[name].copy_(adapter[name])

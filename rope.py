@@ -1,0 +1,58 @@
+"""Rotary position embedding (arXiv 2104.09864).
+
+Convention: the pair (2i, 2i+1) of a head's features is one complex number, turned by the angle position *
+theta^(-2i/hd):
+
+    even' = even * cos - odd * sin        odd' = even * sin + odd * cos
+
+Meta and llama2.c store query and key weights for these interleaved pairs; Hugging Face stores them for split halves.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(head_dim: int, seq_len: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every angle, each (seq_len, head_dim / 2), float32.
+
+    float32 whatever the model's dtype: bfloat16 cannot tell position 256 from 257. Being no module's buffers, the
+    tables stay out of state dicts and out of reach of `.to(dtype)`.
+    """
+    with torch.inference_mode(False):  # a table first made under inference_mode could never serve training
+        frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
+        return angles.cos(), angles.sin()
+
+
+def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
+    """Views a table (seq, features) as (1, seq, 1, features), to be multiplied with x (batch, seq, heads, features)."""
+    if freqs_cis.shape != (x.shape[1], x.shape[-1]):
+        raise ValueError(f"table of shape {tuple(freqs_cis.shape)} does not fit x of shape {tuple(x.shape)}")
+    return freqs_cis[None, :, None, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the interleaved pairs of x (batch, seq, heads, head_dim) by tables (seq, head_dim / 2); keeps x's dtype."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    cos, sin = reshape_for_broadcast(cos, even), reshape_for_broadcast(sin, even)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def apply_rotary_emb(
+    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Turns query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions 0 to seq-1.
+
+    Raises ValueError if the sequence is longer than max_seq_len.
+    """
+    seq_len = query.shape[1]
+    if seq_len > max_seq_len:
+        raise ValueError(f"a sequence of {seq_len} tokens is longer than the model's context of {max_seq_len}")
+    cos, sin = (table[:seq_len] for table in rotary_tables(head_dim, max_seq_len, theta, query.device))
+    return rotate(query, cos, sin), rotate(key, cos, sin)

@@ -1,0 +1,54 @@
+"""Where tests find real files, and tiny seeded models."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import LlamaConfig  # noqa: E402
+from llama import Llama  # noqa: E402
+
+CONFORMANCE = ROOT / "tests" / "conformance"
+ASSETS = ROOT.parent / "shared" / "assets"
+# Where fetch_data.py puts a file, by where a mirror has it.
+IN_DATA = {"course/data/": "", "course/reference/": "reference/", "course/": ""}
+
+
+def find_asset(name: str) -> Path:
+    """The file that a mirror has at `name`: from data/, else from a mirror beside the project, else the test skips."""
+    in_data = name
+    for prefix, folder in IN_DATA.items():
+        if name.startswith(prefix):
+            in_data = folder + name.removeprefix(prefix)
+            break
+    for path in (ROOT / "data" / in_data, ASSETS / name):
+        if path.is_file():
+            return path
+    pytest.skip(f"needs data/{in_data}, which `python fetch_data.py` brings")
+
+
+@pytest.fixture(scope="session")
+def asset() -> Callable[[str], Path]:
+    return find_asset
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    sizes: dict = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}
+    return LlamaConfig(**(sizes | changes))
+
+
+def tiny_llama(seed: int = 0, **changes: object) -> Llama:
+    """A small model with weights large enough for its parts to matter."""
+    torch.manual_seed(seed)
+    model = Llama(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
