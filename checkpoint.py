@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
@@ -305,11 +305,11 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
         raise
 
 
-def check_writable(*paths: str | PathLike[str], exists: Callable[[Path], bool] = Path.is_dir) -> None:
+def check_writable(*paths: str | PathLike[str]) -> None:
     """Raises OSError, naming the path, unless a file could be written at every one of `paths`. Touches none of them."""
     for path in map(Path, paths):
         folder = path.parent
-        if not exists(folder):
+        if not folder.is_dir():
             raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first (mkdir -p {folder})")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")

@@ -7,6 +7,7 @@ to -inf and always leaves the row's arg-max alive.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -26,7 +27,8 @@ class LanguageModel(Protocol):
     @property
     def config(self) -> Config: ...
 
-    def forward(self, tokens: Tensor, *, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    @property
+    def __call__(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
 
 
 def epsilon_filter(logits: Tensor, epsilon: float) -> Tensor:
@@ -105,7 +107,7 @@ def generate(
     for end in range(idx.shape[1], tokens.shape[1]):
         window = slice(max(0, end - context), end)
         mask = None if attention_mask is None else attention_mask[:, window]
-        logits, _ = model.forward(tokens[:, window], attention_mask=mask)
+        logits, _ = model(tokens[:, window], attention_mask=mask)
         chosen = next_token(logits[:, -1], temperature, epsilon, generator)
         if eos_id is not None:
             chosen = torch.where(finished, eos_id, chosen)

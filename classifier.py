@@ -1,0 +1,122 @@
+"""Two classifiers on a Llama: one asks it which label's words come next, the other trains a head on its last state.
+
+Both read each row's last real token under a padding mask, so a row's answer does not depend on its batch. Without a
+mask every token is real. `config.pooling = "last_column"` reproduces the course's reading instead, which ignores the
+mask: pads are attended to and the last column is read, whatever it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama import Llama, last_real, load_pretrained
+from tokenizer import Tokenizer
+
+POOLINGS = ("last_token", "last_column")
+
+
+def _read_config(config: Any) -> tuple[Llama, str]:
+    """The backbone and the pooling that a classifier's config asks for.
+
+    config: a namespace with pretrained_model_path, or with `llama`, a model already loaded; and optionally `pooling`,
+    `norm` and `causal`, which override what the checkpoint says.
+    """
+    pooling = getattr(config, "pooling", "last_token")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
+    llama = getattr(config, "llama", None)
+    if llama is None:
+        llama = load_pretrained(
+            config.pretrained_model_path, getattr(config, "norm", None), getattr(config, "causal", None)
+        )
+    return llama, pooling
+
+
+class LlamaZeroShotClassifier(nn.Module):
+    """Scores each label by the log-probability of its own tokens as the continuation of the input.
+
+    config: pretrained_model_path, num_labels; see `_read_config`. Raises ValueError if num_labels is not the number of
+    names.
+    """
+
+    def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
+        super().__init__()
+        if config.num_labels != len(label_names):
+            raise ValueError(f"num_labels is {config.num_labels}, but there are {len(label_names)} label names")
+        self.num_labels = config.num_labels
+        self.llama, self.pooling = _read_config(config)
+        # A text's first piece carries the space before it ("▁good"), which is how the label follows the prompt.
+        self.label_name_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask bool (B, T), right-padded -> log-probabilities of the labels (B, num_labels), float32.
+
+        A label of several tokens has log p(first | input) + log p(second | input, first) + ...: not normalised over the
+        labels, since the model may prefer yet other words.
+        """
+        if self.pooling == "last_column":
+            return self._course_reading(input_ids)
+        scores = input_ids.new_zeros(len(input_ids), self.num_labels, dtype=torch.float32)
+        # One pass for every distinct beginning of a label. Passes of their own, not positions of one longer pass: where
+        # attention is bidirectional, a token may not see the label tokens that are to be predicted.
+        beginnings = {tuple(ids[:n]) for ids in self.label_name_ids for n in range(len(ids))}
+        for beginning in sorted(beginnings):
+            following = self._next_log_probs(input_ids, attention_mask, beginning)  # (B, V)
+            for label, ids in enumerate(self.label_name_ids):
+                n = len(beginning)
+                if n < len(ids) and tuple(ids[:n]) == beginning:
+                    scores[:, label] += following[:, ids[n]]
+        return scores
+
+    def _next_log_probs(self, input_ids: Tensor, mask: Tensor | None, beginning: tuple[int, ...]) -> Tensor:
+        """Log-probabilities (B, V) of the token after each row and `beginning`."""
+        if beginning:
+            rows, columns = input_ids.shape
+            if mask is None:
+                mask = torch.ones_like(input_ids, dtype=torch.bool)
+            more = mask.new_zeros(rows, len(beginning))
+            input_ids = torch.cat((input_ids, input_ids.new_zeros(more.shape)), dim=1)
+            mask = torch.cat((mask, more), dim=1)
+            after = torch.arange(len(beginning), device=input_ids.device)
+            places = mask.sum(-1, keepdim=True) + after  # right behind each row's last real token
+            input_ids = input_ids.scatter(1, places, input_ids.new_tensor(beginning).expand(rows, -1))
+            mask = mask.scatter(1, places, True)
+        logits, _ = self.llama(input_ids, attention_mask=mask)
+        return logits[:, -1].float().log_softmax(-1)
+
+    def _course_reading(self, input_ids: Tensor) -> Tensor:
+        """The last column's log-probabilities, a label's pieces summed at that one position."""
+        logits, _ = self.llama(input_ids)
+        following = logits[:, -1].float().log_softmax(-1)
+        return torch.stack([following[:, ids].sum(-1) for ids in self.label_name_ids], dim=-1)
+
+
+class LlamaEmbeddingClassifier(nn.Module):
+    """A linear head on the hidden state of each row's last real token.
+
+    config: pretrained_model_path, num_labels, hidden_dropout_prob, and option: "pretrain" freezes the backbone,
+    "finetune" trains it ("lora" leaves that to apply_lora); see `_read_config`. Raises ValueError for another option.
+    """
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        if config.option not in ("pretrain", "finetune", "lora"):
+            raise ValueError(f"option is {config.option!r}; it must be one of pretrain, finetune, lora")
+        self.num_labels = config.num_labels
+        self.llama, self.pooling = _read_config(config)
+        self.llama.requires_grad_(config.option != "pretrain")
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier_head = nn.Linear(self.llama.config.dim, self.num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), float32 or wider."""
+        if self.pooling == "last_column":
+            attention_mask = None
+        _, hidden = self.llama(input_ids, attention_mask=attention_mask)
+        logits = self.classifier_head(self.dropout(last_real(hidden, attention_mask)))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -1,0 +1,186 @@
+"""Labelled sentences: files in, token ids and batches out, predictions back into files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoint import atomic_file
+from tokenizer import Tokenizer
+
+SEPARATOR = " ||| "
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a data file; `ids` are its tokens, made once."""
+
+    label: int
+    sentence: str
+    ids: tuple[int, ...] = ()
+
+
+class Batch(NamedTuple):
+    """ids int64 (B, T); mask bool (B, T), True for real tokens, None where there is no padding; labels int64 (B,)."""
+
+    ids: Tensor
+    mask: Tensor | None
+    labels: Tensor
+    positions: list[int]  # of the rows in the list that the batch was drawn from
+
+
+def read_text(path: str | PathLike[str], what: str) -> str:
+    """The text of a UTF-8 file. Raises FileNotFoundError or ValueError, naming `what` it should have been."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such {what}; give another path, or `python fetch_data.py` brings the course's"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; it should be a {what}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8; save the {what} as UTF-8 text") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty; it should be a {what}")
+    return text
+
+
+def read_label_names(path: str | PathLike[str]) -> list[str]:
+    """The class names, in the order of their ids, from a JSON list. Raises ValueError unless they are 2 or more,
+    distinct.
+    """
+    text = read_text(path, "label file (a JSON list of class names)")
+    try:
+        names = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f'{path} is not JSON ({error}); it should be a list of names such as ["bad", "good"]'
+        ) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f'{path} should be a JSON list of names such as ["bad", "good"]')
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"{path} names {names}; a classifier needs at least two names, each once")
+    return names
+
+
+def read_rows(path: str | PathLike[str], label_names: Sequence[str]) -> list[Row]:
+    """The rows of a file of `label ||| sentence` lines, not yet tokenized.
+
+    Raises ValueError, naming file and line, if a line has no separator, no sentence, or a label that is not the id of
+    one of `label_names`.
+    """
+    rows = []
+    # Split at "\n" alone: str.splitlines would also break a sentence at characters such as U+0085 or U+2028.
+    for number, line in enumerate(
+        read_text(path, "data file of `label ||| sentence` lines").rstrip().split("\n"), start=1
+    ):
+        where = f"{path}, line {number}"
+        label, separator, sentence = line.rstrip("\r").partition(SEPARATOR.rstrip())
+        if not separator or not label.endswith(" "):
+            raise ValueError(f'{where}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`')
+        try:
+            label_id = int(label)
+        except ValueError:
+            raise ValueError(f"{where}: label {label.strip()!r} is no whole number; it must be a class id") from None
+        if not 0 <= label_id < len(label_names):
+            raise ValueError(
+                f"{where}: label {label_id} is none of 0 to {len(label_names) - 1} ({', '.join(label_names)}); "
+                "give the --label-names that belong to this file"
+            )
+        if not sentence.strip():
+            raise ValueError(f"{where}: the sentence is empty; write one, or take the line out")
+        rows.append(Row(label_id, sentence.strip()))
+    return rows
+
+
+def has_gold_labels(rows: Sequence[Row]) -> bool:
+    """Whether the labels can be scored against: a column with one value (CFIMDB's test set: all 0) is a placeholder."""
+    return len({row.label for row in rows}) > 1
+
+
+def check_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> None:
+    """Raises ValueError unless every one of `label_names` occurs among the training rows."""
+    found = sorted({row.label for row in rows})
+    if len(found) < len(label_names):
+        raise ValueError(
+            f"{path} has the labels {', '.join(map(str, found))}, but --label-names has {len(label_names)} names "
+            f"({', '.join(label_names)}); a class without a row cannot be learnt, so give the mapping that fits"
+        )
+
+
+def prompt_question(label_names: Sequence[str]) -> str:
+    """What follows a sentence to ask for its class: ` Is this movie bad, average, or good? This movie is `."""
+    *first, last = label_names
+    choices = f"{first[0]} or {last}" if len(first) == 1 else f"{', '.join(first)}, or {last}"
+    return f" Is this movie {choices}? This movie is "
+
+
+def tokenize_rows(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    context: int,
+    *,
+    question: str | None = None,
+    max_sentence_len: int | None = None,
+) -> tuple[list[Row], int]:
+    """The rows with their ids, each text tokenized once, and how many sentences had to be cut to fit `context`.
+
+    Without a question a row is <s> sentence </s>. With one it is <s> sentence question, left open for a continuation;
+    a row too long for the context loses the end of its sentence, never of the question. `max_sentence_len` cuts
+    sentences first. Raises ValueError if the question alone does not fit.
+    """
+    # No piece of the vocabulary reaches from one word's end into the next, so the question is the same pieces after any
+    # sentence, and the two parts may be tokenized apart.
+    tail = [tokenizer.eos_id] if question is None else tokenizer.encode(question.lstrip(), bos=False, eos=False)
+    room = context - 1 - len(tail)
+    if room < 1:
+        raise ValueError(
+            f"the model's context of {context} tokens has no room for a sentence beside {len(tail)} of prompt"
+        )
+    done, cut = [], 0
+    for row in rows:
+        ids = tokenizer.encode(row.sentence, bos=False, eos=False)[:max_sentence_len]
+        cut += len(ids) > room
+        done.append(Row(row.label, row.sentence, (tokenizer.bos_id, *ids[:room], *tail)))
+    return done, cut
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor | None]:
+    """Sequences of ids as one tensor (B, T) and the mask of its real tokens, None where all are as long.
+
+    Prompts that will be continued are padded on the left, rows that are read on the right.
+    """
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        where = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        ids[i, where] = torch.tensor(sequence)
+        mask[i, where] = True
+    return ids, None if mask.all() else mask
+
+
+def batches(rows: Sequence[Row], batch_size: int, pad_id: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
+    """The rows, in `order` (default: as they stand), `batch_size` at a time; the last batch may be smaller."""
+    order = range(len(rows)) if order is None else order
+    for start in range(0, len(order), batch_size):
+        positions = list(order[start : start + batch_size])
+        ids, mask = pad([rows[i].ids for i in positions], pad_id)
+        yield Batch(ids, mask, torch.tensor([rows[i].label for i in positions]), positions)
+
+
+def write_predictions(path: str | PathLike[str], labels: Sequence[int], rows: Sequence[Row]) -> None:
+    """Writes `{label} ||| {sentence}` lines, atomically."""
+    with atomic_file(path) as file:
+        for label, row in zip(labels, rows, strict=True):
+            file.write(f"{label}{SEPARATOR}{row.sentence}\n")

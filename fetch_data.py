@@ -1,0 +1,303 @@
+"""Fetch the course's files from where they are published, or from a mirror, and check each against its SHA-256.
+
+groups:
+  data          SST and CFIMDB with their label names
+  tokenizer     the SentencePiece model of Llama 2
+  references    the outputs that sanity_check.py and the tests compare with
+  checkpoint    stories42M.pt, 167 MB
+  stories260K   a Llama of 260 thousand parameters with its own tokenizer
+
+examples:
+  python fetch_data.py                              data, tokenizer, references and checkpoint
+  python fetch_data.py --source /mnt/usb/assets     the same from a folder, without a network
+  python fetch_data.py --source http://host:8000 data stories260K
+
+A file that is there with the right checksum is kept. A download goes to NAME.part, which the next call resumes if it
+broke off, and gets its name when it is complete and verified.
+Exit code: 0 if all is there (what only a mirror has may be skipped), 2 if any file failed, 130 if interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"
+COURSE_2024 = "https://raw.githubusercontent.com/neubig/minllama-assignment/master"
+TINYLLAMAS = "https://huggingface.co/karpathy/tinyllamas/resolve/main"
+REFS = "course/reference"  # in a mirror
+RECORD = "data/SHA256SUMS.local"  # checksums of files that nobody published one for, as first seen here
+TIMEOUT = 30.0  # seconds without a byte
+CHUNK = 1 << 18
+WEB = ("https://", "http://")  # anything else is a path on this machine
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: `url` None means that only a mirror has it, `sha256` None that its checksum is recorded, not pinned."""
+
+    group: str
+    target: str  # below --into
+    url: str | None
+    mirror: str  # below --source, where a project folder (with `target`) does as well
+    sha256: str | None
+
+
+COURSE_DATA = {  # in the folder data/ everywhere
+    "sst-train.txt": "7aeac81f2a387f2ce7fab98ed8f40ef85cc9c8ad11bcbb63b122e95665cb1f35",
+    "sst-dev.txt": "11963c76cd073e68006da0390620aadf5a4b8f775e2f900e92a50b3002e39b9b",
+    "sst-test.txt": "bdcc8352d37bdc82113e4a4dd887b824144201539d5a1e49be566232d306a4ba",
+    "sst-label-mapping.json": "831e6914e25d9b9eb56ff9095b3f035bdaf1b9568d385a70ef481c82af0382b3",
+    "cfimdb-train.txt": "278e200499d1d68a1a9d80e3947a2203cc97130632d8a53f2b9c11de9cb6c699",
+    "cfimdb-dev.txt": "b38f0c095c4624e85927116728140e96d0221969b34146f65eae5b5bb24752b8",
+    "cfimdb-test.txt": "8ad2f6da7bfb0e8fc36cf89eda47c574cc9c35d6347e665f31bc904d9ecfe0a7",
+    "cfimdb-label-mapping.json": "afeac43f5a5fe8758469078418519df4c8503c2e30e2fcf6c61464fce3d44a36",
+}
+# fmt: off
+ENTRIES = (
+    *(Entry("data", f"data/{name}", f"{COURSE}/data/{name}", f"course/data/{name}", sha256)
+      for name, sha256 in COURSE_DATA.items()),
+    Entry("tokenizer", "data/tokenizer.model", f"{COURSE}/tokenizer.model", "course/tokenizer.model",
+          "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"),
+    Entry("references", "data/reference/sanity_check_2024.data", f"{COURSE_2024}/sanity_check.data",
+          f"{REFS}/sanity_check_2024.data", "34f7c763a3bb025940029bd970594e985bf69b7ed6e693a8f5cccbef0cee55b0"),
+    Entry("references", "data/reference/sanity_check_fall2025.data", f"{COURSE}/sanity_check.data",
+          f"{REFS}/sanity_check_fall2025.data", "94f5f19530f4bdffe7502d44004f3ac6334cf0f97059c82e1705196fea027a44"),
+    Entry("references", "data/reference/sanity_check_spring2026.data", None,
+          f"{REFS}/sanity_check_spring2026.data", "2dcdc958f99d49830e52524f05cedb71f7a9a752c14fa4eae0d26643e6b058d4"),
+    Entry("references", "data/reference/optimizer_test.npy", f"{COURSE}/optimizer_test.npy",
+          f"{REFS}/optimizer_test.npy", "5e66b55c2c6784e120e422e40bc2cd27ffdd00ac3fd9515035d846ddea1cb118"),
+    Entry("references", "data/reference/rotary_embedding_actual.data", f"{COURSE}/rotary_embedding_actual.data",
+          f"{REFS}/rotary_embedding_actual.data", "57b5f9defc9489955829a935d972b85a5fa69f482c7aabdd496e24ffc1b082ee"),
+    Entry("checkpoint", "stories42M.pt", "https://www.cs.cmu.edu/~vijayv/stories42M.pt", "course/stories42M.pt", None),
+    Entry("stories260K", "data/stories260K/stories260K_v0.bin", f"{TINYLLAMAS}/stories260K/stories260K.bin",
+          "stories260K/stories260K_v0.bin", "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696"),
+    Entry("stories260K", "data/stories260K/stories260K_v1.bin", None, "stories260K/stories260K_v1.bin",
+          "9ab1bf3d0c9900ce357fb38b0f42c3252e0ad478400bf7093efa133c8fa60723"),
+    Entry("stories260K", "data/stories260K/tok512.model", f"{TINYLLAMAS}/stories260K/tok512.model",
+          "stories260K/tok512.model", "fec6aa960a1fb3ebf71d26f9b0e486afcbd76c34cf0fbfb93e21126ca9f778d3"),
+    Entry("stories260K", "data/stories260K/greedy_200.txt", None, "stories260K/greedy_200.txt",
+          "f5a0e67db7424051520e7d8db9880b3dc2aa13577db570c28805c1b51c42eaf0"),
+)
+# fmt: on
+DEFAULT_GROUPS = ("data", "tokenizer", "references", "checkpoint")
+GROUPS = (*DEFAULT_GROUPS, "stories260K")
+
+
+class FetchError(Exception):
+    """A file that could not be had; the message is one line for the person at the keyboard."""
+
+
+class SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to https, and to http only where the request was http already."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme != "https" and not (scheme == req.type == "http"):
+            fp.close()
+            raise FetchError(f"{req.full_url} redirects to {newurl}, which is not https; try a mirror with --source")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def parse_source(text: str) -> str:
+    """Normalise --source to an http(s) URL or the path of a folder that exists; ValueError for anything else."""
+    if text.startswith(WEB):
+        return text.rstrip("/")
+    folder = urllib.request.url2pathname(urllib.parse.urlsplit(text).path) if text.startswith("file://") else text
+    if not folder or not Path(folder).is_dir():
+        raise ValueError(f"--source {text}: no such folder; give a mirror's folder or its http, https or file URL")
+    return folder
+
+
+def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
+    """Open a URL or path to read on from byte `start`: the stream, the byte it really starts at, the full size if told.
+
+    A server without ranges, one that answers with another range, and a local file start over at byte 0.
+    FileNotFoundError where the place has no such file (404).
+    """
+    if not place.startswith(WEB):
+        stream = open(place, "rb")
+        return stream, 0, os.fstat(stream.fileno()).st_size
+    # identity: a range of a compressed body is of no use here
+    request = urllib.request.Request(place, headers={"User-Agent": "fetch_data.py", "Accept-Encoding": "identity"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        response = urllib.request.build_opener(SafeRedirects).open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 404:
+            raise FileNotFoundError(place) from None
+        if error.code != 416 or not start:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{start}":  # all of it is here already
+            return io.BytesIO(), start, start
+        return open_place(place, 0)
+    head = response.peek(64).lstrip().lower()
+    if response.headers.get_content_type() == "text/html" or head.startswith((b"<!doctype html", b"<html")):
+        response.close()
+        raise FetchError(f"{place} answered with a web page, not the file; try a mirror with --source")
+    if response.status != 206:
+        length = response.headers.get("Content-Length", "")
+        return response, 0, int(length) if length.isdigit() else None
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if span and int(span[1]) == start:
+        return response, start, None if span[2] == "*" else int(span[2])
+    response.close()
+    return open_place(place, 0)
+
+
+def download(place: str, part: Path, label: str) -> None:
+    """Bring `place` to `part`, going on where an earlier call stopped; if bytes are missing, raises and keeps it."""
+    if part.is_symlink():
+        raise FetchError(f"{part} is a link, which is not written through; remove it")
+    stream, start, total = open_place(place, part.stat().st_size if part.exists() else 0)
+    bar = tqdm(desc=label, initial=start, total=total, unit="B", unit_scale=True, disable=None, leave=False)
+    with stream, open(part, "ab" if start else "wb") as out, bar:
+        while chunk := stream.read(CHUNK):
+            out.write(chunk)
+            bar.update(len(chunk))
+        out.flush()
+        os.fsync(out.fileno())
+        size = out.tell()
+    if total is not None and size != total:
+        raise FetchError(f"{place} broke off at {size:,} of {total:,} bytes; run the same command again to resume")
+
+
+def download_first(entry: Entry, source: str | None, part: Path) -> None:
+    """Download from where it is published, or from whichever of a mirror's two spots for it has it."""
+    places = [f"{source}/{entry.mirror}", f"{source}/{entry.target}"] if source else [str(entry.url)]
+    for place in places:
+        with suppress(FileNotFoundError):
+            return download(place, part, entry.target)
+    advice = f"without --source it comes from {entry.url}" if source and entry.url else "try a mirror with --source"
+    raise FetchError(f"not found at {' or '.join(places)}; {advice}")
+
+
+def checksum(path: Path, entry: Entry) -> str:
+    """SHA-256 of the file at `path` in hex; of a JSON file, that of its content on one line, so that layout is free."""
+    content = path.read_bytes()
+    if entry.target.endswith(".json"):
+        with suppress(ValueError):
+            content = (json.dumps(json.loads(content)) + "\n").encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_record(into: Path) -> dict[str, str]:
+    """The checksums recorded on this machine, by target; empty before the first."""
+    record = into / RECORD
+    lines = record.read_text("utf-8").splitlines() if record.exists() else []
+    return {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  \S", line)}
+
+
+def write_record(into: Path, sums: dict[str, str]) -> None:
+    """Replace the record at once; `sha256sum -c data/SHA256SUMS.local` in the project folder reads it too."""
+    fresh = into / f"{RECORD}.part"
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    fresh.write_text("".join(f"{sha256}  {target}\n" for target, sha256 in sorted(sums.items())), encoding="utf-8")
+    os.replace(fresh, into / RECORD)
+
+
+def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = False) -> str:
+    """Have the file of `entry` below `into`, verified, and return one line on what was done.
+
+    Raises FetchError (or an OSError, HTTPException) where that fails; then nothing new bears the file's name.
+    """
+    target, record = into / entry.target, read_record(into)
+    part = target.with_name(target.name + ".part")
+    expected = entry.sha256 or record.get(entry.target)
+    kind = "pinned" if entry.sha256 else f"recorded in {RECORD}, not pinned"
+    keep = target.exists() and not force
+    if not keep:
+        if not source and not entry.url:
+            return f"skipped  {entry.target}: no published place is known, only a mirror has it (--source)"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download_first(entry, source, part)
+    actual = checksum(target if keep else part, entry)
+    if expected and actual != expected and (keep or entry.sha256 or not force):
+        if keep:
+            raise FetchError(f"sha256 is {actual}, {kind} is {expected}; left as it is, --force replaces it")
+        part.unlink()
+        advice = "run the command again or try a mirror with --source" if entry.sha256 else "--force accepts it"
+        raise FetchError(f"came with sha256 {actual}, {kind} is {expected}; thrown away, {advice}")
+    if not keep:
+        os.replace(part, target)
+    if entry.sha256 is None and actual != expected:
+        write_record(into, record | {entry.target: actual})
+    note = "" if entry.sha256 else f" (sha256 {actual}, {kind})"
+    return f"{'ok' if keep else 'fetched':8} {entry.target}{note}"
+
+
+def explain(error: Exception) -> str:
+    """One line on what went wrong and what to do next."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{error.url} answered {error.code} {error.reason}; try again later, or a mirror with --source"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left; free some and run the same command again to resume, or choose a folder with --into"
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}; choose another folder with --into or --source"
+    if isinstance(error, FetchError):
+        return str(error)
+    reason = getattr(error, "reason", None) or error or type(error).__name__
+    return f"connection failed ({reason}); run the same command again to resume, or try a mirror with --source"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its manual is this file's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"default: {' '.join(DEFAULT_GROUPS)}")
+    parser.add_argument("--source", metavar="DIR_OR_URL", help="a mirror: its folder, or an http, https or file URL")
+    parser.add_argument("--into", type=Path, default=HERE, metavar="DIR", help="project folder (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="list the files of the groups (default: all) and stop")
+    parser.add_argument("--force", action="store_true", help="fetch again, and replace what is there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        if unknown := [group for group in args.groups if group not in GROUPS]:
+            raise ValueError(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
+        source = None if args.source is None else parse_source(args.source)
+    except ValueError as error:
+        print(f"fetch_data.py: {error}", file=sys.stderr)
+        return 2
+    groups = args.groups or (GROUPS if args.list else DEFAULT_GROUPS)
+    entries = [entry for entry in ENTRIES if entry.group in groups]
+    if args.list:
+        rows = ((e.group, e.target, e.sha256 or "not pinned", e.url or f"a mirror's {e.mirror}") for e in entries)
+        print("\n".join(f"{group:11} {target:43} {sha256:64} {place}" for group, target, sha256, place in rows))
+        return 0
+    failed = False
+    for entry in entries:
+        try:
+            print(fetch(entry, args.into, source, args.force), flush=True)
+        except (FetchError, OSError, http.client.HTTPException) as error:
+            print(f"fetch_data.py: {entry.target}: {explain(error)}", file=sys.stderr)
+            failed = True
+        except KeyboardInterrupt:
+            print(f"fetch_data.py: {entry.target}: interrupted; the same command resumes it", file=sys.stderr)
+            return 130
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

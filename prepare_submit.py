@@ -1,0 +1,249 @@
+"""Packs the hand-in zip, or checks one: `python prepare_submit.py ID [--folder DIR] [--out ID.zip] [--check ZIP]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import stat
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 MB", which may also mean 10 * 2**20
+UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside
+SHOWN = 40  # problems printed at most
+CODE = ("run_llama.py", "llama.py", "optimizer.py", "classifier.py", "rope.py")
+GENERATED = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
+LABELS = {"sst": 5, "cfimdb": 2}  # data set: number of its labels
+FORBIDDEN_FOLDERS = {"__pycache__", "data", "runs", "tests", "venv"}  # and every name that starts with a dot
+FORBIDDEN_SUFFIXES = {".bin", ".ckpt", ".data", ".model", ".npy", ".npz", ".pt", ".pth", ".pyc", ".safetensors", ".zip"}
+SOURCE_DATA = re.compile(r"(sst|cfimdb)-(train|dev|test)\.txt")
+PREDICTIONS = re.compile(r"(sst|cfimdb)-(dev|test)-(prompting|finetuning|lora|advanced)-output\.txt")
+ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
+PROMPT = " Is this movie "  # a prompting file may go on with the prompt after the sentence, as the course's own do
+
+
+class Rejected(Exception):
+    """What is wrong with a hand-in, one problem each in `args`."""
+
+
+def required_outputs() -> dict[str, str]:
+    """The text files that must be there, each with the command that makes it."""
+    outputs = dict.fromkeys(GENERATED, "python run_llama.py --option generate")
+    for corpus in LABELS:
+        rows = 80 if corpus == "sst" else 10
+        training = f"--epochs 5 --lr 2e-5 --batch_size {rows}"
+        for option, kind, settings in (
+            ("prompt", "prompting", "--batch_size 10"),
+            ("finetune", "finetuning", training),
+            ("lora", "lora", f"{training} --lora_rank 4 --lora_alpha 1.0"),
+        ):
+            dev, test = (f"{corpus}-{split}-{kind}-output.txt" for split in ("dev", "test"))
+            sources = " ".join(f"--{split} data/{corpus}-{split}.txt" for split in ("train", "dev", "test"))
+            outputs[dev] = outputs[test] = (
+                f"python run_llama.py --option {option} {settings} {sources} "
+                f"--label-names data/{corpus}-label-mapping.json --dev_out {dev} --test_out {test}"
+            )
+    return outputs
+
+
+def optional_files(student: str) -> list[str]:
+    """The files that go in if they are there."""
+    advanced = [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
+    return [*advanced, "feedback.txt", f"{student}-report.pdf"]
+
+
+def missing_files(present: Mapping[str, bytes]) -> list[str]:
+    """One problem for each missing module, and one for the files that the same command makes."""
+    problems = [f"missing {name}, a module of the project" for name in CODE if name not in present]
+    by_command: dict[str, list[str]] = {}
+    for name, command in required_outputs().items():
+        if name not in present:
+            by_command.setdefault(command, []).append(name)
+    return problems + [f"missing {', '.join(names)}; make it: {command}" for command, names in by_command.items()]
+
+
+def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
+    """The first thing wrong with the prediction file `name`; its source file in `data` is compared if it is there."""
+    corpus, split, kind = name.split("-")[:3]
+    try:
+        lines = raw.decode("utf-8").removesuffix("\n").split("\n")  # splitlines() would split inside sentences
+    except UnicodeDecodeError as error:
+        return f"{name} is not UTF-8 text: {error}"
+    sentences = []
+    for number, line in enumerate(lines, 1):
+        row = ROW.fullmatch(line)
+        if row is None:
+            return f"{name}, line {number}: {line[:60]!r} is not '{{label}} ||| {{sentence}}' with a whole-number label"
+        if int(row[1]) >= LABELS[corpus]:
+            return f"{name}, line {number}: label {row[1]}; the labels of {corpus} are 0 to {LABELS[corpus] - 1}"
+        sentences.append(row[2].strip())
+    source = data / f"{corpus}-{split}.txt"
+    if not source.is_file():
+        return None
+    rows = source.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    if len(rows) != len(sentences):
+        return f"{name} has {len(sentences)} rows, {source} has {len(rows)}; predict the whole file"
+    for number, (row_text, sentence) in enumerate(zip(rows, sentences, strict=True), 1):
+        expected = row_text.partition(" ||| ")[2].strip()
+        if sentence != expected and not (kind == "prompting" and sentence.startswith(expected + PROMPT)):
+            return f"{name}, line {number}: {sentence[:40]!r} is not the sentence of {source}, {expected[:40]!r}"
+    return None
+
+
+def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
+    """What is missing or malformed among `files`, the hand-in's name -> content."""
+    problems = missing_files(files)
+    for name, raw in files.items():
+        if not raw.strip() and (name in CODE or name.endswith((".txt", ".pdf"))):
+            problems.append(f"{name} is empty")
+        elif PREDICTIONS.fullmatch(name) and (problem := prediction_problem(name, raw, data)):
+            problems.append(problem)
+    return problems
+
+
+def member_problem(info: zipfile.ZipInfo) -> str | None:
+    """What is wrong with the path or the type of one entry of a zip."""
+    parts = info.filename.rstrip("/").split("/")
+    if parts[0] == "" or "\\" in info.filename or ":" in parts[0]:
+        return f"{info.filename!r} is an absolute or a Windows path"
+    if ".." in parts or "." in parts:
+        return f"{info.filename!r} leads out of its folder"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return f"{info.filename!r} is a symbolic link"
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"{info.filename!r} is encrypted or packed in an unusual way"
+    hidden = any(part.startswith(".") for part in parts)
+    data = Path(parts[-1].lower()).suffix in FORBIDDEN_SUFFIXES or SOURCE_DATA.fullmatch(parts[-1])
+    if hidden or data or FORBIDDEN_FOLDERS & set(parts[1:]):
+        return f"{info.filename!r} must not be in it: no data, weights, caches, tests or git folder"
+    if len(parts) < 2 and not info.is_dir():
+        return f"{info.filename!r} lies outside the top folder"
+    return None
+
+
+def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
+    """The files of the hand-in zip at `path`. Raises Rejected with everything that is wrong with it.
+
+    student: the id that the top folder must carry; None takes any. data: the folder of the source files, which the
+    predictions are compared with as far as they are there.
+    """
+    if not path.is_file():
+        raise Rejected(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            problems = [problem for info in entries if (problem := member_problem(info))]
+            if (size := path.stat().st_size) >= SIZE_LIMIT:
+                largest = max(entries, key=lambda info: info.compress_size, default=None)
+                what = f"; {largest.filename} takes {largest.compress_size:,}" if largest else ""
+                problems.append(f"the zip has {size:,} bytes; it must stay under {SIZE_LIMIT:,}{what}")
+            folders = sorted({info.filename.split("/")[0] for info in entries})
+            if len(folders) != 1:
+                problems.append(f"it must hold one top folder, not {len(folders)}: {', '.join(folders[:5])}")
+            elif student is not None and folders[0] != student:
+                problems.append(f"its top folder is {folders[0]!r}, not {student!r}")
+            elif not is_student_id(folders[0]):
+                problems.append(f"its top folder {folders[0]!r} is not an id: lowercase letters, digits, _ and - only")
+            if twice := [name for name, count in Counter(info.filename for info in entries).items() if count > 1]:
+                problems.append(f"it holds {', '.join(twice[:5])} more than once")
+            if (unpacked := sum(info.file_size for info in entries)) > UNPACKED_LIMIT:
+                problems.append(f"it unpacks to {unpacked:,} bytes")
+            if problems:
+                raise Rejected(*problems)
+            files = [info for info in entries if not info.is_dir()]
+            contents = {info.filename.partition("/")[2]: archive.read(info) for info in files}
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
+        raise Rejected(f"{path} is not a sound zip: {error}") from error
+    if problems := content_problems(contents, data):
+        raise Rejected(*problems)
+    return files
+
+
+def is_student_id(text: str) -> bool:
+    """Whether `text` can name the top folder."""
+    return re.fullmatch(r"[a-z0-9_-]+", text) is not None
+
+
+def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
+    """Writes the zip of `folder` to `out` and returns its files; the same files give the same bytes.
+
+    Raises Rejected, and leaves `out` as it was, if anything is missing or wrong.
+    """
+    wanted = [path.name for path in folder.glob("[!.]*.py")] + list(required_outputs()) + optional_files(student)
+    contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}
+    if problems := content_problems(contents, folder / "data"):
+        raise Rejected(*problems)
+    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(part, "w") as archive:
+            for name, raw in contents.items():
+                info = zipfile.ZipInfo(f"{student}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+                info.compress_type, info.create_system = zipfile.ZIP_DEFLATED, 3
+                info.external_attr = (stat.S_IFREG | 0o644) << 16
+                archive.writestr(info, raw)
+        files = check(part, student, folder / "data")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return files
+
+
+def print_table(path: Path, files: list[zipfile.ZipInfo]) -> None:
+    """What is inside the zip at `path`, with sizes in bytes."""
+    width = max(len(info.filename) for info in files)
+    print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}")
+    for info in files:
+        print(f"{info.filename:<{width}}  {info.file_size:>11,}  {info.compress_size:>11,}")
+    print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, under the limit of {SIZE_LIMIT:,}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 2 if the hand-in or an option is wrong."""
+    parser = Parser(prog="prepare_submit.py", description="Pack the hand-in zip and check it.", allow_abbrev=False)
+    parser.add_argument("student", metavar="ID", nargs="?", help="your id in lowercase; names the zip's top folder")
+    parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="the project (default: here)")
+    parser.add_argument("--out", type=Path, metavar="ZIP", help="the zip to write (default: ID.zip)")
+    parser.add_argument("--check", type=Path, metavar="ZIP", help="check this zip and write nothing")
+    options = parser.parse_args(arguments)
+    if options.student is None and options.check is None:
+        parser.error("which ID? Usage: python prepare_submit.py ID [--folder DIR] [--out ZIP], or --check ZIP")
+    if options.student is not None and not is_student_id(options.student):
+        parser.error(f"the ID {options.student!r} may hold lowercase letters, digits, _ and - only")
+    if not options.folder.is_dir():
+        parser.error(f"--folder {options.folder}: there is no such folder")
+    if options.check is not None and options.out is not None:
+        parser.error("--check writes nothing, so it goes without --out")
+    path = options.check or options.out or Path(f"{options.student}.zip")
+    if options.check is None and (path.suffix != ".zip" or path.is_dir() or not path.parent.is_dir()):
+        parser.error(f"--out {path}: it must name a file that ends in .zip, in a folder that exists")
+    try:
+        if options.check is not None:
+            files = check(path, options.student, options.folder / "data")
+        else:
+            files = pack(options.student, options.folder, path)
+        print_table(path, files)
+    except Rejected as rejected:
+        more = [f"and {len(rejected.args) - SHOWN} problems more"] if len(rejected.args) > SHOWN else []
+        for problem in (*rejected.args[:SHOWN], *more):
+            print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        parser.error(f"{error.filename or path}: {error.strerror or error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

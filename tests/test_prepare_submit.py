@@ -1,0 +1,249 @@
+"""The hand-in zip: what goes in, what is refused, and that nothing is written when something is wrong."""
+
+from __future__ import annotations
+
+import random
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import prepare_submit
+from prepare_submit import CODE, GENERATED, Rejected, check, main, pack, required_outputs
+
+SENTENCES = ["A warm , funny film .", "No ||| one goes\u2028unindicted here .", "Na\u00efve\x85."]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A complete project with the source data of all four prediction pairs."""
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    for name in (*CODE, "config.py"):
+        (folder / name).write_text(f'"""{name}"""\n')
+    for name in required_outputs():
+        write_rows(folder / name, SENTENCES)
+    for corpus in ("sst", "cfimdb"):
+        for split in ("dev", "test"):
+            write_rows(folder / "data" / f"{corpus}-{split}.txt", SENTENCES, label=0)
+    return folder
+
+
+def write_rows(path: Path, sentences: list[str], label: int = 1) -> None:
+    path.write_bytes("".join(f"{label} ||| {sentence}\n" for sentence in sentences).encode())
+
+
+def rewrite(source: Path, target: Path, *extra: tuple[str | zipfile.ZipInfo, bytes], drop: str = "-") -> Path:
+    """Copies a zip with more entries, and without those whose name contains `drop`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            if drop == "-" or drop not in info.filename:
+                new.writestr(info, old.read(info))
+        for name, raw in extra:
+            new.writestr(name, raw)
+    return target
+
+
+@pytest.fixture
+def packed(project: Path, tmp_path: Path) -> Path:
+    pack("ada", project, tmp_path / "ada.zip")
+    return tmp_path / "ada.zip"
+
+
+def test_packs_code_predictions_and_options_and_nothing_else(project: Path, tmp_path: Path) -> None:
+    for name in ("feedback.txt", "ada-report.pdf", "bob-report.pdf", "stories42M.pt", "notes.md", "cfimdb-dev.txt"):
+        (project / name).write_text("text")
+    write_rows(project / "sst-dev-advanced-output.txt", SENTENCES)
+    (project / "tests").mkdir()
+    (project / "tests" / "test_llama.py").write_text("")
+    pack("ada", project, tmp_path / "ada.zip")
+    options = {"feedback.txt", "ada-report.pdf", "sst-dev-advanced-output.txt"}
+    expected = {*CODE, "config.py", *required_outputs(), *options}
+    with zipfile.ZipFile(tmp_path / "ada.zip") as archive:
+        assert archive.namelist() == sorted(f"ada/{name}" for name in expected)
+        assert archive.read("ada/llama.py") == b'"""llama.py"""\n'
+
+
+def test_the_same_files_give_the_same_bytes(project: Path, tmp_path: Path, packed: Path) -> None:
+    for path in project.iterdir():
+        path.touch()
+    pack("ada", project, tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == packed.read_bytes()
+
+
+def test_command_prints_a_table_and_leaves_only_the_zip(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["ada", "--folder", "project"]) == 0
+    out = capsys.readouterr().out
+    assert "ada/llama.py" in out and "ada.zip: 20 files" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ada.zip", "project"]
+    assert main(["--check", "ada.zip", "--folder", "project"]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_every_missing_file_is_named_at_once_with_its_command(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("rope.py", *required_outputs()):
+        (project / name).unlink()
+    out = tmp_path / "ada.zip"
+    assert main(["ada", "--folder", str(project), "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 1 + 6 and not out.exists()
+    assert "missing rope.py" in lines[0]
+    assert f"missing {', '.join(GENERATED)}; make it: python run_llama.py --option generate" in lines[1]
+    (lora,) = (line for line in lines if "missing sst-dev-lora-output.txt, sst-test-lora-output.txt" in line)
+    for part in ("--option lora", "--train data/sst-train.txt", "--label-names data/sst-label-mapping.json"):
+        assert part in lora
+    assert "--dev_out sst-dev-lora-output.txt --test_out sst-test-lora-output.txt" in lora
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "is empty"),
+        (b"1 ||| fine\ngood ||| a film\n", r"line 2: 'good .* whole-number label"),
+        (b"1|||close\n", r"line 1: '1\|\|\|close' is not"),
+        (b"1 ||| fine\n\n", "line 2: '' is not"),
+        (b"5 ||| past the last label\n", "label 5; the labels of sst are 0 to 4"),
+        (b"9" * 5000 + b" ||| a long number\n", "whole-number label"),
+        (b"1 ||| \xff\n", "is not UTF-8"),
+        (b"1 ||| A warm , funny film .\n", "has 1 rows, .*sst-dev.txt has 3; predict the whole file"),
+        (b"1 ||| b\n1 ||| a\n1 ||| c\n", "line 1: 'b' is not the sentence"),
+    ],
+)
+def test_malformed_predictions_are_refused_and_the_old_zip_stays(
+    project: Path, packed: Path, text: bytes, problem: str
+) -> None:
+    before = packed.read_bytes()
+    (project / "sst-dev-lora-output.txt").write_bytes(text)
+    with pytest.raises(Rejected, match=rf"^sst-dev-lora-output.txt.*{problem}"):
+        pack("ada", project, packed)
+    assert packed.read_bytes() == before
+
+
+def test_sentences_are_compared_only_where_the_source_is_there(project: Path, tmp_path: Path) -> None:
+    write_rows(project / "sst-dev-lora-output.txt", ["another one"])
+    (project / "data" / "sst-dev.txt").unlink()
+    pack("ada", project, tmp_path / "ada.zip")
+
+
+def test_only_a_prompting_file_may_go_on_with_the_prompt(project: Path, tmp_path: Path) -> None:
+    prompted = [sentence + " Is this movie bad or good? This movie is " for sentence in SENTENCES]
+    write_rows(project / "cfimdb-dev-prompting-output.txt", prompted)
+    pack("ada", project, tmp_path / "ada.zip")
+    write_rows(project / "cfimdb-dev-finetuning-output.txt", prompted)
+    with pytest.raises(Rejected, match="cfimdb-dev-finetuning-output.txt, line 1"):
+        pack("ada", project, tmp_path / "ada.zip")
+
+
+def test_an_oversize_report_is_refused_and_named(project: Path, tmp_path: Path) -> None:
+    (project / "ada-report.pdf").write_bytes(random.Random(0).randbytes(prepare_submit.SIZE_LIMIT))
+    with pytest.raises(Rejected, match=r"must stay under 10,000,000; ada/ada-report.pdf takes"):
+        pack("ada", project, tmp_path / "ada.zip")
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+
+
+def test_the_limit_itself_is_too_much(packed: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_submit, "SIZE_LIMIT", packed.stat().st_size)
+    with pytest.raises(Rejected, match="must stay under"):
+        check(packed, "ada", project / "data")
+    monkeypatch.setattr(prepare_submit, "SIZE_LIMIT", packed.stat().st_size + 1)
+    assert len(check(packed, "ada", project / "data")) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("ada/stories42M.pt", "must not be in it"),
+        ("ada/model.SAFETENSORS", "must not be in it"),
+        ("ada/tokenizer.model", "must not be in it"),
+        ("ada/__pycache__/llama.cpython-311.pyc", "must not be in it"),
+        ("ada/.git/HEAD", "must not be in it"),
+        ("ada/data/notes.txt", "must not be in it"),
+        ("ada/sst-train.txt", "must not be in it"),
+        ("ada/tests/test_llama.py", "must not be in it"),
+        ("/ada/a.py", "absolute"),
+        ("C:/ada/a.py", "absolute or a Windows path"),
+        ("ada/../a.py", "leads out of its folder"),
+        ("a.py", "outside the top folder"),
+        ("bob/a.py", "one top folder, not 2: ada, bob"),
+    ],
+)
+def test_check_refuses_what_must_not_be_inside(packed: Path, tmp_path: Path, name: str, problem: str) -> None:
+    bad = rewrite(packed, tmp_path / "bad.zip", (name, b"x"))
+    with pytest.raises(Rejected, match=problem):
+        check(bad, "ada", tmp_path)
+
+
+def test_check_refuses_links_doubles_and_gaps(packed: Path, tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("ada/link.py")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with pytest.raises(Rejected, match="'ada/link.py' is a symbolic link"):
+        check(rewrite(packed, tmp_path / "link.zip", (link, b"/etc/hosts")), None, tmp_path)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        double = rewrite(packed, tmp_path / "double.zip", ("ada/llama.py", b"x"))
+    with pytest.raises(Rejected, match="ada/llama.py more than once"):
+        check(double, None, tmp_path)
+    with pytest.raises(Rejected, match="missing rope.py"):
+        check(rewrite(packed, tmp_path / "gap.zip", drop="rope.py"), None, tmp_path)
+    with pytest.raises(Rejected, match="feedback.txt is empty"):
+        check(rewrite(packed, tmp_path / "empty.zip", ("ada/feedback.txt", b"")), None, tmp_path)
+
+
+def test_check_knows_whose_zip_it_is(project: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(Rejected, match="top folder is 'ada', not 'bob'"):
+        check(packed, "bob", tmp_path)
+    with pytest.raises(Rejected, match="'Ada' is not an id"):
+        pack("Ada", project, tmp_path / "upper.zip")
+    assert not (tmp_path / "upper.zip").exists()
+
+
+def test_check_survives_files_that_are_no_sound_zip(packed: Path, tmp_path: Path) -> None:
+    raw = packed.read_bytes()
+    damaged = bytearray(raw)
+    damaged[60] ^= 0xFF
+    for name, content in (("text", b"hello"), ("nothing", b""), ("cut", raw[:-30]), ("damaged", bytes(damaged))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Rejected, match="is not a sound zip"):
+            check(tmp_path / name, None, tmp_path)
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(Rejected, match="one top folder, not 0"):
+        check(tmp_path / "empty.zip", None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which ID"),
+        (["Ada"], "the ID 'Ada' may hold lowercase letters"),
+        (["../ada"], "may hold lowercase letters"),
+        (["ada\n"], "may hold lowercase letters"),
+        (["ada", "--folder", "nowhere"], "--folder nowhere: there is no such folder"),
+        (["ada", "--out", "llama.py"], "--out llama.py: it must name a file that ends in .zip"),
+        (["ada", "--out", "nowhere/ada.zip"], "in a folder that exists"),
+        (["ada", "--check", "ada.zip", "--out", "ada.zip"], "--check writes nothing"),
+        (["ada", "--size", "3"], "unrecognized arguments: --size 3"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_status_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^2$"):
+        main(arguments)
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_check_of_a_missing_zip_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check", "nowhere.zip"]) == 2
+    assert capsys.readouterr().err == "prepare_submit.py: error: there is no file nowhere.zip\n"
