@@ -86,7 +86,7 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str]) -> list[Row
     ):
         where = f"{path}, line {number}"
         label, separator, sentence = line.rstrip("\r").partition(SEPARATOR.rstrip())
-        if not separator or not label.endswith(" "):
+        if not separator or not f"{sentence} ".startswith(" "):
             raise ValueError(f'{where}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`')
         try:
             label_id = int(label)

@@ -72,8 +72,7 @@ COURSE_DATA = {  # in the folder data/ everywhere
 }
 # fmt: off
 ENTRIES = (
-    *(Entry("data", f"data/{name}", f"{COURSE}/data/{name}", f"course/data/{name}", sha256)
-      for name, sha256 in COURSE_DATA.items()),
+    *(Entry("data", f"data/{n}", f"{COURSE}/data/{n}", f"course/data/{n}", s) for n, s in COURSE_DATA.items()),
     Entry("tokenizer", "data/tokenizer.model", f"{COURSE}/tokenizer.model", "course/tokenizer.model",
           "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"),
     Entry("references", "data/reference/sanity_check_2024.data", f"{COURSE_2024}/sanity_check.data",
@@ -129,8 +128,7 @@ def parse_source(text: str) -> str:
 def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
     """Open a URL or path to read on from byte `start`: the stream, the byte it really starts at, the full size if told.
 
-    A server without ranges, one that answers with another range, and a local file start over at byte 0.
-    FileNotFoundError where the place has no such file (404).
+    A local file and a server that does not give the range asked for start over at 0. FileNotFoundError means a 404 too.
     """
     if not place.startswith(WEB):
         stream = open(place, "rb")
@@ -231,7 +229,7 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
         target.parent.mkdir(parents=True, exist_ok=True)
         download_first(entry, source, part)
     actual = checksum(target if keep else part, entry)
-    if expected and actual != expected and (keep or entry.sha256 or not force):
+    if expected and actual != expected and (entry.sha256 or not force):
         if keep:
             raise FetchError(f"sha256 is {actual}, {kind} is {expected}; left as it is, --force replaces it")
         part.unlink()
@@ -241,8 +239,7 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
         os.replace(part, target)
     if entry.sha256 is None and actual != expected:
         write_record(into, record | {entry.target: actual})
-    note = "" if entry.sha256 else f" (sha256 {actual}, {kind})"
-    return f"{'ok' if keep else 'fetched':8} {entry.target}{note}"
+    return f"{'ok' if keep else 'fetched':8} {entry.target}" + ("" if entry.sha256 else f" (sha256 {actual}, {kind})")
 
 
 def explain(error: Exception) -> str:
@@ -280,8 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"fetch_data.py: {error}", file=sys.stderr)
         return 2
-    groups = args.groups or (GROUPS if args.list else DEFAULT_GROUPS)
-    entries = [entry for entry in ENTRIES if entry.group in groups]
+    entries = [e for e in ENTRIES if e.group in (args.groups or (GROUPS if args.list else DEFAULT_GROUPS))]
     if args.list:
         rows = ((e.group, e.target, e.sha256 or "not pinned", e.url or f"a mirror's {e.mirror}") for e in entries)
         print("\n".join(f"{group:11} {target:43} {sha256:64} {place}" for group, target, sha256, place in rows))
