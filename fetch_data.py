@@ -19,7 +19,6 @@ Exit code: 0 if all is there (what only a mirror has may be skipped), 2 if any f
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import http.client
@@ -37,6 +36,8 @@ from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
+
+from command_line import OneLineParser
 
 HERE = Path(__file__).resolve().parent
 COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"
@@ -256,9 +257,9 @@ def explain(error: Exception) -> str:
     return f"connection failed ({reason}); run the same command again to resume, or try a mirror with --source"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The command line; its manual is this file's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="fetch_data.py", description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"default: {' '.join(DEFAULT_GROUPS)}")
     parser.add_argument("--source", metavar="DIR_OR_URL", help="a mirror: its folder, or an http, https or file URL")
     parser.add_argument("--into", type=Path, default=HERE, metavar="DIR", help="project folder (default: %(default)s)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import stat
@@ -12,7 +11,8 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+
+from command_line import OneLineParser
 
 SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 MB", which may also mean 10 * 2**20
 UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside
@@ -203,16 +203,9 @@ def print_table(path: Path, files: list[zipfile.ZipInfo]) -> None:
     print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, under the limit of {SIZE_LIMIT:,}")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, or 2 if the hand-in or an option is wrong."""
-    parser = Parser(prog="prepare_submit.py", description="Pack the hand-in zip and check it.", allow_abbrev=False)
+    parser = OneLineParser(prog="prepare_submit.py", description="Pack the hand-in zip and check it.")
     parser.add_argument("student", metavar="ID", nargs="?", help="your id in lowercase; names the zip's top folder")
     parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="the project (default: here)")
     parser.add_argument("--out", type=Path, metavar="ZIP", help="the zip to write (default: ID.zip)")

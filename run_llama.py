@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser
 
 if TYPE_CHECKING:
     import torch
@@ -38,43 +38,12 @@ examples:
 """
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that complains in one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-def number(kind: type, allowed: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type: `kind(text)`, refused unless `accepts` it; `allowed` says in words what is."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {allowed}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, "a whole number of 1 or more", lambda value: value >= 1)
-COUNT_OR_ZERO = number(int, "a whole number of 0 or more", lambda value: value >= 0)
-SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63)
-POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = number(float, "0 or a number above", lambda value: 0 <= value < math.inf)
-FRACTION = number(float, "in [0, 1)", lambda value: 0 <= value < 1)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options, grouped; every default is written here and nowhere else."""
     parser = OneLineParser(
         prog="run_llama.py",
         description="Runs a Llama: generates text, classifies by prompting, fine-tunes, fine-tunes with LoRA.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

@@ -1,0 +1,44 @@
+"""What the commands share: a parser that complains in one line, and types of options that say what is allowed.
+
+Imports no torch, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that complains in one line and exits with status 2; its help keeps the text as laid out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
+
+
+def number(kind: type, allowed: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: `kind(text)`, refused unless `accepts` it; `allowed` says in words what is."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {allowed}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, "a whole number of 1 or more", lambda value: value >= 1)
+COUNT_OR_ZERO = number(int, "a whole number of 0 or more", lambda value: value >= 0)
+SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63)
+POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = number(float, "0 or a number above", lambda value: 0 <= value < math.inf)
+FRACTION = number(float, "in [0, 1)", lambda value: 0 <= value < 1)
