@@ -108,14 +108,18 @@ def has_gold_labels(rows: Sequence[Row]) -> bool:
     return len({row.label for row in rows}) > 1
 
 
-def check_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> None:
-    """Raises ValueError unless every one of `label_names` occurs among the training rows."""
-    found = sorted({row.label for row in rows})
-    if len(found) < len(label_names):
+def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> list[str]:
+    """The names that no training row bears, for a warning.
+
+    Raises ValueError if the last one is among them: then the names are those of another data set, with more classes.
+    """
+    found = {row.label for row in rows}
+    if max(found) + 1 < len(label_names):
         raise ValueError(
-            f"{path} has the labels {', '.join(map(str, found))}, but --label-names has {len(label_names)} names "
-            f"({', '.join(label_names)}); a class without a row cannot be learnt, so give the mapping that fits"
+            f"{path} has the labels {', '.join(map(str, sorted(found)))}, but --label-names has {len(label_names)} "
+            f"names ({', '.join(label_names)}); give the mapping that belongs to this file"
         )
+    return [name for label, name in enumerate(label_names) if label not in found]
 
 
 def prompt_question(label_names: Sequence[str]) -> str:

@@ -314,11 +314,11 @@ def generate(args: argparse.Namespace) -> None:
 
 def read_data(args: argparse.Namespace, splits: tuple[str, ...], label_names: list[str]) -> dict[str, list[Row]]:
     """The rows of each split, not yet tokenized."""
-    from dataset import check_classes, read_rows
+    from dataset import missing_classes, read_rows
 
     data = {split: read_rows(getattr(args, split), label_names) for split in splits}
-    if "train" in data:
-        check_classes(args.train, data["train"], label_names)
+    if "train" in data and (missing := missing_classes(args.train, data["train"], label_names)):
+        report(f"warning: {args.train} has no row of {', '.join(missing)}, so that is not learnt")
     return data
 
 

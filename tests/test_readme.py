@@ -1,0 +1,140 @@
+"""What the README and the docs say: their commands run as they stand, their tables name what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+
+import fetch_data
+import sanity_check
+import tokenizer
+from checkpoint import write_checkpoint
+from conftest import ASSETS, ROOT, tiny_llama
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+COMMANDS = [
+    shlex.split(line)
+    for language, text in BLOCKS
+    if language == "sh"
+    for line in text.replace("\\\n", "").splitlines()
+    if line.startswith("python ")
+]
+OURS = [command[1:] for command in COMMANDS if command[1].endswith(".py")]
+CORPORA = ("sst", "cfimdb")
+
+
+def identifier(command):
+    return " ".join(command)[:70]
+
+
+def run(command):
+    """Runs a command of the README in this process, where it stands; returns its stdout."""
+    script, *arguments = command
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = importlib.import_module(script.removesuffix(".py")).main(arguments)
+    assert code == 0
+    return out.getvalue()
+
+
+@pytest.fixture
+def course_folder(asset, tmp_path, monkeypatch):
+    """A folder as fetch_data.py leaves it, with 24 rows a split and a tiny model in the place of the course's."""
+    (tmp_path / "data").mkdir()
+    for corpus in CORPORA:
+        shutil.copy(ROOT / "data" / f"{corpus}-label-mapping.json", tmp_path / "data")
+        for split in ("train", "dev", "test"):
+            name = f"{corpus}-{split}.txt"
+            rows = asset(f"course/data/{name}").read_text(encoding="utf-8").split("\n")[:24]
+            (tmp_path / "data" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    model = tiny_llama(vocab_size=32000, max_seq_len=256)
+    write_checkpoint(tmp_path / "stories42M.pt", model.state_dict(), model.config)
+    monkeypatch.setattr(tokenizer, "DEFAULT_PATHS", (asset("course/tokenizer.model"),))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readme_shows_every_kind_of_command():
+    assert {command[0] for command in OURS} == {"sanity_check.py", "fetch_data.py", "run_llama.py"}
+    options = [command[command.index("--option") + 1] for command in OURS if "--option" in command]
+    assert set(options) == {"generate", "prompt", "finetune", "lora"}
+    assert ["python", "-m", "pytest"] in COMMANDS
+
+
+def test_the_first_command_prints_what_the_readme_shows(tmp_path, monkeypatch):
+    shown = next(text for language, text in BLOCKS if not language)
+    monkeypatch.setattr(sanity_check, "found_references", list)
+    monkeypatch.chdir(tmp_path)
+
+    def shape(text):
+        return re.sub(r"\d\.\de-\d\d", "#", text)
+
+    assert shape(run(["sanity_check.py"])) == shape(shown)
+
+
+@pytest.mark.parametrize("command", [c for c in OURS if "--option" in c], ids=identifier)
+def test_each_option_runs_as_the_readme_says(course_folder, command):
+    before = {path.name for path in course_folder.iterdir()}
+    out = run(command)
+    made = {path.name for path in course_folder.iterdir()} - before
+    if "generate" in command:
+        assert made == {"generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt"}
+        return
+    for name in {name for name in made if name.endswith("-output.txt")}:
+        corpus, split, _ = name.split("-", 2)
+        source = (course_folder / "data" / f"{corpus}-{split}.txt").read_text(encoding="utf-8").splitlines()
+        predicted = (course_folder / name).read_text(encoding="utf-8").splitlines()
+        assert [line[1:].strip() for line in source] == [line[1:].strip() for line in predicted]
+    assert len([name for name in made if name.endswith("-output.txt")]) == 2
+    assert ("no gold labels" in out) == any("cfimdb" in word for word in command)
+
+
+def test_the_tiny_story_teller_is_fetched_and_writes(tmp_path, monkeypatch):
+    if not (ASSETS / "stories260K").is_dir():
+        pytest.skip("needs a mirror of the files of `python fetch_data.py stories260K` beside the project")
+    fetch, write = (c for c in OURS if "stories260K" in " ".join(c))
+    monkeypatch.setattr(fetch_data, "HERE", tmp_path)
+    run([*fetch, "--source", str(ASSETS), "--into", str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    assert run(write).startswith("Once upon a time")
+    snippet = next(text for language, text in BLOCKS if language == "python")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert out.getvalue().startswith("Once upon a time")
+
+
+def test_the_table_of_files_names_every_module_and_nothing_else():
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, flags=re.M))
+    assert listed == {path.name for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "data/README.md", "docs/architecture.md", "docs/results.md"]
+)
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_the_architecture_page_has_the_models_sizes():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    from llama import Llama, LlamaConfig
+
+    with torch.device("meta"):
+        model = Llama(LlamaConfig())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{total / 1e6:.1f} million parameters" in page
+    assert f"feed-forward width {model.layers[0].feed_forward.w1.out_features}" in page
+    names = set(re.findall(r"`(\w+)`", page.split("## Around")[0]))
+    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("llama.py", "rope.py", "config.py"))
+    missing = {name for name in names if name not in source} - {"stories42M"}
+    assert not missing
