@@ -96,7 +96,12 @@ class Checkpoint:
             if name not in state and name.endswith("norm.bias"):
                 state[name] = torch.zeros(shape)
         if config.tie_embeddings and "tok_embeddings.weight" in state:
-            state.setdefault("output.weight", state["tok_embeddings.weight"])
+            embedding = state["tok_embeddings.weight"]
+            if not torch.equal(state.setdefault("output.weight", embedding), embedding):
+                raise ValueError(
+                    f"{self.path}: output.weight differs from tok_embeddings.weight, though model_args tie them "
+                    "(tie_embeddings); one of the two is wrong"
+                )
         for name in [name for name in state if name.endswith("norm.bias") and name not in shapes]:
             if state.pop(name).any():
                 raise ValueError(
@@ -156,7 +161,7 @@ def read_torch(path: Path) -> Any:
             f"{path} is refused: unpickling it would run code, or it is damaged; "
             "a checkpoint holds tensors and plain values only"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # damage surfaces anywhere in torch's reader: struct.error, AssertionError, OSError, ...
         raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
 
 
@@ -186,9 +191,11 @@ def _from_torch(path: Path, content: Any) -> Checkpoint:
     return Checkpoint(path, kind, config, state, extra)
 
 
-def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool) -> LlamaConfig:
+def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = sizes
     try:
+        if n_layers > size:  # a damaged count must not make us list millions of tensors
+            raise ValueError(f"{n_layers:,} layers do not fit {size:,} bytes")
         return LlamaConfig(
             vocab_size=vocab_size,
             dim=dim,
@@ -237,7 +244,7 @@ def _read_llama2c_v1(path: Path, head: bytes, size: int) -> Checkpoint:
     _, version, *sizes, tied = struct.unpack_from("<Ii7iB", head)
     if version != 1:
         raise ValueError(f"{path} is llama2.c version {version}; this program reads versions 0 and 1")
-    config = _llama2c_config(path, tuple(sizes), bool(tied))
+    config = _llama2c_config(path, tuple(sizes), bool(tied), size)
     blocks = list(_llama2c_blocks(config, LLAMA2C_V1))
     expected = 256 + 4 * blocks[-1][1]
     if size != expected:
@@ -253,10 +260,8 @@ def _read_llama2c_v0(path: Path, head: bytes, size: int) -> Checkpoint | None:
     if min(*sizes, abs(vocab_size), max_seq_len) < 1 or max(*sizes, max_seq_len) > 1 << 20 or abs(vocab_size) > 1 << 24:
         return None
     try:
-        config = _llama2c_config(path, (*sizes, abs(vocab_size), max_seq_len), tied=vocab_size > 0)
+        config = _llama2c_config(path, (*sizes, abs(vocab_size), max_seq_len), vocab_size > 0, size)
     except ValueError:
-        return None
-    if config.n_layers * 4 > size:  # a damaged count must not make us list millions of tensors
         return None
     blocks = list(_llama2c_blocks(config, LLAMA2C_V0, gap=max_seq_len * config.head_dim))
     if size != 28 + 4 * blocks[-1][1]:

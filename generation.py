@@ -52,9 +52,10 @@ def next_token(logits: Tensor, temperature: float, epsilon: float, generator: to
         )
     if temperature == 0.0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    # Shifted before the softmax: at a tiny temperature the quotient may overflow to infinity, and inf - inf is NaN.
-    logits = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0.0)
+    logits = logits.float()
+    # Shifted before the division: at a tiny temperature the quotients overflow, all but the likeliest one's, which is 0
+    # (or 0 / 0, where the temperature itself vanishes in float32).
+    logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
     probabilities = epsilon_filter(logits, epsilon).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 

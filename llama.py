@@ -265,8 +265,9 @@ def llama_from_checkpoint(checkpoint: Checkpoint, norm: str | None = None, causa
     """Builds the model of a checkpoint that was read; `norm` and `causal` override what the checkpoint says."""
     overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
     config = replace(checkpoint.config, **overrides)  # type: ignore[arg-type]
+    state = checkpoint.complete_state(config)  # checked first: wrong sizes may ask for more memory than there is
     model = Llama(config)
-    model.load_state_dict(checkpoint.complete_state(config), strict=True)
+    model.load_state_dict(state, strict=True)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,10 @@ class LoRALayer(nn.Module):
             return base
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         return base + (update * self.scaling).to(base.dtype)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._before_merge = None  # what is loaded replaces the weight and the update both
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -96,13 +101,13 @@ def apply_lora(
     own_names = {name.rpartition(".")[2] for name, _ in linears}
     if missing := [target for target in targets if target not in own_names]:
         raise ValueError(f"no Linear is named {', '.join(missing)}; the model's are {', '.join(sorted(own_names))}")
+    wrapped = {name: LoRALayer(linear, rank, alpha) for name, linear in linears if name.rpartition(".")[2] in targets}
     for name, parameter in model.named_parameters():
         if not any(part in keep_trainable for part in name.split(".")):
             parameter.requires_grad_(False)
-    for name, linear in linears:
+    for name, layer in wrapped.items():
         parent, _, own_name = name.rpartition(".")
-        if own_name in targets:
-            setattr(model.get_submodule(parent), own_name, LoRALayer(linear, rank, alpha))
+        setattr(model.get_submodule(parent), own_name, layer)
     return model
 
 

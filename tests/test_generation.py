@@ -1,0 +1,319 @@
+"""Decoding: the filter, one draw, and the loop over a real tiny model and over scripted ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from generation import check_settings, epsilon_filter, generate, next_token
+
+PROMPTS = torch.randint(64, (3, 5), generator=torch.Generator().manual_seed(0))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Counter:
+    """A model without weights: the token after n is n + 1, past the last one 0. Remembers what it was asked."""
+
+    def __init__(self, vocab_size: int = 10, max_seq_len: int = 8, certainty: float = 50.0) -> None:
+        self.config = SimpleNamespace(max_seq_len=max_seq_len)
+        self.vocab_size, self.certainty = vocab_size, certainty
+        self.windows, self.masks, self.grad_modes = [], [], []
+
+    def __call__(self, tokens, attention_mask=None):
+        self.windows.append(tokens.clone())
+        self.masks.append(None if attention_mask is None else attention_mask.clone())
+        self.grad_modes.append(torch.is_grad_enabled())
+        following = (tokens[:, -1:] + 1) % self.vocab_size
+        logits = self.certainty * torch.nn.functional.one_hot(following, self.vocab_size).float()
+        return logits, tokens
+
+
+class Constant(Counter):
+    """A model that gives every row the same logits, whatever it reads."""
+
+    def __init__(self, logits) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def __call__(self, tokens, attention_mask=None):
+        return self.logits.expand(len(tokens), 1, -1), tokens
+
+
+@torch.no_grad()
+def greedy_by_hand(model, prompt: torch.Tensor, new: int) -> torch.Tensor:
+    """Arg-max of a full forward pass over the last tokens that fit, step by step, for one row."""
+    tokens = prompt.clone()
+    for _ in range(new):
+        logits, _ = model(tokens[None, -model.config.max_seq_len :])
+        tokens = torch.cat((tokens, logits[0, -1].argmax()[None]))
+    return tokens
+
+
+# The filter
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3, 0.05, 0.2, 0.9])
+def test_epsilon_keeps_the_probable_and_the_arg_max_row_by_row(epsilon):
+    logits = 2 * torch.randn(50, 30, generator=seeded())
+    kept = epsilon_filter(logits, epsilon)
+    for row, result in zip(logits, kept, strict=True):
+        probabilities = row.double().exp() / row.double().exp().sum()
+        for token in range(30):
+            if probabilities[token] >= epsilon or token == row.argmax():
+                assert result[token] == row[token]
+            else:
+                assert result[token] == -torch.inf
+
+
+def test_epsilon_filter_leaves_its_input_alone_and_takes_any_leading_shape():
+    logits = torch.randn(2, 3, 7, generator=seeded())
+    before = logits.clone()
+    kept = epsilon_filter(logits, 0.3)
+    assert torch.equal(logits, before)
+    assert torch.equal(kept[1, 2], epsilon_filter(logits[1, 2], 0.3))
+
+
+@pytest.mark.parametrize(("epsilon", "kept"), [(0.0, 16), (1 / 16, 16), (0.0626, 1), (0.9, 1)])
+def test_of_a_uniform_distribution_epsilon_keeps_all_or_one(epsilon, kept):
+    result = epsilon_filter(torch.zeros(3, 16), epsilon)
+    assert torch.equal(torch.isfinite(result).sum(-1), torch.full((3,), kept))
+
+
+def test_each_row_is_cut_by_its_own_distribution():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+    kept = torch.isfinite(epsilon_filter(logits, 0.1))
+    assert kept.tolist() == [[True] * 4, [True, False, False, False]]
+
+
+# One draw
+
+
+@pytest.mark.parametrize(
+    ("temperature", "epsilon"), [(1.0, 0.0), (1.0, 0.05), (0.5, 0.05), (2.0, 0.05), (2.0, 0.1), (0.7, 0.3)]
+)
+def test_draws_follow_the_filtered_and_renormalised_distribution(temperature, epsilon):
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5])
+    draws = 40_000
+    chosen = next_token(logits.expand(draws, -1), temperature, epsilon, seeded(1))
+    counts = torch.bincount(chosen, minlength=8).double()
+
+    probabilities = (logits.double() / temperature).softmax(0)
+    probabilities[(probabilities < epsilon) & (probabilities < probabilities.max())] = 0.0
+    expected = draws * probabilities / probabilities.sum()
+    allowed = expected > 0
+    assert counts[~allowed].sum() == 0
+    chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
+    assert chi_square < 30.0  # at most 7 degrees of freedom: one seed in ten thousand goes beyond
+
+
+def test_rows_draw_from_their_own_distributions():
+    logits = torch.full((3, 4), -30.0)
+    logits[[0, 1, 2], [2, 0, 3]] = 0.0
+    assert next_token(logits, 1.0, 0.0, seeded()).tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-4, 1e-8, 1e-30, 1e-40, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = 5 * torch.randn(200, 50, generator=seeded())
+    assert torch.equal(next_token(logits, temperature, 0.0, seeded(1)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [0.0, 1e-8, 1.0])
+def test_logits_of_any_float_dtype_are_drawn_from(dtype, temperature):
+    logits = torch.tensor([[-40.0, 40.0, -40.0]] * 5, dtype=dtype)
+    assert next_token(logits, temperature, 0.05, seeded()).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_raise_with_their_dtype(bad, temperature):
+    logits = torch.zeros(2, 5, dtype=torch.bfloat16)
+    logits[1, 3] = bad
+    with pytest.raises(ValueError, match=r"logits \(torch.bfloat16\) hold NaN or infinity"):
+        next_token(logits, temperature, 0.05)
+
+
+def test_nan_weights_raise():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"logits \(torch.float32\) hold NaN"):
+        generate(model, PROMPTS, 2)
+
+
+# The loop
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_greedy_is_the_arg_max_step_by_step(causal):
+    model = tiny_llama(causal=causal)
+    got = generate(model, PROMPTS, 12, temperature=0.0)
+    assert got.shape == (3, 17) and got.dtype == torch.int64
+    for row, prompt in zip(got, PROMPTS, strict=True):
+        assert torch.equal(row, greedy_by_hand(model, prompt, 12))
+    assert len(set(got[:, 5:].flatten().tolist())) > 3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("max_seq_len", [32, 8])
+def test_a_ragged_left_padded_batch_is_each_prompt_alone(causal, max_seq_len):
+    model = tiny_llama(causal=causal, max_seq_len=max_seq_len)
+    prompts = [torch.randint(64, (length,), generator=seeded(length)) for length in (6, 1, 4)]
+    ids, mask = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 6, dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        ids[i, 6 - len(prompt) :], mask[i, 6 - len(prompt) :] = prompt, True
+    got = generate(model, ids, 10, temperature=0.0, attention_mask=mask)
+    assert torch.equal(got[:, :6], ids)
+    assert torch.equal(got, generate(model, ids, 10, temperature=0.0, attention_mask=mask.long()))
+    for row, prompt in zip(got, prompts, strict=True):
+        assert torch.equal(row[6 - len(prompt) :], greedy_by_hand(model, prompt, 10))
+
+
+def test_the_mask_grows_with_the_new_tokens():
+    model = Counter()
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    generate(model, torch.ones(2, 3, dtype=torch.int64), 2, temperature=0.0, attention_mask=mask)
+    assert [m.tolist() for m in model.masks] == [
+        [[False, True, True], [True, True, True]],
+        [[False, True, True, True], [True, True, True, True]],
+    ]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_past_the_context_the_window_slides(causal):
+    model = tiny_llama(causal=causal, max_seq_len=7)
+    got = generate(model, PROMPTS, 15, temperature=0.0)
+    for row, prompt in zip(got, PROMPTS, strict=True):
+        assert torch.equal(row, greedy_by_hand(model, prompt, 15))
+
+
+def test_the_window_holds_the_last_tokens_that_fit():
+    model = Counter(max_seq_len=4)
+    prompt = torch.tensor([[9, 9, 0, 1, 2, 3]])
+    got = generate(model, prompt, 3, temperature=0.0)
+    assert got.tolist() == [[9, 9, 0, 1, 2, 3, 4, 5, 6]]
+    assert [window.tolist() for window in model.windows] == [[[0, 1, 2, 3]], [[1, 2, 3, 4]], [[2, 3, 4, 5]]]
+
+
+def test_a_row_that_ended_repeats_eos_while_the_others_go_on():
+    prompts = torch.tensor([[3], [0], [5]])
+    got = generate(Counter(), prompts, 6, temperature=0.0, eos_id=5)
+    assert got.tolist() == [[3, 4, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 5], [5, 6, 7, 8, 9, 0, 1]]
+
+
+def test_decoding_stops_once_every_row_ended():
+    model = Counter()
+    got = generate(model, torch.tensor([[3], [2]]), 7, temperature=0.0, eos_id=5)
+    assert len(model.windows) == 3
+    assert got.tolist() == [[3, 4, 5, 5, 5, 5, 5, 5], [2, 3, 4, 5, 5, 5, 5, 5]]
+
+
+def test_without_eos_id_nothing_ends_early():
+    assert generate(Counter(), torch.tensor([[3]]), 4, temperature=0.0).tolist() == [[3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 3])
+def test_the_prompt_comes_back_unchanged(max_new_tokens):
+    prompts = PROMPTS.clone()
+    got = generate(Counter(64), prompts, max_new_tokens)
+    assert got.shape == (3, 5 + max_new_tokens)
+    assert torch.equal(got[:, :5], PROMPTS) and torch.equal(prompts, PROMPTS)
+
+
+def test_no_new_tokens_ask_the_model_nothing():
+    model = Counter()
+    generate(model, PROMPTS, 0)
+    assert not model.windows
+
+
+def test_temperature_and_epsilon_default_to_1_and_5_percent():
+    logits = torch.tensor([2.0, 1.0, 0.0, -0.5, -5.0])
+    got = generate(Constant(logits.tolist()), torch.zeros(1, 1, dtype=torch.int64), 200, generator=seeded())
+    wanted = [next_token(logits[None], 1.0, 0.05, generator).item() for generator in [seeded()] for _ in range(200)]
+    assert got[0, 1:].tolist() == wanted
+    assert set(wanted) == {0, 1, 2, 3}
+
+
+def test_a_generator_makes_draws_reproducible_and_leaves_the_global_one_alone():
+    model = tiny_llama()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = (generate(model, PROMPTS, 12, epsilon=0.0, generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_generator_draws_follow_the_global_seed():
+    model = tiny_llama()
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(generate(model, PROMPTS, 12, epsilon=0.0))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_greedy_draws_nothing():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    generate(tiny_llama(), PROMPTS, 3, temperature=0.0)
+    torch.manual_seed(0)
+    tiny_llama()
+    after_building = torch.get_rng_state()
+    generate(tiny_llama(), PROMPTS, 3, temperature=0.0)
+    assert torch.equal(torch.get_rng_state(), after_building)
+    assert not torch.equal(state, after_building)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_stays_and_no_gradient_is_recorded(training):
+    model = tiny_llama().train(training)
+    got = generate(model, PROMPTS, 3)
+    assert all(module.training == training for module in model.modules())
+    assert not got.requires_grad and all(parameter.grad is None for parameter in model.parameters())
+    counter = Counter(64)
+    generate(counter, PROMPTS, 2)
+    assert counter.grad_modes == [False, False] and torch.is_grad_enabled()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens is -1; it must be 0 or more"),
+        ({"temperature": -0.5}, r"temperature is -0.5; it must be 0 \(greedy\) or a finite number above"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"epsilon": -0.1}, r"epsilon is -0.1; it must be in \[0, 1\)"),
+        ({"epsilon": 1.0}, "epsilon is 1.0"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+    ],
+)
+def test_a_setting_out_of_range_raises_before_the_model_is_asked(settings, message):
+    model = Counter(64)
+    with pytest.raises(ValueError, match=message):
+        generate(model, PROMPTS, **({"max_new_tokens": 3} | settings))
+    with pytest.raises(ValueError, match=message):
+        check_settings(**({"max_new_tokens": 3, "temperature": 1.0, "epsilon": 0.05} | settings))
+    assert not model.windows
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (4,), (1, 2, 3)])
+@pytest.mark.parametrize("max_new_tokens", [0, 2])
+def test_an_empty_prompt_or_one_of_another_shape_raises(shape, max_new_tokens):
+    with pytest.raises(ValueError, match=r"idx has shape \(.*\); it must be \(batch, tokens\)"):
+        generate(Counter(), torch.zeros(shape, dtype=torch.int64), max_new_tokens)
+
+
+def test_a_right_padded_prompt_raises():
+    mask = torch.tensor([[True, True, True, True, False], [True] * 5, [True] * 5])
+    with pytest.raises(ValueError, match="a prompt ends in padding; pad prompts of unequal length on the left"):
+        generate(tiny_llama(), PROMPTS, 3, attention_mask=mask)

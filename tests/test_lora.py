@@ -1,0 +1,402 @@
+"""LoRA: what is trained, what a merge changes and what it does not, and adapters saved and loaded."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from lora import (
+    ATTENTION_PROJECTIONS,
+    LoRALayer,
+    apply_lora,
+    count_lora_parameters,
+    get_lora_optimizer_params,
+    load_lora_state_dict,
+    lora_layers,
+    lora_state_dict,
+    merge_lora_weights,
+    remove_lora,
+    unmerge_lora_weights,
+)
+
+IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+class Classifier(torch.nn.Module):
+    """A backbone with a head that has no pretrained weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llama = tiny_llama()
+        self.classifier_head = torch.nn.Linear(32, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.classifier_head(self.llama(ids)[1][:, -1])
+
+
+def with_random_update(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fills every lora_B, so that the adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+    return model
+
+
+def adapted(rank: int = 4, alpha: float = 8.0, seed: int = 0, **changes) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return with_random_update(apply_lora(tiny_llama(**changes), rank, alpha), seed)
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+# Wrapping
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_fresh_wrap_computes_what_the_base_computes_bit_for_bit(dtype):
+    model = tiny_llama().to(dtype).requires_grad_(False)
+    before = model(IDS, IDS)
+    apply_lora(model, 4, 8.0)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(model(IDS, IDS), before, strict=True))
+    assert all(layer.lora_A.abs().sum() > 0 and not layer.lora_B.any() for _, layer in lora_layers(model))
+
+
+def test_layer_adds_alpha_over_rank_times_b_a_x():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5, dtype=torch.float64)
+    layer = LoRALayer(base, rank=3, alpha=6.0)
+    torch.nn.init.normal_(layer.lora_B)
+    assert layer.scaling == 2.0 and layer.original_layer is base
+    assert layer.lora_A.shape == (3, 6) and layer.lora_B.shape == (5, 3)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    wanted = x @ (base.weight + 2.0 * layer.lora_B @ layer.lora_A).T + base.bias
+    torch.testing.assert_close(layer(x), wanted, atol=1e-12, rtol=0)
+
+
+def test_layer_defaults_are_rank_4_alpha_1():
+    layer = LoRALayer(torch.nn.Linear(6, 5))
+    assert (layer.rank, layer.alpha, layer.scaling) == (4, 1.0, 0.25)
+
+
+def test_the_four_attention_projections_of_every_layer_are_wrapped():
+    model = apply_lora(tiny_llama())
+    wanted = {f"layers.{i}.attention.{projection}" for i in range(2) for projection in ATTENTION_PROJECTIONS}
+    assert {name for name, _ in lora_layers(model)} == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_are_float32_or_wider_and_outputs_keep_the_models_dtype(dtype):
+    model = apply_lora(tiny_llama().to(dtype))
+    assert {p.dtype for p in get_lora_optimizer_params(model)} == {torch.promote_types(dtype, torch.float32)}
+    x = torch.ones(2, 32, dtype=dtype)
+    assert all(layer(x).dtype == dtype for _, layer in lora_layers(model))
+
+
+def test_only_adapters_and_the_classifier_head_are_trained():
+    model = apply_lora(Classifier())
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = {f"{name}.{matrix}" for name, _ in lora_layers(model) for matrix in ("lora_A", "lora_B")}
+    assert len(adapters) == 16
+    assert trainable == adapters | {"classifier_head.weight", "classifier_head.bias"}
+
+
+def test_keep_trainable_is_a_choice():
+    model = apply_lora(Classifier(), keep_trainable=("norm",))
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert trainable == {"llama.norm.weight", "llama.norm.bias"}
+
+
+def test_gradient_reaches_only_adapters_and_head():
+    model = with_random_update(apply_lora(Classifier(), 2, 4.0))
+    before = snapshot(model)
+    model(IDS).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or name.startswith("classifier_head"):
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+    torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1).step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_optimizer_params_are_every_a_and_b_once():
+    model = apply_lora(tiny_llama())
+    wanted = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    got = get_lora_optimizer_params(model)
+    assert len(got) == 16 and {id(parameter) for parameter in got} == wanted
+
+
+def test_works_on_any_module_with_named_linears():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    before = model(x)
+    assert apply_lora(model, 2, 4.0, targets=("0",)) is model
+    assert isinstance(model[0], LoRALayer) and type(model[2]) is torch.nn.Linear
+    assert torch.equal(model(x), before)
+    unmerged = with_random_update(model)(x)
+    assert not torch.isclose(unmerged, before).all()
+    torch.testing.assert_close(merge_lora_weights(model)(x), unmerged, atol=1e-5, rtol=1e-5)
+    assert type(remove_lora(model)[0]) is torch.nn.Linear
+    torch.testing.assert_close(model(x), unmerged, atol=1e-5, rtol=1e-5)
+
+
+def test_a_target_that_matches_nothing_raises_with_the_names():
+    model = Classifier()
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    wanted = (
+        "no Linear is named q_proj, v_proj; the model's are classifier_head, compute_key, compute_output, "
+        "compute_query, compute_value, output, w1, w2, w3"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        apply_lora(model, targets=("compute_query", "q_proj", "v_proj"))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_wrapping_twice_raises():
+    with pytest.raises(ValueError, match="has LoRA layers already"):
+        apply_lora(apply_lora(tiny_llama()))
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "message"),
+    [
+        (0, 1.0, "LoRA rank is 0; it must be 1 or more"),
+        (-3, 1.0, "LoRA rank is -3"),
+        (4, 0.0, "LoRA alpha is 0.0; it must be above 0"),
+        (4, -1.0, "LoRA alpha is -1.0"),
+        (4, float("inf"), "LoRA alpha is inf"),
+        (4, float("nan"), "LoRA alpha is nan"),
+    ],
+)
+def test_a_wrong_rank_or_alpha_raises(rank, alpha, message):
+    with pytest.raises(ValueError, match=message):
+        LoRALayer(torch.nn.Linear(4, 4), rank, alpha)
+
+
+@pytest.mark.parametrize(("rank", "alpha", "message"), [(0, 1.0, "LoRA rank is 0"), (4, 0.0, "LoRA alpha is 0.0")])
+def test_a_wrong_rank_or_alpha_leaves_the_model_as_it_was(rank, alpha, message):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, rank, alpha)
+    assert not list(lora_layers(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# Counting
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_counts_are_of_all_parameters_with_a_tied_weight_once(tie_embeddings, rank):
+    model = tiny_llama(tie_embeddings=tie_embeddings)
+    assert count_lora_parameters(model)[0] == 0
+    apply_lora(model, rank)
+    square, grouped, hidden, vocabulary = 32 * 32, 16 * 32, 96 * 32, 64 * 32
+    base = 2 * (2 * square + 2 * grouped + 3 * hidden + 4 * 32) + 2 * 32 + vocabulary * (1 if tie_embeddings else 2)
+    wanted = 2 * rank * (2 * (32 + 32) + 2 * (32 + 16))
+    lora, total, percent = count_lora_parameters(model)
+    assert (lora, total) == (wanted, base + wanted)
+    assert percent == pytest.approx(100 * wanted / (base + wanted))
+
+
+def test_counts_of_a_model_without_parameters_are_zero():
+    assert count_lora_parameters(torch.nn.Module()) == (0, 0, 0.0)
+
+
+# Merging
+
+
+def test_merged_equals_unmerged_forward():
+    model = adapted()
+    logits, hidden = model(IDS, IDS)
+    base = tiny_llama()(IDS, IDS)[1]
+    assert (hidden - base).abs().max() > 0.1
+    assert merge_lora_weights(model) is model
+    for got, wanted in zip(model(IDS, IDS), (logits, hidden), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_merged_weight_is_the_float64_sum_cast_once():
+    model = adapted(rank=3)
+    layers = dict(lora_layers(model))
+    wanted = {
+        name: (layer.original_layer.weight.double() + 8.0 / 3 * (layer.lora_B.double() @ layer.lora_A.double())).float()
+        for name, layer in layers.items()
+    }
+    merge_lora_weights(model)
+    assert all(torch.equal(layer.original_layer.weight, wanted[name]) for name, layer in layers.items())
+
+
+def test_merging_and_unmerging_twice_is_merging_and_unmerging_once():
+    model = adapted()
+    before = snapshot(model)
+    merged = snapshot(merge_lora_weights(model))
+    assert same(snapshot(merge_lora_weights(model)), merged) and not same(merged, before)
+    assert all(layer.merged for _, layer in lora_layers(model))
+    assert unmerge_lora_weights(model) is model
+    assert same(snapshot(model), before)
+    assert same(snapshot(unmerge_lora_weights(model)), before)
+    assert not any(layer.merged for _, layer in lora_layers(model))
+    assert same(snapshot(merge_lora_weights(model)), merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_is_exact_however_often(dtype):
+    torch.manual_seed(0)
+    model = with_random_update(apply_lora(tiny_llama().to(dtype), 4, 30.0))
+    before, logits = snapshot(model), model(IDS)[0]
+    for _ in range(3):
+        unmerge_lora_weights(merge_lora_weights(model))
+    assert same(snapshot(model), before)
+    assert torch.equal(model(IDS)[0], logits)
+
+
+def test_unmerging_a_model_that_was_never_merged_does_nothing():
+    model = adapted()
+    before = snapshot(model)
+    assert same(snapshot(unmerge_lora_weights(model)), before)
+
+
+def test_bfloat16_weights_merge_in_wider_arithmetic():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
+    layer = LoRALayer(base, 8, 8.0)
+    torch.nn.init.normal_(layer.lora_B)
+    wanted = (base.weight.float() + layer.lora_B @ layer.lora_A).bfloat16()
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    unmerged = layer(x)
+    layer.merge()
+    assert base.weight.dtype == torch.bfloat16
+    assert (base.weight == wanted).float().mean() > 0.999
+    torch.testing.assert_close(layer(x), unmerged, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_changing_the_mode_merges_nothing(mode):
+    model = adapted()
+    before = snapshot(model)
+    assert same(snapshot(model.train(mode)), before)
+    merged = snapshot(merge_lora_weights(model))
+    assert same(snapshot(model.train(mode)), merged)
+
+
+def test_a_state_dict_saved_while_merged_stands_for_the_same_function():
+    model = merge_lora_weights(adapted())
+    other = apply_lora(tiny_llama(seed=5), 4, 8.0)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(IDS)[0], model(IDS)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_computes_what_a_loaded_state_dict_says():
+    source, model = adapted(seed=1), merge_lora_weights(adapted(seed=2))
+    model.load_state_dict(source.state_dict())
+    torch.testing.assert_close(model(IDS)[0], source(IDS)[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_removing_gives_the_plain_keys_and_the_base_or_the_merged_weights():
+    plain = tiny_llama()
+    removed = remove_lora(adapted())
+    assert same(snapshot(removed), snapshot(plain))
+    assert not list(lora_layers(removed))
+
+    merged = merge_lora_weights(adapted())
+    logits = merged(IDS)[0]
+    assert remove_lora(merged) is merged
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(merged(IDS)[0], logits)
+    plain.load_state_dict(merged.state_dict())
+    plain.requires_grad_(False)  # torch's own rounding differs in the last bit with it
+    assert torch.equal(plain(IDS)[0], logits)
+    apply_lora(merged)
+
+
+# Adapters in files
+
+
+def test_an_adapter_saved_and_loaded_gives_the_same_outputs():
+    source = adapted(seed=1)
+    adapter = lora_state_dict(source)
+    assert set(adapter) == {f"{name}.{matrix}" for name, _ in lora_layers(source) for matrix in ("lora_A", "lora_B")}
+    file = io.BytesIO()
+    torch.save(adapter, file)
+    other = adapted(seed=2)
+    assert not torch.isclose(other(IDS)[0], source(IDS)[0]).all()
+    load_lora_state_dict(other, torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert torch.equal(other(IDS)[0], source(IDS)[0])
+
+
+def test_an_adapter_is_a_copy():
+    model = adapted()
+    adapter = lora_state_dict(model)
+    before = {name: tensor.clone() for name, tensor in adapter.items()}
+    with_random_update(model, seed=7)
+    assert same(adapter, before)
+    assert not any(tensor.requires_grad for tensor in adapter.values())
+
+
+def test_a_merged_adapter_is_not_saved():
+    with pytest.raises(ValueError, match="adapter is merged into the weights; call unmerge_lora_weights"):
+        lora_state_dict(merge_lora_weights(adapted()))
+
+
+def test_loading_into_a_merged_model_unmerges_it_first():
+    source = adapted(seed=1)
+    model = merge_lora_weights(adapted(seed=2))
+    load_lora_state_dict(model, lora_state_dict(source))
+    assert not any(layer.merged for _, layer in lora_layers(model))
+    assert torch.equal(model(IDS)[0], source(IDS)[0])
+
+
+def other_rank(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return lora_state_dict(adapted(rank=2))
+
+
+def last_misshaped(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = sorted(adapter)[-1]
+    return adapter | {name: adapter[name][:, :-1]}
+
+
+def one_missing(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in adapter.items() if name != "layers.1.attention.compute_key.lora_B"}
+
+
+def one_extra(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return adapter | {"layers.7.attention.compute_key.lora_B": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_rank, r"compute_key.lora_A is \(2, 32\), the model's is \(4, 32\); another rank\?"),
+        (last_misshaped, r"layers.1.attention.compute_value.lora_B is \(16, 3\), the model's is \(16, 4\)"),
+        (one_missing, "does not fit the model: layers.1.attention.compute_key.lora_B and 0 more names"),
+        (one_extra, "does not fit the model: layers.7.attention.compute_key.lora_B and 0 more names"),
+        (lambda adapter: {}, "does not fit the model: .* and 15 more names"),
+    ],
+    ids=["other rank", "misshaped", "missing", "extra", "empty"],
+)
+def test_an_adapter_that_does_not_fit_raises_before_anything_changes(damage, message, merged):
+    model = adapted(seed=1)
+    adapter = damage(lora_state_dict(adapted(seed=2)))
+    if merged:
+        merge_lora_weights(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        load_lora_state_dict(model, adapter)
+    assert same(snapshot(model), before)
+    assert all(layer.merged == merged for _, layer in lora_layers(model))
