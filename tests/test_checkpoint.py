@@ -427,6 +427,14 @@ def test_a_file_cut_short_anywhere_raises_value_error(tmp_path, whole):
             load_pretrained(path)
 
 
+@pytest.mark.parametrize("length", [4, 36, 37, 255])
+def test_a_llama2c_file_cut_inside_its_header_says_so(tmp_path, length):
+    path = tmp_path / "short.bin"
+    path.write_bytes(v1_bytes(**llama2c_arrays())[:length])
+    with pytest.raises(ValueError, match="short.bin is cut short inside its header"):
+        read_checkpoint(path)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("make", [as_torch_zip, as_torch_before_zip])
 def test_a_torch_file_with_wrong_bytes_loads_or_raises_value_error(tmp_path, make):

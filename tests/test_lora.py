@@ -84,6 +84,11 @@ def test_layer_adds_alpha_over_rank_times_b_a_x():
     torch.testing.assert_close(layer(x), wanted, atol=1e-12, rtol=0)
 
 
+def test_layer_freezes_what_it_wraps():
+    layer = LoRALayer(torch.nn.Linear(6, 5))
+    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == {"lora_A", "lora_B"}
+
+
 def test_layer_defaults_are_rank_4_alpha_1():
     layer = LoRALayer(torch.nn.Linear(6, 5))
     assert (layer.rank, layer.alpha, layer.scaling) == (4, 1.0, 0.25)
