@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from conftest import CONFORMANCE, tiny_llama
+from dataset import Row, batches, pad
+
+NAMES = ["x", "yx", "yz", "yxz"]
+PIECES = {"x": [10], "yx": [11, 10], "yz": [11, 12], "yxz": [11, 10, 12]}
+
+
+class Pieces:
+    """A tokenizer of four known words, of one to three tokens."""
+
+    def encode(self, name, bos, eos):
+        assert not bos and not eos
+        return PIECES[name]
+
+
+def zero_shot(llama, pooling="last_token"):
+    config = SimpleNamespace(llama=llama, num_labels=len(NAMES), pooling=pooling)
+    return LlamaZeroShotClassifier(config, Pieces(), NAMES).eval()
+
+
+def embedding(llama, pooling="last_token", option="finetune", num_labels=3):
+    torch.manual_seed(1)
+    config = SimpleNamespace(
+        llama=llama, num_labels=num_labels, hidden_dropout_prob=0.3, option=option, pooling=pooling
+    )
+    return LlamaEmbeddingClassifier(config).eval()
+
+
+MODELS = {"prompt": zero_shot, "finetune": embedding}
+
+
+def rows_of_lengths(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Row(0, "", tuple(torch.randint(4, 64, (n,), generator=generator).tolist())) for n in lengths]
+
+
+@torch.no_grad()
+def scores(model, rows, size):
+    return torch.cat([model(batch.ids, batch.mask) for batch in batches(rows, size, pad_id=3)])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("option", MODELS)
+@pytest.mark.parametrize(
+    "lengths",
+    [[1 + 7 * i % 29 for i in range(80)], [29] + [1] * 79, [1] * 79 + [29], [5] * 80, [1, 29] * 40],
+    ids=["mixed", "one long first", "one long last", "all alike", "short and long in turn"],
+)
+def test_a_row_scores_the_same_alone_and_in_a_batch_of_10_and_of_80(option, causal, lengths):
+    model = MODELS[option](tiny_llama(causal=causal))
+    rows = rows_of_lengths(lengths)
+    alone = scores(model, rows, 1)
+    for size in (10, 80):
+        torch.testing.assert_close(scores(model, rows, size), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("option", MODELS)
+def test_the_courses_reading_depends_on_the_batch(option):
+    """The course's reading: what the switch is for, and proof that the test above can fail."""
+    model = MODELS[option](tiny_llama(), "last_column")
+    rows = rows_of_lengths([3, 9, 20])
+    assert (scores(model, rows, 3) - scores(model, rows, 1)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_label_of_several_tokens_has_the_product_of_their_probabilities(causal):
+    llama = tiny_llama(causal=causal)
+    rows = rows_of_lengths([2, 9, 5, 14])
+    got = scores(zero_shot(llama), rows, len(rows))
+    for row, line in zip(rows, got, strict=True):
+        for name, score in zip(NAMES, line, strict=True):
+            by_hand, ids = 0.0, list(row.ids)
+            for piece in PIECES[name]:
+                logits, _ = llama(torch.tensor([ids]))
+                by_hand += logits[0, -1].double().log_softmax(-1)[piece].item()
+                ids.append(piece)
+            assert score.item() == pytest.approx(by_hand, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_courses_reading_sums_a_labels_pieces_at_the_last_column():
+    llama = tiny_llama()
+    ids, mask = pad([[5, 6, 7], [8]], 3)
+    logits, hidden = llama(ids)
+    column = logits[:, -1].log_softmax(-1)
+    wanted = torch.stack([column[:, PIECES[name]].sum(-1) for name in NAMES], dim=-1)
+    torch.testing.assert_close(zero_shot(llama, "last_column")(ids, mask), wanted)
+    model = embedding(llama, "last_column")
+    torch.testing.assert_close(model(ids, mask), model.classifier_head(hidden[:, -1]).log_softmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", MODELS)
+def test_without_a_mask_every_token_is_real(option):
+    model = MODELS[option](tiny_llama())
+    ids = torch.randint(4, 64, (5, 9))
+    torch.testing.assert_close(model(ids), model(ids, torch.ones_like(ids, dtype=torch.bool)), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_head_reads_the_last_real_state_of_each_row():
+    llama = tiny_llama(causal=False)
+    model = embedding(llama)
+    rows = rows_of_lengths([4, 11])
+    got = scores(model, rows, 2)
+    for row, line in zip(rows, got, strict=True):
+        _, hidden = llama(torch.tensor([row.ids]))
+        wanted = (hidden[0, -1] @ model.classifier_head.weight.T + model.classifier_head.bias).log_softmax(-1)
+        torch.testing.assert_close(line, wanted, atol=1e-5, rtol=0)
+
+
+def test_dropout_acts_in_training_only():
+    model = embedding(tiny_llama())
+    ids = torch.randint(4, 64, (3, 6))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("option, trains", [("pretrain", False), ("finetune", True), ("lora", True)])
+def test_pretrain_freezes_the_backbone(option, trains):
+    model = embedding(tiny_llama(), option=option)
+    assert {p.requires_grad for p in model.llama.parameters()} == {trains}
+    assert all(p.requires_grad for p in model.classifier_head.parameters())
+    model(torch.randint(4, 64, (2, 5))).sum().backward()
+    assert (model.llama.layers[0].feed_forward.w1.weight.grad is not None) == trains
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("option", MODELS)
+def test_log_probabilities_are_float32_under_autocast(option, dtype):
+    model = MODELS[option](tiny_llama())
+    ids, mask = pad([[5, 6, 7, 9], [8]], 3)
+    with torch.autocast("cpu", dtype=dtype):
+        got = model(ids, mask)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, model(ids, mask), atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("norm, causal", [("rmsnorm", True), (None, None)])
+def test_a_config_may_override_the_convention(norm, causal):
+    config = SimpleNamespace(
+        pretrained_model_path=CONFORMANCE / "course_tiny.pt",
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+        option="finetune",
+        norm=norm,
+        causal=causal,
+    )
+    convention = LlamaEmbeddingClassifier(config).llama.config
+    assert (convention.norm, convention.causal) == (norm or "layernorm", bool(causal))
+
+
+def test_bad_settings_are_named():
+    llama = tiny_llama()
+    with pytest.raises(ValueError, match="option is 'train'; it must be one of pretrain, finetune, lora"):
+        embedding(llama, option="train")
+    with pytest.raises(ValueError, match="pooling is 'mean'; it must be one of last_token, last_column"):
+        embedding(llama, "mean")
+    with pytest.raises(ValueError, match="num_labels is 3, but there are 4 label names"):
+        LlamaZeroShotClassifier(SimpleNamespace(llama=llama, num_labels=3), Pieces(), NAMES)

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conftest import ROOT
+from dataset import (
+    Row,
+    batches,
+    has_gold_labels,
+    missing_classes,
+    pad,
+    prompt_question,
+    read_label_names,
+    read_rows,
+    tokenize_rows,
+    write_predictions,
+)
+from tokenizer import Tokenizer
+
+SST = ["awful", "bad", "average", "good", "excellent"]
+CFIMDB = ["bad", "good"]
+NAMES = {"sst": SST, "cfimdb": CFIMDB}
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer(asset):
+    return Tokenizer(tokenizer_model=asset("course/tokenizer.model"))
+
+
+def written(tmp_path, text):
+    path = tmp_path / "rows.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return path
+
+
+# The course's data
+
+
+@pytest.mark.parametrize("corpus, sizes", [("sst", (8544, 1101, 2210)), ("cfimdb", (1707, 245, 488))])
+def test_the_courses_files_have_the_published_numbers_of_rows(asset, corpus, sizes):
+    names = read_label_names(ROOT / "data" / f"{corpus}-label-mapping.json")
+    assert names == NAMES[corpus]
+    rows = [read_rows(asset(f"course/data/{corpus}-{split}.txt"), names) for split in ("train", "dev", "test")]
+    assert tuple(map(len, rows)) == sizes
+    assert [has_gold_labels(split) for split in rows] == [True, True, corpus == "sst"]
+    assert missing_classes("train.txt", rows[0], names) == []
+
+
+@pytest.mark.parametrize("corpus, mean, longest", [("sst", 28, 94), ("cfimdb", 240, 586)])
+def test_the_courses_sentences_have_the_published_lengths(asset, llama_tokenizer, corpus, mean, longest):
+    means = []
+    for split in ("train", "dev", "test"):
+        rows = read_rows(asset(f"course/data/{corpus}-{split}.txt"), NAMES[corpus])
+        done, cut = tokenize_rows(rows, llama_tokenizer, 1024)
+        assert cut == 0 and all(row.ids[0] == 1 and row.ids[-1] == 2 for row in done)
+        lengths = [len(row.ids) for row in done]
+        means.append(sum(lengths) / len(lengths))
+        longest_found = max(lengths) if split == "train" else max(longest_found, max(lengths))
+    assert longest_found == longest and round(sum(means) / 3) == mean  # each split counts alike
+
+
+@pytest.mark.parametrize("corpus", ["sst", "cfimdb"])
+def test_sentence_and_question_tokenized_apart_are_the_same_ids_as_together(asset, llama_tokenizer, corpus):
+    rows = read_rows(asset(f"course/data/{corpus}-dev.txt"), NAMES[corpus])
+    question = prompt_question(NAMES[corpus])
+    for asked in (question, question.rstrip()):
+        done, _ = tokenize_rows(rows, llama_tokenizer, 1024, question=asked)
+        for row in done:
+            assert list(row.ids) == llama_tokenizer.encode(row.sentence + asked, bos=True, eos=False)
+
+
+def test_the_question_is_the_courses_word_for_word(llama_tokenizer):
+    assert prompt_question(SST) == " Is this movie awful, bad, average, good, or excellent? This movie is "
+    assert prompt_question(CFIMDB) == " Is this movie bad or good? This movie is "
+    # The trailing space would become a piece of its own, which no label follows in running text.
+    assert llama_tokenizer.encode(prompt_question(SST), bos=False, eos=False)[-1] == 29871
+    assert [llama_tokenizer.encode(name, bos=False, eos=False) for name in SST] == [
+        [28893],
+        [4319],
+        [6588],
+        [1781],
+        [15129],
+    ]
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        (b"0 ||| one\n1 ||| two\n", ["one", "two"]),
+        (b"0 ||| one\n1 ||| two", ["one", "two"]),
+        (b"0 ||| one\r\n1 ||| two\r\n", ["one", "two"]),
+        (b"\xef\xbb\xbf0 ||| one\n1 ||| two\n\n\n", ["one", "two"]),
+        (b"0 |||   one  \n1 ||| a ||| b\n", ["one", "a ||| b"]),
+        ("0 ||| one\u2028more\x85 and\x0bmore\n1 ||| zwölf 映画\n".encode(), ["one\u2028more\x85 and\x0bmore", "zwölf 映画"]),
+    ],
+    ids=["plain", "no last newline", "CRLF", "byte-order mark, blank end", "spaces and separators", "odd line breaks"],
+)
+def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
+    rows = read_rows(written(tmp_path, text), CFIMDB)
+    assert [row.sentence for row in rows] == sentences
+    assert [row.label for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("0 ||| one\n1 two\n", r'rows.txt, line 2: no " \|\|\| " in \'1 two\''),
+        ("0 ||| one\n1 |||two\n", r"line 2: no"),
+        ("0 ||| one\n\n1 ||| two\n", r"line 2: no"),
+        ("0 ||| one\nx ||| two\n", "line 2: label 'x' is no whole number"),
+        ("0 ||| one\n1.0 ||| two\n", "line 2: label '1.0' is no whole number"),
+        ("0 ||| one\n2 ||| two\n", r"line 2: label 2 is none of 0 to 1 \(bad, good\)"),
+        ("-1 ||| one\n", "line 1: label -1 is none of 0 to 1"),
+        ("0 ||| one\n1 ||| \n0 ||| x", "line 2: the sentence is empty"),
+        ("0 ||| one\n1 |||", "line 2: the sentence is empty"),
+        ("", "rows.txt is empty"),
+        (" \n\n", "rows.txt is empty"),
+        (b"0 ||| one\n1 ||| \xff\xfe\n", "line 2: not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows(written(tmp_path, text), CFIMDB)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.txt: no such data file"):
+        read_rows(tmp_path / "none.txt", CFIMDB)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_rows(tmp_path, CFIMDB)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ('{"bad": 0}', "should be a JSON list of names"),
+        ('["bad", 1]', "should be a JSON list of names"),
+        ('["bad", " "]', "should be a JSON list of names"),
+        ('["bad"]', "at least two names"),
+        ('["bad", "bad"]', "each once"),
+    ],
+)
+def test_label_names_are_a_list_of_distinct_names(tmp_path, content, message):
+    path = tmp_path / "names.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_label_names(path)
+    path.write_text(json.dumps(SST), encoding="utf-8")
+    assert read_label_names(path) == SST
+
+
+def test_training_labels_must_reach_the_last_name():
+    assert missing_classes("t", [Row(0, "a"), Row(4, "b")], SST) == ["bad", "average", "good"]
+    with pytest.raises(ValueError, match="t has the labels 0, 1, but --label-names has 5 names"):
+        missing_classes("t", [Row(0, "a"), Row(1, "b")], SST)
+
+
+@pytest.mark.parametrize("labels, gold", [([0, 0], False), ([1], False), ([0, 1, 0], True)])
+def test_a_label_column_of_one_value_is_no_gold(labels, gold):
+    assert has_gold_labels([Row(label, "x") for label in labels]) is gold
+
+
+# Tokens
+
+
+def test_a_row_too_long_loses_the_end_of_its_sentence_only(llama_tokenizer):
+    rows = [Row(0, "a good film " * 20), Row(1, "short")]
+    whole, none = tokenize_rows(rows, llama_tokenizer, 1000)
+    assert none == 0
+    done, cut = tokenize_rows(rows, llama_tokenizer, 12)
+    assert cut == 1 and done[0].ids == (*whole[0].ids[:11], 2) and done[1].ids == whole[1].ids
+    assert done[0].sentence == rows[0].sentence
+
+    question = prompt_question(CFIMDB).rstrip()
+    tail = tuple(llama_tokenizer.encode(question.lstrip(), bos=False, eos=False))
+    done, cut = tokenize_rows(rows, llama_tokenizer, 20, question=question)
+    assert cut == 1 and done[0].ids == (*whole[0].ids[: 20 - len(tail)], *tail)
+    with pytest.raises(ValueError, match="context of 8 tokens has no room"):
+        tokenize_rows(rows, llama_tokenizer, 8, question=question)
+
+
+def test_max_sentence_len_cuts_the_sentence_before_anything_is_added(llama_tokenizer):
+    rows = [Row(0, "one good film after another good film")]
+    ids = tuple(llama_tokenizer.encode(rows[0].sentence, bos=False, eos=False))
+    done, cut = tokenize_rows(rows, llama_tokenizer, 100, max_sentence_len=3)
+    assert cut == 0 and done[0].ids == (1, *ids[:3], 2)
+
+
+def test_each_row_is_tokenized_once(llama_tokenizer):
+    class Counting:
+        bos_id, eos_id, texts = 1, 2, []
+
+        def encode(self, text, bos, eos):
+            self.texts.append(text)
+            return [7]
+
+    rows = [Row(0, "a"), Row(1, "b"), Row(1, "a")]
+    tokenize_rows(rows, Counting(), 50, question=" question")
+    assert sorted(Counting.texts) == ["a", "a", "b", "question"]
+
+
+# Batches
+
+
+def test_padding_goes_to_either_side_and_is_told_by_a_mask():
+    ids, mask = pad([[5, 6, 7], [8]], pad_id=3)
+    assert ids.tolist() == [[5, 6, 7], [8, 3, 3]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    ids, mask = pad([[5, 6, 7], [8]], pad_id=3, side="left")
+    assert ids.tolist() == [[5, 6, 7], [3, 3, 8]] and mask.tolist() == [[True] * 3, [False, False, True]]
+    ids, mask = pad([[3, 3], [8, 9]], pad_id=3)  # an id that equals the pad's is still a token
+    assert ids.tolist() == [[3, 3], [8, 9]] and mask is None
+
+
+def test_batches_cover_every_row_once_in_the_order_given():
+    rows = [Row(i % 2, str(i), tuple(range(1, i + 2))) for i in range(7)]
+    order = [6, 0, 5, 1, 4, 2, 3]
+    drawn = list(batches(rows, 3, 0, order))
+    assert [batch.positions for batch in drawn] == [[6, 0, 5], [1, 4, 2], [3]]
+    for batch in drawn:
+        assert batch.labels.tolist() == [rows[i].label for i in batch.positions]
+        for row, position in enumerate(batch.positions):
+            mask = torch.ones_like(batch.ids[row], dtype=torch.bool) if batch.mask is None else batch.mask[row]
+            assert tuple(batch.ids[row][mask].tolist()) == rows[position].ids
+    assert [batch.positions for batch in batches(rows, 4, 0)] == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_predictions_are_read_back_as_rows(tmp_path):
+    rows = [Row(0, "eins ||| zwei"), Row(1, "映画")]
+    path = tmp_path / "out.txt"
+    write_predictions(path, [1, 0], rows)
+    assert path.read_bytes() == "1 ||| eins ||| zwei\n0 ||| 映画\n".encode()
+    assert [row.label for row in read_rows(path, CFIMDB)] == [1, 0]
+    with pytest.raises(ValueError, match="longer"):
+        write_predictions(path, [1], rows)
+    assert path.read_bytes().count(b"\n") == 2
