@@ -52,6 +52,8 @@ class LlamaZeroShotClassifier(nn.Module):
         self.llama, self.pooling = _read_config(config)
         # A text's first piece carries the space before it ("▁good"), which is how the label follows the prompt.
         self.label_name_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+        # How long an input may be: all of a label but its last token has to fit behind it.
+        self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T), right-padded -> log-probabilities of the labels (B, num_labels), float32.

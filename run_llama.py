@@ -339,7 +339,7 @@ def tokenize_data(
         )
         cut += cut_here
     if cut:
-        report(f"warning: {cut} sentences were cut to fit the model's context of {context} tokens")
+        report(f"warning: {cut} sentences were cut; the model's context has room for {context} tokens a row")
     return done
 
 
@@ -380,9 +380,9 @@ def classify(args: argparse.Namespace) -> None:
     from lora import apply_lora, count_lora_parameters
     from tokenizer import Tokenizer
 
-    zero_shot = args.option == "prompt"
     label_names = read_label_names(args.label_names)
-    raw = read_data(args, ("dev", "test") if zero_shot else ("train", "dev", "test"), label_names)
+    splits = ("dev", "test") if args.option == "prompt" else ("train", "dev", "test")
+    raw = read_data(args, splits, label_names)
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
@@ -397,13 +397,13 @@ def classify(args: argparse.Namespace) -> None:
         option=args.option,
         pooling=args.pooling,
     )
-    if zero_shot:
+    if args.option == "prompt":
         question = prompt_question(label_names)
         if args.pooling == "last_token":
             question = question.rstrip()  # a label's first piece brings its own space
-        data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len, question)
-        model: torch.nn.Module = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device)
-        predict(args, model.eval(), data, dtype, tokenizer.pad_id)
+        zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
+        data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
+        predict(args, zero_shot, data, dtype, tokenizer.pad_id)
         return
 
     data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)

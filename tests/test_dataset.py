@@ -51,15 +51,14 @@ def test_the_courses_files_have_the_published_numbers_of_rows(asset, corpus, siz
 
 @pytest.mark.parametrize("corpus, mean, longest", [("sst", 28, 94), ("cfimdb", 240, 586)])
 def test_the_courses_sentences_have_the_published_lengths(asset, llama_tokenizer, corpus, mean, longest):
-    means = []
+    lengths = []
     for split in ("train", "dev", "test"):
         rows = read_rows(asset(f"course/data/{corpus}-{split}.txt"), NAMES[corpus])
         done, cut = tokenize_rows(rows, llama_tokenizer, 1024)
         assert cut == 0 and all(row.ids[0] == 1 and row.ids[-1] == 2 for row in done)
-        lengths = [len(row.ids) for row in done]
-        means.append(sum(lengths) / len(lengths))
-        longest_found = max(lengths) if split == "train" else max(longest_found, max(lengths))
-    assert longest_found == longest and round(sum(means) / 3) == mean  # each split counts alike
+        lengths.append([len(row.ids) for row in done])
+    assert max(map(max, lengths)) == longest
+    assert round(sum(sum(split) / len(split) for split in lengths) / 3) == mean  # each split counts alike
 
 
 @pytest.mark.parametrize("corpus", ["sst", "cfimdb"])
@@ -97,7 +96,10 @@ def test_the_question_is_the_courses_word_for_word(llama_tokenizer):
         (b"0 ||| one\r\n1 ||| two\r\n", ["one", "two"]),
         (b"\xef\xbb\xbf0 ||| one\n1 ||| two\n\n\n", ["one", "two"]),
         (b"0 |||   one  \n1 ||| a ||| b\n", ["one", "a ||| b"]),
-        ("0 ||| one\u2028more\x85 and\x0bmore\n1 ||| zwölf 映画\n".encode(), ["one\u2028more\x85 and\x0bmore", "zwölf 映画"]),
+        (
+            "0 ||| one\u2028more\x85 and\x0bmore\n1 ||| zwölf 映画\n".encode(),
+            ["one\u2028more\x85 and\x0bmore", "zwölf 映画"],
+        ),
     ],
     ids=["plain", "no last newline", "CRLF", "byte-order mark, blank end", "spaces and separators", "odd line breaks"],
 )

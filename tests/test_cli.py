@@ -1,0 +1,434 @@
+"""The command line as its user meets it: what the options do, what is printed where, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import training
+from checkpoint import write_checkpoint
+from conftest import CONFORMANCE, ROOT, tiny_llama
+from run_llama import main
+
+OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
+BEFORE = "from an earlier run\n"
+
+
+def outputs(option):
+    return [f"{split}-{OPTIONS[option]}-output.txt" for split in ("dev", "test")]
+
+
+class Command:
+    """A folder with small data and a small model; runs `run_llama.py` in it, with options that later ones override."""
+
+    def __init__(self, folder, tokenizer, capsys):
+        self.folder, self.capsys = folder, capsys
+        lines = [f"{i % 2} ||| {'a bad dull film' if i % 2 == 0 else 'one good day'} {i}" for i in range(12)]
+        for split in ("train", "dev", "test"):
+            (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "names.json").write_text('["bad", "good"]', encoding="utf-8")
+        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        model = tiny_llama(vocab_size=512, max_seq_len=64)
+        write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
+
+    def __call__(self, option, *more):
+        """(exit code, stdout, stderr)"""
+        fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", "--label-names", "names.json"]
+        fixed += ["--epochs", "1", "--lr", "0.001", "--batch_size", "5", "--max_new_tokens", "5"]
+        for split in ("train", "dev", "test"):
+            fixed += [f"--{split}", f"{split}.txt"]
+        if option in OPTIONS:
+            fixed += ["--dev_out", outputs(option)[0], "--test_out", outputs(option)[1]]
+        self.capsys.readouterr()
+        try:
+            code = main(["--option", option, *fixed, *more])
+        except SystemExit as exit:
+            code = exit.code
+        return code, *self.capsys.readouterr()
+
+    def files(self):
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def command(asset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
+
+
+# Bad input: (what it is, option, further arguments, what to write beforehand, what the line must name)
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+def content(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def made_folder(name):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+def cut_short(name, share):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[: int(share * 1e5)])
+
+
+def poisoned(folder):
+    saved = torch.load(folder / "model.pt", weights_only=True)
+    saved["model"]["layers.0.attention.compute_key.weight"][1, 2] = torch.nan
+    torch.save(saved, folder / "model.pt")
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def with_code(folder):
+    torch.save({"model": Code(), "model_args": {}}, folder / "model.pt")
+
+
+def another_vocabulary(folder):
+    model = tiny_llama(vocab_size=500)
+    write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
+
+
+FILES = {"train": "train.txt", "dev": "dev.txt", "test": "test.txt", "labels": "names.json"}
+FILES |= {"checkpoint": "model.pt", "tokenizer": "tokenizer.model"}
+DATA = [name for name in FILES.values() if name.endswith((".txt", ".json"))]
+BAD = [
+    *((f"{what} missing", "finetune", [], removed(name), name) for what, name in FILES.items()),
+    *((f"{what} empty", "finetune", [], content(name, b""), name) for what, name in FILES.items()),
+    *((f"{what} a folder", "finetune", [], made_folder(name), name) for what, name in FILES.items()),
+    *((f"{name} not UTF-8", "lora", [], content(name, b"0 ||| \xe4\n"), f"{name}, line 1: not UTF-8") for name in DATA),
+    *(
+        (f"{name} {what}", option, [], text(name, line), message)
+        for option, name in (("finetune", "train.txt"), ("prompt", "dev.txt"), ("lora", "test.txt"))
+        for what, line, message in (
+            ("without separator", "0 ||| a\n1 b\n", f'{name}, line 2: no " ||| "'),
+            ("label no integer", "0 ||| a\ngood ||| b\n", f"{name}, line 2: label 'good'"),
+            ("label outside", "0 ||| a\n2 ||| b\n", f"{name}, line 2: label 2 is none of 0 to 1"),
+            ("empty sentence", "0 ||| a\n1 ||| \n0 ||| c\n", f"{name}, line 2: the sentence is empty"),
+        )
+    ),
+    ("labels not of this data", "finetune", [], text("names.json", json.dumps(list("abcde"))), "labels 0, 1"),
+    ("labels no list", "prompt", [], text("names.json", '{"bad": 0}'), "names.json should be a JSON list"),
+    ("checkpoint cut short", "finetune", [], cut_short("model.pt", 0.5), "model.pt"),
+    ("checkpoint unknown", "generate", [], content("model.pt", bytes(range(256)) * 9), "model.pt is no checkpoint"),
+    ("checkpoint a text", "prompt", [], text("model.pt", "hello"), "model.pt is no checkpoint"),
+    ("checkpoint of another vocabulary", "generate", [], another_vocabulary, "vocabulary of 500"),
+    ("checkpoint with NaN", "lora", [], poisoned, "layers.0.attention.compute_key.weight holds NaN"),
+    ("checkpoint with code", "finetune", [], with_code, "model.pt is refused"),
+    ("plain pickle with code", "generate", [], content("model.pt", pickle.dumps(Code())), "model.pt is refused"),
+    ("checkpoint of an adapter", "generate", ["--pretrained-model-path", "names.json"], None, "names.json is no check"),
+    ("tokenizer no SentencePiece", "generate", [], text("tokenizer.model", "x"), "tokenizer.model is no SentencePiece"),
+    *(
+        (f"{flag} {value}", option, [flag, value], None, f"argument {flag}: {value!r} is not allowed")
+        for flag, option, values in (
+            ("--epsilon", "generate", ("-0.1", "1", "2", "nan", "x")),
+            ("--temperature", "generate", ("-1", "inf", "nan", "warm")),
+            ("--max_new_tokens", "generate", ("-1", "1.5")),
+            ("--batch_size", "prompt", ("0", "-3", "2.5")),
+            ("--lora_rank", "lora", ("0", "-1")),
+            ("--lora_alpha", "lora", ("0", "-1")),
+            ("--epochs", "finetune", ("0", "-1", "x")),
+            ("--lr", "finetune", ("0", "-0.001", "nan", "inf")),
+            ("--hidden_dropout_prob", "finetune", ("1", "-0.1")),
+            ("--max_sentence_len", "prompt", ("0",)),
+            ("--seed", "generate", ("-1", "1.5", str(1 << 63))),
+        )
+        for value in values
+    ),
+    ("an unknown option", "guess", [], None, "invalid choice: 'guess'"),
+    ("an unknown flag", "generate", ["--temprature", "1"], None, "--temprature"),
+    ("an unknown dtype", "generate", ["--dtype", "int8"], None, "invalid choice: 'int8'"),
+    ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
+    ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
+    ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
+    ("a prompt longer than the context", "prompt", ["--label-names", "long.json"], text("long.json", json.dumps(["a" *
+    200, "b"])), "no room for a sentence"), ("one file for two outputs", "prompt", ["--test_out",
+    "./dev-prompting-output.txt"], None, "test-prompting-output.txt"), *(
+        (f"{option} {flag} {name}", option, [flag, name], None, f"{flag} is {name}; for --option {option}")
+        for option in OPTIONS
+        for flag in ("--dev_out", "--test_out")
+        for name in ("out.txt", "x-advanced-output.txt")
+    ),
+    *(
+        (f"{option} writes {flag} {name}", option, [flag, name], None, message)
+        for option, flag, name, message in (
+            ("prompt", "--dev_out", "none/dev-prompting-output.txt", "there is no folder none"),
+            ("lora", "--test_out", "/proc/test-lora-output.txt", "/proc/test-lora-output.txt cannot be written"),
+            ("generate", "--generated_sentence_low_temp_out", "none/low.txt", "there is no folder none"),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("what, option, more, change, message", BAD, ids=[case[0] for case in BAD])
+def test_bad_input_gets_one_line_and_touches_nothing(command, what, option, more, change, message):
+    if change:
+        change(command.folder)
+    for name in [*outputs("prompt"), *outputs("lora"), *outputs("finetune"), "finetune-1-0.001.pt"]:
+        (command.folder / name).write_text(BEFORE, encoding="utf-8")
+    before = command.files()
+    code, out, err = command(option, *more)
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert len(errors) == 1 and err.splitlines()[-1] == errors[0]
+    assert errors[0].startswith("run_llama.py: error: ") and message in errors[0]
+    assert command.files() == before  # the file "ran" is not there either
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("option", ["generate", "finetune"])
+def test_use_gpu_without_cuda_says_so(command, option):
+    before = command.files()
+    code, out, err = command(option, "--use_gpu")
+    assert (code, out) == (2, "") and command.files() == before
+    assert (
+        err
+        == "run_llama.py: error: cuda: no CUDA device is available here; leave out --use_gpu, or give --device cpu\n"
+    )
+
+
+def test_an_output_folder_without_permission(command):
+    locked = command.folder / "locked"
+    locked.mkdir()
+    locked.chmod(0o500)
+    if os.access(locked, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    code, _, err = command("prompt", "--dev_out", "locked/dev-prompting-output.txt")
+    assert code == 2 and "locked/dev-prompting-output.txt cannot be written" in err
+
+
+def test_a_write_that_fails_at_the_end_leaves_the_old_file(command, monkeypatch):
+    """What `check_writable` cannot foresee: the disk is full when the predictions are written."""
+    old = command.folder / outputs("prompt")[0]
+    old.write_text(BEFORE, encoding="utf-8")
+    before = command.files()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = command("prompt")
+    assert code == 2 and err.endswith("No space left on device\n") and command.files() == before
+
+
+# Warnings
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, option):
+    for split in ("train", "dev", "test"):
+        path = command.folder / f"{split}.txt"
+        path.write_text(path.read_text(encoding="utf-8") + "0 ||| " + "long story " * 90 + "\n", encoding="utf-8")
+    code, _, err = command(option)
+    count, room = (2, 62) if option == "prompt" else (3, 64)  # a label's three tokens: two must fit behind a row
+    assert code == 0
+    assert [line for line in err.splitlines() if "warning" in line] == [
+        f"warning: {count} sentences were cut; the model's context has room for {room} tokens a row"
+    ]
+    written = (command.folder / outputs(option)[0]).read_text(encoding="utf-8")
+    assert written.rstrip().endswith("long story " * 89 + "long story")  # the file has the whole sentence
+
+
+def test_a_class_without_a_row_is_warned_of(command):
+    text("names.json", '["bad", "fair", "good"]')(command.folder)
+    for split in ("train", "dev", "test"):
+        text(f"{split}.txt", "0 ||| a\n2 ||| b\n")(command.folder)
+    code, _, err = command("finetune")
+    assert code == 0 and "warning: train.txt has no row of fair" in err
+
+
+def test_a_prompt_that_outgrows_the_context_is_warned_of(command):
+    code, out, err = command("generate", "--prompt", "one day", "--max_new_tokens", "70", "--temperature", "0")
+    assert code == 0 and out.startswith("one day") and "exceed the model's context of 64" in err
+
+
+# What the options do
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("pooling", ["last_token", "last_column"])
+def test_an_option_prints_scores_and_writes_predictions(command, option, pooling):
+    before = set(command.files())
+    code, out, err = command(option, "--pooling", pooling)
+    best = {"prompt": set(), "finetune": {"finetune-1-0.001.pt"}, "lora": {"lora-1-0.001.pt"}}[option]
+    assert code == 0 and set(command.files()) - before == set(outputs(option)) | best
+    scores = r"accuracy 0\.\d{3}, macro-F1 0\.\d{3} \(12 rows\)"
+    assert re.fullmatch(rf"dev {scores}\ntest {scores}\n", out)
+    for split, name in zip(("dev", "test"), outputs(option), strict=True):
+        lines = (command.folder / name).read_text(encoding="utf-8").splitlines()
+        source = (command.folder / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+        assert [line[1:] for line in lines] == [line[1:] for line in source]
+        accuracy = sum(a[0] == b[0] for a, b in zip(lines, source, strict=True)) / len(source)
+        assert f"{split} accuracy {accuracy:.3f}" in out  # what is written is what was scored
+
+
+def test_fine_tuning_learns_and_predicts_with_the_best_model(command):
+    code, out, err = command("finetune", "--epochs", "6", "--lr", "3e-3", "--hidden_dropout_prob", "0")
+    assert code == 0 and "dev accuracy 1.000" in out
+    saved = torch.load(command.folder / "finetune-6-0.003.pt", weights_only=True)
+    assert saved["dev_accuracy"] == 1.0 and saved["label_names"] == ["bad", "good"] and saved["kind"] == "classifier"
+    code, _, err = command("generate", "--pretrained-model-path", "finetune-6-0.003.pt")
+    assert code == 2 and "is a fine-tuned classifier" in err
+
+
+def test_a_test_set_without_gold_labels_is_predicted_and_not_scored(command):
+    path = command.folder / "test.txt"
+    path.write_text(re.sub(r"^1", "0", path.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
+    code, out, _ = command("prompt")
+    assert code == 0 and "test has no gold labels" in out and "dev accuracy" in out
+    assert len((command.folder / outputs("prompt")[1]).read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_prompt_reads_no_training_data(command):
+    (command.folder / "train.txt").unlink()
+    assert command("prompt")[0] == 0
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_same_seed_gives_the_same_output(command, option):
+    def result():
+        code, out, _ = command(option, "--seed", "5")
+        assert code == 0
+        return out, [(command.folder / name).read_bytes() for name in outputs(option)]
+
+    assert result() == result()
+
+
+def test_generate_takes_temperature_and_seed(command):
+    def continuation(*more):
+        code, out, _ = command("generate", "--prompt", "one", "--max_new_tokens", "20", "--epsilon", "0", *more)
+        assert code == 0
+        return out
+
+    greedy = continuation("--temperature", "0")
+    assert continuation("--temperature", "0", "--seed", "7") == greedy
+    drawn = continuation("--temperature", "2", "--seed", "7")
+    assert continuation("--temperature", "2", "--seed", "7") == drawn
+    assert continuation("--temperature", "2", "--seed", "8") != drawn
+    assert not list(command.folder.glob("generated*"))
+
+
+def test_without_a_temperature_generate_writes_both_files(command):
+    code, out, _ = command("generate", "--prompt", "one day")
+    files = [command.folder / f"generated-sentence-temp-{t}.txt" for t in (0, 1)]
+    assert code == 0 and out == "".join(path.read_text(encoding="utf-8") for path in files)
+    assert out.count("one day") == 2
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_the_tiny_story_teller_tells_its_published_story(asset, capsys, version):
+    arguments = ["--pretrained-model-path", str(asset(f"stories260K/stories260K_{version}.bin"))]
+    arguments += ["--tokenizer", str(asset("stories260K/tok512.model")), "--prompt", ""]
+    assert main([*arguments, "--temperature", "0", "--max_new_tokens", "200"]) == 0
+    published = asset("stories260K/greedy_200.txt").read_text(encoding="utf-8").strip()
+    told = capsys.readouterr().out.strip()
+    # The last few characters depend on where 200 steps end.
+    assert len(published) > 400 and told[: len(published) - 8] == published[:-8]
+
+
+@pytest.mark.parametrize(
+    "option, more, words",
+    [
+        ("generate", [], ["seed 1337", "model.pt (mini-llama)", "float32", "RMSNorm, causal", "tokenizer.model"]),
+        ("generate", ["--attention", "bidirectional", "--dtype", "bf16"], ["RMSNorm, bidirectional", "bfloat16"]),
+        ("prompt", ["--dtype", "fp32"], ["dev dev.txt, test test.txt", "float32", "dev-prompting-output.txt"]),
+        ("lora", ["--seed", "3"], ["seed 3", "train train.txt", "names.json", "lora-1-0.001.pt", "LoRA  "]),
+    ],
+)
+def test_the_header_says_what_runs_and_what_it_writes(command, option, more, words):
+    model = tiny_llama(vocab_size=512, max_seq_len=64, norm="rmsnorm", causal=True)
+    write_checkpoint(command.folder / "model.pt", model.state_dict(), model.config)
+    code, _, err = command(option, *more)
+    assert code == 0
+    for word in [*words, "2 layers, dim 32, 4 heads, 2 key/value heads, vocabulary 512, context 64", "cpu"]:
+        assert word in err
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in err
+
+
+def test_auto_scores_in_bf16_where_that_is_native_and_generates_in_float32(command, monkeypatch):
+    for native, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(training, "bf16_is_native", lambda device, native=native: native)
+        assert f"matrix products in {dtype}" in command("prompt")[2]
+        assert "matrix products in float32" in command("generate")[2]
+
+
+def test_the_courses_model_is_layernorm_and_bidirectional(command):
+    code, _, err = command("generate", "--pretrained-model-path", str(CONFORMANCE / "course_tiny.pt"))
+    assert code == 0 and "(course)" in err and "LayerNorm, bidirectional" in err
+
+
+def test_a_llama2c_file_of_ones_runs(command):
+    sizes = dim, hidden, layers, heads, kv_heads, vocabulary, context = 8, 16, 1, 2, 2, 512, 16
+    floats = vocabulary * dim + layers * (2 * dim + 4 * dim * dim + 3 * dim * hidden) + dim + context * dim // heads
+    (command.folder / "ones.bin").write_bytes(struct.pack("<7i", *sizes) + np.ones(floats, "<f4").tobytes())
+    code, out, err = command("generate", "--pretrained-model-path", "ones.bin", "--temperature", "0")
+    assert code == 0 and "(llama2.c v0)" in err and "RMSNorm, causal" in err
+
+
+# The process
+
+
+def start(*arguments, folder=ROOT, **settings):
+    command = [sys.executable, str(ROOT / "run_llama.py"), *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def test_help_teaches_at_once_and_imports_no_torch():
+    times = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        begun = time.perf_counter()
+        process = start("--help")
+        out, _ = process.communicate()
+        times.append(time.perf_counter() - begun)
+        assert process.returncode == 0
+    assert min(times) < 0.5
+    for word in ("--option", "--epsilon", "--lora_rank", "examples:", "default: 1337"):
+        assert word in out
+    code = "import sys, run_llama; run_llama.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_stops_with_130_and_leaves_no_half_written_file(command):
+    """In the middle of training: after the first epoch's model was saved, long before the last epoch."""
+    fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", "--label-names", "names.json"]
+    for split in ("train", "dev", "test"):
+        fixed += [f"--{split}", f"{split}.txt"]
+    fixed += ["--dev_out", outputs("finetune")[0], "--test_out", outputs("finetune")[1], "--epochs", "100000"]
+    process = start("--option", "finetune", *fixed, folder=command.folder)
+    for line in process.stderr:
+        if line.startswith("epoch 2:"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert err.splitlines()[-1] == "run_llama.py: stopped"
+    left = set(command.files())
+    assert "finetune-100000-2e-05.pt" in left and not any(".tmp" in name or "output" in name for name in left)
+    assert torch.load(command.folder / "finetune-100000-2e-05.pt", weights_only=True)["epoch"] >= 1
