@@ -109,6 +109,10 @@ def with_code(folder):
     torch.save({"model": Code(), "model_args": {}}, folder / "model.pt")
 
 
+def long_names(folder):
+    (folder / "long.json").write_text(json.dumps(["a" * 200, "b"]), encoding="utf-8")
+
+
 def another_vocabulary(folder):
     model = tiny_llama(vocab_size=500)
     write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
@@ -141,7 +145,7 @@ BAD = [
     ("checkpoint with NaN", "lora", [], poisoned, "layers.0.attention.compute_key.weight holds NaN"),
     ("checkpoint with code", "finetune", [], with_code, "model.pt is refused"),
     ("plain pickle with code", "generate", [], content("model.pt", pickle.dumps(Code())), "model.pt is refused"),
-    ("checkpoint of an adapter", "generate", ["--pretrained-model-path", "names.json"], None, "names.json is no check"),
+    ("checkpoint of no kind", "generate", ["--pretrained-model-path", "names.json"], None, "names.json is no check"),
     ("tokenizer no SentencePiece", "generate", [], text("tokenizer.model", "x"), "tokenizer.model is no SentencePiece"),
     *(
         (f"{flag} {value}", option, [flag, value], None, f"argument {flag}: {value!r} is not allowed")
@@ -166,9 +170,9 @@ BAD = [
     ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
     ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
-    ("a prompt longer than the context", "prompt", ["--label-names", "long.json"], text("long.json", json.dumps(["a" *
-    200, "b"])), "no room for a sentence"), ("one file for two outputs", "prompt", ["--test_out",
-    "./dev-prompting-output.txt"], None, "test-prompting-output.txt"), *(
+    ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
+    ("one file for both", "prompt", ["--test_out", "./dev-prompting-output.txt"], None, "test-prompting-output.txt"),
+    *(
         (f"{option} {flag} {name}", option, [flag, name], None, f"{flag} is {name}; for --option {option}")
         for option in OPTIONS
         for flag in ("--dev_out", "--test_out")
@@ -182,7 +186,7 @@ BAD = [
             ("generate", "--generated_sentence_low_temp_out", "none/low.txt", "there is no folder none"),
         )
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
