@@ -1,8 +1,10 @@
-"""AdamW (arXiv 1711.05101, Algorithm 2), as the course states it.
+"""AdamW (arXiv 1711.05101, Algorithm 2), as the course states it; decay groups; the learning rate of a step.
 
 Convention: the gradient step comes first, then the weight decay p -= lr * weight_decay * p, with the learning rate in
 it. torch.optim.AdamW decays first; and it adds eps to sqrt(v / (1 - b2^t)), where here eps is added to sqrt(v) and
 the bias correction stands in the step size, as in the efficient variant of Adam (arXiv 1412.6980, end of section 2).
+
+`one_by_one` is the formula to read; `in_one_pass` is the same by one kernel over all parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -20,7 +23,7 @@ class AdamW(Optimizer):
 
     params: parameters, or groups of them, each group with settings of its own. correct_bias: undo the bias of the
     moving averages towards their start at zero. max_grad_norm: before the step, scale a group's gradients down to
-    this global 2-norm; None leaves them alone.
+    this global 2-norm; None leaves them alone. fused: update by `in_one_pass`, else `one_by_one`.
 
     Raises ValueError for a setting out of its range, RuntimeError for a sparse gradient.
     """
@@ -34,6 +37,7 @@ class AdamW(Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
         max_grad_norm: float | None = None,
+        fused: bool = True,
     ) -> None:
         if not 0.0 <= lr < math.inf:
             raise ValueError(f"learning rate is {lr}; it must be 0 or more")
@@ -54,6 +58,7 @@ class AdamW(Optimizer):
             "max_grad_norm": max_grad_norm,
         }
         super().__init__(params, defaults)
+        self.fused = fused
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -69,7 +74,6 @@ class AdamW(Optimizer):
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
             if group["max_grad_norm"] is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, group["max_grad_norm"])
-            beta1, beta2 = group["betas"]
             for p in parameters:
                 state = self.state[p]
                 if not state:
@@ -77,13 +81,85 @@ class AdamW(Optimizer):
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 state["step"] += 1
-                m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
-                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-
-                step_size = group["lr"]
-                if group["correct_bias"]:
-                    step_size *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
-                p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-                p.mul_(1 - group["lr"] * group["weight_decay"])  # after the gradient step
+            (in_one_pass if self.fused else one_by_one)(parameters, self.state, group)
         return loss
+
+
+def one_by_one(parameters: list[nn.Parameter], states: dict[Tensor, Any], group: dict[str, Any]) -> None:
+    """The update, parameter by parameter."""
+    beta1, beta2 = group["betas"]
+    for p in parameters:
+        assert p.grad is not None
+        m, v, t = (states[p][name] for name in ("exp_avg", "exp_avg_sq", "step"))
+        m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+
+        step_size = group["lr"]
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
+        p.mul_(1 - group["lr"] * group["weight_decay"])  # after the gradient step
+
+
+def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group: dict[str, Any]) -> None:
+    """The same update by torch's fused AdamW kernel, with settings that make its formula ours.
+
+    The kernel computes p * (1 - lr' wd') - lr' / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps'). With
+    keep = 1 - lr wd, ours is that at lr' = lr keep, wd' = wd / keep and eps' = eps / sqrt(1 - b2^t). Without bias
+    correction t is infinite.
+    """
+    beta1, beta2 = group["betas"]
+    keep = 1 - group["lr"] * group["weight_decay"]
+    if not keep > 0:
+        return one_by_one(parameters, states, group)
+    # Alike in step count, so that one eps serves; alike in dtype and device, as the kernel wants.
+    alike: dict[tuple[int, torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for p in parameters:
+        alike.setdefault((states[p]["step"], p.dtype, p.device), []).append(p)
+    for (step, _, device), members in alike.items():
+        t = step if group["correct_bias"] else math.inf
+        torch._fused_adamw_(
+            [local(p) for p in members],
+            [local(p.grad) for p in members],
+            [local(states[p]["exp_avg"]) for p in members],
+            [local(states[p]["exp_avg_sq"]) for p in members],
+            [],
+            [torch.tensor(float(t), device=device)] * len(members),
+            lr=group["lr"] * keep,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"] / keep,
+            eps=group["eps"] / math.sqrt(1 - beta2**t),
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is. The update is elementwise, so parts do."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices decay, vectors (norms' weights, biases) do not. Frozen parameters are left out."""
+    trained = [p for _, p in named_parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(
+    step: int, total_steps: int, peak: float, schedule: str = "constant", warmup_steps: int = 0, minimum: float = 0.0
+) -> float:
+    """The learning rate of step 0 to total_steps - 1: a linear warm-up, never zero, then "constant" or "cosine".
+
+    The cosine falls from `peak` at the end of the warm-up to `minimum` at total_steps.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer import AdamW
+from optimizer import AdamW, decay_groups, learning_rate
 
 SHAPES = ((3, 4), (5,))
 
@@ -69,6 +69,7 @@ SETTINGS = {
     "clipped": {"lr": 0.01, "max_grad_norm": 0.5, "eps": 0.1},
     "clipped rarely": {"lr": 0.01, "max_grad_norm": 4.0, "eps": 0.1, "weight_decay": 0.1},
     "large eps": {"lr": 0.1, "eps": 1.0},
+    "more decay than fits": {"lr": 0.5, "weight_decay": 3.0},
 }
 
 
@@ -79,10 +80,11 @@ def plain(parameters, settings) -> PlainAdamW:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
-def test_equals_the_plain_formula(settings, dtype, tolerance):
+@pytest.mark.parametrize("fused", [True, False])
+def test_equals_the_plain_formula(settings, dtype, tolerance, fused):
     parameters = random_parameters(dtype=dtype)
     reference = plain(parameters, settings)
-    optimizer = AdamW(parameters, **settings)
+    optimizer = AdamW(parameters, **settings, fused=fused)
     for step in range(20):
         gradients = random_gradients(step)
         set_gradients(parameters, gradients)
@@ -270,3 +272,50 @@ def test_step_keeps_parameters_in_place_and_out_of_the_graph():
     run(AdamW(parameters, weight_decay=0.1), parameters, range(2))
     assert [parameter.data_ptr() for parameter in parameters] == addresses
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in parameters)
+
+
+def test_the_fused_and_the_readable_update_agree():
+    straight, fused = random_parameters(), random_parameters()
+    settings = {"lr": 0.03, "weight_decay": 0.2, "max_grad_norm": 2.0}
+    run(AdamW(straight, **settings, fused=False), straight, range(50))
+    run(AdamW(fused, **settings, fused=True), fused, range(50))
+    for got, wanted in zip(fused, straight, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_of_several_dtypes_go_together(fused):
+    narrow, wide = random_parameters(dtype=torch.float32), random_parameters()
+    optimizer = AdamW([*narrow, *wide], lr=0.01, fused=fused)
+    for step in range(3):
+        set_gradients(narrow, random_gradients(step))
+        set_gradients(wide, random_gradients(step))
+        optimizer.step()
+    for a, b in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-6)
+
+
+# Decay groups and the learning rate
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
+    model[2].weight.requires_grad_(False)
+    groups = decay_groups(model.named_parameters(), 0.3)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [{id(p) for p in group["params"]} for group in groups] == [
+        {id(model[0].weight)},
+        {id(model[0].bias), id(model[1].weight), id(model[1].bias)},
+    ]
+    assert len(decay_groups(torch.nn.LayerNorm(4).named_parameters(), 0.3)) == 1
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    rates = [learning_rate(step, 100, 2.0, "cosine", 10, 0.5) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.25) and rates[-1] == pytest.approx(0.5, abs=1e-3)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and min(rates) > 0
+    assert learning_rate(100, 100, 2.0, "cosine", 10, 0.5) == pytest.approx(0.5)
+    assert {learning_rate(step, 5, 2.0) for step in range(5)} == {2.0}
+    assert [learning_rate(step, 5, 2.0, "constant", 2) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
+    assert learning_rate(3, 3, 2.0, "cosine", 3) == 2.0  # all of it warm-up
