@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, last_real, load_pretrained
+from llama import Llama, load_pretrained
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")
@@ -88,8 +88,8 @@ class LlamaZeroShotClassifier(nn.Module):
             places = mask.sum(-1, keepdim=True) + after  # right behind each row's last real token
             input_ids = input_ids.scatter(1, places, input_ids.new_tensor(beginning).expand(rows, -1))
             mask = mask.scatter(1, places, True)
-        logits, _ = self.llama(input_ids, attention_mask=mask)
-        return logits[:, -1].float().log_softmax(-1)
+        logits = self.llama.output(self.llama.last_hidden(input_ids, mask))
+        return logits.float().log_softmax(-1)
 
     def _course_reading(self, input_ids: Tensor) -> Tensor:
         """The last column's log-probabilities, a label's pieces summed at that one position."""
@@ -119,6 +119,5 @@ class LlamaEmbeddingClassifier(nn.Module):
         """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), float32 or wider."""
         if self.pooling == "last_column":
             attention_mask = None
-        _, hidden = self.llama(input_ids, attention_mask=attention_mask)
-        logits = self.classifier_head(self.dropout(last_real(hidden, attention_mask)))
+        logits = self.classifier_head(self.dropout(self.llama.last_hidden(input_ids, attention_mask)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -31,11 +31,17 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def by_formula(self, x: Tensor) -> Tensor:
+        """The readable path; `forward` is the same by torch's kernel."""
         wide = at_least_float32(x)
         centred = wide - wide.mean(-1, keepdim=True)
         normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight + self.bias).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -53,6 +59,12 @@ class RMSNorm(nn.Module):
 
 
 NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where autocast is on: cast once here, not once in each of the products it goes into."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -114,10 +126,20 @@ class Attention(nn.Module):
             is_causal=self.config.causal and visible is None,
         )
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); visible as in `compute_query_key_value_scores`."""
+    def fused_is_faster(self, query: Tensor) -> bool:
+        """Whether the fused kernel is the faster one: always, but for the CPU's backward pass over short sequences in
+        half precision, where it takes up to four times as long (docs/results.md).
+        """
+        half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        return not (half_on_cpu and torch.is_grad_enabled() and query.shape[-2] <= 256)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names; visible as in
+        `compute_query_key_value_scores`.
+        """
         config = self.config
         B, T, _ = x.shape
+        x = narrowed(x)
         query = self.compute_query(x).view(B, T, config.n_heads, config.head_dim)  # (B, T, H, hd)
         key = self.compute_key(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
         value = self.compute_value(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
@@ -129,10 +151,19 @@ class Attention(nn.Module):
             value = value.repeat_interleave(group, dim=2)  # (B, T, H, hd)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H, T, hd)
 
-        fused = config.attention_kernel == "fused"
+        if only is not None:
+            if visible is None and config.causal:
+                visible = visible_positions(None, T, True, x.device)
+            if visible is not None:
+                visible = at_positions(visible.expand(B, -1, -1, -1), only)  # (B, 1, 1, T)
+            query = at_positions(query, only)  # (B, H, 1, hd)
+
+        fused = config.attention_kernel == "fused" or (
+            config.attention_kernel == "auto" and self.fused_is_faster(query)
+        )
         attend = self.fused_attention if fused else self.compute_query_key_value_scores
         mixed = attend(query, key, value, visible)  # (B, H, T, hd)
-        mixed = mixed.transpose(1, 2).reshape(B, T, -1)  # (B, T, D)
+        mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
         return self.residual_dropout(self.compute_output(mixed))
 
 
@@ -149,6 +180,7 @@ class FeedForward(nn.Module):
 
     def SwiGLU(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D), before dropout."""
+        x = narrowed(x)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) inside
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,9 +199,10 @@ class LlamaLayer(nn.Module):
         self.attention_norm = norm(config.dim, config.layer_norm_eps)
         self.ffn_norm = norm(config.dim, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
-        x = x + self.attention(self.attention_norm(x), visible)
+    def forward(self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names."""
+        mixed = self.attention(self.attention_norm(x), visible, only)
+        x = (x if only is None else at_positions(x, only)) + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -210,19 +243,29 @@ class Llama(nn.Module):
         last real token. attention_mask: bool (B, T), True for real tokens, padding on either side; without it every
         token is real.
         """
-        config = self.config
-        seq_len = tokens.shape[1]
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(torch.bool)
-        plain_causal = attention_mask is None  # the kernels know the plain causal mask; they build it themselves
-        visible = None if plain_causal else visible_positions(attention_mask, seq_len, config.causal, tokens.device)
-
-        x = self.dropout(self.tok_embeddings(tokens))  # (B, T, D)
-        for layer in self.layers:
-            x = layer(x, visible)
-        hidden = self.norm(x)
+        hidden = self.norm(self._through_layers(tokens, attention_mask))
         logits = self.output(hidden if targets is not None else last_real(hidden, attention_mask)[:, None])
         return logits, hidden
+
+    def last_hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The hidden state (B, D) of each row's last real token, as `forward` has it among the others.
+
+        The last layer computes its keys and values for all positions, the rest for this one only: nobody reads more.
+        """
+        last = last_positions(tokens, attention_mask)
+        return self.norm(self._through_layers(tokens, attention_mask, last))[:, 0]
+
+    def _through_layers(self, tokens: Tensor, attention_mask: Tensor | None, only: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
+        visible = None  # the kernels know the plain causal mask; they build it themselves
+        if attention_mask is not None:
+            mask = attention_mask.to(torch.bool)
+            visible = visible_positions(mask, tokens.shape[1], self.config.causal, tokens.device)
+        x = self.dropout(self.tok_embeddings(tokens))  # (B, T, D)
+        *others, last_layer = self.layers
+        for layer in others:
+            x = layer(x, visible)
+        return last_layer(x, visible, only)
 
     @torch.no_grad()
     def generate(
@@ -249,16 +292,26 @@ class Llama(nn.Module):
         )
 
 
-def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Picks each row's last real token from hidden (B, T, D) -> (B, D); the last column where there is no mask.
+def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Where each row's last real token stands (B,); the last column where there is no mask.
 
     The mask decides, never the ids: a padding id may also occur as a token.
     """
+    rows, columns = tokens.shape[:2]
     if attention_mask is None:
-        return hidden[:, -1]
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (positions * attention_mask).argmax(-1)  # (B,)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        return torch.full((rows,), columns - 1, device=tokens.device)
+    return (torch.arange(columns, device=tokens.device) * attention_mask).argmax(-1)
+
+
+def at_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """Picks one position of each row: x (B, ..., T, d), positions (B,) -> (B, ..., 1, d)."""
+    index = positions.view(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-2], 1, x.shape[-1])
+    return x.gather(-2, index)
+
+
+def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Picks each row's last real token from hidden (B, T, D) -> (B, D)."""
+    return at_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
 
 
 def llama_from_checkpoint(checkpoint: Checkpoint, norm: str | None = None, causal: bool | None = None) -> Llama:

@@ -141,7 +141,9 @@ def local(tensor: Any) -> Tensor:
 
 
 def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: matrices decay, vectors (norms' weights, biases) do not. Frozen parameters are left out."""
+    """Groups for an optimizer: matrices decay, vectors (norms' weights, biases) do not. Frozen parameters are left
+    out.
+    """
     trained = [p for _, p in named_parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},

@@ -17,16 +17,16 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=8)
-def rotary_tables(head_dim: int, seq_len: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every angle, each (seq_len, head_dim / 2), float32.
+def rotary_table(head_dim: int, seq_len: int, theta: float, device: torch.device) -> Tensor:
+    """e^(i angle) for every position and pair: (seq_len, head_dim / 2), complex64.
 
-    float32 whatever the model's dtype: bfloat16 cannot tell position 256 from 257. Being no module's buffers, the
-    tables stay out of state dicts and out of reach of `.to(dtype)`.
+    float32 whatever the model's dtype: bfloat16 cannot tell position 256 from 257. Being no module's buffer, the table
+    stays out of state dicts and out of reach of `.to(dtype)`.
     """
     with torch.inference_mode(False):  # a table first made under inference_mode could never serve training
         frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
         angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
-        return angles.cos(), angles.sin()
+        return torch.complex(angles.cos(), angles.sin())
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
@@ -36,12 +36,13 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
     return freqs_cis[None, :, None, :]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the interleaved pairs of x (batch, seq, heads, head_dim) by tables (seq, head_dim / 2); keeps x's dtype."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    cos, sin = reshape_for_broadcast(cos, even), reshape_for_broadcast(sin, even)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns the interleaved pairs of x (batch, seq, heads, head_dim) by a table (seq, head_dim / 2); keeps x's
+    dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, seq, heads, head_dim / 2)
+    return torch.view_as_real(pairs * reshape_for_broadcast(table, pairs)).flatten(-2).to(x.dtype)
 
 
 def apply_rotary_emb(
@@ -54,5 +55,5 @@ def apply_rotary_emb(
     seq_len = query.shape[1]
     if seq_len > max_seq_len:
         raise ValueError(f"a sequence of {seq_len} tokens is longer than the model's context of {max_seq_len}")
-    cos, sin = (table[:seq_len] for table in rotary_tables(head_dim, max_seq_len, theta, query.device))
-    return rotate(query, cos, sin), rotate(key, cos, sin)
+    table = rotary_table(head_dim, max_seq_len, theta, query.device)[:seq_len]
+    return rotate(query, table), rotate(key, table)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import generation
 from config import LlamaConfig, feed_forward_size
 from conftest import tiny_config, tiny_llama
-from llama import Attention, FeedForward, LayerNorm, Llama, RMSNorm
+from llama import Attention, FeedForward, LayerNorm, Llama, RMSNorm, last_real
 
 DOUBLE_TOLERANCE = 1e-10
 SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary tables
@@ -404,6 +404,48 @@ def test_generate_defaults_to_temperature_1_and_epsilon_5_percent():
     got = model.generate(ids, 20, generator=torch.Generator().manual_seed(3))
     wanted = model.generate(ids, 20, 1.0, 0.05, generator=torch.Generator().manual_seed(3))
     assert torch.equal(got, wanted)
+
+
+# Shortcuts: what they skip changes nothing
+
+
+@pytest.mark.parametrize("kernel", ["fused", "manual", "auto"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_the_last_hidden_state_is_that_of_the_whole_pass_and_so_are_its_gradients(kernel, causal, padding):
+    model = tiny_llama(causal=causal, attention_kernel=kernel).double()
+    ids, mask = random_ids(3, 7), None
+    if padding:
+        real = torch.arange(7) < torch.tensor([[7], [1], [4]])
+        mask = real if padding == "right" else real.flip(1)
+    results = []
+    for shortcut in (True, False):
+        model.zero_grad()
+        state = model.last_hidden(ids, mask) if shortcut else last_real(model(ids, attention_mask=mask)[1], mask)
+        state.square().sum().backward()
+        results.append([state, *(p.grad for p in model.parameters())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layer_norm_is_its_formula(dtype):
+    norm = LayerNorm(24).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = torch.randn(3, 5, 24).to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-6}[dtype]
+    torch.testing.assert_close(norm(x), norm.by_formula(x), atol=tolerance, rtol=tolerance)
+
+
+def test_short_sequences_in_half_precision_train_by_the_manual_path():
+    attention = Attention(tiny_config())
+    query = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
+    assert not attention.fused_is_faster(query)
+    assert attention.fused_is_faster(query.float()) and attention.fused_is_faster(query.repeat(1, 1, 64, 1))
+    with torch.no_grad():
+        assert attention.fused_is_faster(query)
 
 
 # The config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rope import apply_rotary_emb, reshape_for_broadcast, rotary_tables
+from rope import apply_rotary_emb, reshape_for_broadcast, rotary_table
 
 
 def turned_by_complex_numbers(x: torch.Tensor, theta: float) -> torch.Tensor:
@@ -84,17 +84,18 @@ def test_bfloat16_input_meets_a_float32_table():
     assert not torch.equal(turned[:, 256], turned[:, 257])
 
 
-def test_tables_are_float32_under_another_default_dtype():
-    rotary_tables.cache_clear()
+def test_the_table_is_float32_under_another_default_dtype():
+    rotary_table.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        cos, sin = rotary_tables(8, 300, 10000.0, torch.device("cpu"))
+        table = rotary_table(8, 300, 10000.0, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
-        rotary_tables.cache_clear()
-    assert cos.dtype == sin.dtype == torch.float32
-    assert cos.shape == sin.shape == (300, 4)
-    assert cos[257, 0] == pytest.approx(torch.tensor(257.0, dtype=torch.float64).cos().item(), abs=1e-6)
+        rotary_table.cache_clear()
+    assert table.dtype == torch.complex64 and table.shape == (300, 4)
+    angle = torch.tensor(257.0, dtype=torch.float64)
+    assert table[257, 0].real.item() == pytest.approx(angle.cos().item(), abs=1e-6)
+    assert table[257, 0].imag.item() == pytest.approx(angle.sin().item(), abs=1e-6)
 
 
 def test_gradient_is_turned_back():
@@ -106,7 +107,7 @@ def test_gradient_is_turned_back():
 
 
 def test_a_table_made_under_inference_mode_serves_training():
-    rotary_tables.cache_clear()
+    rotary_table.cache_clear()
     query, key = random_query_and_key()
     with torch.inference_mode():
         apply_rotary_emb(query, key, 8, 16)
