@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -308,6 +309,17 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
         with suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def link_or_copy(source: Path, target: str | PathLike[str]) -> None:
+    """Makes the file at `source` known at `target`, too, atomically; a copy where the file system knows no links."""
+    temporary = Path(f"{os.path.realpath(target)}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, os.path.realpath(target))
 
 
 def check_writable(*paths: str | PathLike[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -174,13 +174,43 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") ->
     return ids, None if mask.all() else mask
 
 
-def batches(rows: Sequence[Row], batch_size: int, pad_id: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
-    """The rows, in `order` (default: as they stand), `batch_size` at a time; the last batch may be smaller."""
-    order = range(len(rows)) if order is None else order
-    for start in range(0, len(order), batch_size):
-        positions = list(order[start : start + batch_size])
-        ids, mask = pad([rows[i].ids for i in positions], pad_id)
-        yield Batch(ids, mask, torch.tensor([rows[i].label for i in positions]), positions)
+def to_batch(rows: Sequence[Row], positions: list[int], pad_id: int) -> Batch:
+    """The rows at `positions`, padded to the longest of them."""
+    ids, mask = pad([rows[i].ids for i in positions], pad_id)
+    return Batch(ids, mask, torch.tensor([rows[i].label for i in positions]), positions)
+
+
+def cut_in_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    """`order`, `batch_size` at a time; the last batch may be smaller."""
+    return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+
+
+def by_length(rows: Sequence[Row]) -> list[int]:
+    """The rows' positions, the longest first."""
+    return sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
+
+
+def shuffled_batches(
+    rows: Sequence[Row], batch_size: int, seed: int, epoch: int, bucketed: bool = True
+) -> list[list[int]]:
+    """The batches of one epoch, each row in one of them; the same for the same seed and epoch.
+
+    Bucketed: rows are drawn into pools of up to 32 batches (half of all, where there are few), and within a pool those
+    of like length share a batch, so that about a twentieth of it is padding instead of half. The longest batch is the
+    first: if the memory does not suffice, that shows at once.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    if not bucketed:
+        return cut_in_batches(order, batch_size)
+    pool = max(1, min(32, len(rows) // batch_size // 2))
+    found = []
+    for drawn in cut_in_batches(order, pool * batch_size):
+        drawn.sort(key=lambda i: len(rows[i].ids), reverse=True)
+        found += cut_in_batches(drawn, batch_size)
+    longest = max(range(len(found)), key=lambda k: len(rows[found[k][0]].ids) * len(found[k]))
+    first = found.pop(longest)
+    return [first] + [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
 
 
 def write_predictions(path: str | PathLike[str], labels: Sequence[int], rows: Sequence[Row]) -> None:

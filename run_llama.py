@@ -3,201 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser
+from options import best_model_path, build_parser, check_options, output_files
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from classifier import LlamaEmbeddingClassifier
     from dataset import Row
+    from distributed import Processes
     from llama import Llama
     from tokenizer import Tokenizer
     from training import Evaluation
 
-COURSE_PROMPT = (
-    "I have wanted to see this thriller for a while, and it didn't disappoint. "
-    "Keanu Reeves, playing the hero John Wick, is"
-)
-OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
-
-EXAMPLES = """\
-examples:
-  python run_llama.py --option generate --prompt "Once upon a time" --temperature 0.8
-  python run_llama.py --option prompt --batch_size 10 --train data/sst-train.txt --dev data/sst-dev.txt \\
-      --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
-      --dev_out sst-dev-prompting-output.txt --test_out sst-test-prompting-output.txt
-  python run_llama.py --option finetune --epochs 5 --lr 2e-5 --batch_size 80 --train data/sst-train.txt \\
-      --dev data/sst-dev.txt --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
-      --dev_out sst-dev-finetuning-output.txt --test_out sst-test-finetuning-output.txt
-  python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
-      --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options, grouped; every default is written here and nowhere else."""
-    parser = OneLineParser(
-        prog="run_llama.py",
-        description="Runs a Llama: generates text, classifies by prompting, fine-tunes, fine-tunes with LoRA.",
-        epilog=EXAMPLES,
-    )
-    add = parser.add_argument
-    add(
-        "--option",
-        choices=("generate", "prompt", "finetune", "lora"),
-        default="generate",
-        help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
-        "a classifier head; train LoRA adapters and a head (default: %(default)s)",
-    )
-    add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
-
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrained-model-path",
-        default="stories42M.pt",
-        metavar="FILE",
-        help="checkpoint: the course's .pt, or llama2.c's .bin of version 0 or 1 (default: %(default)s)",
-    )
-    add("--tokenizer", metavar="FILE", help="SentencePiece model (default: tokenizer.model, else data/tokenizer.model)")
-    add("--norm", choices=("layernorm", "rmsnorm"), help="the model's norm (default: what the checkpoint says)")
-    add(
-        "--attention",
-        choices=("causal", "bidirectional"),
-        help="whether a token sees what follows it (default: what the checkpoint says; course ones: bidirectional)",
-    )
-
-    add = parser.add_argument_group("device and precision").add_argument
-    add("--use_gpu", action="store_true", help="run on the first CUDA device")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu, or cuda with --use_gpu)")
-    add(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="precision of the matrix products; weights stay float32. auto: bf16 where the hardware multiplies "
-        "it itself, else fp32; fp32 for generation on the CPU (default: %(default)s)",
-    )
-
-    add = parser.add_argument_group("generate").add_argument
-    add("--prompt", default=COURSE_PROMPT, metavar="TEXT", help="what to continue (default: the course's film review)")
-    add("--max_new_tokens", type=COUNT_OR_ZERO, default=75, metavar="N", help="tokens to add (default: %(default)s)")
-    add(
-        "--temperature",
-        type=NOT_NEGATIVE,
-        metavar="T",
-        help="0 takes the likeliest token, 1 samples as the model thinks. Prints one continuation and writes no file "
-        "(default: one at 0 and one at 1, each written to its file)",
-    )
-    add(
-        "--epsilon",
-        type=FRACTION,
-        default=0.05,
-        metavar="E",
-        help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s)",
-    )
-    add(
-        "--generated_sentence_low_temp_out",
-        default="generated-sentence-temp-0.txt",
-        metavar="FILE",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--generated_sentence_high_temp_out",
-        default="generated-sentence-temp-1.txt",
-        metavar="FILE",
-        help="(default: %(default)s)",
-    )
-
-    add = parser.add_argument_group("data of prompt, finetune and lora (lines of `label ||| sentence`)").add_argument
-    for split in ("train", "dev", "test"):
-        add(f"--{split}", default=f"data/cfimdb-{split}.txt", metavar="FILE", help="(default: %(default)s)")
-    add(
-        "--label-names",
-        default="data/cfimdb-label-mapping.json",
-        metavar="FILE",
-        help="class names, a JSON list (default: %(default)s)",
-    )
-    add(
-        "--max_sentence_len",
-        type=COUNT,
-        metavar="N",
-        help="cut sentences to N tokens (default: to the model's context)",
-    )
-    add(
-        "--dev_out",
-        default="cfimdb-dev-prompting-output.txt",
-        metavar="FILE",
-        help="predictions for dev (default: %(default)s)",
-    )
-    add(
-        "--test_out",
-        default="cfimdb-test-prompting-output.txt",
-        metavar="FILE",
-        help="predictions for test (default: %(default)s)",
-    )
-    add("--batch_size", type=COUNT, default=8, metavar="N", help="rows a step (default: %(default)s)")
-    add(
-        "--pooling",
-        choices=("last_token", "last_column"),
-        default="last_token",
-        help="what is read of a row: its last real token, padding masked; or, as the course does it, the batch's last "
-        "column, padding and all (default: %(default)s)",
-    )
-
-    add = parser.add_argument_group("training (finetune, lora)").add_argument
-    add("--epochs", type=COUNT, default=5, metavar="N", help="passes over the training set (default: %(default)s)")
-    add("--lr", type=POSITIVE, default=2e-5, help="learning rate; LoRA likes ten times more (default: %(default)s)")
-    add(
-        "--hidden_dropout_prob",
-        type=FRACTION,
-        default=0.3,
-        metavar="P",
-        help="dropout before the head (default: %(default)s)",
-    )
-    add("--lora_rank", type=COUNT, default=4, metavar="R", help="rank of the LoRA update (default: %(default)s)")
-    add(
-        "--lora_alpha",
-        type=POSITIVE,
-        default=1.0,
-        metavar="A",
-        help="the update counts alpha / rank (default: %(default)s)",
-    )
-    return parser
+RUNS = Path("runs")
+# What may differ when a run is resumed: it changes no number.
+MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "device", "use_gpu")
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as is RANK
+IS_MAIN = os.environ.get("RANK", "0") == "0"
 
 
 def report(line: str) -> None:
-    """Prints a line about the run to stderr; stdout is for its result."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that contradict each other; needs no torch and touches no file."""
-    if args.use_gpu and args.device and not args.device.startswith("cuda"):
-        raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
-    if args.option == "generate":
-        return
-    ending = OUTPUT_ENDINGS[args.option]
-    for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
-        if not path.endswith(f"{split}-{ending}"):
-            raise ValueError(f"{option} is {path}; for --option {args.option} its name must end in {split}-{ending}")
-    if Path(args.dev_out).resolve() == Path(args.test_out).resolve():
-        raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
-
-
-def output_files(args: argparse.Namespace) -> list[str]:
-    """Every file that the run will write."""
-    if args.option == "generate":
-        both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-        return both if args.temperature is None else []
-    return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]
-
-
-def best_model_path(args: argparse.Namespace) -> str:
-    """Where finetune and lora keep the best model."""
-    return f"{args.option}-{args.epochs}-{args.lr}.pt"
+    """Prints a line about the run to stderr, once however many processes there are; stdout is for its result."""
+    if IS_MAIN:
+        print(line, file=sys.stderr, flush=True)
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
@@ -205,6 +41,8 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     import torch
 
     name = args.device or ("cuda" if args.use_gpu else "cpu")
+    if name == "cuda" and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # a device for each process
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -268,6 +106,8 @@ def print_header(
         report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
     for path in output_files(args):
         report(f"writes      {path}")
+    if args.option in ("finetune", "lora"):
+        report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -277,6 +117,9 @@ def generate(args: argparse.Namespace) -> None:
     from checkpoint import atomic_file
     from tokenizer import Tokenizer
     from training import precision
+
+    if PROCESSES > 1:
+        raise ValueError("--option generate runs in one process; start it without torchrun")
 
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
     device = choose_device(args)
@@ -344,11 +187,18 @@ def tokenize_data(
 
 
 def predict(
-    args: argparse.Namespace, model: torch.nn.Module, data: dict[str, list[Row]], dtype: torch.dtype, pad_id: int
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    data: dict[str, list[Row]],
+    label_names: list[str],
+    dtype: torch.dtype,
+    pad_id: int,
+    processes: Processes,
+    log: Callable[[str], None] = report,
 ) -> None:
     """Classifies dev and test, prints the scores, and writes both prediction files at the end."""
     from dataset import write_predictions
-    from training import describe, evaluate
+    from training import describe, describe_classes, evaluate
 
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results = {}
@@ -360,13 +210,19 @@ def predict(
             args.batch_size,
             pad_id=pad_id,
             dtype=dtype,
-            in_file_order=args.pooling == "last_column",
+            bucketed=args.pooling == "last_token",
+            processes=processes,
             name=split,
         )
-        print(f"{split} {describe(results[split])} ({len(data[split])} rows)", flush=True)
-        report(f"{split} took {time.perf_counter() - start:.1f} s")
-    for split, path in outputs.items():
-        write_predictions(path, results[split].predictions, data[split])
+        seconds = time.perf_counter() - start
+        if processes.is_main:
+            print(f"{split} {describe(results[split])} ({len(data[split])} rows)", flush=True)
+        log(f"{split} took {seconds:.1f} s")
+        if classes := describe_classes(results[split], data[split], label_names):
+            log(f"\n{classes}\n")
+    if processes.is_main:
+        for split, path in outputs.items():
+            write_predictions(path, results[split].predictions, data[split])
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -377,6 +233,7 @@ def classify(args: argparse.Namespace) -> None:
 
     from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
     from dataset import prompt_question, read_label_names
+    from distributed import started
     from lora import apply_lora, count_lora_parameters
     from tokenizer import Tokenizer
 
@@ -386,59 +243,74 @@ def classify(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
-    torch.manual_seed(args.seed)
-    llama, kind = load_llama(args, tokenizer)
-    print_header(args, llama, kind, tokenizer, device, dtype)
-
-    config = SimpleNamespace(
-        llama=llama,
-        num_labels=len(label_names),
-        hidden_dropout_prob=args.hidden_dropout_prob,
-        option=args.option,
-        pooling=args.pooling,
-    )
-    if args.option == "prompt":
-        question = prompt_question(label_names)
-        if args.pooling == "last_token":
-            question = question.rstrip()  # a label's first piece brings its own space
-        zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
-        data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
-        predict(args, zero_shot, data, dtype, tokenizer.pad_id)
-        return
-
-    data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
-    model = LlamaEmbeddingClassifier(config)
-    if args.option == "lora":
-        apply_lora(model, args.lora_rank, args.lora_alpha)
-        adapters, total, percent = count_lora_parameters(model)
-        report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %), beside the head")
-    fine_tune(args, model.to(device), data, label_names, dtype, tokenizer.pad_id)
-    predict(args, model, data, dtype, tokenizer.pad_id)
+    with started(device, args.fsdp) as processes:
+        args.run_dir = processes.gather(args.run_dir)[0]  # a new one has the time in its name
+        torch.manual_seed(args.seed)
+        llama, kind = load_llama(args, tokenizer)
+        print_header(args, llama, kind, tokenizer, device, dtype)
+        config = SimpleNamespace(
+            llama=llama,
+            num_labels=len(label_names),
+            hidden_dropout_prob=args.hidden_dropout_prob,
+            option=args.option,
+            pooling=args.pooling,
+        )
+        log: Callable[[str], None] = report
+        if args.option == "prompt":
+            question = prompt_question(label_names)
+            if args.pooling == "last_token":
+                question = question.rstrip()  # a label's first piece brings its own space
+            zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
+            data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
+            model: torch.nn.Module = zero_shot
+        else:
+            data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
+            head = LlamaEmbeddingClassifier(config)
+            if args.option == "lora":
+                apply_lora(head, args.lora_rank, args.lora_alpha)
+                adapters, total, percent = count_lora_parameters(head)
+                report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %), beside the head")
+            model, log = fine_tune(args, head.to(device), data, label_names, dtype, tokenizer.pad_id, processes)
+        predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
 
 
 def fine_tune(
     args: argparse.Namespace,
-    model: torch.nn.Module,
+    model: LlamaEmbeddingClassifier,
     data: dict[str, list[Row]],
     label_names: list[str],
     dtype: torch.dtype,
     pad_id: int,
-) -> None:
-    """Trains `model`, keeping the best by dev accuracy in memory and in `best_model_path`."""
-    from checkpoint import write_checkpoint
-    from training import Settings, train
+    processes: Processes,
+) -> tuple[torch.nn.Module, Callable[[str], None]]:
+    """Trains `model` in the run's folder; the best by dev accuracy is there and at `best_model_path`. Returns the model
+    to predict with, and where to tell of it."""
+    import torch
 
-    def save_best(epoch: int, dev: Evaluation) -> None:
+    from checkpoint import link_or_copy, write_checkpoint
+    from run_directory import RunDirectory
+    from training import DTYPES, Settings, train
+
+    options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
+    config = model.llama.config
+    run = RunDirectory(args.run_dir, writes=processes.is_main)
+
+    def log(line: str) -> None:
+        report(line)
+        run.log(line)
+
+    def write_best(state: dict[str, Tensor], epoch: int, dev: Evaluation) -> None:
         write_checkpoint(
-            best_model_path(args),
-            model.state_dict(),
-            model.llama.config,  # type: ignore[union-attr, arg-type]
+            run.best_path,
+            state,
+            config,
             kind="classifier",
             label_names=label_names,
-            options=vars(args),
+            options=options,
             epoch=epoch,
             dev_accuracy=dev.accuracy,
         )
+        link_or_copy(run.best_path, best_model_path(args))
 
     settings = Settings(
         epochs=args.epochs,
@@ -447,26 +319,81 @@ def fine_tune(
         seed=args.seed,
         dtype=dtype,
         pad_id=pad_id,
-        in_file_order=args.pooling == "last_column",
+        bucketed=args.pooling == "last_token",
+        micro_batch_size=args.micro_batch_size,
+        schedule=args.schedule,
+        warmup_steps=args.warmup_steps,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        label_smoothing=args.label_smoothing,
+        patience=args.patience,
+        save_every=args.save_every,
+        evaluate_train=args.eval_train,
     )
-    train(model, data["train"], data["dev"], settings, save_best=save_best, log=report)
+    if not args.resume:
+        run.create(options)
+    if args.compile:
+        model.compile(dynamic=True)
+    torch.manual_seed(args.seed + processes.rank)  # dropout differs from process to process
+    trained = train(
+        model, data["train"], data["dev"], settings, run, processes=processes, write_best=write_best, log=log
+    )
+    return trained, log
+
+
+def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
+    """The options of the run to go on with, and those of the command line that may differ.
+
+    Raises ValueError or FileNotFoundError if there is no such run, or an option contradicts it.
+    """
+    from run_directory import RunDirectory, latest_run_path
+
+    folder = args.run_dir or str(latest_run_path(RUNS))
+    saved = RunDirectory(folder).options()
+    parser = build_parser()
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    args.resume, args.run_dir, args.processes = True, folder, PROCESSES
+    for name, value in saved.items():
+        if name not in MAY_DIFFER and getattr(args, name) != value:
+            raise ValueError(
+                f"{name} is {getattr(args, name)}, but {folder} was started with {value}; give that, or leave it out"
+            )
+    return args
+
+
+def name_run(args: argparse.Namespace) -> None:
+    """A folder for a run that starts now, unless --run_dir names one; raises ValueError if that is taken."""
+    from run_directory import RunDirectory, new_run_path
+
+    if args.run_dir is None:
+        args.run_dir = str(new_run_path(RUNS, args.option))
+    RunDirectory(args.run_dir).check_free()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one option; the exit code is 0, 2 for bad input (one line on stderr), or 130 for Ctrl-C."""
+    """Runs one option; the exit code is 0, 2 for bad input (one line on stderr), or 128 and the number of the signal
+    that stopped it (Ctrl-C: 130).
+    """
     args = build_parser().parse_args(argv)
+    args.processes = PROCESSES
     try:
+        if args.resume:
+            args = resumed(args, argv)
         check_options(args)
         from checkpoint import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
+        if args.option in ("finetune", "lora") and not args.resume:
+            name_run(args)
         (generate if args.option == "generate" else classify)(args)
     except (ValueError, OSError) as error:
         report(f"run_llama.py: error: {error}")
         return 2
-    except KeyboardInterrupt:
-        report("run_llama.py: stopped")
-        return 130
+    except KeyboardInterrupt as stop:  # Stopped is one, too
+        report(f"run_llama.py: {stop or 'stopped'}")
+        return 128 + getattr(stop, "number", 2)
     return 0
 
 

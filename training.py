@@ -1,28 +1,46 @@
-"""The training loop of every mode, and evaluation. Takes any model that maps (ids, mask) to log-probabilities."""
+"""The training loop of every mode, and evaluation. Takes any model that maps (ids, mask) to log-probabilities.
+
+A run can stop at any moment and go on later to the same weights, bit for bit: what comes next depends only on the
+state that `Training.state` lists, and on rows and settings that must be the same.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
+import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from tqdm import tqdm
 
-from dataset import Row, batches, has_gold_labels
-from optimizer import AdamW
+from checkpoint import read_torch
+from dataset import Row, by_length, cut_in_batches, has_gold_labels, shuffled_batches, to_batch
+from distributed import Processes
+from optimizer import AdamW, decay_groups, learning_rate
+from run_directory import RunDirectory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: one optimizer step per batch, at a constant learning rate."""
+    """How to train. One optimizer step per batch of `batch_size` rows, over all processes together."""
 
     epochs: int
     batch_size: int
@@ -30,7 +48,17 @@ class Settings:
     seed: int
     dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
     pad_id: int = 0
-    in_file_order: bool = False  # evaluate batches of rows as they stand, see `evaluate`
+    bucketed: bool = True  # rows of like length share a batch; else random batches, and evaluation in file order
+    micro_batch_size: int | None = None  # rows computed at once; a batch is accumulated from as many as it takes
+    schedule: str = "constant"  # or "cosine"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    label_smoothing: float = 0.0
+    patience: int | None = None  # epochs without a better dev accuracy, after which to stop
+    save_every: int = 500  # steps; an epoch's end is always saved
+    evaluate_train: bool = False  # score the whole training set after each epoch
 
 
 @dataclass(frozen=True)
@@ -40,6 +68,36 @@ class Evaluation:
     predictions: list[int]
     accuracy: float | None
     macro_f1: float | None
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; the text says how to go on."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Interrupts:
+    """While entered, the first SIGINT or SIGTERM is only noted, in `number`; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        self.__exit__()
 
 
 def bf16_is_native(device: torch.device) -> bool:
@@ -75,29 +133,36 @@ def evaluate(
     *,
     pad_id: int = 0,
     dtype: torch.dtype = torch.float32,
-    in_file_order: bool = False,
+    bucketed: bool = True,
+    processes: Processes | None = None,
+    check: Callable[[], None] = lambda: None,
     name: str = "evaluating",
 ) -> Evaluation:
-    """The class with the highest log-probability for every row.
+    """The class with the highest log-probability for every row, each row counted once however many processes share
+    them.
 
-    Rows of like length share a batch, so that little is computed on padding; `in_file_order` leaves them as they stand,
-    for the course's reading, whose answers depend on it.
+    Bucketed: rows of like length share a batch, so that little is computed on padding; else they are taken as they
+    stand, for the course's reading, whose answers depend on it. check() is called before each batch.
     """
+    processes = processes or Processes()
     was_training = model.training
     model.eval()
-    order = list(range(len(rows)))
-    if not in_file_order:
-        order.sort(key=lambda i: len(rows[i].ids), reverse=True)
-    predictions = [0] * len(rows)
-    with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None) as bar:
-        for batch in batches(rows, batch_size, pad_id, order):
-            log_probs = forward(model, batch.ids, batch.mask, dtype)
-            if not torch.isfinite(log_probs).all():
-                raise ValueError(f"{name}: the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
-            for position, label in zip(batch.positions, log_probs.argmax(-1).tolist(), strict=True):
-                predictions[position] = label
-            bar.update(len(batch.positions))
+    order = by_length(rows) if bucketed else list(range(len(rows)))
+    found: dict[int, int] = {}
+    with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
+        for positions in cut_in_batches(order, batch_size):
+            check()
+            for mine, counted in processes.share(positions):
+                batch = to_batch(rows, mine, pad_id)
+                log_probs = forward(model, batch.ids, batch.mask, dtype)
+                if not torch.isfinite(log_probs).all():
+                    raise ValueError(f"{name}: the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
+                found.update(zip(mine[:counted], log_probs.argmax(-1).tolist()[:counted], strict=True))
+            bar.update(len(positions))
     model.train(was_training)
+    for part in processes.gather(found):
+        found.update(part)
+    predictions = [found[i] for i in range(len(rows))]
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
     gold = [row.label for row in rows]
@@ -105,78 +170,320 @@ def evaluate(
     return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
 
 
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    epoch: int = 1
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0  # optimizer steps of the whole run
+    loss_sum: float = 0.0  # of this epoch's rows so far, as are the next two
+    correct: int = 0
+    seen: int = 0
+    best_epoch: int = 0
+    best_accuracy: float | None = None
+    best_macro_f1: float | None = None
+    finished: bool = False
+
+
+def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of each row (B,), its target smoothed: 1 - smoothing on the label, and smoothing spread evenly over
+    all classes (arXiv 1512.00567, section 7).
+    """
+    losses = F.nll_loss(log_probs, labels, reduction="none")
+    return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * log_probs.mean(-1)
+
+
 def train(
     model: nn.Module,
     train_rows: Sequence[Row],
     dev_rows: Sequence[Row],
     settings: Settings,
+    run: RunDirectory,
     *,
-    save_best: Callable[[int, Evaluation], None] = lambda epoch, evaluation: None,
+    processes: Processes | None = None,
+    write_best: Callable[[dict[str, Tensor], int, Evaluation], None] = lambda state, epoch, evaluation: None,
     log: Callable[[str], None] = print,
-) -> Evaluation:
-    """Trains the parameters of `model` that require gradients, evaluates on dev after each epoch, and leaves the
-    model as it was after the best one (ties go to the earlier epoch; without gold labels the last epoch counts as the
-    best).
+) -> nn.Module:
+    """Trains the parameters of `model` that require gradients, evaluates on dev after each epoch, and leaves the model
+    as it was after the best one (ties go to the earlier epoch; without gold labels the last epoch counts as the best).
 
-    save_best(epoch, evaluation) is called each time an epoch is the best so far. Returns the best evaluation on dev.
-    Raises ValueError if the loss is NaN or infinite, naming step and learning rate.
+    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, evaluation) is called on the main
+    process when an epoch is the best so far. Returns the model to evaluate: the same, wrapped if there are several
+    processes.
+
+    Raises ValueError if the loss is NaN or infinite or the saved state is of other weights or rows, Stopped after
+    SIGINT or SIGTERM, with the state saved.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(trained, lr=settings.lr)
-    device = next(model.parameters()).device
-    # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == torch.float16)
-    best: Evaluation | None = None
-    best_weights: list[Tensor] = []
+    training = Training(model, train_rows, settings, run, processes or Processes(), log)
+    training.restore()
+    with Interrupts() as interrupts:
+        training.interrupts = interrupts
+        while not training.progress.finished:
+            training.epoch()
+            training.end_epoch(dev_rows, write_best)
+    training.load_best()
+    return training.model.eval()
 
-    for epoch in range(1, settings.epochs + 1):
-        model.train()
-        loss_sum, correct, seen = 0.0, 0, 0
-        order = torch.randperm(len(train_rows), generator=generator).tolist()
-        with tqdm(total=len(train_rows), desc=f"epoch {epoch}", unit="row", leave=False, disable=None) as bar:
-            for batch in batches(train_rows, settings.batch_size, settings.pad_id, order):
-                log_probs = forward(model, batch.ids, batch.mask, settings.dtype)
-                labels = batch.labels.to(device)
-                loss = F.nll_loss(log_probs, labels)  # the mean over the rows there are, in a short last batch too
-                if not math.isfinite(loss.item()):
-                    raise ValueError(
-                        f"the loss is {loss.item()} in epoch {epoch}, row {seen}, at learning rate {settings.lr}; "
-                        "try a lower --lr or --dtype fp32"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                loss_sum += loss.item() * len(labels)
-                correct += int((log_probs.argmax(-1) == labels).sum())
-                seen += len(labels)
-                bar.update(len(labels))
-                bar.set_postfix(loss=f"{loss_sum / seen:.4f}", accuracy=f"{correct / seen:.3f}")
 
-        dev = evaluate(
-            model,
-            dev_rows,
-            settings.batch_size,
-            pad_id=settings.pad_id,
-            dtype=settings.dtype,
-            in_file_order=settings.in_file_order,
-            name=f"dev, epoch {epoch}",
+class Training:
+    """The state of a run, and the steps that change it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        settings: Settings,
+        run: RunDirectory,
+        processes: Processes,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.rows, self.settings, self.run, self.processes, self.log = rows, settings, run, processes, log
+        self.device = next(model.parameters()).device
+        self.model = processes.wrap(model)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = AdamW(decay_groups(self.model.named_parameters(), settings.weight_decay), lr=settings.lr)
+        # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
+        self.progress = Progress()
+        self.steps_an_epoch = -(-len(rows) // settings.batch_size)
+        self.interrupts = Interrupts()
+        self.saved_at = (0, 0)  # (epoch, step)
+        self.base = self._checksum()
+
+    def _checksum(self) -> int:
+        """Of what the saved state leaves out and a resumed run must find again: frozen weights, and the rows."""
+        total = zlib.crc32(repr([(row.label, row.ids) for row in self.rows]).encode())
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad and not self.processes.fsdp:
+                total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), total)
+        return total
+
+    # Saving and restoring
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, and every random
+        generator. The order of the rows is a function of seed and epoch.
+        """
+        mine = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True)),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "generators": self.processes.gather(mine),
+            "base": self.base,
+        }
+
+    def save(self) -> None:
+        """Saves the state, unless this one is saved already."""
+        at = (self.progress.epoch, self.progress.step)
+        if at == self.saved_at:
+            return
+        state = self.state()
+        if self.processes.fsdp:
+            import torch.distributed.checkpoint as shards
+
+            self.run.save_shards(
+                f"{at[0]}-{at[1]}", lambda folder: shards.save(state, checkpoint_id=folder), self.processes.wait
+            )
+        else:
+            self.run.save(state)
+        self.saved_at = at
+
+    def restore(self) -> None:
+        """Goes back to the state last saved in the run's folder, if there is one."""
+        if self.processes.fsdp:
+            import torch.distributed.checkpoint as shards
+
+            state = self.state() if (folder := self.run.shards()) else None
+            if state is not None:
+                shards.load(state, checkpoint_id=folder)
+        else:
+            state = self.run.load()
+        self.processes.wait()
+        if state is None:
+            return
+        if state["base"] != self.base:
+            raise ValueError(
+                f"{self.run.path} was started from other frozen weights or another training file; restore those, or "
+                "start a new run"
+            )
+        options = StateDictOptions(strict=False)  # frozen weights are not in it
+        set_model_state_dict(self.model, state["model"], options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        mine = state["generators"][self.processes.rank]
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine:
+            torch.cuda.set_rng_state(mine["cuda"], self.device)
+        self.saved_at = (self.progress.epoch, self.progress.step)
+        self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}")
+
+    def check_interrupts(self) -> None:
+        """Saves and raises Stopped if a signal has come to any of the processes."""
+        number = int(max(self.processes.gather(self.interrupts.number)))
+        if number:
+            self.save()
+            raise Stopped(
+                number,
+                f"stopped by {signal.Signals(number).name}; go on with --resume --run_dir {self.run.path}",
+            )
+
+    # An epoch
+
+    def epoch(self) -> None:
+        """The batches of this epoch that are left."""
+        self.model.train()
+        progress, settings = self.progress, self.settings
+        plan = shuffled_batches(self.rows, settings.batch_size, settings.seed, progress.epoch, settings.bucketed)
+        with tqdm(
+            total=len(self.rows),
+            initial=progress.seen,
+            desc=f"epoch {progress.epoch}",
+            unit="row",
+            leave=False,
+            disable=None if self.processes.is_main else True,
+        ) as bar:
+            for positions in plan[progress.batch :]:
+                self.check_interrupts()
+                start = time.perf_counter()
+                lr = learning_rate(
+                    progress.step,
+                    settings.epochs * self.steps_an_epoch,
+                    settings.lr,
+                    settings.schedule,
+                    settings.warmup_steps,
+                    settings.min_lr,
+                )
+                loss, correct = self.step(positions, lr)
+                progress.step += 1
+                progress.batch += 1
+                progress.loss_sum += loss * len(positions)
+                progress.correct += correct
+                progress.seen += len(positions)
+                seconds = time.perf_counter() - start
+                self.run.metric(progress.step, epoch=progress.epoch, loss=loss, lr=lr, seconds=round(seconds, 4))
+                bar.update(len(positions))
+                bar.set_postfix(
+                    loss=f"{progress.loss_sum / progress.seen:.4f}",
+                    accuracy=f"{progress.correct / progress.seen:.3f}",
+                    lr=f"{lr:.2g}",
+                    tokens_s=f"{sum(len(self.rows[i].ids) for i in positions) / seconds:,.0f}",
+                    refresh=False,
+                )
+                if progress.step % settings.save_every == 0:
+                    self.save()
+
+    def step(self, positions: list[int], lr: float) -> tuple[float, int]:
+        """One update from the rows at `positions`: (mean loss, how many were classified right).
+
+        The gradient is that of the mean over all the rows, whatever the pieces and processes they are computed in: each
+        piece's summed loss is divided by the number of rows of the whole batch.
+        """
+        settings, world = self.settings, self.processes.world
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, correct = 0.0, 0
+        pieces = self.processes.share(positions, settings.micro_batch_size)
+        for number, (mine, counted) in enumerate(pieces, start=1):
+            batch = to_batch(self.rows, mine, settings.pad_id)
+            labels = batch.labels.to(self.device)
+            with self.processes.gradients(self.model, in_step=number == len(pieces)):
+                log_probs = forward(self.model, batch.ids, batch.mask, settings.dtype)
+                loss = row_losses(log_probs, labels, settings.label_smoothing).sum() * (counted / len(mine))
+                # torch averages gradients over the processes; the sum is wanted.
+                self.scaler.scale(loss * (world / len(positions))).backward()
+            loss_sum += loss.item()
+            correct += int((log_probs.argmax(-1) == labels)[:counted].sum())
+        loss_sum, right = self.processes.sum(loss_sum, correct)
+        if not math.isfinite(loss_sum):
+            raise ValueError(
+                f"the loss is {loss_sum / len(positions)} at step {self.progress.step + 1} (epoch "
+                f"{self.progress.epoch}), learning rate {lr:g}; {self._last_good()}. Try a lower --lr or --dtype fp32"
+            )
+        if settings.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss_sum / len(positions), int(right)
+
+    def _last_good(self) -> str:
+        if self.saved_at == (0, 0):
+            return "nothing was saved before"
+        return f"the last good checkpoint is {self.run.last_path}, of step {self.saved_at[1]}"
+
+    def end_epoch(
+        self, dev_rows: Sequence[Row], write_best: Callable[[dict[str, Tensor], int, Evaluation], None]
+    ) -> None:
+        """Evaluates, keeps the model if it is the best so far, and saves."""
+        progress, settings = self.progress, self.settings
+        scores = {}
+        for name, rows in (("train", self.rows), ("dev", dev_rows)):
+            if name == "dev" or settings.evaluate_train:
+                scores[name] = evaluate(
+                    self.model,
+                    rows,
+                    settings.batch_size,
+                    pad_id=settings.pad_id,
+                    dtype=settings.dtype,
+                    bucketed=settings.bucketed,
+                    processes=self.processes,
+                    check=self.check_interrupts,
+                    name=f"{name}, epoch {progress.epoch}",
+                )
+        dev = scores["dev"]
+        best = progress.best_accuracy
+        is_best = progress.best_epoch == 0 or best is None or (dev.accuracy is not None and dev.accuracy > best)
+        loss, running = progress.loss_sum / progress.seen, progress.correct / progress.seen
+        self.log(
+            f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}"
+            + "".join(f", {name} {describe(score)}" for name, score in scores.items())
+            + " (best so far)" * is_best
         )
-        is_best = best is None or best.accuracy is None or (dev.accuracy is not None and dev.accuracy > best.accuracy)
-        log(
-            f"epoch {epoch}: loss {loss_sum / len(train_rows):.4f}, "
-            f"running train accuracy {correct / len(train_rows):.3f}, dev {describe(dev)}{' (best so far)' * is_best}"
+        self.run.metric(
+            progress.step,
+            epoch=progress.epoch,
+            train_loss=loss,
+            running_train_accuracy=running,
+            **{f"{name}_accuracy": score.accuracy for name, score in scores.items()},
+            **{f"{name}_macro_f1": score.macro_f1 for name, score in scores.items()},
         )
         if is_best:
-            best, best_weights = dev, [p.detach().clone() for p in trained]
-            save_best(epoch, dev)
-    assert best is not None, "epochs is at least 1"
-    with torch.no_grad():
-        for parameter, weight in zip(trained, best_weights, strict=True):
-            parameter.copy_(weight)
-    model.eval()
-    return best
+            progress.best_epoch, progress.best_accuracy, progress.best_macro_f1 = (
+                progress.epoch,
+                dev.accuracy,
+                dev.macro_f1,
+            )
+            options = StateDictOptions(full_state_dict=True, cpu_offload=self.processes.fsdp)
+            whole: dict[str, Any] = get_model_state_dict(self.model, options=options)
+            if self.processes.is_main:
+                write_best(whole, progress.epoch, dev)
+        stale = progress.epoch - progress.best_epoch
+        stops_early = settings.patience is not None and stale >= settings.patience
+        if stops_early and progress.epoch < settings.epochs:
+            self.log(f"stopped early: {stale} epochs without a better dev accuracy")
+        self.progress = replace(
+            progress,
+            epoch=progress.epoch + 1,
+            batch=0,
+            loss_sum=0.0,
+            correct=0,
+            seen=0,
+            finished=stops_early or progress.epoch >= settings.epochs,
+        )
+        self.save()
+
+    def load_best(self) -> None:
+        """Puts the weights of the best epoch back."""
+        self.processes.wait()
+        best = read_torch(self.run.best_path)["model"]
+        set_model_state_dict(self.model, best, options=StateDictOptions(full_state_dict=True))
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -184,3 +491,17 @@ def describe(evaluation: Evaluation) -> str:
     if evaluation.accuracy is None:
         return "has no gold labels (one value in the whole label column): no accuracy"
     return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}"
+
+
+def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
+    """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
+    if evaluation.accuracy is None:
+        return ""
+    gold, classes = [row.label for row in rows], range(len(label_names))
+    settings: dict[str, Any] = {"labels": list(classes), "zero_division": 0}
+    text = classification_report(gold, evaluation.predictions, target_names=list(label_names), digits=3, **settings)
+    matrix = confusion_matrix(gold, evaluation.predictions, labels=list(classes))
+    width = max(len(str(number)) for number in matrix.flatten())
+    head = "confusion matrix (a line for each true class, a column for each predicted one)"
+    lines = ["  ".join(f"{n:>{width}}" for n in line) + f"   {label_names[i]}" for i, line in enumerate(matrix)]
+    return "\n".join([text, head, *lines])

@@ -7,7 +7,7 @@ import torch
 
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from conftest import CONFORMANCE, tiny_llama
-from dataset import Row, batches, pad
+from dataset import Row, cut_in_batches, pad, to_batch
 
 NAMES = ["x", "yx", "yz", "yxz"]
 PIECES = {"x": [10], "yx": [11, 10], "yz": [11, 12], "yxz": [11, 10, 12]}
@@ -44,7 +44,8 @@ def rows_of_lengths(lengths, seed=0):
 
 @torch.no_grad()
 def scores(model, rows, size):
-    return torch.cat([model(batch.ids, batch.mask) for batch in batches(rows, size, pad_id=3)])
+    batches = [to_batch(rows, positions, 3) for positions in cut_in_batches(range(len(rows)), size)]
+    return torch.cat([model(batch.ids, batch.mask) for batch in batches])
 
 
 @pytest.mark.parametrize("causal", [True, False])

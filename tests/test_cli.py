@@ -169,6 +169,9 @@ BAD = [
     ("an unknown dtype", "generate", ["--dtype", "int8"], None, "invalid choice: 'int8'"),
     ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
     ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
+    ("a minimum above", "lora", ["--min_lr", "1"], None, "--min_lr 1 is above --lr 0.001"),
+    ("a file for a run", "lora", ["--run_dir", "train.txt"], None, "train.txt is a file; --run_dir takes a folder"),
+    ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
     ("one file for both", "prompt", ["--test_out", "./dev-prompting-output.txt"], None, "test-prompting-output.txt"),
@@ -282,7 +285,7 @@ def test_an_option_prints_scores_and_writes_predictions(command, option, pooling
     code, out, err = command(option, "--pooling", pooling)
     best = {"prompt": set(), "finetune": {"finetune-1-0.001.pt"}, "lora": {"lora-1-0.001.pt"}}[option]
     assert code == 0 and set(command.files()) - before == set(outputs(option)) | best
-    scores = r"accuracy 0\.\d{3}, macro-F1 0\.\d{3} \(12 rows\)"
+    scores = r"accuracy [01]\.\d{3}, macro-F1 [01]\.\d{3} \(12 rows\)"
     assert re.fullmatch(rf"dev {scores}\ntest {scores}\n", out)
     for split, name in zip(("dev", "test"), outputs(option), strict=True):
         lines = (command.folder / name).read_text(encoding="utf-8").splitlines()
@@ -395,6 +398,82 @@ def test_a_llama2c_file_of_ones_runs(command):
     assert code == 0 and "(llama2.c v0)" in err and "RMSNorm, causal" in err
 
 
+# The run's folder
+
+
+def test_a_run_leaves_options_metrics_log_and_checkpoints(command):
+    assert command("lora", "--run_dir", "runs/a", "--epochs", "2")[0] == 0
+    run = command.folder / "runs" / "a"
+    found = {path.name for path in run.iterdir()}
+    assert {"options.json", "metrics.jsonl", "log.txt", "last.pt", "best.pt"} <= found
+    saved = json.loads((run / "options.json").read_text(encoding="utf-8"))
+    assert saved["options"]["epochs"] == 2 and saved["options"]["dtype"] != "auto"
+    assert saved["versions"]["torch"] == torch.__version__
+    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * 3 + 2
+    assert "confusion matrix" in (run / "log.txt").read_text(encoding="utf-8")
+    best = (command.folder / "lora-2-0.001.pt").read_bytes()
+    assert best == (run / "best.pt").read_bytes()
+
+    code, _, err = command("lora", "--run_dir", "runs/a")
+    assert code == 2 and "runs/a holds a run; add --resume" in err
+    assert (command.folder / "lora-2-0.001.pt").read_bytes() == best
+
+
+def test_a_resumed_run_needs_no_option_twice_and_ends_the_same(command, monkeypatch):
+    assert command("finetune", "--run_dir", "whole", "--epochs", "3", "--hidden_dropout_prob", "0.4")[0] == 0
+    wanted = [(command.folder / name).read_bytes() for name in outputs("finetune")]
+    evaluations = []
+
+    def stops(*arguments, **settings):
+        evaluations.append(1)
+        if len(evaluations) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments, **settings)
+
+    evaluate = training.evaluate
+    monkeypatch.setattr(training, "evaluate", stops)
+    code, out, err = command("finetune", "--run_dir", "runs/b", "--epochs", "3", "--hidden_dropout_prob", "0.4")
+    assert (code, out) == (143, "") and "go on with --resume --run_dir runs/b" in err
+    for name in outputs("finetune"):
+        (command.folder / name).unlink()
+    assert main(["--resume"]) == 0
+    _, err = command.capsys.readouterr()
+    assert "resumed at epoch 2, step 6, from runs/b" in err
+    assert [(command.folder / name).read_bytes() for name in outputs("finetune")] == wanted
+    whole, again = (torch.load(command.folder / d / "best.pt", weights_only=True) for d in ("whole", "runs/b"))
+    assert all(torch.equal(again["model"][name], tensor) for name, tensor in whole["model"].items())
+
+
+def test_resuming_with_an_option_that_contradicts_says_which(command):
+    assert command("finetune", "--run_dir", "a")[0] == 0
+    for more, wanted in (
+        (["--lr", "0.5"], "lr is 0.5, but a was started with 0.001"),
+        (["--option", "lora"], "option is lora, but a was started with finetune"),
+        (["--seed", "2"], "seed is 2, but a was started with 1337"),
+        (["--train", "dev.txt"], "train is dev.txt, but a was started with train.txt"),
+    ):
+        command.capsys.readouterr()
+        assert main(["--resume", "--run_dir", "a", *more]) == 2
+        assert f"run_llama.py: error: {wanted}" in command.capsys.readouterr().err
+    path = command.folder / "train.txt"
+    path.write_text(path.read_text(encoding="utf-8") + "1 ||| one more\n", encoding="utf-8")
+    assert main(["--resume", "--run_dir", "a", "--save_every", "7"]) == 2
+    assert "another training file" in command.capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["--resume"], "there is no run under runs to resume"),
+        (["--resume", "--run_dir", "none"], "none holds no run"),
+        (["--option", "prompt", "--run_dir", "a"], "--run_dir belongs to --option finetune and lora"),
+    ],
+)
+def test_a_run_that_is_not_there_cannot_be_resumed(command, arguments, wanted):
+    ending = ["--dev_out", "dev-prompting-output.txt"]
+    assert main([*arguments, *ending]) == 2 and wanted in command.capsys.readouterr().err
+
+
 # The process
 
 
@@ -432,7 +511,9 @@ def test_ctrl_c_stops_with_130_and_leaves_no_half_written_file(command):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
-    assert err.splitlines()[-1] == "run_llama.py: stopped"
+    assert re.fullmatch(
+        r"run_llama.py: stopped by SIGINT; go on with --resume --run_dir runs/\S+", err.splitlines()[-1]
+    )
     left = set(command.files())
     assert "finetune-100000-2e-05.pt" in left and not any(".tmp" in name or "output" in name for name in left)
     assert torch.load(command.folder / "finetune-100000-2e-05.pt", weights_only=True)["epoch"] >= 1

@@ -8,13 +8,16 @@ import torch
 from conftest import ROOT
 from dataset import (
     Row,
-    batches,
+    by_length,
+    cut_in_batches,
     has_gold_labels,
     missing_classes,
     pad,
     prompt_question,
     read_label_names,
     read_rows,
+    shuffled_batches,
+    to_batch,
     tokenize_rows,
     write_predictions,
 )
@@ -220,17 +223,46 @@ def test_padding_goes_to_either_side_and_is_told_by_a_mask():
     assert ids.tolist() == [[3, 3], [8, 9]] and mask is None
 
 
-def test_batches_cover_every_row_once_in_the_order_given():
-    rows = [Row(i % 2, str(i), tuple(range(1, i + 2))) for i in range(7)]
-    order = [6, 0, 5, 1, 4, 2, 3]
-    drawn = list(batches(rows, 3, 0, order))
-    assert [batch.positions for batch in drawn] == [[6, 0, 5], [1, 4, 2], [3]]
-    for batch in drawn:
-        assert batch.labels.tolist() == [rows[i].label for i in batch.positions]
-        for row, position in enumerate(batch.positions):
-            mask = torch.ones_like(batch.ids[row], dtype=torch.bool) if batch.mask is None else batch.mask[row]
-            assert tuple(batch.ids[row][mask].tolist()) == rows[position].ids
-    assert [batch.positions for batch in batches(rows, 4, 0)] == [[0, 1, 2, 3], [4, 5, 6]]
+def some_rows(lengths):
+    return [Row(i % 2, str(i), tuple(range(1, n + 1))) for i, n in enumerate(lengths)]
+
+
+def test_a_batch_holds_its_rows_and_a_mask():
+    rows = some_rows([3, 1, 2, 3])
+    batch = to_batch(rows, [2, 0, 1], pad_id=9)
+    assert batch.ids.tolist() == [[1, 2, 9], [1, 2, 3], [1, 9, 9]] and batch.labels.tolist() == [0, 0, 1]
+    assert batch.mask.tolist() == [[True, True, False], [True] * 3, [True, False, False]]
+    assert to_batch(rows, [0, 3], 9).mask is None
+    assert cut_in_batches([4, 3, 2, 1, 0], 2) == [[4, 3], [2, 1], [0]]
+    assert by_length(rows) == [0, 3, 2, 1]
+
+
+@pytest.mark.parametrize("bucketed", [True, False])
+@pytest.mark.parametrize("count, size", [(103, 8), (16, 8), (5, 8), (1, 1), (300, 3)])
+def test_an_epochs_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone(bucketed, count, size):
+    rows = some_rows([1 + 37 * i % 50 for i in range(count)])
+    plan = shuffled_batches(rows, size, seed=5, epoch=2, bucketed=bucketed)
+    assert sorted(i for batch in plan for i in batch) == list(range(count))
+    assert len(plan) == -(-count // size) and sorted(map(len, plan), reverse=True)[:-1] == [size] * (len(plan) - 1)
+    assert shuffled_batches(rows, size, seed=5, epoch=2, bucketed=bucketed) == plan
+    if count > size:
+        assert shuffled_batches(rows, size, seed=5, epoch=3, bucketed=bucketed) != plan
+        assert shuffled_batches(rows, size, seed=6, epoch=2, bucketed=bucketed) != plan
+
+
+def test_bucketed_batches_are_of_like_length_and_the_longest_comes_first():
+    generator = torch.Generator().manual_seed(0)
+    rows = some_rows(torch.randint(2, 90, (4000,), generator=generator).tolist())
+    real = sum(len(row.ids) for row in rows)
+
+    def computed(plan):
+        return sum(len(batch) * max(len(rows[i].ids) for i in batch) for batch in plan)
+
+    bucketed, random = (shuffled_batches(rows, 40, 1, 1, flag) for flag in (True, False))
+    assert computed(bucketed) < 1.1 * real and computed(random) > 1.7 * real
+    sizes = [len(batch) * max(len(rows[i].ids) for i in batch) for batch in bucketed]
+    assert sizes[0] == max(sizes)
+    assert sizes[1:] != sorted(sizes[1:], reverse=True)  # the others in random order
 
 
 def test_predictions_are_read_back_as_rows(tmp_path):

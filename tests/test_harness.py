@@ -291,7 +291,7 @@ def course_command(asset, tmp_path, monkeypatch):
         before = set(tmp_path.iterdir())
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             code = main(["--option", option, *fixed, *arguments])
-        return code, {path.name for path in set(tmp_path.iterdir()) - before}
+        return code, {path.name for path in set(tmp_path.iterdir()) - before if path.is_file()}
 
     return run
 

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +16,12 @@ from torch import nn
 import training
 from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
-from dataset import Row, batches
+from dataset import Row, shuffled_batches
+from distributed import Processes
 from lora import apply_lora
-from optimizer import AdamW
-from training import Evaluation, Settings, describe, evaluate, train
+from optimizer import AdamW, learning_rate
+from run_directory import RunDirectory
+from training import Evaluation, Settings, Stopped, describe, describe_classes, evaluate, row_losses, train
 
 
 class Bag(nn.Module):
@@ -48,6 +55,40 @@ def quiet(line):
     pass
 
 
+class Fit:
+    """Trains in a folder of its own under tmp_path, or in one that has a name already."""
+
+    def __init__(self, tmp_path):
+        self.tmp_path, self.count = tmp_path, 0
+
+    def run(self, name=None):
+        self.count += 1
+        run = RunDirectory(self.tmp_path / (name or str(self.count)))
+        run.path.mkdir(exist_ok=True)
+        return run
+
+    def __call__(self, model, rows, dev, chosen, name=None, log=quiet, seen=None):
+        run = self.run(name)
+
+        def write_best(state, epoch, evaluation):
+            torch.save({"model": state}, run.best_path)
+            if seen:
+                seen(state, epoch, evaluation)
+
+        train(model, rows, dev, chosen, run, write_best=write_best, log=log)
+        return run
+
+
+@pytest.fixture
+def fit(tmp_path):
+    return Fit(tmp_path)
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
 def with_dev_accuracies(monkeypatch, accuracies):
     """Makes dev accuracy what the test says, epoch after epoch."""
     remaining = iter(accuracies)
@@ -57,108 +98,314 @@ def with_dev_accuracies(monkeypatch, accuracies):
 # Training
 
 
-def test_a_step_is_the_mean_loss_of_the_rows_there_are_and_one_update():
-    rows, model, by_hand = some_rows(11), Bag(), Bag()
-    train(model, rows, rows, settings(epochs=1), log=quiet)
-    optimizer = AdamW([by_hand.table], lr=0.05)
-    order = torch.randperm(11, generator=torch.Generator().manual_seed(3)).tolist()
-    sizes = []
-    for batch in batches(rows, 4, 0, order):
-        log_probs = by_hand(batch.ids, batch.mask)
-        picked = [log_probs[i, label] for i, label in enumerate(batch.labels.tolist())]
-        optimizer.zero_grad()
-        (-sum(picked) / len(picked)).backward()
-        optimizer.step()
-        sizes.append(len(picked))
-    assert sizes == [4, 4, 3]
-    torch.testing.assert_close(model.table, by_hand.table, atol=1e-6, rtol=1e-6)
-    assert torch.equal(model.frozen, torch.ones(2))
+def reference_loop(model, rows, chosen):
+    """The plain loop: each row alone, one loss, one readable update."""
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=chosen.lr, fused=False)
+    losses = []
+    for epoch in range(1, chosen.epochs + 1):
+        for positions in shuffled_batches(rows, chosen.batch_size, chosen.seed, epoch):
+            picked = [model(torch.tensor([rows[i].ids]))[0, rows[i].label] for i in positions]
+            optimizer.zero_grad()
+            loss = -sum(picked) / len(picked)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def a_classifier(option="finetune", dropout=0.0, seed=5, classes=3):
+    torch.manual_seed(seed)
+    config = SimpleNamespace(
+        llama=tiny_llama(seed=seed), num_labels=classes, hidden_dropout_prob=dropout, option=option
+    )
+    model = LlamaEmbeddingClassifier(config)
+    return apply_lora(model, 2, 4.0) if option == "lora" else model
+
+
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+@pytest.mark.parametrize("micro", [None, 3, 1])
+def test_twenty_losses_equal_those_of_the_plain_loop_however_the_batches_are_cut(fit, option, micro):
+    rows, chosen = some_rows(31), settings(epochs=5, batch_size=8, lr=1e-3, micro_batch_size=micro)
+    wanted = reference_loop(a_classifier(option), rows, chosen)
+    run = fit(a_classifier(option), rows, rows, chosen)
+    got = [line["loss"] for line in metrics(run) if "loss" in line]
+    assert len(got) == len(wanted) == 20
+    assert got == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_micro_batch_may_leave_a_remainder():
+    pieces = Processes().share(list(range(8)), 3)
+    assert pieces == [([0, 1, 2], 3), ([3, 4, 5], 3), ([6, 7], 2)]
+    shares = [Processes(rank, 3).share([5, 6, 7, 8], 1) for rank in range(3)]
+    assert shares == [[([5], 1), ([8], 1)], [([6], 1), ([5], 0)], [([7], 1), ([5], 0)]]
+
+
+def test_frozen_weights_stay(fit):
+    model = Bag()
+    fit(model, some_rows(), some_rows(), settings())
+    assert torch.equal(model.frozen, torch.ones(2)) and not torch.equal(model.table, Bag().table)
 
 
 @pytest.mark.parametrize(
     "accuracies, best", [([0.1, 0.3, 0.2], 2), ([0.3, 0.3, 0.1], 1), ([0.1, 0.2, 0.3], 3), ([None, None, None], 3)]
 )
-def test_the_best_epoch_is_kept_and_a_tie_goes_to_the_earlier(monkeypatch, accuracies, best):
+def test_the_best_epoch_is_kept_and_a_tie_goes_to_the_earlier(fit, monkeypatch, accuracies, best):
     rows, model, weights, saved = some_rows(), Bag(), {}, []
     with_dev_accuracies(monkeypatch, accuracies)
 
     def log(line):
         weights[len(weights) + 1] = model.table.detach().clone()
 
-    def save_best(epoch, evaluation):
+    def seen(state, epoch, evaluation):
         saved.append((epoch, evaluation.accuracy))
-        assert torch.equal(model.table, weights[epoch])  # what is saved is that epoch's model
+        assert torch.equal(state["table"], weights[epoch])  # what is kept is that epoch's model
 
-    result = train(model, rows, rows, settings(epochs=3), save_best=save_best, log=log)
+    fit(model, rows, rows, settings(epochs=3), log=log, seen=seen)
     assert len(weights) == 3 and not torch.equal(weights[1], weights[2])
     assert torch.equal(model.table, weights[best])
-    assert saved[-1] == (best, accuracies[best - 1]) and result.accuracy == accuracies[best - 1]
+    assert saved[-1] == (best, accuracies[best - 1])
     assert not model.training
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(lora):
+@pytest.mark.parametrize("patience, epochs", [(1, 3), (2, 6), (None, 7)])
+def test_patience_counts_epochs_without_a_better_dev(fit, monkeypatch, patience, epochs):
+    with_dev_accuracies(monkeypatch, [0.1, 0.3, 0.3, 0.4, 0.2, 0.4, 0.1])
+    lines = []
+    fit(Bag(), some_rows(), some_rows(), settings(epochs=7, patience=patience), log=lines.append)
+    assert len([line for line in lines if line.startswith("epoch")]) == epochs
+    assert any("stopped early" in line for line in lines) == (epochs < 7)
+
+
+def trained(fit, seed, option):
     rows = some_rows(10)
+    model = a_classifier(option, dropout=0.3)
+    torch.manual_seed(seed)
+    fit(model, rows, rows, settings(seed=seed, lr=1e-3))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    def trained(seed):
-        torch.manual_seed(seed)
-        config = type("Config", (), {"llama": tiny_llama(seed=5), "num_labels": 3, "hidden_dropout_prob": 0.3})
-        config.option = "lora" if lora else "finetune"
-        torch.manual_seed(seed)
-        model = LlamaEmbeddingClassifier(config)
-        if lora:
-            apply_lora(model, 2, 4.0)
-        train(model, rows, rows, settings(seed=seed, lr=1e-3), log=quiet)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    first = trained(1)
-    assert torch.equal(trained(1), first)
-    assert not torch.equal(trained(2), first)
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(fit, option):
+    first = trained(fit, 1, option)
+    assert torch.equal(trained(fit, 1, option), first)
+    assert not torch.equal(trained(fit, 2, option), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_learns_what_float32_learns(dtype):
+def test_half_precision_learns_what_float32_learns(fit, dtype):
     rows = [Row(i % 2, "", (5 + i % 2, 9, 10 + i % 3)) for i in range(24)]
-    accuracies = {}
-    for precision in (torch.float32, dtype):
-        torch.manual_seed(0)
-        config = type("C", (), {"llama": tiny_llama(), "num_labels": 2, "hidden_dropout_prob": 0.0, "option": "lora"})
-        model = LlamaEmbeddingClassifier(config)
-        result = train(model, rows, rows, settings(epochs=4, lr=1e-2, dtype=precision), log=quiet)
-        accuracies[precision] = result.accuracy
+    for kind in (torch.float32, dtype):
+        model = a_classifier("lora", classes=2)
+        fit(model, rows, rows, settings(epochs=4, lr=1e-2, dtype=kind, max_grad_norm=1.0))
+        assert evaluate(model, rows, 4, dtype=kind).accuracy == 1.0
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert accuracies == {torch.float32: 1.0, dtype: 1.0}
+
+
+def test_clipping_is_over_all_parameters_and_after_unscaling(fit):
+    """A huge first gradient, clipped: without momentum's memory the update is the clipped gradient's."""
+    rows = some_rows(4)
+    for dtype in (torch.float32, torch.float16):
+        model = a_classifier()
+        before = [p.detach().clone() for p in model.parameters()]
+        chosen = settings(epochs=1, batch_size=4, lr=1.0, max_grad_norm=1e-12, dtype=dtype)
+        fit(model, rows, rows, chosen)
+        # The clipped gradient is far below AdamW's eps, so that nearly nothing moves; an unclipped one moves by lr.
+        moved = max((p - q).abs().max().item() for p, q in zip(model.parameters(), before, strict=True))
+        assert moved < 1e-3
+
+
+def test_the_learning_rate_follows_its_schedule(fit):
+    chosen = settings(epochs=3, batch_size=4, lr=0.1, schedule="cosine", warmup_steps=2, min_lr=0.01)
+    run = fit(Bag(), some_rows(9), some_rows(), chosen)
+    rates = [line["lr"] for line in metrics(run) if "lr" in line]
+    assert rates == [learning_rate(step, 9, 0.1, "cosine", 2, 0.01) for step in range(9)]
+
+
+def test_label_smoothing_is_torchs():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
+    wanted = F.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
+    torch.testing.assert_close(row_losses(logits.log_softmax(-1), labels, 0.2), wanted)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_learning_rate(bad):
-    model = Bag()
-    with torch.no_grad():
-        model.table[7] = bad
-    before = model.table.detach().clone()
-    rows = [Row(0, "", (1,)), Row(1, "", (7,))]
-    with pytest.raises(ValueError, match=r"the loss is nan in epoch 1, row 0, at learning rate 0.05; try a lower --lr"):
-        train(model, rows, rows, settings(), log=quiet)
-    assert torch.equal(model.table.nan_to_num(), before.nan_to_num())
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_step_rate_and_checkpoint(fit, bad):
+    class Breaks(Bag):
+        def forward(self, ids, mask=None):
+            training_calls = sum(training_ for training_, _ in self.seen)
+            return super().forward(ids, mask) * (bad if self.training and training_calls == 4 else 1.0)
+
+    model, rows = Breaks(), some_rows(9)
+    message = r"the loss is -?(nan|inf) at step 5 \(epoch 2\), learning rate 0.05; the last good .*, of step 4"
+    with pytest.raises(ValueError, match=message):
+        fit(model, rows, rows, settings(save_every=2), name="a")
+    state = torch.load(fit.tmp_path / "a" / "last.pt", weights_only=True)
+    assert torch.equal(state["model"]["table"], model.table)
+    assert state["progress"]["step"] == 4 and torch.isfinite(model.table).all()
 
 
-def test_every_epoch_sees_every_row_once_in_another_order():
+def test_every_epoch_sees_every_row_once_in_another_order(fit):
     rows, model = some_rows(9), Bag()
-    train(model, rows, rows[:2], settings(epochs=3), log=quiet)
+    fit(model, rows, rows[:2], settings(epochs=3))
     shown = [ids for training_, batch in model.seen if training_ for ids in batch]
-    assert len(shown) == 27
-
     starts = [[ids[0] for ids in shown[i : i + 9]] for i in (0, 9, 18)]
+    assert len(shown) == 27
     assert sorted(starts[0]) == sorted(starts[1]) == sorted(starts[2]) == sorted(row.ids[0] for row in rows)
-    assert starts[0] != starts[1] != starts[2]
+    assert starts[0] != starts[1] and starts[1] != starts[2]
 
 
-def test_each_epoch_is_told_in_one_line():
+def test_each_epoch_is_told_in_one_line_and_measured(fit):
     lines = []
-    train(Bag(), some_rows(), some_rows(), settings(epochs=2), log=lines.append)
+    run = fit(Bag(), some_rows(), some_rows(7), settings(epochs=2, evaluate_train=True), log=lines.append)
     assert len(lines) == 2
-    assert lines[0].startswith("epoch 1: loss ") and "running train accuracy" in lines[0] and "macro-F1" in lines[0]
-    assert lines[0].endswith("(best so far)")
+    assert lines[0].startswith("epoch 1: loss ") and "running train accuracy" in lines[0]
+    assert ", train accuracy" in lines[0] and ", dev accuracy" in lines[0] and lines[0].endswith("(best so far)")
+    found = metrics(run)
+    assert [line["step"] for line in found] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert {"train_loss", "running_train_accuracy", "train_accuracy", "dev_accuracy", "dev_macro_f1"} <= set(found[3])
+    sizes = [len(batch) for batch in shuffled_batches(some_rows(), 4, 3, 1)]
+    assert sorted(sizes) == [3, 4, 4]
+    rows_mean = sum(size * line["loss"] for size, line in zip(sizes, found, strict=False)) / 11
+    assert found[3]["train_loss"] == pytest.approx(rows_mean)
+
+
+# Stopping and going on
+
+
+def state_of(run):
+    return torch.load(run.last_path, weights_only=True)
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert_same(dict(enumerate(a)), dict(enumerate(b)))
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+class Crash(Exception):
+    """The power goes."""
+
+
+@pytest.mark.parametrize("option, dtype", [("finetune", torch.float32), ("lora", torch.float16)])
+def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, monkeypatch, option, dtype):
+    """Crashes at the n-th of all moments at which something is computed, written, or put in place, for many n."""
+    rows = some_rows(11)
+    chosen = settings(epochs=2, save_every=2, lr=1e-3, dtype=dtype)
+    moments = {"count": 0, "crash at": 0}
+
+    def may_crash(function):
+        def wrapped(*arguments, **settings_):
+            moments["count"] += 1
+            if moments["count"] == moments["crash at"]:
+                raise Crash
+            return function(*arguments, **settings_)
+
+        return wrapped
+
+    for module, name in (
+        (os, "replace"),
+        (os, "fsync"),
+        (torch, "save"),
+        (RunDirectory, "metric"),
+        (RunDirectory, "load"),
+        (training, "forward"),
+    ):
+        monkeypatch.setattr(module, name, may_crash(getattr(module, name)))
+
+    def one(name):
+        torch.manual_seed(7)
+        model = a_classifier(option, dropout=0.4)
+        torch.manual_seed(7)
+        return fit(model, rows, rows, chosen, name=name), model
+
+    whole, straight = one("whole")
+    total = moments["count"]
+    assert total > 40
+    for crash_at in range(1, total, 3):
+        moments.update({"count": 0, "crash at": crash_at})
+        name = f"crash {crash_at}"
+        with pytest.raises(Crash):
+            one(name)
+        moments.update({"count": 0, "crash at": max(2, (7 * crash_at) % total)})  # and again in what is left
+        with contextlib.suppress(Crash):
+            one(name)
+        moments["crash at"] = 0
+        run, model = one(name)
+        assert metrics(run) == metrics(whole)
+        ours, theirs = ({k: v for k, v in state_of(r).items() if k != "metrics_bytes"} for r in (run, whole))
+        assert_same(ours, theirs)
+        assert_same(model.state_dict(), straight.state_dict())
+        assert not list(run.path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("call", [1, 3, 6, 9])
+def test_a_signal_saves_where_the_run_is(fit, number, call):
+    class Signals(Bag):
+        def forward(self, ids, mask=None):
+            if len(self.seen) == call:
+                os.kill(os.getpid(), number)
+            return super().forward(ids, mask)
+
+    rows, chosen = some_rows(11), settings(epochs=2)
+    whole = fit(Bag(), rows, rows, chosen)
+    model = Signals()
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"stopped by {number.name}; go on with --resume --run_dir .*a") as stopped:
+        fit(model, rows, rows, chosen, name="a")
+    assert stopped.value.number == number and signal.getsignal(number) is before
+    assert torch.equal(state_of(fit.run("a"))["model"]["table"], model.table)
+    again = fit(Bag(seed=3), rows, rows, chosen, name="a")
+    assert metrics(again) == metrics(whole)
+    assert_same(state_of(again)["model"], state_of(whole)["model"])
+
+
+def test_a_full_disk_leaves_the_last_good_state(fit, monkeypatch):
+    rows, chosen = some_rows(11), settings(epochs=2, save_every=1)
+    whole = fit(Bag(), rows, rows, chosen)
+    save, saves = torch.save, []
+
+    def full(content, file):
+        save(content, file)
+        saves.append(file)
+        if len(saves) == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(Bag(), rows, rows, chosen, name="a")
+    run = fit.run("a")
+    assert state_of(run)["progress"]["step"] in (2, 3) and not list(run.path.glob(".*.tmp"))
+    fit(Bag(), rows, rows, chosen, name="a")
+    assert metrics(run) == metrics(whole)
+    assert_same(state_of(run)["model"], state_of(whole)["model"])
+
+
+@pytest.mark.parametrize("change", ["rows", "frozen weights"])
+def test_a_run_goes_on_with_its_own_rows_and_weights_only(fit, change):
+    rows, model = some_rows(), Bag()
+    fit(model, rows, rows, settings(), name="a")
+    if change == "rows":
+        rows = [*rows[1:], rows[0]]
+    else:
+        with torch.no_grad():
+            model.frozen += 1
+    with pytest.raises(ValueError, match="a was started from other frozen weights or another training file"):
+        fit(model, rows, rows, settings(), name="a")
+
+
+def test_the_optimizer_is_saved_by_name(fit):
+    run = fit(a_classifier("lora"), some_rows(), some_rows(), settings())
+    state = state_of(run)
+    name = "llama.layers.1.attention.compute_value.lora_B"
+    assert name in state["model"] and state["optimizer"]["state"][name]["exp_avg"].shape == state["model"][name].shape
+    assert not any("original_layer" in name for name in state["model"])  # frozen weights are in their own file
 
 
 # Evaluation
@@ -175,12 +422,12 @@ def test_predictions_stand_in_the_order_of_the_rows(size):
     assert result.macro_f1 == pytest.approx(f1_score(gold, by_hand, average="macro"))
 
 
-@pytest.mark.parametrize("in_file_order", [True, False])
-def test_batches_are_of_like_length_unless_the_order_of_the_file_is_asked_for(in_file_order):
+@pytest.mark.parametrize("bucketed", [True, False])
+def test_batches_are_of_like_length_unless_the_order_of_the_file_is_asked_for(bucketed):
     rows, model = some_rows(12), Bag()
-    evaluate(model, rows, 5, in_file_order=in_file_order)
+    evaluate(model, rows, 5, bucketed=bucketed)
     widths = [len(ids[0]) for _, ids in model.seen]
-    order = rows if in_file_order else sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    order = rows if not bucketed else sorted(rows, key=lambda row: len(row.ids), reverse=True)
     assert widths == [max(len(row.ids) for row in order[i : i + 5]) for i in (0, 5, 10)]
 
 
@@ -198,6 +445,13 @@ def test_evaluation_needs_no_gradient_and_restores_the_mode(was_training):
     evaluate(model, some_rows(), 4)
     assert model.training is was_training and all(not training_ for training_, _ in model.seen)
     assert model.table.grad is None
+
+
+def test_classes_are_told_with_a_confusion_matrix():
+    rows = [Row(label, "", (1,)) for label in (0, 0, 1, 1, 1)]
+    text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833), rows, ["bad", "good", "none"])
+    assert "precision" in text and text.endswith("1  1  0   bad\n1  2  0   good\n0  0  0   none")
+    assert describe_classes(Evaluation([0], None, None), [Row(0, "", (1,))], ["bad", "good"]) == ""
 
 
 def test_scores_that_are_no_numbers_are_refused():

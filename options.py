@@ -1,0 +1,249 @@
+"""The options of run_llama.py, and the checks that need no more than them. Imports no torch: `--help` stays instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser
+
+COURSE_PROMPT = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. "
+    "Keanu Reeves, playing the hero John Wick, is"
+)
+OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
+
+EXAMPLES = """\
+examples:
+  python run_llama.py --option generate --prompt "Once upon a time" --temperature 0.8
+  python run_llama.py --option prompt --batch_size 10 --train data/sst-train.txt --dev data/sst-dev.txt \\
+      --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
+      --dev_out sst-dev-prompting-output.txt --test_out sst-test-prompting-output.txt
+  python run_llama.py --option finetune --epochs 5 --lr 2e-5 --batch_size 80 --train data/sst-train.txt \\
+      --dev data/sst-dev.txt --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
+      --dev_out sst-dev-finetuning-output.txt --test_out sst-test-finetuning-output.txt
+  python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
+      --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options, grouped; every default is written here and nowhere else."""
+    parser = OneLineParser(
+        prog="run_llama.py",
+        description="Runs a Llama: generates text, classifies by prompting, fine-tunes, fine-tunes with LoRA.",
+        epilog=EXAMPLES,
+    )
+    add = parser.add_argument
+    add(
+        "--option",
+        choices=("generate", "prompt", "finetune", "lora"),
+        default="generate",
+        help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
+        "a classifier head; train LoRA adapters and a head (default: %(default)s)",
+    )
+    add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
+
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--pretrained-model-path",
+        default="stories42M.pt",
+        metavar="FILE",
+        help="checkpoint: the course's .pt, or llama2.c's .bin of version 0 or 1 (default: %(default)s)",
+    )
+    add("--tokenizer", metavar="FILE", help="SentencePiece model (default: tokenizer.model, else data/tokenizer.model)")
+    add("--norm", choices=("layernorm", "rmsnorm"), help="the model's norm (default: what the checkpoint says)")
+    add(
+        "--attention",
+        choices=("causal", "bidirectional"),
+        help="whether a token sees what follows it (default: what the checkpoint says; course ones: bidirectional)",
+    )
+
+    add = parser.add_argument_group("device and precision").add_argument
+    add("--use_gpu", action="store_true", help="run on the first CUDA device")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu, or cuda with --use_gpu)")
+    add(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="precision of the matrix products; weights stay float32. auto: bf16 where the hardware multiplies "
+        "it itself, else fp32; fp32 for generation on the CPU (default: %(default)s)",
+    )
+
+    add = parser.add_argument_group("generate").add_argument
+    add("--prompt", default=COURSE_PROMPT, metavar="TEXT", help="what to continue (default: the course's film review)")
+    add("--max_new_tokens", type=COUNT_OR_ZERO, default=75, metavar="N", help="tokens to add (default: %(default)s)")
+    add(
+        "--temperature",
+        type=NOT_NEGATIVE,
+        metavar="T",
+        help="0 takes the likeliest token, 1 samples as the model thinks. Prints one continuation and writes no file "
+        "(default: one at 0 and one at 1, each written to its file)",
+    )
+    add(
+        "--epsilon",
+        type=FRACTION,
+        default=0.05,
+        metavar="E",
+        help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s)",
+    )
+    add(
+        "--generated_sentence_low_temp_out",
+        default="generated-sentence-temp-0.txt",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
+    add(
+        "--generated_sentence_high_temp_out",
+        default="generated-sentence-temp-1.txt",
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
+
+    add = parser.add_argument_group("data of prompt, finetune and lora (lines of `label ||| sentence`)").add_argument
+    for split in ("train", "dev", "test"):
+        add(f"--{split}", default=f"data/cfimdb-{split}.txt", metavar="FILE", help="(default: %(default)s)")
+    add(
+        "--label-names",
+        default="data/cfimdb-label-mapping.json",
+        metavar="FILE",
+        help="class names, a JSON list (default: %(default)s)",
+    )
+    add(
+        "--max_sentence_len",
+        type=COUNT,
+        metavar="N",
+        help="cut sentences to N tokens (default: to the model's context)",
+    )
+    add(
+        "--dev_out",
+        default="cfimdb-dev-prompting-output.txt",
+        metavar="FILE",
+        help="predictions for dev (default: %(default)s)",
+    )
+    add(
+        "--test_out",
+        default="cfimdb-test-prompting-output.txt",
+        metavar="FILE",
+        help="predictions for test (default: %(default)s)",
+    )
+    add("--batch_size", type=COUNT, default=8, metavar="N", help="rows a step (default: %(default)s)")
+    add(
+        "--pooling",
+        choices=("last_token", "last_column"),
+        default="last_token",
+        help="what is read of a row: its last real token, padding masked; or, as the course does it, the batch's last "
+        "column, padding and all (default: %(default)s)",
+    )
+
+    add = parser.add_argument_group("training (finetune, lora)").add_argument
+    add("--epochs", type=COUNT, default=5, metavar="N", help="passes over the training set (default: %(default)s)")
+    add("--lr", type=POSITIVE, default=2e-5, help="learning rate; LoRA likes ten times more (default: %(default)s)")
+    add(
+        "--hidden_dropout_prob",
+        type=FRACTION,
+        default=0.3,
+        metavar="P",
+        help="dropout before the head (default: %(default)s)",
+    )
+    add(
+        "--micro_batch_size",
+        type=COUNT,
+        metavar="N",
+        help="rows computed at once, where --batch_size rows do not fit into memory; the step is the same "
+        "(default: all of the batch)",
+    )
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr (default: %(default)s)")
+    add(
+        "--warmup_steps",
+        type=COUNT_OR_ZERO,
+        default=0,
+        metavar="N",
+        help="steps in which --lr is reached, from nearly 0 (default: %(default)s)",
+    )
+    add("--min_lr", type=NOT_NEGATIVE, default=0.0, help="where the cosine ends (default: %(default)s)")
+    add(
+        "--weight_decay",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="W",
+        help="of matrices, not of norms and biases (default: %(default)s)",
+    )
+    add("--max_grad_norm", type=POSITIVE, metavar="G", help="clip the gradient's norm to G (default: leave it)")
+    add(
+        "--label_smoothing",
+        type=FRACTION,
+        default=0.0,
+        metavar="S",
+        help="spread S of each label over all classes (default: %(default)s)",
+    )
+    add("--patience", type=COUNT, metavar="N", help="stop after N epochs without a better dev (default: never)")
+    add("--eval_train", action="store_true", help="score the whole training set after each epoch, too")
+    add("--lora_rank", type=COUNT, default=4, metavar="R", help="rank of the LoRA update (default: %(default)s)")
+    add(
+        "--lora_alpha",
+        type=POSITIVE,
+        default=1.0,
+        metavar="A",
+        help="the update counts alpha / rank (default: %(default)s)",
+    )
+
+    add = parser.add_argument_group("the run (finetune, lora)").add_argument
+    add(
+        "--run_dir",
+        metavar="DIR",
+        help="where options, metrics, log and checkpoints of the run go (default: a new folder under runs/)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --run_dir (default: the latest under runs/), to the very same result; options not "
+        "given again are those it was started with",
+    )
+    add(
+        "--save_every",
+        type=COUNT,
+        default=500,
+        metavar="N",
+        help="save the state every N steps, and after each epoch (default: %(default)s)",
+    )
+    add(
+        "--fsdp",
+        action="store_true",
+        help="shard the model over the processes that torchrun starts, instead of a copy in each",
+    )
+    add("--compile", action="store_true", help="compile the model with torch.compile: slow to start")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that contradict each other; needs no torch and touches no file."""
+    if args.use_gpu and args.device and not args.device.startswith("cuda"):
+        raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
+    if args.option not in ("finetune", "lora"):
+        for flag in ("run_dir", "fsdp"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} belongs to --option finetune and lora; leave it out for {args.option}")
+    if args.option == "generate":
+        return
+    if args.min_lr > args.lr:
+        raise ValueError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}; it must not be")
+    ending = OUTPUT_ENDINGS[args.option]
+    for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
+        if not path.endswith(f"{split}-{ending}"):
+            raise ValueError(f"{option} is {path}; for --option {args.option} its name must end in {split}-{ending}")
+    if Path(args.dev_out).resolve() == Path(args.test_out).resolve():
+        raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
+
+
+def output_files(args: argparse.Namespace) -> list[str]:
+    """Every file that the run will write, beside its folder."""
+    if args.option == "generate":
+        both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
+        return both if args.temperature is None else []
+    return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]
+
+
+def best_model_path(args: argparse.Namespace) -> str:
+    """Where finetune and lora keep the best model."""
+    return f"{args.option}-{args.epochs}-{args.lr}.pt"

@@ -1,0 +1,170 @@
+"""What a run leaves behind, in one folder: its options, its metrics, its log, and the state to go on from.
+
+    options.json     the resolved options, and the versions they ran with
+    metrics.jsonl    a line for each step and each epoch
+    log.txt          what was told
+    last.pt          everything training needs to go on (a folder of shards under FSDP)
+    best.pt          the best model so far
+    events.*         the same metrics for TensorBoard, where that is installed
+
+`last` and `best` are replaced whole or not at all: a crash at any moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import atomic_file, read_torch
+
+
+def new_run_path(parent: Path, name: str) -> Path:
+    """A folder of its own under `parent` for a run that starts now; nothing is made."""
+    stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+    candidates = (parent / (stem if i == 1 else f"{stem}-{i}") for i in count(1))
+    return next(path for path in candidates if not path.exists())
+
+
+def latest_run_path(parent: Path) -> Path:
+    """The folder under `parent` whose run was active last. Raises FileNotFoundError if there is none."""
+    runs = [path.parent for path in parent.glob("*/options.json")]
+    if not runs:
+        raise FileNotFoundError(f"there is no run under {parent} to resume; name its folder with --run_dir")
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+class RunDirectory:
+    """One run's folder. Only the process that `writes` touches it; the others may read."""
+
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
+        self.path = Path(path)
+        self.writes = writes
+        self.metrics_path = self.path / "metrics.jsonl"
+        self._tensorboard: Any = None
+
+    @property
+    def best_path(self) -> Path:
+        return self.path / "best.pt"
+
+    @property
+    def last_path(self) -> Path:
+        return self.path / "last.pt"
+
+    def check_free(self) -> None:
+        """Raises ValueError if a run is there already, or a file."""
+        if (self.path / "options.json").exists():
+            raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
+
+    def create(self, options: dict[str, Any]) -> None:
+        """Makes the folder and writes `options`."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        with atomic_file(self.path / "options.json") as file:
+            json.dump({"options": options, "versions": versions}, file, indent=2)
+            file.write("\n")
+
+    def options(self) -> dict[str, Any]:
+        """The options that the run was started with. Raises FileNotFoundError or ValueError if there are none."""
+        path = self.path / "options.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["options"]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path} holds no run (no options.json); leave out --resume") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; the run cannot be resumed") from error
+
+    def metric(self, step: int, **values: Any) -> None:
+        """Adds a line to the metrics, and the numbers among them to TensorBoard's events."""
+        if not self.writes:
+            return
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is None:
+            self._tensorboard = _summary_writer(self.path)
+        for name, value in values.items():
+            if self._tensorboard and isinstance(value, float):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def log(self, line: str) -> None:
+        """Adds a line to the log."""
+        if self.writes:
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replaces last.pt by `state`, and remembers in it how far the metrics are."""
+        if not self.writes:
+            return
+        self._settle_metrics()
+        with atomic_file(self.last_path, "wb") as file:
+            torch.save(state | {"metrics_bytes": self._metrics_bytes()}, file)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state last saved, None where none was yet; the metrics go back to where they were then.
+
+        Raises ValueError if the file is damaged.
+        """
+        state = read_torch(self.last_path) if self.last_path.exists() else None
+        self.rewind_metrics(state["metrics_bytes"] if state else 0)
+        return state
+
+    def rewind_metrics(self, size: int) -> None:
+        """Drops the lines of steps that the saved state does not know, for they will be taken again."""
+        if self.writes and self.metrics_path.exists():
+            os.truncate(self.metrics_path, size)
+
+    def _metrics_bytes(self) -> int:
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def _settle_metrics(self) -> None:
+        """Waits until the metrics are on the disk, before a state says so."""
+        if self.metrics_path.exists():
+            with self.metrics_path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    # Sharded states: a folder for each save, and a pointer that is replaced last.
+
+    def save_shards(self, name: str, write: Callable[[Path], None], wait: Callable[[], None]) -> None:
+        """Every process calls this; `write` puts its shards into the folder it is given, a new one for each `name`."""
+        folder = self.path / f"last-{name}"
+        if self.writes:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._settle_metrics()
+        wait()
+        write(folder)
+        wait()
+        if self.writes:
+            with atomic_file(self.path / "last.json") as file:
+                json.dump({"folder": folder.name, "metrics_bytes": self._metrics_bytes()}, file)
+            for old in self.path.glob("last-*"):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def shards(self) -> Path | None:
+        """The folder of the shards last saved whole, None where none were yet; rewinds the metrics as `load` does."""
+        pointer = self.path / "last.json"
+        saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None
+        self.rewind_metrics(saved["metrics_bytes"] if saved else 0)
+        return self.path / saved["folder"] if saved else None
+
+
+def _summary_writer(path: Path) -> Any:
+    """TensorBoard's writer, False where that package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return False
+    return SummaryWriter(str(path))
