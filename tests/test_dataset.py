@@ -183,6 +183,7 @@ def test_a_row_too_long_loses_the_end_of_its_sentence_only(llama_tokenizer):
     assert cut == 1 and done[0].ids == (*whole[0].ids[:11], 2) and done[1].ids == whole[1].ids
     assert done[0].sentence == rows[0].sentence
 
+    assert tokenize_rows(rows[1:], llama_tokenizer, len(whole[1].ids))[1] == 0  # just fits
     question = prompt_question(CFIMDB).rstrip()
     tail = tuple(llama_tokenizer.encode(question.lstrip(), bos=False, eos=False))
     done, cut = tokenize_rows(rows, llama_tokenizer, 20, question=question)

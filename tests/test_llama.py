@@ -356,6 +356,15 @@ def test_dropout_acts_in_training_mode_only(kernel):
     assert not torch.isclose(model(ids)[1], model(ids)[1]).all()
 
 
+@pytest.mark.parametrize("place", ["dropout", "layers.1.attention.residual_dropout", "layers.1.feed_forward.dropout"])
+def test_dropout_acts_at_each_of_its_places(place):
+    model = tiny_llama(dropout=0.0).train()
+    ids = random_ids(2, 6)
+    assert torch.equal(model(ids)[1], model(ids)[1])
+    model.get_submodule(place).p = 0.5
+    assert not torch.equal(model(ids)[1], model(ids)[1])
+
+
 @kernels
 def test_attention_weights_are_dropped_in_training_mode_only(kernel):
     torch.manual_seed(0)

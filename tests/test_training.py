@@ -201,17 +201,25 @@ def test_half_precision_learns_what_float32_learns(fit, dtype):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_clipping_is_over_all_parameters_and_after_unscaling(fit):
-    """A huge first gradient, clipped: without momentum's memory the update is the clipped gradient's."""
+def test_gradients_are_unscaled_before_they_are_clipped(fit):
+    """No gradient here is as long as the limit, but each would be, scaled by 65536."""
+    rows, weights = some_rows(8), []
+    for limit in (None, 1e3):
+        model = a_classifier()
+        fit(model, rows, rows, settings(epochs=1, dtype=torch.float16, max_grad_norm=limit, lr=1e-3))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_clipping_is_over_all_parameters(fit):
+    """The clipped gradient is far below AdamW's eps, so that nearly nothing moves; an unclipped one moves by lr."""
     rows = some_rows(4)
-    for dtype in (torch.float32, torch.float16):
+    for limit, moves in ((1e-12, False), (None, True)):
         model = a_classifier()
         before = [p.detach().clone() for p in model.parameters()]
-        chosen = settings(epochs=1, batch_size=4, lr=1.0, max_grad_norm=1e-12, dtype=dtype)
-        fit(model, rows, rows, chosen)
-        # The clipped gradient is far below AdamW's eps, so that nearly nothing moves; an unclipped one moves by lr.
+        fit(model, rows, rows, settings(epochs=1, batch_size=4, lr=1.0, max_grad_norm=limit))
         moved = max((p - q).abs().max().item() for p, q in zip(model.parameters(), before, strict=True))
-        assert moved < 1e-3
+        assert (moved > 0.1) == moves
 
 
 def test_the_learning_rate_follows_its_schedule(fit):
