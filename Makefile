@@ -1,7 +1,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test clean
+.PHONY: help install style check test bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ check:  ## Lint, formatting and types; changes nothing
 
 test:  ## Run the tests, without the slow ones
 	$(PYTHON) -m pytest
+
+bench:  ## Time training against transformers and the course's procedure (minutes)
+	$(PYTHON) benchmark.py train
 
 clean:  ## Remove caches; keeps data, checkpoints and predictions
 	rm -rf .mypy_cache .pytest_cache .ruff_cache

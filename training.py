@@ -212,16 +212,21 @@ def train(
     process when an epoch is the best so far. Returns the model to evaluate: the same, wrapped if there are several
     processes.
 
-    Raises ValueError if the loss is NaN or infinite or the saved state is of other weights or rows, Stopped after
-    SIGINT or SIGTERM, with the state saved.
+    Raises ValueError if the loss is NaN or infinite or the saved state is of other weights or rows, OSError if the disk
+    is full, Stopped after SIGINT or SIGTERM, with the state saved.
     """
     training = Training(model, train_rows, settings, run, processes or Processes(), log)
     training.restore()
     with Interrupts() as interrupts:
         training.interrupts = interrupts
-        while not training.progress.finished:
-            training.epoch()
-            training.end_epoch(dev_rows, write_best)
+        try:
+            while not training.progress.finished:
+                training.epoch()
+                training.end_epoch(dev_rows, write_best)
+        except OSError as error:
+            raise OSError(
+                f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
+            ) from error
     training.load_best()
     return training.model.eval()
 
@@ -402,7 +407,7 @@ class Training:
         if not math.isfinite(loss_sum):
             raise ValueError(
                 f"the loss is {loss_sum / len(positions)} at step {self.progress.step + 1} (epoch "
-                f"{self.progress.epoch}), learning rate {lr:g}; {self._last_good()}. Try a lower --lr or --dtype fp32"
+                f"{self.progress.epoch}), learning rate {lr:g}; {self.last_good()}. Try a lower --lr or --dtype fp32"
             )
         if settings.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -413,7 +418,8 @@ class Training:
         self.scaler.update()
         return loss_sum / len(positions), int(right)
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """What there is to go on from, in words."""
         if self.saved_at == (0, 0):
             return "nothing was saved before"
         return f"the last good checkpoint is {self.run.last_path}, of step {self.saved_at[1]}"

@@ -386,7 +386,9 @@ def test_a_full_disk_leaves_the_last_good_state(fit, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; the last good checkpoint is .*; make room and add --resume"
+    ):
         fit(Bag(), rows, rows, chosen, name="a")
     run = fit.run("a")
     assert state_of(run)["progress"]["step"] in (2, 3) and not list(run.path.glob(".*.tmp"))
