@@ -93,7 +93,7 @@ class RunDirectory:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard is None:
-            self._tensorboard = _summary_writer(self.path)
+            self._tensorboard = _summary_writer(self.path, step)
         for name, value in values.items():
             if self._tensorboard and isinstance(value, float):
                 self._tensorboard.add_scalar(name, value, step)
@@ -161,10 +161,10 @@ class RunDirectory:
         return self.path / saved["folder"] if saved else None
 
 
-def _summary_writer(path: Path) -> Any:
-    """TensorBoard's writer, False where that package is not installed."""
+def _summary_writer(path: Path, step: int) -> Any:
+    """TensorBoard's writer, False where that package is not installed; it forgets what was written from `step` on."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return False
-    return SummaryWriter(str(path))
+    return SummaryWriter(str(path), purge_step=step)
