@@ -72,9 +72,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from dataset import read_label_names, read_rows, shuffled_batches, tokenize_rows
+    from evaluation import DTYPES
     from llama import Llama, LlamaConfig, load_pretrained
     from tokenizer import Tokenizer
-    from training import DTYPES
 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
@@ -149,9 +149,10 @@ def ours(
     """The training loop's own step, and its evaluation on dev."""
     from classifier import LlamaEmbeddingClassifier
     from distributed import Processes
+    from evaluation import evaluate
     from lora import apply_lora
     from run_directory import RunDirectory
-    from training import Settings, Training, evaluate
+    from training import Settings, Training
 
     config = SimpleNamespace(llama=llama, num_labels=labels, hidden_dropout_prob=0.3, option="finetune")
     model = LlamaEmbeddingClassifier(config).to(args.device).train()

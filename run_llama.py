@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from classifier import LlamaEmbeddingClassifier
     from dataset import Row
     from distributed import Processes
+    from evaluation import Evaluation
     from llama import Llama
     from tokenizer import Tokenizer
-    from training import Evaluation
 
 RUNS = Path("runs")
 # What may differ when a run is resumed: it changes no number.
@@ -59,7 +59,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     """The precision of the matrix products."""
-    from training import DTYPES, bf16_is_native
+    from evaluation import DTYPES, bf16_is_native
 
     if args.dtype != "auto":
         return DTYPES[args.dtype]
@@ -115,8 +115,8 @@ def generate(args: argparse.Namespace) -> None:
     import torch
 
     from checkpoint import atomic_file
+    from evaluation import precision
     from tokenizer import Tokenizer
-    from training import precision
 
     if PROCESSES > 1:
         raise ValueError("--option generate runs in one process; start it without torchrun")
@@ -198,7 +198,7 @@ def predict(
 ) -> None:
     """Classifies dev and test, prints the scores, and writes both prediction files at the end."""
     from dataset import write_predictions
-    from training import describe, describe_classes, evaluate
+    from evaluation import describe, describe_classes, evaluate
 
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results = {}
@@ -288,8 +288,9 @@ def fine_tune(
     import torch
 
     from checkpoint import link_or_copy, write_checkpoint
+    from evaluation import DTYPES
     from run_directory import RunDirectory
-    from training import DTYPES, Settings, train
+    from training import Settings, train
 
     options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
     config = model.llama.config

@@ -1,4 +1,4 @@
-"""The training loop of every mode, and evaluation. Takes any model that maps (ids, mask) to log-probabilities.
+"""The training loop of every mode. Takes any model that maps (ids, mask) to log-probabilities.
 
 A run can stop at any moment and go on later to the same weights, bit for bit: what comes next depends only on the
 state that `Training.state` lists, and on rows and settings that must be the same.
@@ -12,13 +12,11 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,12 +28,11 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from checkpoint import read_torch
-from dataset import Row, by_length, cut_in_batches, has_gold_labels, shuffled_batches, to_batch
+from dataset import Row, shuffled_batches, to_batch
 from distributed import Processes
+from evaluation import Evaluation, describe, evaluate, forward
 from optimizer import AdamW, decay_groups, learning_rate
 from run_directory import RunDirectory
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,15 +56,6 @@ class Settings:
     patience: int | None = None  # epochs without a better dev accuracy, after which to stop
     save_every: int = 500  # steps; an epoch's end is always saved
     evaluate_train: bool = False  # score the whole training set after each epoch
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Predicted class ids in the order of the rows; accuracy and macro-F1, None where there are no gold labels."""
-
-    predictions: list[int]
-    accuracy: float | None
-    macro_f1: float | None
 
 
 class Stopped(KeyboardInterrupt):
@@ -98,76 +86,6 @@ class Interrupts:
     def _note(self, number: int, frame: object) -> None:
         self.number = number
         self.__exit__()
-
-
-def bf16_is_native(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices itself: AMX or AVX512-BF16 on x86, the bf16 extension on Arm,
-    compute capability 8.0 on CUDA. Emulated, bfloat16 is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Public from torch 2.13 on; where torch cannot tell, float32 is the safe answer.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to `dtype` where it is narrower than float32: matrix products in dtype, norms, softmax, losses in
-    float32.
-    """
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The model's log-probabilities (B, labels) for a batch from the CPU, on the model's own device, in `dtype`."""
-    device = next(model.parameters()).device
-    mask = None if mask is None else mask.to(device)
-    with precision(device, dtype):
-        return model(ids.to(device), mask)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    rows: Sequence[Row],
-    batch_size: int,
-    *,
-    pad_id: int = 0,
-    dtype: torch.dtype = torch.float32,
-    bucketed: bool = True,
-    processes: Processes | None = None,
-    check: Callable[[], None] = lambda: None,
-    name: str = "evaluating",
-) -> Evaluation:
-    """The class with the highest log-probability for every row, each row counted once however many processes share
-    them.
-
-    Bucketed: rows of like length share a batch, so that little is computed on padding; else they are taken as they
-    stand, for the course's reading, whose answers depend on it. check() is called before each batch.
-    """
-    processes = processes or Processes()
-    was_training = model.training
-    model.eval()
-    order = by_length(rows) if bucketed else list(range(len(rows)))
-    found: dict[int, int] = {}
-    with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
-        for positions in cut_in_batches(order, batch_size):
-            check()
-            for mine, counted in processes.share(positions):
-                batch = to_batch(rows, mine, pad_id)
-                log_probs = forward(model, batch.ids, batch.mask, dtype)
-                if not torch.isfinite(log_probs).all():
-                    raise ValueError(f"{name}: the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
-                found.update(zip(mine[:counted], log_probs.argmax(-1).tolist()[:counted], strict=True))
-            bar.update(len(positions))
-    model.train(was_training)
-    for part in processes.gather(found):
-        found.update(part)
-    predictions = [found[i] for i in range(len(rows))]
-    if not has_gold_labels(rows):
-        return Evaluation(predictions, None, None)
-    gold = [row.label for row in rows]
-    macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
-    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
 
 
 @dataclass
@@ -490,24 +408,3 @@ class Training:
         self.processes.wait()
         best = read_torch(self.run.best_path)["model"]
         set_model_state_dict(self.model, best, options=StateDictOptions(full_state_dict=True))
-
-
-def describe(evaluation: Evaluation) -> str:
-    """The scores in words."""
-    if evaluation.accuracy is None:
-        return "has no gold labels (one value in the whole label column): no accuracy"
-    return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}"
-
-
-def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
-    """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
-    if evaluation.accuracy is None:
-        return ""
-    gold, classes = [row.label for row in rows], range(len(label_names))
-    settings: dict[str, Any] = {"labels": list(classes), "zero_division": 0}
-    text = classification_report(gold, evaluation.predictions, target_names=list(label_names), digits=3, **settings)
-    matrix = confusion_matrix(gold, evaluation.predictions, labels=list(classes))
-    width = max(len(str(number)) for number in matrix.flatten())
-    head = "confusion matrix (a line for each true class, a column for each predicted one)"
-    lines = ["  ".join(f"{n:>{width}}" for n in line) + f"   {label_names[i]}" for i, line in enumerate(matrix)]
-    return "\n".join([text, head, *lines])

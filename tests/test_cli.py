@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluation
 import training
 from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, tiny_llama
@@ -380,7 +381,7 @@ def test_the_header_says_what_runs_and_what_it_writes(command, option, more, wor
 
 def test_auto_scores_in_bf16_where_that_is_native_and_generates_in_float32(command, monkeypatch):
     for native, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(training, "bf16_is_native", lambda device, native=native: native)
+        monkeypatch.setattr(evaluation, "bf16_is_native", lambda device, native=native: native)
         assert f"matrix products in {dtype}" in command("prompt")[2]
         assert "matrix products in float32" in command("generate")[2]
 

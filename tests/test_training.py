@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
+import evaluation
 import training
 from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
 from dataset import Row, shuffled_batches
 from distributed import Processes
+from evaluation import Evaluation, evaluate
 from lora import apply_lora
 from optimizer import AdamW, learning_rate
 from run_directory import RunDirectory
-from training import Evaluation, Settings, Stopped, describe, describe_classes, evaluate, row_losses, train
+from training import Settings, Stopped, row_losses, train
 
 
 class Bag(nn.Module):
@@ -323,6 +324,7 @@ def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, m
         (RunDirectory, "metric"),
         (RunDirectory, "load"),
         (training, "forward"),
+        (evaluation, "forward"),
     ):
         monkeypatch.setattr(module, name, may_crash(getattr(module, name)))
 
@@ -416,79 +418,3 @@ def test_the_optimizer_is_saved_by_name(fit):
     name = "llama.layers.1.attention.compute_value.lora_B"
     assert name in state["model"] and state["optimizer"]["state"][name]["exp_avg"].shape == state["model"][name].shape
     assert not any("original_layer" in name for name in state["model"])  # frozen weights are in their own file
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("size", [1, 4, 30])
-def test_predictions_stand_in_the_order_of_the_rows(size):
-    rows, model = some_rows(13), Bag()
-    result = evaluate(model, rows, size)
-    by_hand = [model.table[list(row.ids)].mean(0).argmax().item() for row in rows]
-    assert result.predictions == by_hand
-    gold = [row.label for row in rows]
-    assert result.accuracy == pytest.approx(accuracy_score(gold, by_hand))
-    assert result.macro_f1 == pytest.approx(f1_score(gold, by_hand, average="macro"))
-
-
-@pytest.mark.parametrize("bucketed", [True, False])
-def test_batches_are_of_like_length_unless_the_order_of_the_file_is_asked_for(bucketed):
-    rows, model = some_rows(12), Bag()
-    evaluate(model, rows, 5, bucketed=bucketed)
-    widths = [len(ids[0]) for _, ids in model.seen]
-    order = rows if not bucketed else sorted(rows, key=lambda row: len(row.ids), reverse=True)
-    assert widths == [max(len(row.ids) for row in order[i : i + 5]) for i in (0, 5, 10)]
-
-
-def test_without_gold_labels_there_is_no_accuracy():
-    rows = [Row(0, row.sentence, row.ids) for row in some_rows()]
-    result = evaluate(Bag(), rows, 4)
-    assert len(result.predictions) == 11 and result.accuracy is None and result.macro_f1 is None
-    assert "no gold labels" in describe(result)
-    assert describe(Evaluation([1], 0.5, 0.25)) == "accuracy 0.500, macro-F1 0.250"
-
-
-@pytest.mark.parametrize("was_training", [True, False])
-def test_evaluation_needs_no_gradient_and_restores_the_mode(was_training):
-    model = Bag().train(was_training)
-    evaluate(model, some_rows(), 4)
-    assert model.training is was_training and all(not training_ for training_, _ in model.seen)
-    assert model.table.grad is None
-
-
-def test_classes_are_told_with_a_confusion_matrix():
-    rows = [Row(label, "", (1,)) for label in (0, 0, 1, 1, 1)]
-    text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833), rows, ["bad", "good", "none"])
-    assert "precision" in text and text.endswith("1  1  0   bad\n1  2  0   good\n0  0  0   none")
-    assert describe_classes(Evaluation([0], None, None), [Row(0, "", (1,))], ["bad", "good"]) == ""
-
-
-def test_scores_that_are_no_numbers_are_refused():
-    model = Bag()
-    with torch.no_grad():
-        model.table.fill_(math.nan)
-    with pytest.raises(ValueError, match="dev: the model's scores hold NaN or infinity in torch.float32; try --dtype"):
-        evaluate(model, some_rows(), 4, name="dev")
-
-
-# Precision
-
-
-def test_autocast_makes_matrix_products_narrow_and_leaves_the_loss_wide():
-    linear = nn.Linear(8, 8)
-    with training.precision(torch.device("cpu"), torch.bfloat16):
-        product = linear(torch.randn(2, 8))
-        assert product.dtype == torch.bfloat16
-        assert F.nll_loss(product.log_softmax(-1), torch.tensor([0, 1])).dtype == torch.float32
-    with training.precision(torch.device("cpu"), torch.float32):
-        assert linear(torch.randn(2, 8)).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "capabilities, native",
-    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False)],
-)
-def test_bf16_is_native_where_the_processor_says_so(monkeypatch, capabilities, native):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert training.bf16_is_native(torch.device("cpu")) is native
