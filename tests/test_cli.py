@@ -172,6 +172,7 @@ BAD = [
     ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
     ("a minimum above", "lora", ["--min_lr", "1"], None, "--min_lr 1 is above --lr 0.001"),
     ("a file for a run", "lora", ["--run_dir", "train.txt"], None, "train.txt is a file; --run_dir takes a folder"),
+    ("shards in fp16", "lora", ["--fsdp", "--dtype", "fp16"], None, "--fsdp does not go with --dtype fp16"),
     ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
