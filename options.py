@@ -227,9 +227,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.option == "generate":
         return
     if args.fsdp and args.dtype == "fp16":
-        raise ValueError(
-            "--fsdp does not go with --dtype fp16, whose loss scale each shard would judge alone; give bf16"
-        )
+        raise ValueError("--fsdp does not go with --dtype fp16 (each shard would judge its scale alone); give bf16")
     if args.min_lr > args.lr:
         raise ValueError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}; it must not be")
     ending = OUTPUT_ENDINGS[args.option]
