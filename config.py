@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 NORMS = ("layernorm", "rmsnorm")
-ATTENTION_KERNELS = ("auto", "fused", "manual")
+ATTENTION_KERNELS = ("auto", "fused", "manual", "pieces")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LlamaConfig:
     causal: bool = False
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
-    attention_kernel: str = "auto"  # torch's "fused" one or the readable "manual" one, whichever is faster
+    attention_kernel: str = "auto"  # see `Attention.attend`; all compute the same
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:

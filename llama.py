@@ -58,6 +58,7 @@ class RMSNorm(nn.Module):
         return (normed * self.weight).to(x.dtype)
 
 
+SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
 NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
@@ -109,9 +110,11 @@ class Attention(nn.Module):
         """
         if visible is None:
             visible = visible_positions(None, query.shape[-2], self.config.causal, query.device)
-        scores = at_least_float32(query @ key.transpose(-2, -1)) / math.sqrt(query.shape[-1])  # (B, H, T, T)
+        # Scaled before the product, which may overflow in float16.
+        scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
+        # Whatever the dtype, torch's softmax adds up in float32.
         weights = F.dropout(scores.softmax(-1), self.config.dropout, self.training)
         return weights.to(value.dtype) @ value
 
@@ -126,12 +129,34 @@ class Attention(nn.Module):
             is_causal=self.config.causal and visible is None,
         )
 
-    def fused_is_faster(self, query: Tensor) -> bool:
-        """Whether the fused kernel is the faster one: always, but for the CPU's backward pass over short sequences in
-        half precision, where it takes up to four times as long (docs/results.md).
+    def attention_in_pieces(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+        """`compute_query_key_value_scores`, for as many rows at a time as keep the scores in the processor's cache."""
+        B, H, T, _ = query.shape
+        at_once = max(1, SCORES_AT_ONCE // (H * T * key.shape[-2]))
+        if visible is not None:
+            visible = visible.expand(B, -1, -1, -1)
+        mixed = [
+            self.compute_query_key_value_scores(
+                query[rows], key[rows], value[rows], None if visible is None else visible[rows]
+            )
+            for rows in (slice(start, start + at_once) for start in range(0, B, at_once))
+        ]
+        return torch.cat(mixed)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        """The path that the config asks for, or the fastest: torch's kernel, but in half precision on the CPU, where
+        that takes up to five times as long as the matrix products of pieces (docs/results.md).
         """
-        half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-        return not (half_on_cpu and torch.is_grad_enabled() and query.shape[-2] <= 256)
+        kernel = self.config.attention_kernel
+        if kernel == "auto":
+            half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+            kernel = "pieces" if half_on_cpu and query.shape[-2] <= 1024 else "fused"
+        paths = {
+            "manual": self.compute_query_key_value_scores,
+            "pieces": self.attention_in_pieces,
+            "fused": self.fused_attention,
+        }
+        return paths[kernel](query, key, value, visible)
 
     def forward(self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names; visible as in
@@ -158,11 +183,7 @@ class Attention(nn.Module):
                 visible = at_positions(visible.expand(B, -1, -1, -1), only)  # (B, 1, 1, T)
             query = at_positions(query, only)  # (B, H, 1, hd)
 
-        fused = config.attention_kernel == "fused" or (
-            config.attention_kernel == "auto" and self.fused_is_faster(query)
-        )
-        attend = self.fused_attention if fused else self.compute_query_key_value_scores
-        mixed = attend(query, key, value, visible)  # (B, H, T, hd)
+        mixed = self.attend(query, key, value, visible)  # (B, H, T, hd)
         mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
         return self.residual_dropout(self.compute_output(mixed))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import generation
 from config import LlamaConfig, feed_forward_size
 from conftest import tiny_config, tiny_llama
-from llama import Attention, FeedForward, LayerNorm, Llama, RMSNorm, last_real
+from llama import Attention, FeedForward, LayerNorm, Llama, RMSNorm, last_real, visible_positions
 
 DOUBLE_TOLERANCE = 1e-10
 SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary tables
@@ -21,7 +21,7 @@ SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary
 conventions = pytest.mark.parametrize(
     ("norm", "causal"), [(norm, causal) for norm in ("layernorm", "rmsnorm") for causal in (False, True)]
 )
-kernels = pytest.mark.parametrize("kernel", ["fused", "manual"])
+kernels = pytest.mark.parametrize("kernel", ["fused", "manual", "pieces"])
 
 
 def random_ids(batch: int, seq_len: int, vocab_size: int = 64, seed: int = 0) -> torch.Tensor:
@@ -418,7 +418,7 @@ def test_generate_defaults_to_temperature_1_and_epsilon_5_percent():
 # Shortcuts: what they skip changes nothing
 
 
-@pytest.mark.parametrize("kernel", ["fused", "manual", "auto"])
+@pytest.mark.parametrize("kernel", ["fused", "manual", "pieces"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_the_last_hidden_state_is_that_of_the_whole_pass_and_so_are_its_gradients(kernel, causal, padding):
@@ -448,13 +448,27 @@ def test_layer_norm_is_its_formula(dtype):
     torch.testing.assert_close(norm(x), norm.by_formula(x), atol=tolerance, rtol=tolerance)
 
 
-def test_short_sequences_in_half_precision_train_by_the_manual_path():
+def test_half_precision_on_the_cpu_goes_in_pieces(monkeypatch):
     attention = Attention(tiny_config())
-    query = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
-    assert not attention.fused_is_faster(query)
-    assert attention.fused_is_faster(query.float()) and attention.fused_is_faster(query.repeat(1, 1, 64, 1))
-    with torch.no_grad():
-        assert attention.fused_is_faster(query)
+    taken = []
+    for path in ("fused_attention", "attention_in_pieces"):
+        monkeypatch.setattr(attention, path, lambda *_, path=path: taken.append(path))
+    query = torch.zeros(1, 4, 8, 8)
+    for given in (query, query.bfloat16(), query.half(), query.bfloat16()[:, :, :1]):
+        attention.attend(given, given, given, None)
+    assert taken == ["fused_attention"] + 3 * ["attention_in_pieces"]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("at_once", [1, 300, 10**9])
+def test_the_pieces_are_the_whole(monkeypatch, causal, at_once):
+    monkeypatch.setattr("llama.SCORES_AT_ONCE", at_once)
+    attention = Attention(tiny_config(causal=causal)).double()
+    query, key, value = torch.randn(3, 5, 4, 7, 8, dtype=torch.float64).unbind()
+    mask = torch.arange(7) < torch.tensor([[7], [1], [4], [6], [2]])
+    for visible in (None, visible_positions(mask, 7, causal, query.device)):
+        got = attention.attention_in_pieces(query, key, value, visible)
+        torch.testing.assert_close(got, attention.compute_query_key_value_scores(query, key, value, visible))
 
 
 # The config
