@@ -130,8 +130,8 @@ def train(
     process when an epoch is the best so far. Returns the model to evaluate: the same, wrapped if there are several
     processes.
 
-    Raises ValueError if the loss is NaN or infinite or the saved state is of other weights or rows, OSError if the disk
-    is full, Stopped after SIGINT or SIGTERM, with the state saved.
+    Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state is of other
+    weights or rows, OSError if the disk is full, Stopped after SIGINT or SIGTERM, with the state saved.
     """
     training = Training(model, train_rows, settings, run, processes or Processes(), log)
     training.restore()
@@ -144,6 +144,12 @@ def train(
         except OSError as error:
             raise OSError(
                 f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            rows = settings.micro_batch_size or settings.batch_size
+            raise ValueError(
+                f"{rows} rows at once do not fit into the memory of {training.device}; {training.last_good()}. "
+                f"Try --micro_batch_size {max(1, rows // 2)}, which takes the same steps"
             ) from error
     training.load_best()
     return training.model.eval()

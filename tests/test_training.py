@@ -252,6 +252,18 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_step_rate_an
     assert state["progress"]["step"] == 4 and torch.isfinite(model.table).all()
 
 
+def test_too_little_memory_is_told_in_one_line_with_what_to_try(fit):
+    class Large(Bag):
+        def forward(self, ids, mask=None):
+            if len(ids) > 2:
+                raise torch.OutOfMemoryError("Tried to allocate 1 GiB")
+            return super().forward(ids, mask)
+
+    with pytest.raises(ValueError, match="^4 rows at once .* memory of cpu; nothing .*Try --micro_batch_size 2"):
+        fit(Large(), some_rows(9), some_rows(2), settings(batch_size=4), name="large")
+    fit(Large(), some_rows(9), some_rows(2), settings(batch_size=4, micro_batch_size=2), name="small")
+
+
 def test_every_epoch_sees_every_row_once_in_another_order(fit):
     rows, model = some_rows(9), Bag()
     fit(model, rows, rows[:2], settings(epochs=3))
