@@ -286,8 +286,19 @@ def write_checkpoint(
         "kind": kind,
         **extra,
     }
-    with atomic_file(path, "wb") as file:
-        torch.save(content, file)
+    write_torch(path, content)
+
+
+def write_torch(path: str | PathLike[str], content: dict[str, Any]) -> None:
+    """torch.save, atomically. Raises OSError if the disk is full."""
+    try:
+        with atomic_file(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # torch's writer, as it closes, covers up why it could not write with an error of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import atomic_file, read_torch
+from checkpoint import atomic_file, read_torch, write_torch
 
 
 def new_run_path(parent: Path, name: str) -> Path:
@@ -109,8 +109,7 @@ class RunDirectory:
         if not self.writes:
             return
         self._settle_metrics()
-        with atomic_file(self.last_path, "wb") as file:
-            torch.save(state | {"metrics_bytes": self._metrics_bytes()}, file)
+        write_torch(self.last_path, state | {"metrics_bytes": self._metrics_bytes()})
 
     def load(self) -> dict[str, Any] | None:
         """The state last saved, None where none was yet; the metrics go back to where they were then.
@@ -144,7 +143,12 @@ class RunDirectory:
             shutil.rmtree(folder, ignore_errors=True)
             self._settle_metrics()
         wait()
-        write(folder)
+        try:
+            write(folder)
+        except BaseException:
+            if self.writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         wait()
         if self.writes:
             with atomic_file(self.path / "last.json") as file:

@@ -215,9 +215,12 @@ class Training:
         if self.processes.fsdp:
             import torch.distributed.checkpoint as shards
 
-            self.run.save_shards(
-                f"{at[0]}-{at[1]}", lambda folder: shards.save(state, checkpoint_id=folder), self.processes.wait
-            )
+            try:
+                self.run.save_shards(
+                    f"{at[0]}-{at[1]}", lambda folder: shards.save(state, checkpoint_id=folder), self.processes.wait
+                )
+            except shards.CheckpointException as error:  # of all processes, and none that `except Exception` knows
+                raise OSError("; ".join(repr(failure) for failure, _ in error.failures.values())) from error
         else:
             self.run.save(state)
         self.saved_at = at

@@ -122,15 +122,14 @@ def test_a_full_disk_costs_the_steps_since_the_last_save_only(runs, whole):
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("may not mount a small disk here")
+    process = runs.start("full")
     try:
-        process = runs.start("full")
         while len(runs.metrics("full")) < 100:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.001)
-        with (disk / "ballast").open("wb") as ballast, pytest.raises(OSError, match="No space left"):
+        with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
                 ballast.write(bytes(4096))
-                ballast.flush()
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2 and "No space left on device; the last good" in err.splitlines()[-1]
         assert torch.load(disk / "last.pt", weights_only=True)["progress"]["step"] >= 80
@@ -138,4 +137,6 @@ def test_a_full_disk_costs_the_steps_since_the_last_save_only(runs, whole):
         assert runs.resume("full").wait(timeout=300) == 0
         assert_same(runs.result("full"), whole)
     finally:
+        process.kill()
+        process.wait()
         subprocess.run(["umount", str(disk)], check=True)
