@@ -59,6 +59,11 @@ class RunDirectory:
     def last_path(self) -> Path:
         return self.path / "last.pt"
 
+    @property
+    def shards_path(self) -> Path:
+        """Names the folder of the last good shards."""
+        return self.path / "last.json"
+
     def check_free(self) -> None:
         """Raises ValueError if a run is there already, or a file."""
         if (self.path / "options.json").exists():
@@ -151,7 +156,7 @@ class RunDirectory:
             raise
         wait()
         if self.writes:
-            with atomic_file(self.path / "last.json") as file:
+            with atomic_file(self.shards_path) as file:
                 json.dump({"folder": folder.name, "metrics_bytes": self._metrics_bytes()}, file)
             for old in self.path.glob("last-*"):
                 if old != folder:
@@ -159,7 +164,7 @@ class RunDirectory:
 
     def shards(self) -> Path | None:
         """The folder of the shards last saved whole, None where none were yet; rewinds the metrics as `load` does."""
-        pointer = self.path / "last.json"
+        pointer = self.shards_path
         saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None
         self.rewind_metrics(saved["metrics_bytes"] if saved else 0)
         return self.path / saved["folder"] if saved else None

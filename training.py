@@ -220,7 +220,10 @@ class Training:
                     f"{at[0]}-{at[1]}", lambda folder: shards.save(state, checkpoint_id=folder), self.processes.wait
                 )
             except shards.CheckpointException as error:  # of all processes, and none that `except Exception` knows
-                raise OSError("; ".join(repr(failure) for failure, _ in error.failures.values())) from error
+                causes = [failure for failure, _ in error.failures.values()]
+                full_disk = [failure for failure in causes if isinstance(failure, OSError)]
+                reasons = "; ".join(dict.fromkeys(str(failure) for failure in full_disk or causes))
+                raise OSError(f"the shards could not be saved: {reasons}") from error
         else:
             self.run.save(state)
         self.saved_at = at
@@ -349,7 +352,8 @@ class Training:
         """What there is to go on from, in words."""
         if self.saved_at == (0, 0):
             return "nothing was saved before"
-        return f"the last good checkpoint is {self.run.last_path}, of step {self.saved_at[1]}"
+        path = self.run.shards_path if self.processes.fsdp else self.run.last_path
+        return f"the last good checkpoint is {path}, of step {self.saved_at[1]}"
 
     def end_epoch(
         self, dev_rows: Sequence[Row], write_best: Callable[[dict[str, Tensor], int, Evaluation], None]
