@@ -160,7 +160,7 @@ def ours(
         apply_lora(model, RANK, ALPHA)
     settings = Settings(1, args.batch_size, LR, args.seed, dtype=dtype, pad_id=pad_id)
     run = RunDirectory(tempfile.gettempdir(), writes=False)
-    training = Training(model, rows["train"], settings, run, Processes())
+    training = Training(model, rows["train"], rows["dev"], settings, run, Processes())
     return (
         lambda positions: training.step(positions, LR),
         lambda: evaluate(model, rows["dev"], args.batch_size, pad_id=pad_id, dtype=dtype),

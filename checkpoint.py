@@ -28,6 +28,7 @@ from config import LlamaConfig, feed_forward_size
 
 FORMAT_VERSION = 1
 LLAMA2C_MAGIC = 0x616B3432
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPILED_PREFIX = "_orig_mod."  # what torch.compile puts before every key
 
 # llama2.c's order of tensors; v0 ends in two RoPE tables that nobody reads. "{}" stands for the layer: one block a
@@ -92,10 +93,12 @@ class Checkpoint:
         or infinity.
         """
         state = dict(self.state)
+        if config.n_layers > len(state):  # a damaged count must not make us list millions of tensors
+            raise ValueError(f"{self.path}: {len(state)} tensors are too few for {config.n_layers:,} layers")
         shapes = parameter_shapes(config)
-        for name, shape in shapes.items():
-            if name not in state and name.endswith("norm.bias"):
-                state[name] = torch.zeros(shape)
+        for name in shapes:
+            if name not in state and name.endswith("norm.bias") and name.replace("bias", "weight") in state:
+                state[name] = torch.zeros_like(state[name.replace("bias", "weight")])
         if config.tie_embeddings and "tok_embeddings.weight" in state:
             embedding = state["tok_embeddings.weight"]
             if not torch.equal(state.setdefault("output.weight", embedding), embedding):
@@ -177,8 +180,10 @@ def _from_torch(path: Path, content: Any) -> Checkpoint:
         raise ValueError(f"{path} is a fine-tuned {content['kind']}, not a language model; give its base model instead")
     state = {}
     for name, tensor in content["model"].items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(f'{path}: "model" holds {name!r}, which is no tensor of weights')
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f'{path}: "model" holds {name!r}, which is sparse or has no data; save it dense')
         state[name.removeprefix(COMPILED_PREFIX)] = tensor
     arguments = dict(content["model_args"])
     if "tie_embeddings" not in arguments and {"output.weight", "tok_embeddings.weight"} <= set(state):
@@ -306,6 +311,10 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
     """Opens a temporary file beside `path` that takes its place when the block ends; on an error nothing is touched."""
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
     encoding = None if "b" in mode else "utf-8"
+    if target.exists() and not target.is_file():  # a device, such as /dev/null, is written to, never replaced
+        with open(target, mode, encoding=encoding) as device:
+            yield device
+        return
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with open(descriptor, mode, encoding=encoding, newline=None if "b" in mode else "\n") as file:
@@ -324,6 +333,8 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
 
 def link_or_copy(source: Path, target: str | PathLike[str]) -> None:
     """Makes the file at `source` known at `target`, too, atomically; a copy where the file system knows no links."""
+    if os.path.exists(target) and os.path.samefile(source, target):
+        return
     temporary = Path(f"{os.path.realpath(target)}.tmp")
     temporary.unlink(missing_ok=True)
     try:

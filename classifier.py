@@ -112,6 +112,8 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.num_labels = config.num_labels
         self.llama, self.pooling = _read_config(config)
         self.llama.requires_grad_(config.option != "pretrain")
+        if not self.llama.config.tie_embeddings:
+            self.llama.output.requires_grad_(False)  # nothing here reads it, so no gradient would ever reach it
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier_head = nn.Linear(self.llama.config.dim, self.num_labels)
 

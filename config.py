@@ -68,7 +68,7 @@ class LlamaConfig:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if not self.layer_norm_eps > 0.0:
+        if not (self.layer_norm_eps > 0.0 and math.isfinite(self.layer_norm_eps)):
             raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}; it must be above 0")
         if not (self.rope_theta > 0.0 and math.isfinite(self.rope_theta)):
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -88,10 +89,9 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str]) -> list[Row
         label, separator, sentence = line.rstrip("\r").partition(SEPARATOR.rstrip())
         if not separator or not f"{sentence} ".startswith(" "):
             raise ValueError(f'{where}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`')
-        try:
-            label_id = int(label)
-        except ValueError:
-            raise ValueError(f"{where}: label {label.strip()!r} is no whole number; it must be a class id") from None
+        if not re.fullmatch(r"\s*-?[0-9]+\s*", label):
+            raise ValueError(f"{where}: label {label.strip()!r} is no whole number; it must be a class id")
+        label_id = int(label)
         if not 0 <= label_id < len(label_names):
             raise ValueError(
                 f"{where}: label {label_id} is none of 0 to {len(label_names) - 1} ({', '.join(label_names)}); "

@@ -76,17 +76,19 @@ def evaluate(
     model.eval()
     order = by_length(rows) if bucketed else list(range(len(rows)))
     found: dict[int, int] = {}
+    finite = True
     with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
         for positions in cut_in_batches(order, batch_size):
             check()
             for mine, counted in processes.share(positions):
                 batch = to_batch(rows, mine, pad_id)
                 log_probs = forward(model, batch.ids, batch.mask, dtype)
-                if not torch.isfinite(log_probs).all():
-                    raise ValueError(f"{name}: the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
+                finite = finite and bool(torch.isfinite(log_probs).all())
                 found.update(zip(mine[:counted], log_probs.argmax(-1).tolist()[:counted], strict=True))
             bar.update(len(positions))
     model.train(was_training)
+    if not all(processes.gather(finite)):
+        raise ValueError(f"{name}: the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
     for part in processes.gather(found):
         found.update(part)
     predictions = [found[i] for i in range(len(rows))]

@@ -28,6 +28,8 @@ class AdamW(Optimizer):
     Raises ValueError for a setting out of its range, RuntimeError for a sparse gradient.
     """
 
+    fused = True  # of the class, too: torch copies and pickles an optimizer without what is its own
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -110,7 +112,8 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
     """
     beta1, beta2 = group["betas"]
     keep = 1 - group["lr"] * group["weight_decay"]
-    if not keep > 0:
+    laid_out_alike = all(p.grad.stride() == p.stride() for p in parameters if p.grad is not None)
+    if not keep > 0 or not laid_out_alike:  # the kernel goes through memory in order
         return one_by_one(parameters, states, group)
     # Alike in step count, so that one eps serves; alike in dtype and device, as the kernel wants.
     alike: dict[tuple[int, torch.dtype, torch.device], list[nn.Parameter]] = {}

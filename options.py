@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser
@@ -225,6 +226,9 @@ def check_options(args: argparse.Namespace) -> None:
             if getattr(args, flag):
                 raise ValueError(f"--{flag} belongs to --option finetune and lora; leave it out for {args.option}")
     if args.option == "generate":
+        low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
+        if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
+            raise ValueError(f"both generated sentences would go to {low}; give two files")
         return
     if args.fsdp and args.dtype == "fp16":
         raise ValueError("--fsdp does not go with --dtype fp16 (each shard would judge its scale alone); give bf16")

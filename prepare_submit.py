@@ -86,7 +86,7 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
     source = data / f"{corpus}-{split}.txt"
     if not source.is_file():
         return None
-    rows = source.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    rows = source.read_bytes().decode("utf-8-sig", "replace").rstrip().split("\n")
     if len(rows) != len(sentences):
         return f"{name} has {len(sentences)} rows, {source} has {len(rows)}; predict the whole file"
     for number, (row_text, sentence) in enumerate(zip(rows, sentences, strict=True), 1):

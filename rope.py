@@ -55,5 +55,6 @@ def apply_rotary_emb(
     seq_len = query.shape[1]
     if seq_len > max_seq_len:
         raise ValueError(f"a sequence of {seq_len} tokens is longer than the model's context of {max_seq_len}")
-    table = rotary_table(head_dim, max_seq_len, theta, query.device)[:seq_len]
+    # A power of two: few tables, and none of a size that only the checkpoint's word stands for.
+    table = rotary_table(head_dim, 1 << (seq_len - 1).bit_length(), theta, query.device)[:seq_len]
     return rotate(query, table), rotate(key, table)

@@ -65,9 +65,12 @@ class RunDirectory:
         return self.path / "last.json"
 
     def check_free(self) -> None:
-        """Raises ValueError if a run is there already, or a file."""
+        """Raises ValueError if a run is there already, or a part of one, or a file."""
         if (self.path / "options.json").exists():
             raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
+        for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
+            if path.exists():
+                raise ValueError(f"{path} is there already, but no options.json; give another --run_dir, new or empty")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
 
@@ -85,7 +88,10 @@ class RunDirectory:
         """The options that the run was started with. Raises FileNotFoundError or ValueError if there are none."""
         path = self.path / "options.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["options"]
+            options = json.loads(path.read_text(encoding="utf-8"))["options"]
+            if not isinstance(options, dict):
+                raise TypeError("no options")
+            return options
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.path} holds no run (no options.json); leave out --resume") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -122,13 +128,24 @@ class RunDirectory:
         Raises ValueError if the file is damaged.
         """
         state = read_torch(self.last_path) if self.last_path.exists() else None
+        if state is not None and not (isinstance(state, dict) and "base" in state and "metrics_bytes" in state):
+            raise ValueError(f"{self.last_path} holds no state of a run; restore it, or start a new run")
         self.rewind_metrics(state["metrics_bytes"] if state else 0)
         return state
 
     def rewind_metrics(self, size: int) -> None:
-        """Drops the lines of steps that the saved state does not know, for they will be taken again."""
-        if self.writes and self.metrics_path.exists():
-            os.truncate(self.metrics_path, size)
+        """Drops the lines of steps that the saved state does not know, for they will be taken again, and what a save
+        that was killed has left half written. Raises ValueError if lines are missing.
+        """
+        found = self._metrics_bytes()
+        if found < size:
+            raise ValueError(f"{self.metrics_path} has {found} of {size} bytes; restore it, or start a new run")
+        if self.writes:
+            if found > size:
+                os.truncate(self.metrics_path, size)
+            for name in (self.last_path.name, self.shards_path.name, self.best_path.name):
+                for half in self.path.glob(f".{name}.*.tmp"):
+                    half.unlink()
 
     def _metrics_bytes(self) -> int:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0

@@ -340,6 +340,8 @@ def fine_tune(
     trained = train(
         model, data["train"], data["dev"], settings, run, processes=processes, write_best=write_best, log=log
     )
+    if processes.is_main:
+        link_or_copy(run.best_path, best_model_path(args))  # another run may have had that name since
     return trained, log
 
 
@@ -356,6 +358,8 @@ def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.resume, args.run_dir, args.processes = True, folder, PROCESSES
+    if args.dtype == "auto":
+        args.dtype = saved.get("dtype", "auto")
     for name, value in saved.items():
         if name not in MAY_DIFFER and getattr(args, name) != value:
             raise ValueError(
@@ -390,7 +394,9 @@ def main(argv: list[str] | None = None) -> int:
             name_run(args)
         (generate if args.option == "generate" else classify)(args)
     except (ValueError, OSError) as error:
-        report(f"run_llama.py: error: {error}")
+        # From every process, for the cause may be in one of them only.
+        who = "" if IS_MAIN else f" (process {os.environ['RANK']})"
+        print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt as stop:  # Stopped is one, too
         report(f"run_llama.py: {stop or 'stopped'}")

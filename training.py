@@ -31,7 +31,7 @@ from checkpoint import read_torch
 from dataset import Row, shuffled_batches, to_batch
 from distributed import Processes
 from evaluation import Evaluation, describe, evaluate, forward
-from optimizer import AdamW, decay_groups, learning_rate
+from optimizer import AdamW, decay_groups, learning_rate, local
 from run_directory import RunDirectory
 
 
@@ -133,14 +133,14 @@ def train(
     Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state is of other
     weights or rows, OSError if the disk is full, Stopped after SIGINT or SIGTERM, with the state saved.
     """
-    training = Training(model, train_rows, settings, run, processes or Processes(), log)
+    training = Training(model, train_rows, dev_rows, settings, run, processes or Processes(), log)
     training.restore()
     with Interrupts() as interrupts:
         training.interrupts = interrupts
         try:
             while not training.progress.finished:
                 training.epoch()
-                training.end_epoch(dev_rows, write_best)
+                training.end_epoch(write_best)
         except OSError as error:
             raise OSError(
                 f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
@@ -162,13 +162,16 @@ class Training:
         self,
         model: nn.Module,
         rows: Sequence[Row],
+        dev_rows: Sequence[Row],
         settings: Settings,
         run: RunDirectory,
         processes: Processes,
         log: Callable[[str], None] = print,
     ) -> None:
-        self.rows, self.settings, self.run, self.processes, self.log = rows, settings, run, processes, log
+        self.rows, self.dev_rows, self.settings = rows, dev_rows, settings
+        self.run, self.processes, self.log = run, processes, log
         self.device = next(model.parameters()).device
+        self.base = self._checksum(model)
         self.model = processes.wrap(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = AdamW(decay_groups(self.model.named_parameters(), settings.weight_decay), lr=settings.lr)
@@ -178,13 +181,16 @@ class Training:
         self.steps_an_epoch = -(-len(rows) // settings.batch_size)
         self.interrupts = Interrupts()
         self.saved_at = (0, 0)  # (epoch, step)
-        self.base = self._checksum()
 
-    def _checksum(self) -> int:
-        """Of what the saved state leaves out and a resumed run must find again: frozen weights, and the rows."""
-        total = zlib.crc32(repr([(row.label, row.ids) for row in self.rows]).encode())
-        for parameter in self.model.parameters():
-            if not parameter.requires_grad and not self.processes.fsdp:
+    def _checksum(self, model: nn.Module) -> int:
+        """Of what the saved state leaves out and a resumed run must find again: the rows, the shapes of the weights,
+        and those that are frozen.
+        """
+        rows = [[(row.label, row.ids) for row in split] for split in (self.rows, self.dev_rows)]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        total = zlib.crc32(repr((rows, shapes)).encode())
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
                 total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), total)
         return total
 
@@ -197,9 +203,16 @@ class Training:
         mine = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             mine["cuda"] = torch.cuda.get_rng_state(self.device)
+        # The model first: that puts the shards back which an evaluation has left gathered.
+        model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
+        updated = bool(self.optimizer.state)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        if not updated:
+            self.optimizer.state.clear()  # torch takes a step of no size to make them, which would count as one
         return {
-            "model": get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True)),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "model": model,
+            "optimizer": optimizer,
+            "updated": updated,  # else the optimizer's state is to be forgotten
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "generators": self.processes.gather(mine),
@@ -211,6 +224,7 @@ class Training:
         at = (self.progress.epoch, self.progress.step)
         if at == self.saved_at:
             return
+        self.check_weights()
         state = self.state()
         if self.processes.fsdp:
             import torch.distributed.checkpoint as shards
@@ -243,12 +257,16 @@ class Training:
             return
         if state["base"] != self.base:
             raise ValueError(
-                f"{self.run.path} was started from other frozen weights or another training file; restore those, or "
+                f"{self.run.path} was started from another model, or other training or dev rows; restore those, or "
                 "start a new run"
             )
+        if state["progress"]["best_epoch"] and not self.run.best_path.exists():
+            raise ValueError(f"{self.run.best_path}, the run's best model, is gone; restore it, or start a new run")
         options = StateDictOptions(strict=False)  # frozen weights are not in it
         set_model_state_dict(self.model, state["model"], options=options)
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        if not state["updated"]:
+            self.optimizer.state.clear()
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         mine = state["generators"][self.processes.rank]
@@ -257,6 +275,16 @@ class Training:
             torch.cuda.set_rng_state(mine["cuda"], self.device)
         self.saved_at = (self.progress.epoch, self.progress.step)
         self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}")
+
+    def check_weights(self) -> None:
+        """Raises ValueError if the last update broke a weight, so that it is neither saved nor evaluated."""
+        broken = not all(bool(torch.isfinite(local(parameter)).all()) for parameter in self.trained)
+        if any(self.processes.gather(broken)):
+            raise ValueError(
+                f"the weights are NaN or infinite after step {self.progress.step} (epoch {self.progress.epoch}), "
+                f"learning rate {self.optimizer.param_groups[0]['lr']:g}; {self.last_good()}. "
+                "Try a lower --lr or --dtype fp32"
+            )
 
     def check_interrupts(self) -> None:
         """Saves and raises Stopped if a signal has come to any of the processes."""
@@ -355,13 +383,12 @@ class Training:
         path = self.run.shards_path if self.processes.fsdp else self.run.last_path
         return f"the last good checkpoint is {path}, of step {self.saved_at[1]}"
 
-    def end_epoch(
-        self, dev_rows: Sequence[Row], write_best: Callable[[dict[str, Tensor], int, Evaluation], None]
-    ) -> None:
+    def end_epoch(self, write_best: Callable[[dict[str, Tensor], int, Evaluation], None]) -> None:
         """Evaluates, keeps the model if it is the best so far, and saves."""
+        self.check_weights()
         progress, settings = self.progress, self.settings
         scores = {}
-        for name, rows in (("train", self.rows), ("dev", dev_rows)):
+        for name, rows in (("train", self.rows), ("dev", self.dev_rows)):
             if name == "dev" or settings.evaluate_train:
                 scores[name] = evaluate(
                     self.model,

@@ -426,7 +426,7 @@ def test_a_run_goes_on_with_its_own_rows_and_weights_only(fit, change):
     else:
         with torch.no_grad():
             model.frozen += 1
-    with pytest.raises(ValueError, match="a was started from other frozen weights or another training file"):
+    with pytest.raises(ValueError, match="a was started from another model, or other training or dev rows"):
         fit(model, rows, rows, settings(), name="a")
 
 
