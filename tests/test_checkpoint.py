@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import pickle
 import random
@@ -646,3 +647,62 @@ def test_check_writable_names_the_path_that_cannot_be_written(tmp_path, monkeypa
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(PermissionError, match="out.txt cannot be written: Permission denied; choose another folder"):
         check_writable(tmp_path / "out.txt")
+
+
+def damaged_layers(content):
+    content["model_args"]["n_layers"] = 3_000_000
+
+
+def huge_dim(content):
+    content["model_args"]["dim"] = 2**42
+
+
+def sparse(content):
+    content["model"]["norm.weight"] = torch.ones(32).to_sparse()
+
+
+def without_data(content):
+    content["model"]["norm.weight"] = torch.ones(32, device="meta")
+
+
+def eight_bits(content):
+    content["model"]["norm.weight"] = torch.ones(32).to(torch.float8_e4m3fn)
+
+
+def infinite_eps(content):
+    content["model_args"]["layer_norm_eps"] = math.inf
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damaged_layers, "tensors are too few for 3,000,000 layers"),
+        (huge_dim, "one of the two is wrong"),
+        (sparse, "'norm.weight', which is sparse or has no data"),
+        (without_data, "'norm.weight', which is sparse or has no data"),
+        (eight_bits, "'norm.weight', which is no tensor of weights"),
+        (infinite_eps, "layer_norm_eps is inf"),
+    ],
+)
+def test_what_no_llama_can_be_built_from_is_refused_at_once(tmp_path, damage, message):
+    content = course_content()
+    damage(content)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(saved(tmp_path / "bad.pt", content))
+
+
+def test_a_context_beyond_memory_costs_nothing_until_it_is_used(tmp_path):
+    content = course_content()
+    content["model_args"]["max_seq_len"] = 10**13
+    logits, _ = load_pretrained(saved(tmp_path / "long.pt", content))(IDS)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal device to write to")
+def test_a_device_is_written_to_and_not_replaced():
+    reader, writer = os.openpty()
+    with atomic_file(os.ttyname(writer)) as file:
+        file.write("text\n")
+    assert os.read(reader, 100).strip() == b"text" and os.isatty(writer)
+    os.close(reader)
+    os.close(writer)

@@ -463,6 +463,43 @@ def test_resuming_with_an_option_that_contradicts_says_which(command):
     assert "other training or dev rows" in command.capsys.readouterr().err
 
 
+def test_dtype_auto_goes_on_in_what_auto_was(command):
+    assert command("finetune", "--run_dir", "a", "--dtype", "auto")[0] == 0
+    assert main(["--resume", "--run_dir", "a", "--dtype", "auto"]) == 0
+
+
+@pytest.mark.parametrize("name", ["last.pt", "last.json", "best.pt", "metrics.jsonl"])
+def test_a_run_starts_in_a_folder_without_parts_of_another(command, name):
+    (command.folder / "a").mkdir()
+    (command.folder / "a" / name).write_text("mine", encoding="utf-8")
+    status, _, err = command("finetune", "--run_dir", "a")
+    assert status == 2 and f"{name} is there already" in err
+    assert (command.folder / "a" / name).read_text(encoding="utf-8") == "mine"
+
+
+def test_damaged_options_are_told_in_one_line(command):
+    assert command("finetune", "--run_dir", "a")[0] == 0
+    for text in ("{", '{"options": 5}', "[]"):
+        (command.folder / "a" / "options.json").write_text(text, encoding="utf-8")
+        assert main(["--resume", "--run_dir", "a"]) == 2
+        assert "options.json is damaged" in command.capsys.readouterr().err
+
+
+def test_the_best_model_has_its_name_again_after_another_run_took_it(command):
+    assert (
+        command("finetune", "--run_dir", "a")[0] == 0 and command("finetune", "--run_dir", "b", "--seed", "2")[0] == 0
+    )
+    (named,) = command.folder.glob("finetune-*.pt")
+    assert main(["--resume", "--run_dir", "a"]) == 0
+    assert named.samefile(command.folder / "a" / "best.pt")
+
+
+def test_the_two_generated_sentences_go_to_two_files(command):
+    names = ["--generated_sentence_low_temp_out", "s.txt", "--generated_sentence_high_temp_out", "./s.txt"]
+    assert main(["--option", "generate", *names]) == 2
+    assert "both generated sentences would go to s.txt" in command.capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, wanted",
     [

@@ -119,6 +119,7 @@ def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
         ("0 ||| one\n1 |||two\n", r"line 2: no"),
         ("0 ||| one\n\n1 ||| two\n", r"line 2: no"),
         ("0 ||| one\nx ||| two\n", "line 2: label 'x' is no whole number"),
+        ("0 ||| one\n1_0 ||| two\n", "line 2: label '1_0' is no whole number"),
         ("0 ||| one\n1.0 ||| two\n", "line 2: label '1.0' is no whole number"),
         ("0 ||| one\n2 ||| two\n", r"line 2: label 2 is none of 0 to 1 \(bad, good\)"),
         ("-1 ||| one\n", "line 1: label -1 is none of 0 to 1"),

@@ -9,6 +9,7 @@ import io
 import threading
 import urllib.error
 import urllib.parse
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,23 @@ def test_an_unpinned_checksum_is_recorded_and_compared_from_then_on(mirror, into
     assert not (into / "model.pt").exists()
     fetch_data.fetch(CHECKPOINT, into, str(mirror), force=True)
     assert (into / fetch_data.RECORD).read_text() == f"{sha256(b'other weights')}  model.pt\n"
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "mixed up"])
+def test_an_unpinned_file_that_cannot_be_whole_is_not_taken(mirror, into, damage):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("data.pkl", bytes(range(256)) * 40)
+    content = packed.getvalue()
+    (mirror / "course/model.pt").write_bytes(content)
+    assert fetch_data.fetch(CHECKPOINT, into, str(mirror)).startswith("fetched")
+    (into / "model.pt").unlink()
+    (into / fetch_data.RECORD).unlink()
+    bad = {"empty": b"", "cut short": content[:-100], "mixed up": content[:5000] + b"?" + content[5001:]}[damage]
+    (mirror / "course/model.pt").write_bytes(bad)
+    with pytest.raises(FetchError, match="came empty, cut short or mixed up"):
+        fetch_data.fetch(CHECKPOINT, into, str(mirror))
+    assert not list(into.glob("model.pt*")) and not (into / fetch_data.RECORD).exists()
 
 
 def test_a_file_that_only_a_mirror_has_is_skipped_in_one_line(into, capsys):

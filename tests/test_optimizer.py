@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -319,3 +320,23 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert {learning_rate(step, 5, 2.0) for step in range(5)} == {2.0}
     assert [learning_rate(step, 5, 2.0, "constant", 2) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
     assert learning_rate(3, 3, 2.0, "cosine", 3) == 2.0  # all of it warm-up
+
+
+def test_a_copied_optimizer_goes_on():
+    parameters = random_parameters()
+    optimizer = AdamW(parameters)
+    run(optimizer, parameters, range(2))
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        theirs = again.param_groups[0]["params"]
+        run(again, theirs, range(2, 4))
+    run(optimizer, parameters, range(2, 4))
+    assert all(torch.equal(ours, p) for ours, p in zip(theirs, parameters, strict=True))
+
+
+def test_a_gradient_laid_out_otherwise_than_its_parameter():
+    parameters = [torch.nn.Parameter(torch.ones(4, 5)) for _ in range(2)]
+    gradient = torch.randn(5, 4).t()
+    for parameter, fused in zip(parameters, (True, False), strict=True):
+        parameter.grad = gradient
+        AdamW([parameter], lr=0.1, fused=fused).step()
+    torch.testing.assert_close(*parameters)

@@ -369,8 +369,8 @@ def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, m
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("call", [1, 3, 6, 9])
-def test_a_signal_saves_where_the_run_is(fit, number, call):
+@pytest.mark.parametrize("call", [0, 1, 3, 6, 9])
+def test_a_signal_saves_where_the_run_is(fit, monkeypatch, number, call):
     class Signals(Bag):
         def forward(self, ids, mask=None):
             if len(self.seen) == call:
@@ -381,13 +381,38 @@ def test_a_signal_saves_where_the_run_is(fit, number, call):
     whole = fit(Bag(), rows, rows, chosen)
     model = Signals()
     before = signal.getsignal(number)
+    if call == 0:  # before the first step
+        monkeypatch.setattr(
+            training.Interrupts, "__enter__", lambda self: (setattr(self, "number", int(number)), self)[1]
+        )
     with pytest.raises(Stopped, match=f"stopped by {number.name}; go on with --resume --run_dir .*a") as stopped:
         fit(model, rows, rows, chosen, name="a")
     assert stopped.value.number == number and signal.getsignal(number) is before
     assert torch.equal(state_of(fit.run("a"))["model"]["table"], model.table)
+    monkeypatch.undo()
     again = fit(Bag(seed=3), rows, rows, chosen, name="a")
     assert metrics(again) == metrics(whole)
     assert_same(state_of(again)["model"], state_of(whole)["model"])
+    assert_same(state_of(again)["optimizer"]["state"]["table"], state_of(whole)["optimizer"]["state"]["table"])
+
+
+def test_an_untied_output_that_nothing_reads_is_no_obstacle(fit):
+    def untied(seed):
+        config = SimpleNamespace(
+            llama=tiny_llama(tie_embeddings=False), num_labels=3, hidden_dropout_prob=0.1, option="finetune"
+        )
+        torch.manual_seed(seed)
+        return LlamaEmbeddingClassifier(config)
+
+    rows = some_rows(9)
+    torch.manual_seed(1)
+    fit(untied(5), rows, rows, settings(save_every=1), name="a")
+    best = fit.tmp_path / "a" / "best.pt"
+    again = untied(6)
+    fit(again, rows, rows, settings(save_every=1), name="a")
+    assert torch.equal(
+        again.classifier_head.weight, torch.load(best, weights_only=True)["model"]["classifier_head.weight"]
+    )
 
 
 def test_a_full_disk_leaves_the_last_good_state(fit, monkeypatch):
@@ -417,17 +442,68 @@ def test_a_full_disk_leaves_the_last_good_state(fit, monkeypatch):
     assert_same(state_of(run)["model"], state_of(whole)["model"])
 
 
-@pytest.mark.parametrize("change", ["rows", "frozen weights"])
+@pytest.mark.parametrize("change", ["rows", "dev rows", "frozen weights", "classes"])
 def test_a_run_goes_on_with_its_own_rows_and_weights_only(fit, change):
     rows, model = some_rows(), Bag()
-    fit(model, rows, rows, settings(), name="a")
+    dev = rows
+    fit(model, rows, dev, settings(), name="a")
     if change == "rows":
         rows = [*rows[1:], rows[0]]
+    elif change == "dev rows":
+        dev = dev[1:]
+    elif change == "classes":
+        model = Bag(classes=4)
     else:
         with torch.no_grad():
             model.frozen += 1
     with pytest.raises(ValueError, match="a was started from another model, or other training or dev rows"):
-        fit(model, rows, rows, settings(), name="a")
+        fit(model, rows, dev, settings(), name="a")
+
+
+def test_a_damaged_run_is_told_in_one_line(fit):
+    rows = some_rows()
+    run = fit(Bag(), rows, rows, settings(), name="a")
+    for damage, message in (
+        (lambda: run.metrics_path.write_text("{}"), "metrics.jsonl has 2 of"),
+        (lambda: run.best_path.unlink(), "best.pt, the run's best model, is gone"),
+        (lambda: torch.save([1], run.last_path), "last.pt holds no state of a run"),
+        (lambda: torch.save({"base": 0}, run.last_path), "last.pt holds no state of a run"),
+    ):
+        kept = {path: path.read_bytes() for path in (run.metrics_path, run.best_path, run.last_path)}
+        damage()
+        with pytest.raises(ValueError, match=message):
+            fit(Bag(), rows, rows, settings(), name="a")
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
+def test_what_a_killed_save_left_half_written_goes_away(fit):
+    rows = some_rows()
+    run = fit(Bag(), rows, rows, settings(), name="a")
+    for name in ("last.pt", "best.pt", "last.json"):
+        (run.path / f".{name}.x1y2.tmp").write_text("half")
+    fit(Bag(), rows, rows, settings(), name="a")
+    assert not list(run.path.glob(".*"))
+
+
+@pytest.mark.parametrize("save_every", [1, 500])
+def test_an_update_that_breaks_the_weights_is_neither_saved_nor_evaluated(fit, save_every):
+    rows, message = (
+        some_rows(4),
+        r"the weights are NaN or infinite after step 2 \(epoch 2\), .*; the last good .*, of step 1",
+    )
+
+    class Breaks(Bag):
+        def forward(self, ids, mask=None):
+            scores = super().forward(ids, mask)
+            if sum(training_ for training_, _ in self.seen) == 2 and self.training:
+                scores.register_hook(lambda gradient: gradient * math.inf)
+            return scores
+
+    with pytest.raises(ValueError, match=message):
+        fit(Breaks(), rows, rows, settings(epochs=3, save_every=save_every), name="a")
+    state = state_of(fit.run("a"))
+    assert state["progress"]["step"] == 1 and torch.isfinite(state["model"]["table"]).all()
 
 
 def test_the_optimizer_is_saved_by_name(fit):
