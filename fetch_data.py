@@ -31,6 +31,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +118,28 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+def check_address(url: urllib.parse.SplitResult) -> None:
+    """ValueError, with the reason, unless urllib can send a request to `url`."""
+    if not url.hostname:
+        raise ValueError("it names no host")
+    url.hostname.encode("idna")
+    _ = url.port  # looked at, because that is where urllib checks it
+    if not re.fullmatch("[!-~]*", url.path):
+        raise ValueError(f"write {url.path!r} as {urllib.parse.quote(url.path, safe='/%')!r}")
+
+
 def parse_source(text: str) -> str:
     """Normalise --source to an http(s) URL or the path of a folder that exists; ValueError for anything else."""
-    if text.startswith(WEB):
-        return text.rstrip("/")
-    folder = urllib.request.url2pathname(urllib.parse.urlsplit(text).path) if text.startswith("file://") else text
+    folder = text
+    if text.lower().startswith((*WEB, "file://")):
+        try:
+            url = urllib.parse.urlsplit(text)
+            if url.scheme != "file":
+                check_address(url)
+                return url.geturl().rstrip("/")
+        except ValueError as error:
+            raise ValueError(f"--source {text}: no address ({error}); give one such as http://host:8000") from error
+        folder = urllib.request.url2pathname(url.path)
     if not folder or not Path(folder).is_dir():
         raise ValueError(f"--source {text}: no such folder; give a mirror's folder or its http, https or file URL")
     return folder
@@ -192,17 +210,16 @@ def download_first(entry: Entry, source: str | None, part: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file whose checksum nobody knows may be what it should be: not empty, and a zip (as torch's files are)
-    with its end, and with the checksums that it carries itself.
+    """Whether a file whose checksum nobody knows may be what it should be: a zip, as torch's files are, with its end,
+    and with the checksums that it carries itself.
     """
     with path.open("rb") as file:
-        head = file.read(4)
-    if head != b"PK\x03\x04":
-        return bool(head)
+        if file.read(4) != b"PK\x03\x04":
+            return False
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):  # the last one: encrypted, unknown
         return False
 
 
@@ -210,15 +227,18 @@ def checksum(path: Path, entry: Entry) -> str:
     """SHA-256 of the file at `path` in hex; of a JSON file, that of its content on one line, so that layout is free."""
     content = path.read_bytes()
     if entry.target.endswith(".json"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             content = (json.dumps(json.loads(content)) + "\n").encode()
     return hashlib.sha256(content).hexdigest()
 
 
 def read_record(into: Path) -> dict[str, str]:
-    """The checksums recorded on this machine, by target; empty before the first."""
+    """The checksums recorded on this machine, by target; empty before the first. Raises FetchError if it is no text."""
     record = into / RECORD
-    lines = record.read_text("utf-8").splitlines() if record.exists() else []
+    try:
+        lines = record.read_text("utf-8").splitlines() if record.exists() else []
+    except UnicodeDecodeError as error:
+        raise FetchError(f"{record} is not UTF-8 text; remove it, and the checksums are recorded anew") from error
     return {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  \S", line)}
 
 
@@ -235,7 +255,7 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
 
     Raises FetchError (or an OSError, HTTPException) where that fails; then nothing new bears the file's name.
     """
-    target, record = into / entry.target, read_record(into)
+    target, record = into / entry.target, {} if entry.sha256 else read_record(into)
     part = target.with_name(target.name + ".part")
     expected = entry.sha256 or record.get(entry.target)
     kind = "pinned" if entry.sha256 else f"recorded in {RECORD}, not pinned"
@@ -248,6 +268,8 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
         if entry.sha256 is None and not is_whole(part):
             part.unlink()
             raise FetchError("came empty, cut short or mixed up; thrown away, run the command again")
+    elif not expected and not is_whole(target):
+        raise FetchError("is empty, cut short or mixed up; left as it is, --force replaces it")
     actual = checksum(target if keep else part, entry)
     if expected and actual != expected and (entry.sha256 or not force):
         if keep:
@@ -272,6 +294,8 @@ def explain(error: Exception) -> str:
         return f"cannot use {error.filename}: {error.strerror}; choose another folder with --into or --source"
     if isinstance(error, FetchError):
         return str(error)
+    if isinstance(error, (ValueError, http.client.InvalidURL)):
+        return f"an answer or the address in it makes no sense ({error}); try a mirror with --source"
     reason = getattr(error, "reason", None) or error or type(error).__name__
     return f"connection failed ({reason}); run the same command again to resume, or try a mirror with --source"
 
@@ -287,6 +311,12 @@ def build_parser() -> OneLineParser:
     return parser
 
 
+def complain(text: str) -> None:
+    """Print one line to stderr, whatever a server or an argument put into it."""
+    line = "".join(character if character.isprintable() else " " for character in text.rstrip())
+    print(f"fetch_data.py: {line}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = build_parser().parse_args(argv)
@@ -295,24 +325,26 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
         source = None if args.source is None else parse_source(args.source)
     except ValueError as error:
-        print(f"fetch_data.py: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     entries = [e for e in ENTRIES if e.group in (args.groups or (GROUPS if args.list else DEFAULT_GROUPS))]
     if args.list:
         rows = ((e.group, e.target, e.sha256 or "not pinned", e.url or f"a mirror's {e.mirror}") for e in entries)
         print("\n".join(f"{group:11} {target:43} {sha256:64} {place}" for group, target, sha256, place in rows))
         return 0
-    failed = False
+    said: set[str] = set()
     for entry in entries:
         try:
             print(fetch(entry, args.into, source, args.force), flush=True)
-        except (FetchError, OSError, http.client.HTTPException) as error:
-            print(f"fetch_data.py: {entry.target}: {explain(error)}", file=sys.stderr)
-            failed = True
+        except (FetchError, OSError, http.client.HTTPException, ValueError) as error:
+            message = explain(error)
+            # Without a network every file says the same: the advice is given once.
+            complain(f"{entry.target}: {message.partition('; ')[0] if message in said else message}")
+            said.add(message)
         except KeyboardInterrupt:
-            print(f"fetch_data.py: {entry.target}: interrupted; the same command resumes it", file=sys.stderr)
+            complain(f"{entry.target}: interrupted; the same command resumes it")
             return 130
-    return 2 if failed else 0
+    return 2 if said else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http.server
 import io
+import re
 import threading
 import urllib.error
 import urllib.parse
@@ -25,6 +26,16 @@ LABELS = b'["bad", "good"]\n'
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
+
+def zipped(content: bytes) -> bytes:
+    """A zip, as torch's files are."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("data.pkl"), content)
+    return packed.getvalue()
+
+
+WEIGHTS, OTHER_WEIGHTS = zipped(b"weights"), zipped(bytes(range(256)) * 40)
 
 TRAIN = Entry("data", "data/train.txt", None, "course/data/train.txt", sha256(BODY))
 LABEL = Entry("data", "data/labels.json", None, "course/data/labels.json", sha256(LABELS))
@@ -87,7 +98,7 @@ def mirror(tmp_path) -> Path:
     (root / "course/data/train.txt").write_bytes(BODY)
     (root / "course/data/labels.json").write_bytes(LABELS)
     (root / "course/tokenizer.model").write_bytes(b"pieces")
-    (root / "model.pt").write_bytes(b"weights")  # the other spot a mirror may use
+    (root / "model.pt").write_bytes(WEIGHTS)  # the other spot a mirror may use
     return root
 
 
@@ -137,7 +148,7 @@ def test_a_folder_is_a_mirror_too_and_so_is_another_project_folder(mirror, into,
     assert run(capsys, "--source", source, "--into", into)[0] == 0
     assert (into / TRAIN.target).read_bytes() == BODY
     assert run(capsys, "--source", into, "--into", tmp_path / "second")[0] == 0
-    assert (tmp_path / "second" / CHECKPOINT.target).read_bytes() == b"weights"
+    assert (tmp_path / "second" / CHECKPOINT.target).read_bytes() == WEIGHTS
 
 
 def test_only_the_groups_named_are_fetched(mirror, into, capsys):
@@ -228,36 +239,55 @@ def test_a_label_file_counts_by_its_content_not_its_layout(into):
 
 def test_an_unpinned_checksum_is_recorded_and_compared_from_then_on(mirror, into):
     line = fetch_data.fetch(CHECKPOINT, into, str(mirror))
-    assert "not pinned" in line and sha256(b"weights") in line
-    assert (into / fetch_data.RECORD).read_text() == f"{sha256(b'weights')}  model.pt\n"
+    assert "not pinned" in line and sha256(WEIGHTS) in line
+    assert (into / fetch_data.RECORD).read_text() == f"{sha256(WEIGHTS)}  model.pt\n"
     assert "not pinned" in fetch_data.fetch(CHECKPOINT, into)
     (into / "model.pt").write_bytes(b"bit rot")
     with pytest.raises(FetchError, match="recorded in data/SHA256SUMS.local, not pinned"):
         fetch_data.fetch(CHECKPOINT, into)
     (into / "model.pt").unlink()
-    (mirror / "model.pt").write_bytes(b"other weights")
+    (mirror / "model.pt").write_bytes(OTHER_WEIGHTS)
     with pytest.raises(FetchError, match="--force accepts it"):
         fetch_data.fetch(CHECKPOINT, into, str(mirror))
     assert not (into / "model.pt").exists()
     fetch_data.fetch(CHECKPOINT, into, str(mirror), force=True)
-    assert (into / fetch_data.RECORD).read_text() == f"{sha256(b'other weights')}  model.pt\n"
+    assert (into / fetch_data.RECORD).read_text() == f"{sha256(OTHER_WEIGHTS)}  model.pt\n"
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut short", "mixed up"])
+DAMAGED = {
+    "empty": b"",
+    "cut short": OTHER_WEIGHTS[:-100],
+    "mixed up": OTHER_WEIGHTS[:5000] + b"?" + OTHER_WEIGHTS[5001:],
+    "no zip": b"weights",
+    "packed in an unknown way": OTHER_WEIGHTS.replace(
+        b"PK\x01\x02\x14\x03\x14\0\0\0\0\0", b"PK\x01\x02\x14\x03\x14\0\0\0\x63\0"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_an_unpinned_file_that_cannot_be_whole_is_not_taken(mirror, into, damage):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        archive.writestr("data.pkl", bytes(range(256)) * 40)
-    content = packed.getvalue()
-    (mirror / "course/model.pt").write_bytes(content)
+    (mirror / "course/model.pt").write_bytes(OTHER_WEIGHTS)
     assert fetch_data.fetch(CHECKPOINT, into, str(mirror)).startswith("fetched")
     (into / "model.pt").unlink()
     (into / fetch_data.RECORD).unlink()
-    bad = {"empty": b"", "cut short": content[:-100], "mixed up": content[:5000] + b"?" + content[5001:]}[damage]
-    (mirror / "course/model.pt").write_bytes(bad)
+    assert DAMAGED[damage] != OTHER_WEIGHTS
+    (mirror / "course/model.pt").write_bytes(DAMAGED[damage])
     with pytest.raises(FetchError, match="came empty, cut short or mixed up"):
         fetch_data.fetch(CHECKPOINT, into, str(mirror))
     assert not list(into.glob("model.pt*")) and not (into / fetch_data.RECORD).exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_an_unpinned_file_that_is_there_and_cannot_be_whole_is_not_recorded(mirror, into, capsys, damage):
+    (into / "model.pt").write_bytes(DAMAGED[damage])
+    code, out, err = run(capsys, "checkpoint", "--source", mirror, "--into", into)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "model.pt: is empty, cut short or mixed up" in err[0] and "--force replaces it" in err[0]
+    assert (into / "model.pt").read_bytes() == DAMAGED[damage] and not (into / fetch_data.RECORD).exists()
+    assert run(capsys, "checkpoint", "--source", mirror, "--into", into, "--force")[0] == 0
+    assert (into / "model.pt").read_bytes() == WEIGHTS
+    assert run(capsys, "checkpoint", "--into", into)[0] == 0
 
 
 def test_a_file_that_only_a_mirror_has_is_skipped_in_one_line(into, capsys):
@@ -298,6 +328,59 @@ def test_a_redirect_is_followed_but_never_to_another_protocol(server, into):
     secure = fetch_data.urllib.request.Request("https://example.org/a")
     with pytest.raises(FetchError, match="not https"):
         fetch_data.SafeRedirects().redirect_request(secure, io.BytesIO(), 302, "", {}, "http://example.org/a")
+
+
+def test_a_source_may_name_its_protocol_in_capitals(server, mirror, into, tmp_path, capsys):
+    assert run(capsys, "--source", server.url.replace("http", "HTTP"), "--into", into)[0] == 0
+    assert run(capsys, "--source", mirror.as_uri().replace("file", "File"), "--into", tmp_path / "second")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://[::1", "http://a..b/x", f"http://{'a' * 64}.org", "http://127.0.0.1:99999/x", "http://127.0.0.1:x/"],
+)
+def test_a_redirect_to_no_address_is_one_line(server, into, capsys, location):
+    server.mode, server.location = "elsewhere", location
+    code, out, err = run(capsys, "tokenizer", "--source", server.url, "--into", into)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "--source" in err[0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n", b"HTTP/1.1 999\r\n\r\n", b""],
+    ids=["status", "length", "number", "nothing"],
+)
+def test_an_answer_that_is_no_http_is_one_line(server, into, capsys, monkeypatch, answer):
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.wfile.write(answer))
+    monkeypatch.setattr(Handler, "close_connection", True, raising=False)
+    code, out, err = run(capsys, "tokenizer", "--source", server.url, "--into", into)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "data/tokenizer.model" in err[0]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\xe4" * 64 + b"  model.pt\n"])
+def test_a_record_that_is_no_text_is_one_line_and_concerns_unpinned_files_only(mirror, into, capsys, content):
+    (into / fetch_data.RECORD).write_bytes(content)
+    code, out, err = run(capsys, "--source", mirror, "--into", into)
+    assert (code, len(out), len(err)) == (2, 3, 1)
+    assert f"model.pt: {into / fetch_data.RECORD} is not UTF-8 text; remove it" in err[0]
+    assert (into / fetch_data.RECORD).read_bytes() == content
+
+
+def test_a_label_file_nested_too_deeply_has_the_wrong_checksum(into):
+    (into / LABEL.target).write_text("[" * 100_000)
+    with pytest.raises(FetchError, match="pinned is"):
+        fetch_data.fetch(LABEL, into)
+
+
+def test_advice_that_was_given_is_not_repeated(server, into, capsys):
+    server.shutdown()
+    server.server_close()
+    _, _, err = run(capsys, "--source", server.url, "--into", into)
+    assert len(err) == 4 and "--source" in err[0]
+    for entry, line in zip(fetch_data.ENTRIES[1:], err[1:], strict=True):
+        assert re.fullmatch(rf"fetch_data.py: {entry.target}: connection failed \([^;]*refused.*\)", line)
 
 
 def test_an_unreachable_host_is_one_line_a_file(server, into, capsys):
@@ -366,6 +449,15 @@ def test_a_link_in_place_of_the_partial_file_is_not_written_through(mirror, into
         (["--source", "/no/such/folder"], "--source /no/such/folder: no such folder"),
         (["--source", "ftp://example.org/x"], "--source ftp://example.org/x: no such folder"),
         (["--source", ""], "no such folder"),
+        (["--source", "a\nb"], "--source a b: no such folder"),
+        (["--source", "http://[::1"], "--source http://[::1: no address (Invalid IPv6 URL)"),
+        (["--source", "file://[::1"], "--source file://[::1: no address (Invalid IPv6 URL)"),
+        (["--source", "http://a..b"], "--source http://a..b: no address ("),
+        (["--source", f"http://{'a' * 64}.org"], "no address ("),
+        (["--source", "http://host:99999/x"], "no address (Port out of range 0-65535)"),
+        (["--source", "http:///x"], "no address (it names no host)"),
+        (["--source", "http://127.0.0.1/\u00e4"], "no address (write '/\u00e4' as '/%C3%A4')"),
+        (["--source", "http://127.0.0.1/a b"], "no address (write '/a b' as '/a%20b')"),
     ],
 )
 def test_a_wrong_argument_is_one_line(into, capsys, argv, says):
