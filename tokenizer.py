@@ -56,10 +56,15 @@ class Tokenizer:
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of a text, with the beginning and end marks that are asked for. Raises TypeError unless s is a
-        string.
+        string, ValueError if it holds half a character, as Python makes of bytes that are not UTF-8.
         """
         if not isinstance(s, str):
             raise TypeError(f"encode takes a string, not {type(s).__name__}")
+        try:
+            s.encode("utf-8")
+        except UnicodeEncodeError as error:
+            around = s[max(0, error.start - 20) : error.end + 20]
+            raise ValueError(f"{around!r} is no UTF-8 text; save or type it as UTF-8") from error
         ids = self.sp_model.encode(s)[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
