@@ -17,6 +17,8 @@ from checkpoint import atomic_file
 from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "
+# str.splitlines would also break a sentence at characters such as U+0085 or U+2028.
+LINE_END = re.compile(r"\r{0,2}\n|\r")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_text(path: str | PathLike[str], what: str) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = len(LINE_END.split(error.object[: error.start].decode("latin-1")))
         raise ValueError(f"{path}, line {line}: not UTF-8; save the {what} as UTF-8 text") from error
     if not text.strip():
         raise ValueError(f"{path} is empty; it should be a {what}")
@@ -63,7 +65,7 @@ def read_label_names(path: str | PathLike[str]) -> list[str]:
     text = read_text(path, "label file (a JSON list of class names)")
     try:
         names = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f'{path} is not JSON ({error}); it should be a list of names such as ["bad", "good"]'
         ) from error
@@ -81,25 +83,23 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str]) -> list[Row
     one of `label_names`.
     """
     rows = []
-    # Split at "\n" alone: str.splitlines would also break a sentence at characters such as U+0085 or U+2028.
-    for number, line in enumerate(
-        read_text(path, "data file of `label ||| sentence` lines").rstrip().split("\n"), start=1
-    ):
+    text = read_text(path, "data file of `label ||| sentence` lines").rstrip()
+    allowed = f"0 to {len(label_names) - 1} ({', '.join(label_names)})"
+    for number, line in enumerate(LINE_END.split(text), start=1):
         where = f"{path}, line {number}"
-        label, separator, sentence = line.rstrip("\r").partition(SEPARATOR.rstrip())
+        label, separator, sentence = line.partition(SEPARATOR.rstrip())
         if not separator or not f"{sentence} ".startswith(" "):
             raise ValueError(f'{where}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`')
-        if not re.fullmatch(r"\s*-?[0-9]+\s*", label):
-            raise ValueError(f"{where}: label {label.strip()!r} is no whole number; it must be a class id")
-        label_id = int(label)
-        if not 0 <= label_id < len(label_names):
+        label = label.strip()
+        if not re.fullmatch(r"-?[0-9]+", label):
+            raise ValueError(f"{where}: label {label[:60]!r} is no whole number; it must be one of {allowed}")
+        if len(label) > 20 or not 0 <= int(label) < len(label_names):  # int refuses a number of thousands of digits
             raise ValueError(
-                f"{where}: label {label_id} is none of 0 to {len(label_names) - 1} ({', '.join(label_names)}); "
-                "give the --label-names that belong to this file"
+                f"{where}: label {label[:60]} is none of {allowed}; give the --label-names that belong to this file"
             )
         if not sentence.strip():
             raise ValueError(f"{where}: the sentence is empty; write one, or take the line out")
-        rows.append(Row(label_id, sentence.strip()))
+        rows.append(Row(int(label), sentence.strip()))
     return rows
 
 

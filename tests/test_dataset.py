@@ -97,6 +97,9 @@ def test_the_question_is_the_courses_word_for_word(llama_tokenizer):
         (b"0 ||| one\n1 ||| two\n", ["one", "two"]),
         (b"0 ||| one\n1 ||| two", ["one", "two"]),
         (b"0 ||| one\r\n1 ||| two\r\n", ["one", "two"]),
+        (b"0 ||| one\r1 ||| two\r", ["one", "two"]),
+        (b"0 ||| one\r\r\n1 ||| two\r\r\n", ["one", "two"]),
+        (b"0 ||| one\n1 ||| two\r\n\r", ["one", "two"]),
         (b"\xef\xbb\xbf0 ||| one\n1 ||| two\n\n\n", ["one", "two"]),
         (b"0 |||   one  \n1 ||| a ||| b\n", ["one", "a ||| b"]),
         (
@@ -104,7 +107,17 @@ def test_the_question_is_the_courses_word_for_word(llama_tokenizer):
             ["one\u2028more\x85 and\x0bmore", "zwölf 映画"],
         ),
     ],
-    ids=["plain", "no last newline", "CRLF", "byte-order mark, blank end", "spaces and separators", "odd line breaks"],
+    ids=[
+        "plain",
+        "no last newline",
+        "CRLF",
+        "CR",
+        "CRCRLF",
+        "mixed",
+        "byte-order mark, blank end",
+        "spaces and separators",
+        "odd line breaks",
+    ],
 )
 def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
     rows = read_rows(written(tmp_path, text), CFIMDB)
@@ -119,6 +132,10 @@ def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
         ("0 ||| one\n1 |||two\n", r"line 2: no"),
         ("0 ||| one\n\n1 ||| two\n", r"line 2: no"),
         ("0 ||| one\nx ||| two\n", "line 2: label 'x' is no whole number"),
+        ("0 ||| one\nx ||| two\n", r"it must be one of 0 to 1 \(bad, good\)"),
+        ("0 ||| one\n" + "9" * 5000 + " ||| two\n", r"line 2: label 9{20,60} is none of 0 to 1 \(bad, good\)"),
+        ("0 ||| one\n" + "9" * 5000 + "x ||| two\n", r"line 2: label '9{20,60}' is no whole number"),
+        ("0 ||| one\r1 ||| \r0 ||| x", "line 2: the sentence is empty"),
         ("0 ||| one\n1_0 ||| two\n", "line 2: label '1_0' is no whole number"),
         ("0 ||| one\n1.0 ||| two\n", "line 2: label '1.0' is no whole number"),
         ("0 ||| one\n2 ||| two\n", r"line 2: label 2 is none of 0 to 1 \(bad, good\)"),
@@ -128,11 +145,22 @@ def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
         ("", "rows.txt is empty"),
         (" \n\n", "rows.txt is empty"),
         (b"0 ||| one\n1 ||| \xff\xfe\n", "line 2: not UTF-8"),
+        (b"0 ||| one\r\n1 ||| two\r0 ||| \xff\xfe\n", "line 3: not UTF-8"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_rows(written(tmp_path, text), CFIMDB)
+
+
+@pytest.mark.parametrize("label", ["0", "00", " 1 ", "+1", "١", "-0"])
+def test_a_label_is_plain_digits(tmp_path, label):
+    path = written(tmp_path, f"{label} ||| one\n")
+    if label in ("+1", "١"):
+        with pytest.raises(ValueError, match="no whole number"):
+            read_rows(path, CFIMDB)
+    else:
+        assert read_rows(path, CFIMDB)[0].label == int(label)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
@@ -146,6 +174,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     "content, message",
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[" + "9" * 5000 + "]", "is not JSON|should be a JSON list"),
         ('{"bad": 0}', "should be a JSON list of names"),
         ('["bad", 1]', "should be a JSON list of names"),
         ('["bad", " "]', "should be a JSON list of names"),
@@ -265,6 +295,14 @@ def test_bucketed_batches_are_of_like_length_and_the_longest_comes_first():
     sizes = [len(batch) * max(len(rows[i].ids) for i in batch) for batch in bucketed]
     assert sizes[0] == max(sizes)
     assert sizes[1:] != sorted(sizes[1:], reverse=True)  # the others in random order
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\r\r\n"])
+def test_predictions_have_as_many_lines_as_rows_for_every_reader(tmp_path, end):
+    rows = read_rows(written(tmp_path, end.join(["0 ||| one", "1 ||| two", "0 ||| three", ""])), CFIMDB)
+    write_predictions(tmp_path / "out.txt", [row.label for row in rows], rows)
+    with open(tmp_path / "out.txt", encoding="utf-8", newline=None) as file:
+        assert len(file.readlines()) == len(rows) == 3
 
 
 def test_predictions_are_read_back_as_rows(tmp_path):
