@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama import Llama, load_pretrained
+from llama import Llama, last_positions, load_pretrained
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")
@@ -56,7 +56,8 @@ class LlamaZeroShotClassifier(nn.Module):
         self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """ids (B, T), mask bool (B, T), right-padded -> log-probabilities of the labels (B, num_labels), float32.
+        """ids (B, T), mask bool (B, T), padding on either side -> log-probabilities of the labels (B, num_labels),
+        float32.
 
         A label of several tokens has log p(first | input) + log p(second | input, first) + ...: not normalised over the
         labels, since the model may prefer yet other words.
@@ -85,7 +86,7 @@ class LlamaZeroShotClassifier(nn.Module):
             input_ids = torch.cat((input_ids, input_ids.new_zeros(more.shape)), dim=1)
             mask = torch.cat((mask, more), dim=1)
             after = torch.arange(len(beginning), device=input_ids.device)
-            places = mask.sum(-1, keepdim=True) + after  # right behind each row's last real token
+            places = last_positions(input_ids, mask)[:, None] + 1 + after  # right behind each row's last real token
             input_ids = input_ids.scatter(1, places, input_ids.new_tensor(beginning).expand(rows, -1))
             mask = mask.scatter(1, places, True)
         logits = self.llama.output(self.llama.last_hidden(input_ids, mask))

@@ -63,6 +63,18 @@ def test_a_row_scores_the_same_alone_and_in_a_batch_of_10_and_of_80(option, caus
         torch.testing.assert_close(scores(model, rows, size), alone, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("option", MODELS)
+def test_the_side_of_the_padding_makes_no_difference(option, side, causal):
+    model = MODELS[option](tiny_llama(causal=causal))
+    rows = rows_of_lengths([2, 9, 5, 14])
+    ids, mask = pad([row.ids for row in rows], 3, side)
+    for kind in (torch.bool, torch.int64):
+        torch.testing.assert_close(model(ids, mask.to(kind)), scores(model, rows, 1), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("option", MODELS)
 def test_the_courses_reading_depends_on_the_batch(option):
     """The course's reading: what the switch is for, and proof that the test above can fail."""
