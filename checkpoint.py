@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import LlamaConfig, feed_forward_size
+from config import LlamaConfig, feed_forward_size, shown
 
 FORMAT_VERSION = 1
 LLAMA2C_MAGIC = 0x616B3432
@@ -120,9 +120,10 @@ class Checkpoint:
                     f"{self.path}: {name} has shape {tuple(state[name].shape)}, its model_args ask for {shape}; "
                     "one of the two is wrong"
                 )
-            if not torch.isfinite(state[name]).all():
+            if not torch.isfinite(state[name].float()).all():  # as the model will hold it
                 raise ValueError(
-                    f"{self.path}: {name} holds NaN or infinity; the file is damaged, fetch or train it anew"
+                    f"{self.path}: {name} holds NaN or infinity, or a number beyond float32; "
+                    "the file is damaged, fetch or train it anew"
                 )
         if unknown := sorted(set(state) - set(shapes)):
             raise ValueError(f"{self.path}: tensor {unknown[0]} (of {len(unknown)}) belongs to no Llama of this config")
@@ -174,10 +175,12 @@ def _from_torch(path: Path, content: Any) -> Checkpoint:
         raise ValueError(f'{path} holds no "model"; a course checkpoint is {{"model": tensors, "model_args": sizes}}')
     if not isinstance(content.get("model_args"), dict):
         raise ValueError(f'{path} holds no "model_args", so the model\'s sizes are unknown')
-    if content.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {content['format_version']}; this program reads {FORMAT_VERSION}")
-    if content.get("kind", "llama") != "llama":
-        raise ValueError(f"{path} is a fine-tuned {content['kind']}, not a language model; give its base model instead")
+    version, kind = content.get("format_version", FORMAT_VERSION), content.get("kind", "llama")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}")
+    if kind != "llama":
+        name = shown(kind).strip("'")
+        raise ValueError(f"{path} is a fine-tuned {name}, not a language model; give its base model instead")
     state = {}
     for name, tensor in content["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
@@ -193,8 +196,8 @@ def _from_torch(path: Path, content: Any) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     extra = {name: value for name, value in content.items() if name not in ("model", "model_args")}
-    kind = "mini-llama" if "format_version" in content else "course"
-    return Checkpoint(path, kind, config, state, extra)
+    origin = "mini-llama" if "format_version" in content else "course"
+    return Checkpoint(path, origin, config, state, extra)
 
 
 def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:

@@ -5,6 +5,8 @@ instant.
 from __future__ import annotations
 
 import math
+import reprlib
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -56,8 +58,8 @@ class LlamaConfig:
             value = getattr(self, name)
             if name == "hidden_dim" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 63:
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number of 1 or more, below 2^63")
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2:
@@ -66,19 +68,24 @@ class LlamaConfig:
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if not (self.layer_norm_eps > 0.0 and math.isfinite(self.layer_norm_eps)):
-            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}; it must be above 0")
-        if not (self.rope_theta > 0.0 and math.isfinite(self.rope_theta)):
-            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
+        for name, accepts, wanted in (
+            ("dropout", lambda value: 0.0 <= value < 1.0, "in [0, 1)"),
+            ("layer_norm_eps", lambda value: 0.0 < value <= sys.float_info.max, "a number above 0"),
+            ("rope_theta", lambda value: 0.0 < value <= sys.float_info.max, "a number above 0"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not accepts(value):
+                raise ValueError(f"{name} is {shown(value)}; it must be {wanted}")
+        for name in ("use_cache", "causal", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be True or False")
         for name, allowed in (
             ("norm", NORMS),
             ("attention_kernel", ATTENTION_KERNELS),
             ("position_embedding_type", ("rotary",)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be one of {', '.join(allowed)}")
 
     @property
     def kv_heads(self) -> int:
@@ -103,10 +110,15 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
         """Builds a config from the `model_args` of a checkpoint. Raises ValueError for a field it does not know."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        unknown = sorted(map(str, set(values) - {field.name for field in fields(cls)}))
         if unknown:
-            raise ValueError(f"model_args has fields that this program does not know: {', '.join(map(str, unknown))}")
+            raise ValueError(f"model_args has fields that this program does not know: {', '.join(unknown)}")
         return cls(**values)
+
+
+def shown(value: object) -> str:
+    """A value from a file on one short line, whatever it is."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def feed_forward_size(dim: int, hidden_dim: int | None, multiple_of: int) -> int:

@@ -286,6 +286,42 @@ def with_a_text_for_eps(content):
     content["model_args"]["layer_norm_eps"] = "small"
 
 
+def with_a_tensor_for_theta(content):
+    content["model_args"]["rope_theta"] = torch.ones(2)
+
+
+def with_a_word_for_causal(content):
+    content["model_args"]["causal"] = "false"
+
+
+def with_a_word_for_tied(content):
+    content["model_args"]["tie_embeddings"] = "no"
+
+
+def with_a_number_beyond_float32(content):
+    content["model"]["norm.weight"] = torch.full((32,), 1e300, dtype=torch.float64)
+
+
+def with_a_tensor_for_format(content):
+    content["format_version"] = torch.ones(2, dtype=torch.int64)
+
+
+def with_a_table_for_format(content):
+    content["format_version"] = torch.rand(40, 40)
+
+
+def with_true_for_format(content):
+    content["format_version"] = True
+
+
+def with_a_table_for_kind(content):
+    content["kind"] = torch.rand(40, 40)
+
+
+def with_a_number_for_a_name(content):
+    content["model_args"] |= {"colour": 1, 7: 2}
+
+
 def with_a_newer_format(content):
     content["format_version"] = 2
 
@@ -321,7 +357,16 @@ def asking_for_more_than_any_memory(content):
         (without_arguments, 'holds no "model_args"'),
         (with_an_unknown_field, "fields that this program does not know: colour"),
         (with_a_size_of_zero, "n_heads is 0; it must be a whole number of 1 or more"),
-        (with_a_text_for_eps, "wrong.pt: .* not supported between instances of"),
+        (with_a_text_for_eps, "wrong.pt: layer_norm_eps is 'small'; it must be a number above 0"),
+        (with_a_tensor_for_theta, r"wrong.pt: rope_theta is tensor\(\[1., 1.\]\); it must be a number above 0"),
+        (with_a_word_for_causal, "wrong.pt: causal is 'false'; it must be True or False"),
+        (with_a_word_for_tied, "wrong.pt: tie_embeddings is 'no'; it must be True or False"),
+        (with_a_number_beyond_float32, "norm.weight holds NaN or infinity.*float32"),
+        (with_a_tensor_for_format, r"has format version tensor\(\[1, 1\]\); this program reads 1"),
+        (with_a_table_for_format, r"has format version tensor\(.*; this program reads 1"),
+        (with_true_for_format, "has format version True; this program reads 1"),
+        (with_a_table_for_kind, r"is a fine-tuned tensor\(.*, not a language model"),
+        (with_a_number_for_a_name, "fields that this program does not know: 7, colour"),
         (with_a_newer_format, "has format version 2; this program reads 1"),
         (of_a_classifier, "is a fine-tuned classifier, not a language model"),
         (
@@ -337,7 +382,7 @@ def test_content_that_does_not_fit_raises_with_the_name(tmp_path, damage, messag
     damage(content)
     with pytest.raises(ValueError, match=message) as raised:
         load_pretrained(saved(tmp_path / "wrong.pt", content))
-    assert "wrong.pt" in str(raised.value)
+    assert "wrong.pt" in str(raised.value) and str(raised.value).isprintable()
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {}, {"model": torch.zeros(3)}, None, "text"])

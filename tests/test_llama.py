@@ -491,14 +491,43 @@ def test_n_kv_heads_none_means_as_many_as_heads():
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"n_layers": 2.0}, "n_layers is 2.0; it must be a whole number"),
         ({"hidden_dim": 0}, "hidden_dim is 0"),
+        ({"dim": 10**400}, "dim is 1000.*; it must be a whole number of 1 or more, below 2"),
+        ({"n_heads": torch.zeros(40, 40)}, r"n_heads is tensor\(\[\[0"),
+        *(
+            ({name: value}, f"{name} is {shown}.*; it must be {allowed}")
+            for name, allowed in (
+                ("dropout", r"in \[0, 1\)"),
+                ("layer_norm_eps", "a number above 0"),
+                ("rope_theta", "a number above 0"),
+            )
+            for value, shown in (
+                ("0.5", "'0.5'"),
+                (torch.tensor(0.5), r"tensor\(0.5"),
+                (torch.rand(40, 40), r"tensor\("),
+                (True, "True"),
+                (None, "None"),
+                (math.nan, "nan"),
+                (10**400, "1000"),
+            )
+        ),
+        *(
+            ({name: value}, f"{name} is {shown}.*; it must be True or False")
+            for name in ("causal", "tie_embeddings", "use_cache")
+            for value, shown in (("false", "'false'"), ("no", "'no'"), (0, "0"), (torch.tensor(True), "tensor"))
+        ),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be one of layernorm, rmsnorm"),
         ({"attention_kernel": "flash"}, "attention_kernel is 'flash'"),
         ({"position_embedding_type": "learned"}, "position_embedding_type is 'learned'"),
     ],
 )
 def test_a_config_that_cannot_be_raises(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         tiny_config(**changes)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 200
+
+
+def test_a_whole_number_will_do_where_a_fraction_could_stand():
+    assert tiny_config(rope_theta=500_000, dropout=0).rope_theta == 500_000
 
 
 def test_config_to_dict_and_back():
