@@ -170,6 +170,13 @@ def read_torch(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor read from a file has one shape and a value for each of its places: not sparse, not nested, not
+    on the device "meta".
+    """
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+
+
 def _from_torch(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f'{path} holds no "model"; a course checkpoint is {{"model": tensors, "model_args": sizes}}')
@@ -185,7 +192,7 @@ def _from_torch(path: Path, content: Any) -> Checkpoint:
     for name, tensor in content["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(f'{path}: "model" holds {name!r}, which is no tensor of weights')
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        if not is_dense(tensor):
             raise ValueError(f'{path}: "model" holds {name!r}, which is sparse or has no data; save it dense')
         state[name.removeprefix(COMPILED_PREFIX)] = tensor
     arguments = dict(content["model_args"])

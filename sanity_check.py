@@ -140,7 +140,7 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     """{"logits": (2, 1, V), "hidden_states": (2, 8, D)}. Raises ValueError for anything else."""
     import torch
 
-    from checkpoint import read_torch
+    from checkpoint import is_dense, read_torch
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such reference file; python fetch_data.py references brings the course's")
@@ -148,6 +148,16 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     names = ("logits", "hidden_states")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), torch.Tensor) for name in names):
         raise ValueError(f"{path} is no reference file; one holds the tensors {' and '.join(names)}")
+    rows, length = torch.tensor(REFERENCE_IDS).shape
+    for name, sizes, wanted in (("logits", (rows, 1), "V"), ("hidden_states", (rows, length), "D")):
+        tensor = content[name]
+        if not is_dense(tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is sparse, has no data or no real numbers; save it dense, as float32")
+        if tensor.dim() != 3 or tuple(tensor.shape[:2]) != sizes or not tensor.numel():
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}; it must be ({sizes[0]}, {sizes[1]}, {wanted}), "
+                "what a model computes for the course's two rows of ids"
+            )
     return {name: content[name].float() for name in names}
 
 
@@ -163,6 +173,9 @@ def is_causal(hidden: Tensor) -> bool:
 def norm_of(hidden: Tensor, norm_weight: Tensor) -> str:
     """The norm that hidden states (2, 8, D) left as the last: a LayerNorm with zero bias, once its weight is divided
     out, gives a state of mean zero; an RMSNorm leaves the mean where it was.
+
+    Without the weight it cannot be told: some weight gives all of the few states mean zero. For the course's RMSNorm
+    file of 2024 one does whose features differ by no more than a factor of 1.5.
     """
     kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()  # a feature scaled to nothing cannot be scaled back
     normed = hidden[..., kept] / norm_weight[kept]

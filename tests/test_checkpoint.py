@@ -13,6 +13,7 @@ import signal
 import stat
 import struct
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -710,6 +711,12 @@ def without_data(content):
     content["model"]["norm.weight"] = torch.ones(32, device="meta")
 
 
+def nested(content):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        content["model"]["norm.weight"] = torch.nested.nested_tensor([torch.ones(16), torch.ones(16)])
+
+
 def eight_bits(content):
     content["model"]["norm.weight"] = torch.ones(32).to(torch.float8_e4m3fn)
 
@@ -725,6 +732,7 @@ def infinite_eps(content):
         (huge_dim, "one of the two is wrong"),
         (sparse, "'norm.weight', which is sparse or has no data"),
         (without_data, "'norm.weight', which is sparse or has no data"),
+        (nested, "'norm.weight', which is sparse or has no data"),
         (eight_bits, "'norm.weight', which is no tensor of weights"),
         (infinite_eps, "layer_norm_eps is inf"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -95,6 +96,51 @@ def test_an_unusable_reference_gives_one_line_and_exit_code_2(course_like, tmp_p
     out, error = capsys.readouterr()
     assert not out and len(error.splitlines()) == 1
     assert re.search(wanted, error)
+
+
+def nested(tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor(list(tensor))
+
+
+LOGITS, HIDDEN = torch.zeros(2, 1, 32000), torch.zeros(2, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("logits", "hidden", "wanted"),
+    [
+        (torch.zeros(4), torch.tensor(1.0), r"logits is \(4,\); it must be \(2, 1, V\)"),
+        (LOGITS, torch.tensor(1.0), r"hidden_states is \(\); it must be \(2, 8, D\)"),
+        (LOGITS, torch.zeros(1, 8, 32), r"hidden_states is \(1, 8, 32\); it must be"),
+        (LOGITS[:, :, :0], HIDDEN, r"logits is \(2, 1, 0\)"),
+        (LOGITS, HIDDEN.to_sparse(), "hidden_states is sparse, has no data or no real numbers; save it dense"),
+        (LOGITS.to("meta"), HIDDEN, "logits is sparse, has no data"),
+        (LOGITS.to(torch.complex64), HIDDEN, "no real numbers"),
+        (LOGITS, nested(HIDDEN), "hidden_states is sparse"),
+    ],
+    ids=["ranks", "rank", "rows", "empty", "sparse", "meta", "complex", "nested"],
+)
+def test_tensors_that_are_no_outputs_give_one_line_with_a_checkpoint_and_without(
+    course_like, tmp_path, monkeypatch, capsys, logits, hidden, wanted
+):
+    arguments = course_like("rmsnorm", True)
+    torch.save({"logits": logits, "hidden_states": hidden}, tmp_path / "bad.data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sanity_check, "found_references", lambda: [tmp_path / "bad.data"])
+    monkeypatch.setattr(sanity_check, "check_conformance", lambda: True)
+    for argv in ([*arguments[:2], "bad.data"], []):
+        assert sanity_check.main(argv) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and "bad.data: " in error
+        assert re.search(wanted, error)
+
+
+def test_a_reference_may_be_saved_in_another_precision(course_like, tmp_path):
+    arguments = course_like("layernorm", False)
+    wanted = torch.load(tmp_path / "sanity_check.data")
+    torch.save({name: tensor.double() for name, tensor in wanted.items()}, tmp_path / "sanity_check.data")
+    assert sanity_check.main(arguments) == 0
 
 
 def test_a_checkpoint_that_is_named_and_missing_is_an_error(capsys):
