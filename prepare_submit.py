@@ -25,6 +25,7 @@ FORBIDDEN_SUFFIXES = {".bin", ".ckpt", ".data", ".model", ".npy", ".npz", ".pt",
 SOURCE_DATA = re.compile(r"(sst|cfimdb)-(train|dev|test)\.txt")
 PREDICTIONS = re.compile(r"(sst|cfimdb)-(dev|test)-(prompting|finetuning|lora|advanced)-output\.txt")
 ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
+LINE_END = re.compile(r"\r{0,2}\n|\r")  # of a source file, as dataset.py reads it; that one would bring torch along
 PROMPT = " Is this movie "  # a prompting file may go on with the prompt after the sentence, as the course's own do
 
 
@@ -68,13 +69,21 @@ def missing_files(present: Mapping[str, bytes]) -> list[str]:
     return problems + [f"missing {', '.join(names)}; make it: {command}" for command, names in by_command.items()]
 
 
-def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
-    """The first thing wrong with the prediction file `name`; its source file in `data` is compared if it is there."""
-    corpus, split, kind = name.split("-")[:3]
+def encoding_problem(name: str, raw: bytes) -> str | None:
+    """Says so if `raw` is not UTF-8."""
     try:
-        lines = raw.decode("utf-8").removesuffix("\n").split("\n")  # splitlines() would split inside sentences
+        raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return f"{name} is not UTF-8 text: {error}"
+        return f"{name} is not UTF-8 text: {error}; save it as UTF-8"
+    return None
+
+
+def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
+    """The first thing wrong with the prediction file `name`, whose bytes are UTF-8; its source file in `data` is
+    compared if it is there.
+    """
+    corpus, split, kind = name.split("-")[:3]
+    lines = raw.decode("utf-8").removesuffix("\n").split("\n")  # splitlines() would split inside sentences
     sentences = []
     for number, line in enumerate(lines, 1):
         row = ROW.fullmatch(line)
@@ -86,7 +95,7 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
     source = data / f"{corpus}-{split}.txt"
     if not source.is_file():
         return None
-    rows = source.read_bytes().decode("utf-8-sig", "replace").rstrip().split("\n")
+    rows = LINE_END.split(source.read_bytes().decode("utf-8-sig", "replace").rstrip())
     if len(rows) != len(sentences):
         return f"{name} has {len(sentences)} rows, {source} has {len(rows)}; predict the whole file"
     for number, (row_text, sentence) in enumerate(zip(rows, sentences, strict=True), 1):
@@ -102,6 +111,8 @@ def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
     for name, raw in files.items():
         if not raw.strip() and (name in CODE or name.endswith((".txt", ".pdf"))):
             problems.append(f"{name} is empty")
+        elif name.endswith(".txt") and (problem := encoding_problem(name, raw)):
+            problems.append(problem)
         elif PREDICTIONS.fullmatch(name) and (problem := prediction_problem(name, raw, data)):
             problems.append(problem)
     return problems
@@ -124,6 +135,9 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
         return f"{info.filename!r} must not be in it: no data, weights, caches, tests or git folder"
     if len(parts) < 2 and not info.is_dir():
         return f"{info.filename!r} lies outside the top folder"
+    report = f"{parts[0]}/{parts[0]}-report.pdf"
+    if info.filename.lower().endswith(".pdf") and info.filename != report:
+        return f"{info.filename!r} must not be in it: the one PDF is {report}"
     return None
 
 
@@ -212,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", type=Path, metavar="ZIP", help="check this zip and write nothing")
     options = parser.parse_args(arguments)
     if options.student is None and options.check is None:
-        parser.error("which ID? Usage: python prepare_submit.py ID [--folder DIR] [--out ZIP], or --check ZIP")
+        parser.error("which ID? Give it, or --check ZIP")
     if options.student is not None and not is_student_id(options.student):
         parser.error(f"the ID {options.student!r} may hold lowercase letters, digits, _ and - only")
     if not options.folder.is_dir():

@@ -140,6 +140,24 @@ def test_only_a_prompting_file_may_go_on_with_the_prompt(project: Path, tmp_path
         pack("ada", project, tmp_path / "ada.zip")
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_a_source_may_have_line_ends_of_another_system(project: Path, tmp_path: Path, end: str) -> None:
+    source = project / "data" / "sst-dev.txt"
+    source.write_bytes(source.read_bytes().replace(b"\n", end.encode()))
+    pack("ada", project, tmp_path / "ada.zip")
+
+
+@pytest.mark.parametrize("name", [*GENERATED, "feedback.txt"])
+def test_text_that_is_not_utf_8_is_refused(project: Path, packed: Path, tmp_path: Path, name: str) -> None:
+    (project / name).write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(Rejected, match=f"{name} is not UTF-8 text: .*; save it as UTF-8"):
+        pack("ada", project, tmp_path / "new.zip")
+    assert not (tmp_path / "new.zip").exists()
+    bad = rewrite(packed, tmp_path / "bad.zip", (f"ada/{name}", b"\xff"), drop=name)
+    with pytest.raises(Rejected, match=f"{name} is not UTF-8 text"):
+        check(bad, "ada", tmp_path)
+
+
 def test_an_oversize_report_is_refused_and_named(project: Path, tmp_path: Path) -> None:
     (project / "ada-report.pdf").write_bytes(random.Random(0).randbytes(prepare_submit.SIZE_LIMIT))
     with pytest.raises(Rejected, match=r"must stay under 10,000,000; ada/ada-report.pdf takes"):
@@ -165,6 +183,9 @@ def test_the_limit_itself_is_too_much(packed: Path, project: Path, monkeypatch: 
         ("ada/.git/HEAD", "must not be in it"),
         ("ada/data/notes.txt", "must not be in it"),
         ("ada/sst-train.txt", "must not be in it"),
+        ("ada/other-report.pdf", "'ada/other-report.pdf' must not be in it: the one PDF is ada/ada-report.pdf"),
+        ("ada/docs/ada-report.pdf", "the one PDF is ada/ada-report.pdf"),
+        ("ada/ADA-report.PDF", "the one PDF is ada/ada-report.pdf"),
         ("ada/tests/test_llama.py", "must not be in it"),
         ("/ada/a.py", "absolute"),
         ("C:/ada/a.py", "absolute or a Windows path"),
@@ -177,6 +198,11 @@ def test_check_refuses_what_must_not_be_inside(packed: Path, tmp_path: Path, nam
     bad = rewrite(packed, tmp_path / "bad.zip", (name, b"x"))
     with pytest.raises(Rejected, match=problem):
         check(bad, "ada", tmp_path)
+
+
+def test_check_takes_the_report(packed: Path, project: Path, tmp_path: Path) -> None:
+    good = rewrite(packed, tmp_path / "good.zip", ("ada/ada-report.pdf", b"%PDF-1.7"))
+    assert len(check(good, None, project / "data")) == 21
 
 
 def test_check_refuses_links_doubles_and_gaps(packed: Path, tmp_path: Path) -> None:
@@ -220,6 +246,7 @@ def test_check_survives_files_that_are_no_sound_zip(packed: Path, tmp_path: Path
     ("arguments", "message"),
     [
         ([], "which ID"),
+        ([], "error: which ID? Give it, or --check ZIP; see python prepare_submit.py --help\n"),
         (["Ada"], "the ID 'Ada' may hold lowercase letters"),
         (["../ada"], "may hold lowercase letters"),
         (["ada\n"], "may hold lowercase letters"),
