@@ -152,15 +152,16 @@ def ours(
     from evaluation import evaluate
     from lora import apply_lora
     from run_directory import RunDirectory
+    from tasks import Classification
     from training import Settings, Training
 
     config = SimpleNamespace(llama=llama, num_labels=labels, hidden_dropout_prob=0.3, option="finetune")
     model = LlamaEmbeddingClassifier(config).to(args.device).train()
     if args.lora:
         apply_lora(model, RANK, ALPHA)
-    settings = Settings(1, args.batch_size, LR, args.seed, dtype=dtype, pad_id=pad_id)
+    task = Classification(rows["train"], rows["dev"], 1, args.batch_size, args.seed, pad_id)
     run = RunDirectory(tempfile.gettempdir(), writes=False)
-    training = Training(model, rows["train"], rows["dev"], settings, run, Processes())
+    training = Training(model, task, Settings(LR, dtype), run, Processes())
     return (
         lambda positions: training.step(positions, LR),
         lambda: evaluate(model, rows["dev"], args.batch_size, pad_id=pad_id, dtype=dtype),

@@ -1,6 +1,7 @@
 """Reads and writes checkpoints: files in, (config, state dict) out. Knows no module.
 
 A format is found by content, never by a file's name, and nothing in a file is executed (`weights_only=True`):
+    safetensors tensors, and in the metadata the config as JSON; our own, for models that are passed on
     torch zip   {"model": state dict, "model_args": config fields, ...}; course checkpoints, and our own
     llama2.c v1 magic 0x616b3432, 256-byte header, float32
     llama2.c v0 7 integers, float32; no magic, so it is taken for one only if the file's size fits its header exactly
@@ -8,6 +9,7 @@ A format is found by content, never by a file's name, and nothing in a file is e
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -21,12 +23,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from config import LlamaConfig, feed_forward_size, shown
 
 FORMAT_VERSION = 1
+METADATA_KEY = "mini-llama"  # of our part of a safetensors file's metadata
 LLAMA2C_MAGIC = 0x616B3432
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPILED_PREFIX = "_orig_mod."  # what torch.compile puts before every key
@@ -147,13 +152,15 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
     if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
         return _from_torch(path, read_torch(path))
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack_from("<Q", head)[0] < size:
+        return _from_torch(path, _read_safetensors(path))
     if len(head) >= 4 and struct.unpack_from("<I", head)[0] == LLAMA2C_MAGIC:
         return _read_llama2c_v1(path, head, size)
     if checkpoint := _read_llama2c_v0(path, head, size):
         return checkpoint
     raise ValueError(
         f"{path} is no checkpoint this program knows, or was cut short; "
-        "known are the course's torch files and llama2.c versions 0 and 1"
+        "known are the course's torch files, our own safetensors, and llama2.c versions 0 and 1"
     )
 
 
@@ -175,6 +182,17 @@ def is_dense(tensor: Tensor) -> bool:
     on the device "meta".
     """
     return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The same content as that of our torch files."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        described = json.loads(metadata.get(METADATA_KEY, "{}"))
+        return {"model": safetensors.torch.load_file(path), **described}
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
 
 
 def _from_torch(path: Path, content: Any) -> Checkpoint:
@@ -304,6 +322,20 @@ def write_checkpoint(
     write_torch(path, content)
 
 
+def write_safetensors(
+    path: str | PathLike[str], state: dict[str, Tensor], config: LlamaConfig, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a whole `Llama` atomically, rounded to `dtype`; a tied output is left out, for it is the embedding."""
+    tensors = {
+        name: tensor.detach().cpu().to(dtype).contiguous()
+        for name, tensor in state.items()
+        if not (config.tie_embeddings and name == "output.weight")
+    }
+    described = {"format_version": FORMAT_VERSION, "kind": "llama", "model_args": config.to_dict()}
+    with atomic_file(path, "wb") as file:
+        file.write(safetensors.torch.save(tensors, {"format": "pt", METADATA_KEY: json.dumps(described)}))
+
+
 def write_torch(path: str | PathLike[str], content: dict[str, Any]) -> None:
     """torch.save, atomically. Raises OSError if the disk is full."""
     try:
@@ -321,8 +353,8 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
     """Opens a temporary file beside `path` that takes its place when the block ends; on an error nothing is touched."""
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
     encoding = None if "b" in mode else "utf-8"
-    if target.exists() and not target.is_file():  # a device, such as /dev/null, is written to, never replaced
-        with open(target, mode, encoding=encoding) as device:
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe is written to, never replaced
+        with open(path, mode, encoding=encoding) as device:
             yield device
         return
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -348,10 +380,14 @@ def link_or_copy(source: Path, target: str | PathLike[str]) -> None:
     temporary = Path(f"{os.path.realpath(target)}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, os.path.realpath(target))
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, os.path.realpath(target))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def check_writable(*paths: str | PathLike[str]) -> None:
@@ -363,7 +399,7 @@ def check_writable(*paths: str | PathLike[str]) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
         try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=folder):
+                pass  # under the kind of name that atomic_file takes, which may be too long
         except OSError as error:
             raise PermissionError(f"{path} cannot be written: {error.strerror}; choose another folder") from error

@@ -126,3 +126,13 @@ def feed_forward_size(dim: int, hidden_dim: int | None, multiple_of: int) -> int
     if hidden_dim is not None:
         return hidden_dim
     return multiple_of * math.ceil(int(8 * dim / 3) / multiple_of)
+
+
+# Sizes by name, for `--preset`; the vocabulary is the tokenizer's. stories*: the models that llama2.c publishes.
+PRESETS: dict[str, dict[str, int]] = {
+    "mini": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 512},  # the bundled model
+    "stories260K": {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 512, "multiple_of": 4},
+    "stories15M": {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "max_seq_len": 256},
+    "stories42M": {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "max_seq_len": 1024},
+    "stories110M": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "max_seq_len": 1024},
+}

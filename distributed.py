@@ -67,7 +67,7 @@ class Processes:
         if self.fsdp:
             from torch.distributed.fsdp import fully_shard
 
-            for layer in model.llama.layers:  # type: ignore[union-attr]
+            for layer in getattr(model, "llama", model).layers:  # type: ignore[union-attr]
                 fully_shard(layer)
             fully_shard(model)
             return model

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import Row, by_length, cut_in_batches, has_gold_labels, to_batch
+from dataset import Row, by_length, cut_in_batches, has_gold_labels, pad, to_batch
 from distributed import Processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,6 +98,51 @@ def evaluate(
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
     return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
+
+
+@torch.no_grad()
+def score_documents(
+    model: nn.Module,
+    documents: Sequence[Sequence[int]],
+    window: int,
+    stride: int,
+    dtype: torch.dtype = torch.float32,
+    tokens_at_once: int = 8192,
+) -> tuple[float, int]:
+    """How well a causal language model predicts documents (ids, <s> first): the summed loss in nats of every token but
+    the first of each, and the number of these tokens.
+
+    A document longer than `window` is read in windows that begin `stride` tokens after one another; each scores what
+    the one before did not reach, with at least window - stride tokens before it.
+    """
+    device = next(model.parameters()).device
+    windows: list[tuple[Sequence[int], int]] = []  # (ids, how many of the last ones are scored)
+    for ids in documents:
+        done, start = 1, 0
+        while done < len(ids):
+            end = min(len(ids), start + window + 1)
+            windows.append((ids[start:end], end - done))
+            done, start = end, start + stride
+    windows.sort(key=lambda one: len(one[0]), reverse=True)
+    nats = torch.zeros((), dtype=torch.float64)
+    with tqdm(
+        total=sum(scored for _, scored in windows), desc="scoring", unit="token", leave=False, disable=None
+    ) as bar:
+        while windows:
+            some = windows[: max(1, tokens_at_once // len(windows[0][0]))]
+            del windows[: len(some)]
+            ids, _ = pad([one for one, _ in some], 0)
+            targets = ids[:, 1:].clone()
+            for row, (one, scored) in enumerate(some):
+                targets[row, : len(one) - 1 - scored] = -100
+                targets[row, len(one) - 1 :] = -100  # padding, which no earlier token sees
+            with precision(device, dtype):
+                logits, _ = model(ids[:, :-1].to(device), targets)
+            nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").cpu()
+            bar.update(sum(scored for _, scored in some))
+    if not torch.isfinite(nats):
+        raise ValueError(f"the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
+    return float(nats), sum(len(ids) - 1 for ids in documents)
 
 
 def describe(evaluation: Evaluation) -> str:

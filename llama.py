@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from os import PathLike
 
 import torch
@@ -73,6 +74,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@lru_cache(maxsize=2)
+def causal_mask(seq_len: int, device: torch.device) -> Tensor:
+    """bool (1, 1, T, T), True at and below the diagonal: a query sees itself and what came before."""
+    with torch.inference_mode(False):  # a mask first made under inference_mode could never serve training
+        return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()[None, None]
+
+
 def visible_positions(attention_mask: Tensor | None, seq_len: int, causal: bool, device: torch.device) -> Tensor | None:
     """Which key each query may see: bool (B or 1, 1, T, T), True = attend; None where every query sees every key.
 
@@ -81,7 +89,7 @@ def visible_positions(attention_mask: Tensor | None, seq_len: int, causal: bool,
     """
     visible = None
     if causal:
-        visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()[None, None]
+        visible = causal_mask(seq_len, device)
     if attention_mask is not None:
         itself = torch.eye(seq_len, dtype=torch.bool, device=device)
         real = attention_mask[:, None, None, :]
@@ -113,7 +121,7 @@ class Attention(nn.Module):
         # Scaled before the product, which may overflow in float16.
         scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
         if visible is not None:
-            scores = scores.masked_fill(~visible, -math.inf)
+            scores = scores.masked_fill_(~visible, -math.inf)  # in place: nothing else needs the product
         # Whatever the dtype, torch's softmax adds up in float32.
         weights = F.dropout(scores.softmax(-1), self.config.dropout, self.training)
         return weights.to(value.dtype) @ value

@@ -5,13 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
-from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser
+from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
+from config import NORMS, PRESETS
 
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
+OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer")
+TRAINING = ("finetune", "lora", "pretrain")
+# Where pretraining wants another default than fine-tuning.
+PRETRAINING_DEFAULTS = {
+    "lr": 1e-3,
+    "batch_size": 32,
+    "schedule": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "adam_beta2": 0.95,
+    "epochs": 1,
+    "held_out": 0.01,
+}
+TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
 
 EXAMPLES = """\
@@ -23,6 +40,10 @@ examples:
   python run_llama.py --option finetune --epochs 5 --lr 2e-5 --batch_size 80 --train data/sst-train.txt \\
       --dev data/sst-dev.txt --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
       --dev_out sst-dev-finetuning-output.txt --test_out sst-test-finetuning-output.txt
+  python run_llama.py --option tokenizer --corpus stories/ --vocab_size 4096 --model_out mine.model
+  python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --tokenizer mine.model \\
+      --model_out mine.safetensors
+  python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
@@ -32,16 +53,17 @@ def build_parser() -> argparse.ArgumentParser:
     """The options, grouped; every default is written here and nowhere else."""
     parser = OneLineParser(
         prog="run_llama.py",
-        description="Runs a Llama: generates text, classifies by prompting, fine-tunes, fine-tunes with LoRA.",
+        description="Runs a Llama: generates text, classifies by prompting, fine-tunes, also with LoRA, pretrains.",
         epilog=EXAMPLES,
     )
     add = parser.add_argument
     add(
         "--option",
-        choices=("generate", "prompt", "finetune", "lora"),
+        choices=OPTIONS,
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
-        "a classifier head; train LoRA adapters and a head (default: %(default)s)",
+        "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
+        "predicts a text; make a tokenizer from text (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
 
@@ -53,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint: the course's .pt, or llama2.c's .bin of version 0 or 1 (default: %(default)s)",
     )
     add("--tokenizer", metavar="FILE", help="SentencePiece model (default: tokenizer.model, else data/tokenizer.model)")
-    add("--norm", choices=("layernorm", "rmsnorm"), help="the model's norm (default: what the checkpoint says)")
+    add("--norm", choices=NORMS, help="the model's norm (default: what the checkpoint says)")
     add(
         "--attention",
         choices=("causal", "bidirectional"),
@@ -73,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("generate").add_argument
     add("--prompt", default=COURSE_PROMPT, metavar="TEXT", help="what to continue (default: the course's film review)")
-    add("--max_new_tokens", type=COUNT_OR_ZERO, default=75, metavar="N", help="tokens to add (default: %(default)s)")
+    add("--max_new_tokens", type=TOKENS, default=75, metavar="N", help="tokens to add (default: %(default)s)")
     add(
         "--temperature",
         type=NOT_NEGATIVE,
@@ -137,7 +159,14 @@ def build_parser() -> argparse.ArgumentParser:
         "column, padding and all (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("training (finetune, lora)").add_argument
+    add = parser.add_argument_group("training (finetune, lora, pretrain)").add_argument
+    add(
+        "--adam_beta2",
+        type=FRACTION,
+        default=0.999,
+        metavar="B",
+        help="AdamW's memory of squared gradients (default: %(default)s)",
+    )
     add("--epochs", type=COUNT, default=5, metavar="N", help="passes over the training set (default: %(default)s)")
     add("--lr", type=POSITIVE, default=2e-5, help="learning rate; LoRA likes ten times more (default: %(default)s)")
     add(
@@ -189,7 +218,52 @@ def build_parser() -> argparse.ArgumentParser:
         help="the update counts alpha / rank (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("the run (finetune, lora)").add_argument
+    add = parser.add_argument_group(
+        "language models (pretrain, perplexity, tokenizer)",
+        "Pretraining has defaults of its own: "
+        + ", ".join(f"--{name} {value}" for name, value in PRETRAINING_DEFAULTS.items())
+        + ". With --pretrained-model-path it goes on from that checkpoint, else it starts from random weights.",
+    ).add_argument
+    add(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="TEXT[=WEIGHT]",
+        help="text files, or folders of .txt files; <|endoftext|> parts documents. WEIGHT: how often its text comes in "
+        "one pass (1)",
+    )
+    add(
+        "--held_out",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="N",
+        help="the last documents of each text, a share below 1 or a number: pretrain keeps them to judge by, "
+        "perplexity reads them alone (default: all of it)",
+    )
+    add("--preset", choices=PRESETS, default="mini", help="sizes of a new model (default: %(default)s)")
+    for name, what in (
+        ("dim", "width"),
+        ("n_layers", "layers"),
+        ("n_heads", "query heads"),
+        ("n_kv_heads", "key/value heads"),
+        ("max_seq_len", "context in tokens"),
+    ):
+        add(f"--{name}", type=COUNT, metavar="N", help=f"{what} of a new model (default: the preset's)")
+    add("--window", type=COUNT, metavar="N", help="tokens of one row (default: the model's context)")
+    add("--stride", type=COUNT, metavar="N", help="perplexity: tokens between windows (default: half the window)")
+    add("--max_steps", type=COUNT, metavar="N", help="stop after N steps (default: --epochs passes over the corpus)")
+    add("--eval_every", type=COUNT, default=200, metavar="N", help="judge every N steps (default: %(default)s)")
+    add("--sample_prompt", default="Once upon a time", metavar="TEXT", help="continued after each judgement")
+    add("--tokens_dir", default="runs/tokens", metavar="DIR", help="where tokenized texts go (default: %(default)s)")
+    add("--vocab_size", type=COUNT, default=4096, metavar="N", help="pieces of a new tokenizer (default: %(default)s)")
+    add("--out_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of --model_out (default: %(default)s)")
+    add(
+        "--model_out",
+        metavar="FILE",
+        help="where the model or tokenizer goes; pretraining puts its tokenizer beside it",
+    )
+
+    add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
     add(
         "--run_dir",
         metavar="DIR",
@@ -198,8 +272,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         action="store_true",
-        help="go on with the run in --run_dir (default: the latest under runs/), to the very same result; options not "
-        "given again are those it was started with",
+        help="go on with the run in --run_dir (default: the latest under runs/), to the very same result. It has the "
+        "options it was started with; those that change a number cannot be changed",
     )
     add(
         "--save_every",
@@ -217,23 +291,55 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_options(
+    argv: list[str] | None, saved: dict[str, Any] | None = None
+) -> tuple[argparse.Namespace, frozenset[str]]:
+    """The options, and the names of those that were typed. `saved`: the defaults of a run that goes on."""
+    parser = build_parser()
+    absent = object()
+    names = vars(parser.parse_args([]))
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    given = {name: value for name, value in vars(typed).items() if value is not absent}
+    defaults = PRETRAINING_DEFAULTS if given.get("option") == "pretrain" else {}
+    return argparse.Namespace(**(names | defaults | (saved or {}) | given)), frozenset(given)
+
+
+def flag(name: str) -> str:
+    """How an option is typed, from its name in the program."""
+    spellings = {action.dest: action.option_strings[0] for action in build_parser()._actions}
+    return spellings.get(name, name)
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that contradict each other; needs no torch and touches no file."""
+    clashes = {str(Path(path).resolve()) for path in input_files(args)}
+    for path in output_files(args):
+        if str(Path(path).resolve()) in clashes:
+            raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
     if args.use_gpu and args.device and not args.device.startswith("cuda"):
         raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
-    if args.option not in ("finetune", "lora"):
+    if args.option not in TRAINING:
         for flag in ("run_dir", "fsdp"):
             if getattr(args, flag):
-                raise ValueError(f"--{flag} belongs to --option finetune and lora; leave it out for {args.option}")
+                raise ValueError(f"--{flag} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
     if args.option == "generate":
         low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
         if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
             raise ValueError(f"both generated sentences would go to {low}; give two files")
         return
+    if args.pooling == "last_column" and (args.micro_batch_size or args.processes > 1):
+        raise ValueError(
+            "--pooling last_column reads the padding of a whole batch, so a batch cannot be parted: leave out "
+            "--micro_batch_size, and run one process"
+        )
     if args.fsdp and args.dtype == "fp16":
         raise ValueError("--fsdp does not go with --dtype fp16 (each shard would judge its scale alone); give bf16")
     if args.min_lr > args.lr:
         raise ValueError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}; it must not be")
+    if args.option in ("pretrain", "perplexity", "tokenizer"):
+        if not args.corpus:
+            raise ValueError(f"--option {args.option} needs --corpus: text files, or folders of them")
+        return
     ending = OUTPUT_ENDINGS[args.option]
     for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
         if not path.endswith(f"{split}-{ending}"):
@@ -242,12 +348,42 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
 
 
+def input_files(args: argparse.Namespace) -> list[str]:
+    """Every file that the run reads, as far as the options tell."""
+    named = [args.pretrained_model_path, args.tokenizer]
+    if args.option in OUTPUT_ENDINGS:
+        named += [args.train, args.dev, args.test, args.label_names]
+    return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
+
+
 def output_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run will write, beside its folder."""
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
         return both if args.temperature is None else []
+    if args.option in ("pretrain", "tokenizer"):
+        if not args.model_out:
+            raise ValueError(f"--option {args.option} needs --model_out, the file to write")
+        return [args.model_out, *([tokenizer_beside(args.model_out)] if args.option == "pretrain" else [])]
+    if args.option == "perplexity":
+        return []
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]
+
+
+def tokenizer_beside(model: str) -> str:
+    """Where the tokenizer of a checkpoint is looked for first: beside it, under its name."""
+    return str(Path(model).with_suffix(".model"))
+
+
+def text_and_weight(text: str) -> tuple[str, float]:
+    """The path and the weight of a `--corpus`. Raises ValueError if what follows the last `=` is no number above 0."""
+    path, sign, weight = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, POSITIVE(weight)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--corpus {text}: the weight {error}") from error
 
 
 def best_model_path(args: argparse.Namespace) -> str:

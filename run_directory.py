@@ -182,8 +182,12 @@ class RunDirectory:
     def shards(self) -> Path | None:
         """The folder of the shards last saved whole, None where none were yet; rewinds the metrics as `load` does."""
         pointer = self.shards_path
-        saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None
-        self.rewind_metrics(saved["metrics_bytes"] if saved else 0)
+        try:
+            saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None
+            size = int(saved["metrics_bytes"]) if saved else 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{pointer} is damaged; restore it, or start a new run") from error
+        self.rewind_metrics(size)
         return self.path / saved["folder"] if saved else None
 
 

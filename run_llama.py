@@ -10,7 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from options import best_model_path, build_parser, check_options, output_files
+from environment import (
+    IS_MAIN,
+    PROCESSES,
+    choose_device,
+    choose_dtype,
+    fall_back,
+    load_llama,
+    load_tokenizer,
+    print_header,
+    report,
+    settings_of,
+)
+from options import TRAINING, best_model_path, check_options, flag, output_files, parse_options
 
 if TYPE_CHECKING:
     import torch
@@ -19,95 +31,12 @@ if TYPE_CHECKING:
     from classifier import LlamaEmbeddingClassifier
     from dataset import Row
     from distributed import Processes
-    from evaluation import Evaluation
-    from llama import Llama
+    from tasks import Score
     from tokenizer import Tokenizer
 
 RUNS = Path("runs")
 # What may differ when a run is resumed: it changes no number.
-MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "device", "use_gpu")
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as is RANK
-IS_MAIN = os.environ.get("RANK", "0") == "0"
-
-
-def report(line: str) -> None:
-    """Prints a line about the run to stderr, once however many processes there are; stdout is for its result."""
-    if IS_MAIN:
-        print(line, file=sys.stderr, flush=True)
-
-
-def choose_device(args: argparse.Namespace) -> torch.device:
-    """The device asked for. Raises ValueError if there is no such device here."""
-    import torch
-
-    name = args.device or ("cuda" if args.use_gpu else "cpu")
-    if name == "cuda" and PROCESSES > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # a device for each process
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"{name}: no CUDA device is available here; leave out --use_gpu, or give --device cpu"
-            ) from error
-        raise ValueError(f"--device {name} is not available here; give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
-    return device
-
-
-def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """The precision of the matrix products."""
-    from evaluation import DTYPES, bf16_is_native
-
-    if args.dtype != "auto":
-        return DTYPES[args.dtype]
-    if args.option == "generate" and device.type == "cpu":
-        return DTYPES["fp32"]
-    return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
-
-
-def load_llama(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Llama, str]:
-    """The backbone, with the overrides of the command line, and its format in words.
-
-    Raises ValueError if its vocabulary is another than the tokenizer's.
-    """
-    from checkpoint import read_checkpoint
-    from llama import llama_from_checkpoint
-
-    checkpoint = read_checkpoint(args.pretrained_model_path)
-    if checkpoint.config.vocab_size != tokenizer.n_words:
-        raise ValueError(
-            f"{args.pretrained_model_path} has a vocabulary of {checkpoint.config.vocab_size}, {tokenizer.path} one of "
-            f"{tokenizer.n_words}; give the --tokenizer that the model was trained with"
-        )
-    causal = None if args.attention is None else args.attention == "causal"
-    return llama_from_checkpoint(checkpoint, args.norm, causal), checkpoint.kind
-
-
-def print_header(
-    args: argparse.Namespace, llama: Llama, kind: str, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
-) -> None:
-    """What is about to run, on what, from and to which files."""
-    config = llama.config
-    size = sum(parameter.numel() for parameter in llama.parameters())
-    report(f"option      {args.option}, seed {args.seed}")
-    report(f"model       {args.pretrained_model_path} ({kind}), {size:,} parameters")
-    report(
-        f"size        {config.n_layers} layers, dim {config.dim}, {config.n_heads} heads, {config.kv_heads} key/value "
-        f"heads, vocabulary {config.vocab_size}, context {config.max_seq_len}"
-    )
-    report(f"convention  {config.convention}")
-    report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
-    report(f"tokenizer   {tokenizer.path}")
-    if args.option != "generate":
-        files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
-        report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
-    for path in output_files(args):
-        report(f"writes      {path}")
-    if args.option in ("finetune", "lora"):
-        report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
+MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "device", "use_gpu")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -116,12 +45,11 @@ def generate(args: argparse.Namespace) -> None:
 
     from checkpoint import atomic_file
     from evaluation import precision
-    from tokenizer import Tokenizer
 
     if PROCESSES > 1:
         raise ValueError("--option generate runs in one process; start it without torchrun")
 
-    tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
+    tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     llama, kind = load_llama(args, tokenizer)
@@ -235,12 +163,11 @@ def classify(args: argparse.Namespace) -> None:
     from dataset import prompt_question, read_label_names
     from distributed import started
     from lora import apply_lora, count_lora_parameters
-    from tokenizer import Tokenizer
 
     label_names = read_label_names(args.label_names)
     splits = ("dev", "test") if args.option == "prompt" else ("train", "dev", "test")
     raw = read_data(args, splits, label_names)
-    tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
+    tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     with started(device, args.fsdp) as processes:
@@ -267,6 +194,8 @@ def classify(args: argparse.Namespace) -> None:
             data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
             head = LlamaEmbeddingClassifier(config)
             if args.option == "lora":
+                if args.lora_rank > llama.config.dim:
+                    raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {llama.config.dim} wide")
                 apply_lora(head, args.lora_rank, args.lora_alpha)
                 adapters, total, percent = count_lora_parameters(head)
                 report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %), beside the head")
@@ -290,7 +219,8 @@ def fine_tune(
     from checkpoint import link_or_copy, write_checkpoint
     from evaluation import DTYPES
     from run_directory import RunDirectory
-    from training import Settings, train
+    from tasks import Classification
+    from training import train
 
     options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
     config = model.llama.config
@@ -300,7 +230,7 @@ def fine_tune(
         report(line)
         run.log(line)
 
-    def write_best(state: dict[str, Tensor], epoch: int, dev: Evaluation) -> None:
+    def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
         write_checkpoint(
             run.best_path,
             state,
@@ -309,27 +239,19 @@ def fine_tune(
             label_names=label_names,
             options=options,
             epoch=epoch,
-            dev_accuracy=dev.accuracy,
+            dev_accuracy=score.quality,
         )
         link_or_copy(run.best_path, best_model_path(args))
 
-    settings = Settings(
+    task = Classification(
+        data["train"],
+        data["dev"],
         epochs=args.epochs,
         batch_size=args.batch_size,
-        lr=args.lr,
         seed=args.seed,
-        dtype=dtype,
         pad_id=pad_id,
         bucketed=args.pooling == "last_token",
-        micro_batch_size=args.micro_batch_size,
-        schedule=args.schedule,
-        warmup_steps=args.warmup_steps,
-        min_lr=args.min_lr,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
         label_smoothing=args.label_smoothing,
-        patience=args.patience,
-        save_every=args.save_every,
         evaluate_train=args.eval_train,
     )
     if not args.resume:
@@ -337,9 +259,7 @@ def fine_tune(
     if args.compile:
         model.compile(dynamic=True)
     torch.manual_seed(args.seed + processes.rank)  # dropout differs from process to process
-    trained = train(
-        model, data["train"], data["dev"], settings, run, processes=processes, write_best=write_best, log=log
-    )
+    trained = train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log)
     if processes.is_main:
         link_or_copy(run.best_path, best_model_path(args))  # another run may have had that name since
     return trained, log
@@ -354,16 +274,15 @@ def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
 
     folder = args.run_dir or str(latest_run_path(RUNS))
     saved = RunDirectory(folder).options()
-    parser = build_parser()
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
+    args, _ = parse_options(argv, saved)
     args.resume, args.run_dir, args.processes = True, folder, PROCESSES
     if args.dtype == "auto":
         args.dtype = saved.get("dtype", "auto")
     for name, value in saved.items():
         if name not in MAY_DIFFER and getattr(args, name) != value:
             raise ValueError(
-                f"{name} is {getattr(args, name)}, but {folder} was started with {value}; give that, or leave it out"
+                f"{flag(name)[2:]} is {getattr(args, name)}, but {folder} was started with {value}; "
+                "give that, or leave it out"
             )
     return args
 
@@ -377,29 +296,51 @@ def name_run(args: argparse.Namespace) -> None:
     RunDirectory(args.run_dir).check_free()
 
 
+def run_option(args: argparse.Namespace) -> None:
+    """What --option names."""
+    if args.option == "generate":
+        generate(args)
+    elif args.option in ("prompt", "finetune", "lora"):
+        classify(args)
+    else:
+        import pretraining
+
+        {"pretrain": pretraining.pretrain, "perplexity": pretraining.perplexity, "tokenizer": pretraining.tokenizer}[
+            args.option
+        ](args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one option; the exit code is 0, 2 for bad input (one line on stderr), or 128 and the number of the signal
     that stopped it (Ctrl-C: 130).
     """
-    args = build_parser().parse_args(argv)
+    args, typed = parse_options(argv)
     args.processes = PROCESSES
+    args.continued = "pretrained_model_path" in typed  # what pretraining starts from
     try:
         if args.resume:
             args = resumed(args, argv)
+        else:
+            fall_back(args, typed)
         check_options(args)
         from checkpoint import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
-        if args.option in ("finetune", "lora") and not args.resume:
+        if args.option in TRAINING and not args.resume:
             name_run(args)
-        (generate if args.option == "generate" else classify)(args)
+        run_option(args)
     except (ValueError, OSError) as error:
         # From every process, for the cause may be in one of them only.
         who = "" if IS_MAIN else f" (process {os.environ['RANK']})"
         print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
+        if PROCESSES == 1:
+            raise
+        print(f"run_llama.py: error (process {os.environ['RANK']}): {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:  # Stopped is one, too
-        report(f"run_llama.py: {stop or 'stopped'}")
+        report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")
         return 128 + getattr(stop, "number", 2)
     return 0
 

@@ -1,4 +1,4 @@
-"""The training loop of every mode. Takes any model that maps (ids, mask) to log-probabilities.
+"""The training loop of every mode. What is learnt, from what batches, and how it is judged, a `Task` says (tasks.py).
 
 A run can stop at any moment and go on later to the same weights, bit for bit: what comes next depends only on the
 state that `Training.state` lists, and on rows and settings that must be the same.
@@ -11,12 +11,11 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,34 +27,27 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from checkpoint import read_torch
-from dataset import Row, shuffled_batches, to_batch
 from distributed import Processes
-from evaluation import Evaluation, describe, evaluate, forward
 from optimizer import AdamW, decay_groups, learning_rate, local
 from run_directory import RunDirectory
+from tasks import Score, Task
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. One optimizer step per batch of `batch_size` rows, over all processes together."""
+    """How to train, whatever the task."""
 
-    epochs: int
-    batch_size: int
     lr: float
-    seed: int
     dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
-    pad_id: int = 0
-    bucketed: bool = True  # rows of like length share a batch; else random batches, and evaluation in file order
+    betas: tuple[float, float] = (0.9, 0.999)
     micro_batch_size: int | None = None  # rows computed at once; a batch is accumulated from as many as it takes
     schedule: str = "constant"  # or "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
-    label_smoothing: float = 0.0
-    patience: int | None = None  # epochs without a better dev accuracy, after which to stop
+    patience: int | None = None  # epochs without a better score, after which to stop
     save_every: int = 500  # steps; an epoch's end is always saved
-    evaluate_train: bool = False  # score the whole training set after each epoch
 
 
 class Stopped(KeyboardInterrupt):
@@ -95,45 +87,35 @@ class Progress:
     epoch: int = 1
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps of the whole run
-    loss_sum: float = 0.0  # of this epoch's rows so far, as are the next two
+    loss_sum: float = 0.0  # of this epoch's targets so far, as are the next two
     correct: int = 0
     seen: int = 0
     best_epoch: int = 0
-    best_accuracy: float | None = None
-    best_macro_f1: float | None = None
+    best_quality: float | None = None
     finished: bool = False
-
-
-def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy of each row (B,), its target smoothed: 1 - smoothing on the label, and smoothing spread evenly over
-    all classes (arXiv 1512.00567, section 7).
-    """
-    losses = F.nll_loss(log_probs, labels, reduction="none")
-    return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * log_probs.mean(-1)
 
 
 def train(
     model: nn.Module,
-    train_rows: Sequence[Row],
-    dev_rows: Sequence[Row],
+    task: Task,
     settings: Settings,
     run: RunDirectory,
     *,
     processes: Processes | None = None,
-    write_best: Callable[[dict[str, Tensor], int, Evaluation], None] = lambda state, epoch, evaluation: None,
+    write_best: Callable[[dict[str, Tensor], int, Score], None] = lambda state, epoch, score: None,
     log: Callable[[str], None] = print,
 ) -> nn.Module:
-    """Trains the parameters of `model` that require gradients, evaluates on dev after each epoch, and leaves the model
-    as it was after the best one (ties go to the earlier epoch; without gold labels the last epoch counts as the best).
+    """Trains the parameters of `model` that require gradients, has the task score it after each epoch, and leaves the
+    model as it was after the best one (ties go to the earlier epoch; where nothing can be scored, the last is best).
 
-    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, evaluation) is called on the main
+    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, score) is called on the main
     process when an epoch is the best so far. Returns the model to evaluate: the same, wrapped if there are several
     processes.
 
     Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state is of other
     weights or rows, OSError if the disk is full, Stopped after SIGINT or SIGTERM, with the state saved.
     """
-    training = Training(model, train_rows, dev_rows, settings, run, processes or Processes(), log)
+    training = Training(model, task, settings, run, processes or Processes(), log)
     training.restore()
     with Interrupts() as interrupts:
         training.interrupts = interrupts
@@ -141,12 +123,13 @@ def train(
             while not training.progress.finished:
                 training.epoch()
                 training.end_epoch(write_best)
+            training.check_interrupts()  # a signal that came in the last moments
         except OSError as error:
             raise OSError(
                 f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
             ) from error
         except torch.OutOfMemoryError as error:
-            rows = settings.micro_batch_size or settings.batch_size
+            rows = settings.micro_batch_size or task.batch_size
             raise ValueError(
                 f"{rows} rows at once do not fit into the memory of {training.device}; {training.last_good()}. "
                 f"Try --micro_batch_size {max(1, rows // 2)}, which takes the same steps"
@@ -161,34 +144,32 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        rows: Sequence[Row],
-        dev_rows: Sequence[Row],
+        task: Task,
         settings: Settings,
         run: RunDirectory,
         processes: Processes,
         log: Callable[[str], None] = print,
     ) -> None:
-        self.rows, self.dev_rows, self.settings = rows, dev_rows, settings
+        self.task, self.settings = task, settings
         self.run, self.processes, self.log = run, processes, log
         self.device = next(model.parameters()).device
         self.base = self._checksum(model)
         self.model = processes.wrap(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = AdamW(decay_groups(self.model.named_parameters(), settings.weight_decay), lr=settings.lr)
+        groups = decay_groups(self.model.named_parameters(), settings.weight_decay)
+        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
         # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
         self.progress = Progress()
-        self.steps_an_epoch = -(-len(rows) // settings.batch_size)
         self.interrupts = Interrupts()
         self.saved_at = (0, 0)  # (epoch, step)
 
     def _checksum(self, model: nn.Module) -> int:
-        """Of what the saved state leaves out and a resumed run must find again: the rows, the shapes of the weights,
-        and those that are frozen.
+        """Of what the saved state leaves out and a resumed run must find again: the task's data, the shapes of the
+        weights, and those that are frozen.
         """
-        rows = [[(row.label, row.ids) for row in split] for split in (self.rows, self.dev_rows)]
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-        total = zlib.crc32(repr((rows, shapes)).encode())
+        total = zlib.crc32(repr(shapes).encode(), self.task.checksum())
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), total)
@@ -249,7 +230,12 @@ class Training:
 
             state = self.state() if (folder := self.run.shards()) else None
             if state is not None:
-                shards.load(state, checkpoint_id=folder)
+                try:
+                    shards.load(state, checkpoint_id=folder)
+                except (shards.CheckpointException, EOFError, OSError, ValueError, RuntimeError) as error:
+                    raise ValueError(
+                        f"{folder}, the run's last state, is damaged; restore it, or start a new run"
+                    ) from error
         else:
             state = self.run.load()
         self.processes.wait()
@@ -257,8 +243,8 @@ class Training:
             return
         if state["base"] != self.base:
             raise ValueError(
-                f"{self.run.path} was started from another model, or other training or dev rows; restore those, or "
-                "start a new run"
+                f"{self.run.path} was started from another model, or other training or dev {self.task.unit}s; restore "
+                "those, or start a new run"
             )
         if state["progress"]["best_epoch"] and not self.run.best_path.exists():
             raise ValueError(f"{self.run.best_path}, the run's best model, is gone; restore it, or start a new run")
@@ -274,7 +260,8 @@ class Training:
         if "cuda" in mine:
             torch.cuda.set_rng_state(mine["cuda"], self.device)
         self.saved_at = (self.progress.epoch, self.progress.step)
-        self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}")
+        done = "; all of it is done" if self.progress.finished else ""
+        self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}{done}")
 
     def check_weights(self) -> None:
         """Raises ValueError if the last update broke a weight, so that it is neither saved nor evaluated."""
@@ -301,13 +288,13 @@ class Training:
     def epoch(self) -> None:
         """The batches of this epoch that are left."""
         self.model.train()
-        progress, settings = self.progress, self.settings
-        plan = shuffled_batches(self.rows, settings.batch_size, settings.seed, progress.epoch, settings.bucketed)
+        progress, settings, task = self.progress, self.settings, self.task
+        plan = task.plan(progress.epoch)
         with tqdm(
-            total=len(self.rows),
+            total=sum(map(task.targets, plan)),
             initial=progress.seen,
             desc=f"epoch {progress.epoch}",
-            unit="row",
+            unit=task.unit,
             leave=False,
             disable=None if self.processes.is_main else True,
         ) as bar:
@@ -315,56 +302,50 @@ class Training:
                 self.check_interrupts()
                 start = time.perf_counter()
                 lr = learning_rate(
-                    progress.step,
-                    settings.epochs * self.steps_an_epoch,
-                    settings.lr,
-                    settings.schedule,
-                    settings.warmup_steps,
-                    settings.min_lr,
+                    progress.step, task.steps, settings.lr, settings.schedule, settings.warmup_steps, settings.min_lr
                 )
                 loss, correct = self.step(positions, lr)
+                targets = task.targets(positions)
                 progress.step += 1
                 progress.batch += 1
-                progress.loss_sum += loss * len(positions)
+                progress.loss_sum += loss * targets
                 progress.correct += correct
-                progress.seen += len(positions)
+                progress.seen += targets
                 seconds = time.perf_counter() - start
                 self.run.metric(progress.step, epoch=progress.epoch, loss=loss, lr=lr, seconds=round(seconds, 4))
-                bar.update(len(positions))
+                bar.update(targets)
                 bar.set_postfix(
                     loss=f"{progress.loss_sum / progress.seen:.4f}",
                     accuracy=f"{progress.correct / progress.seen:.3f}",
                     lr=f"{lr:.2g}",
-                    tokens_s=f"{sum(len(self.rows[i].ids) for i in positions) / seconds:,.0f}",
+                    tokens_s=f"{task.tokens(positions) / seconds:,.0f}",
                     refresh=False,
                 )
                 if progress.step % settings.save_every == 0:
                     self.save()
 
     def step(self, positions: list[int], lr: float) -> tuple[float, int]:
-        """One update from the rows at `positions`: (mean loss, how many were classified right).
+        """One update from the rows at `positions`: (mean loss, how many targets were predicted right).
 
-        The gradient is that of the mean over all the rows, whatever the pieces and processes they are computed in: each
-        piece's summed loss is divided by the number of rows of the whole batch.
+        The gradient is that of the mean over all the targets, whatever the pieces and processes they are computed in:
+        each piece's summed loss is divided by the number of targets of the whole batch.
         """
-        settings, world = self.settings, self.processes.world
+        settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = 0.0, 0
         pieces = self.processes.share(positions, settings.micro_batch_size)
         for number, (mine, counted) in enumerate(pieces, start=1):
-            batch = to_batch(self.rows, mine, settings.pad_id)
-            labels = batch.labels.to(self.device)
             with self.processes.gradients(self.model, in_step=number == len(pieces)):
-                log_probs = forward(self.model, batch.ids, batch.mask, settings.dtype)
-                loss = row_losses(log_probs, labels, settings.label_smoothing).sum() * (counted / len(mine))
+                losses, hits = self.task.losses(self.model, mine, settings.dtype)
+                loss = losses.sum() * (counted / len(mine))
                 # torch averages gradients over the processes; the sum is wanted.
-                self.scaler.scale(loss * (world / len(positions))).backward()
+                self.scaler.scale(loss * (world / targets)).backward()
             loss_sum += loss.item()
-            correct += int((log_probs.argmax(-1) == labels)[:counted].sum())
+            correct += int(hits[:counted].sum())
         loss_sum, right = self.processes.sum(loss_sum, correct)
         if not math.isfinite(loss_sum):
             raise ValueError(
-                f"the loss is {loss_sum / len(positions)} at step {self.progress.step + 1} (epoch "
+                f"the loss is {loss_sum / targets} at step {self.progress.step + 1} (epoch "
                 f"{self.progress.epoch}), learning rate {lr:g}; {self.last_good()}. Try a lower --lr or --dtype fp32"
             )
         if settings.max_grad_norm is not None:
@@ -374,7 +355,7 @@ class Training:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss_sum / len(positions), int(right)
+        return loss_sum / targets, int(right)
 
     def last_good(self) -> str:
         """What there is to go on from, in words."""
@@ -383,55 +364,38 @@ class Training:
         path = self.run.shards_path if self.processes.fsdp else self.run.last_path
         return f"the last good checkpoint is {path}, of step {self.saved_at[1]}"
 
-    def end_epoch(self, write_best: Callable[[dict[str, Tensor], int, Evaluation], None]) -> None:
+    def end_epoch(self, write_best: Callable[[dict[str, Tensor], int, Score], None]) -> None:
         """Evaluates, keeps the model if it is the best so far, and saves."""
         self.check_weights()
         progress, settings = self.progress, self.settings
-        scores = {}
-        for name, rows in (("train", self.rows), ("dev", self.dev_rows)):
-            if name == "dev" or settings.evaluate_train:
-                scores[name] = evaluate(
-                    self.model,
-                    rows,
-                    settings.batch_size,
-                    pad_id=settings.pad_id,
-                    dtype=settings.dtype,
-                    bucketed=settings.bucketed,
-                    processes=self.processes,
-                    check=self.check_interrupts,
-                    name=f"{name}, epoch {progress.epoch}",
-                )
-        dev = scores["dev"]
-        best = progress.best_accuracy
-        is_best = progress.best_epoch == 0 or best is None or (dev.accuracy is not None and dev.accuracy > best)
+        score = self.task.score(
+            self.model, settings.dtype, self.processes, self.check_interrupts, f"epoch {progress.epoch}"
+        )
+        best = progress.best_quality
+        is_best = progress.best_epoch == 0 or best is None or (score.quality is not None and score.quality > best)
         loss, running = progress.loss_sum / progress.seen, progress.correct / progress.seen
         self.log(
-            f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}"
-            + "".join(f", {name} {describe(score)}" for name, score in scores.items())
+            f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
             + " (best so far)" * is_best
+            + score.remark
         )
         self.run.metric(
             progress.step,
             epoch=progress.epoch,
             train_loss=loss,
             running_train_accuracy=running,
-            **{f"{name}_accuracy": score.accuracy for name, score in scores.items()},
-            **{f"{name}_macro_f1": score.macro_f1 for name, score in scores.items()},
+            **score.metrics,
         )
         if is_best:
-            progress.best_epoch, progress.best_accuracy, progress.best_macro_f1 = (
-                progress.epoch,
-                dev.accuracy,
-                dev.macro_f1,
-            )
+            progress.best_epoch, progress.best_quality = progress.epoch, score.quality
             options = StateDictOptions(full_state_dict=True, cpu_offload=self.processes.fsdp)
             whole: dict[str, Any] = get_model_state_dict(self.model, options=options)
             if self.processes.is_main:
-                write_best(whole, progress.epoch, dev)
+                write_best(whole, progress.epoch, score)
         stale = progress.epoch - progress.best_epoch
         stops_early = settings.patience is not None and stale >= settings.patience
-        if stops_early and progress.epoch < settings.epochs:
-            self.log(f"stopped early: {stale} epochs without a better dev accuracy")
+        if stops_early and progress.epoch < self.task.epochs:
+            self.log(f"stopped early: {stale} epochs without a better {self.task.judged_by}")
         self.progress = replace(
             progress,
             epoch=progress.epoch + 1,
@@ -439,7 +403,7 @@ class Training:
             loss_sum=0.0,
             correct=0,
             seen=0,
-            finished=stops_early or progress.epoch >= settings.epochs,
+            finished=stops_early or progress.epoch >= self.task.epochs,
         )
         self.save()
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import evaluation
-import training
+import tasks
 from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, tiny_llama
 from run_llama import main
@@ -432,8 +432,8 @@ def test_a_resumed_run_needs_no_option_twice_and_ends_the_same(command, monkeypa
             signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments, **settings)
 
-    evaluate = training.evaluate
-    monkeypatch.setattr(training, "evaluate", stops)
+    evaluate = tasks.evaluate
+    monkeypatch.setattr(tasks, "evaluate", stops)
     code, out, err = command("finetune", "--run_dir", "runs/b", "--epochs", "3", "--hidden_dropout_prob", "0.4")
     assert (code, out) == (143, "") and "go on with --resume --run_dir runs/b" in err
     for name in outputs("finetune"):

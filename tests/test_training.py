@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import evaluation
+import tasks
 import training
 from checkpoint import write_torch
 from classifier import LlamaEmbeddingClassifier
@@ -24,7 +26,8 @@ from evaluation import Evaluation, evaluate
 from lora import apply_lora
 from optimizer import AdamW, learning_rate
 from run_directory import RunDirectory
-from training import Settings, Stopped, row_losses, train
+from tasks import Classification, row_losses
+from training import Settings, Stopped, train
 
 
 class Bag(nn.Module):
@@ -51,7 +54,16 @@ def some_rows(count=11, classes=3, seed=0):
 
 
 def settings(**changes):
-    return Settings(**({"epochs": 2, "batch_size": 4, "lr": 0.05, "seed": 3} | changes))
+    """The settings of the loop and of the task together; `split` parts them."""
+    return SimpleNamespace(**({"epochs": 2, "batch_size": 4, "lr": 0.05, "seed": 3} | changes))
+
+
+def split(chosen, rows, dev):
+    """The task on these rows, and the settings of the loop."""
+    of_the_task = {field.name for field in dataclasses.fields(Classification)}
+    values = vars(chosen)
+    task = Classification(rows, dev, **{name: value for name, value in values.items() if name in of_the_task})
+    return task, Settings(**{name: value for name, value in values.items() if name not in of_the_task})
 
 
 def quiet(line):
@@ -78,7 +90,7 @@ class Fit:
             if seen:
                 seen(state, epoch, evaluation)
 
-        train(model, rows, dev, chosen, run, write_best=write_best, log=log)
+        train(model, *split(chosen, rows, dev), run, write_best=write_best, log=log)
         return run
 
 
@@ -95,7 +107,7 @@ def metrics(run):
 def with_dev_accuracies(monkeypatch, accuracies):
     """Makes dev accuracy what the test says, epoch after epoch."""
     remaining = iter(accuracies)
-    monkeypatch.setattr(training, "evaluate", lambda *a, **k: Evaluation([], accuracy := next(remaining), accuracy))
+    monkeypatch.setattr(tasks, "evaluate", lambda *a, **k: Evaluation([], accuracy := next(remaining), accuracy))
 
 
 # Training
@@ -160,7 +172,7 @@ def test_the_best_epoch_is_kept_and_a_tie_goes_to_the_earlier(fit, monkeypatch, 
         weights[len(weights) + 1] = model.table.detach().clone()
 
     def seen(state, epoch, evaluation):
-        saved.append((epoch, evaluation.accuracy))
+        saved.append((epoch, evaluation.quality))
         assert torch.equal(state["table"], weights[epoch])  # what is kept is that epoch's model
 
     fit(model, rows, rows, settings(epochs=3), log=log, seen=seen)
@@ -337,7 +349,7 @@ def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, m
         (torch, "save"),
         (RunDirectory, "metric"),
         (RunDirectory, "load"),
-        (training, "forward"),
+        (tasks, "forward"),
         (evaluation, "forward"),
     ):
         monkeypatch.setattr(module, name, may_crash(getattr(module, name)))

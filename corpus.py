@@ -1,0 +1,394 @@
+"""Text to pretrain on: documents, their tokens in memory-mapped files, and the windows that training draws from them.
+
+A text is a UTF-8 file, or a folder of `.txt` files; `<|endoftext|>` parts its documents, and so does a file's end. Each
+file is tokenized once into a file of its own, as `<s> document </s>` one after another:
+
+    bytes 0 to 4095     magic, and a JSON header: dtype, counts, checksums of the text and of the tokenizer
+    tokens              uint16, or uint32 where the vocabulary needs it
+    documents           where each begins (uint64, one more for the end), and its length in bytes of text (uint64)
+
+Nothing here holds more than a few megabytes of a text at a time, however long it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import atomic_file
+from tokenizer import Tokenizer
+
+DOCUMENT_END = "<|endoftext|>"
+LONGEST_DOCUMENT = 1 << 20  # characters; a longer one is cut at the end of a line, for the sake of memory
+AT_ONCE = 1 << 22  # characters that are tokenized in one go
+MAGIC = b"mini-llama tokens 1\n"
+HEADER_SIZE = 4096
+TEXT_ENDING = ".txt"
+TOKENS_ENDING = ".tokens"
+
+
+def text_files(path: str | PathLike[str]) -> list[Path]:
+    """The file itself, or every text file (or file of tokens) of a folder and its subfolders, in order of name.
+
+    Raises FileNotFoundError or ValueError if there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(file for ending in (TEXT_ENDING, TOKENS_ENDING) for file in path.rglob(f"*{ending}"))
+        if not found:
+            raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file; give text files, or folders of them")
+        return found
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such text; give a {TEXT_ENDING} file, or a folder of them")
+    return [path]
+
+
+def read_documents(path: str | PathLike[str]) -> Iterator[str]:
+    """The documents of one file, blank ones left out. Raises ValueError if the file is not UTF-8."""
+    parts: list[str] = []
+    length = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while line := file.readline(LONGEST_DOCUMENT):
+                *ended, rest = line.split(DOCUMENT_END)
+                for piece in ended:
+                    yield from _not_blank("".join([*parts, piece]))
+                    parts, length = [], 0
+                if rest and not (ended and rest == "\n"):
+                    parts.append(rest)
+                    length += len(rest)
+                if length >= LONGEST_DOCUMENT:
+                    yield from _not_blank("".join(parts))
+                    parts, length = [], 0
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8 text") from error
+    yield from _not_blank("".join(parts))
+
+
+def _not_blank(text: str) -> list[str]:
+    text = text.strip("\n")
+    return [text] if text.strip() else []
+
+
+def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed: int) -> None:
+    """Trains a SentencePiece BPE with byte fallback, as Llama 2's is, on lines of the texts; writes it atomically.
+
+    Long texts are sampled: a million lines at most. Raises ValueError if the texts are too small for the vocabulary.
+    """
+    import io
+
+    import sentencepiece
+
+    sentencepiece.set_random_generator_seed(seed % (1 << 32))
+    lines = (
+        line
+        for path in paths
+        for file in text_files(path)
+        for document in read_documents(file)
+        for line in document.split("\n")
+        if line.strip()
+    )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=16384,
+            input_sentence_size=1_000_000,
+            shuffle_input_sentence=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {error}; "
+            "give a smaller --vocab_size, or more text"
+        ) from error
+    with atomic_file(model_path, "wb") as file:
+        file.write(model.getvalue())
+
+
+# Tokens in a file
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one text, memory-mapped: `ids` (N,), document d of which is ids[starts[d] : starts[d + 1]], made
+    from text_bytes[d] bytes.
+    """
+
+    path: Path
+    ids: np.ndarray
+    starts: np.ndarray
+    text_bytes: np.ndarray
+
+
+def tokenizer_checksum(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the vocabulary: two tokenizers that share it give the same ids."""
+    return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
+
+
+def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
+    """Writes the tokens of a text into `folder`, unless they are there already; returns their file.
+
+    A text that has changed is tokenized anew. Raises ValueError if the tokens there are another tokenizer's.
+    """
+    if is_tokens(path):
+        return path
+    text_crc = _file_crc(path)
+    # Two texts may share a name: the folder's is told apart by its path.
+    target = folder / f"{path.stem}-{zlib.crc32(str(path.resolve()).encode()):08x}{TOKENS_ENDING}"
+    if target.exists():
+        header = read_header(target)
+        _check_tokenizer(target, header, tokenizer)
+        if header["text_crc32"] == text_crc:
+            return target
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
+    starts, text_bytes = array("Q", [0]), array("Q")
+    with (
+        atomic_file(target, "wb") as file,
+        tqdm(total=path.stat().st_size, desc=f"tokenizing {path.name}", unit="B", unit_scale=True, leave=False,
+             disable=None) as bar,
+    ):  # fmt: skip
+        file.write(bytes(HEADER_SIZE))
+        for documents in _groups(read_documents(path)):
+            for document, ids in zip(documents, tokenizer.encode_many(documents), strict=True):
+                file.write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
+                starts.append(starts[-1] + len(ids) + 2)
+                text_bytes.append(len(document.encode()))
+                bar.update(text_bytes[-1])
+        if not text_bytes:
+            raise ValueError(f"{path} holds no text; give a file with some")
+        file.write(bytes(-dtype.itemsize * starts[-1] % 8))  # what follows is aligned to 8 bytes
+        file.write(np.array(starts, "<u8").tobytes() + np.array(text_bytes, "<u8").tobytes())
+        header = {
+            "dtype": dtype.str,
+            "tokens": starts[-1],
+            "documents": len(text_bytes),
+            "vocab_size": tokenizer.n_words,
+            "tokenizer_sha256": tokenizer_checksum(tokenizer),
+            "text": path.name,
+            "text_crc32": text_crc,
+        }
+        file.seek(0)
+        file.write(MAGIC + json.dumps(header).encode())
+    return target
+
+
+def _groups(documents: Iterator[str]) -> Iterator[list[str]]:
+    """The documents in lists of some megabytes each."""
+    group: list[str] = []
+    length = 0
+    for document in documents:
+        group.append(document)
+        length += len(document)
+        if length >= AT_ONCE:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
+
+
+def _file_crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def is_tokens(path: Path) -> bool:
+    """Whether a file holds tokens rather than text."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file of tokens. Raises ValueError if the file is damaged or cut short."""
+    damaged = f"{path} is damaged or cut short; remove it, and it is made anew from its text"
+    with path.open("rb") as file:
+        head = file.read(HEADER_SIZE)
+    try:
+        header = json.loads(head.removeprefix(MAGIC).rstrip(b"\0"))
+        tokens, documents = header["tokens"], header["documents"]
+        size = np.dtype(header["dtype"]).itemsize * tokens
+        expected = HEADER_SIZE + size + -size % 8 + 8 * (2 * documents + 1)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(damaged) from error
+    if not head.startswith(MAGIC) or path.stat().st_size != expected:
+        raise ValueError(damaged)
+    return header
+
+
+def _check_tokenizer(path: Path, header: dict[str, Any], tokenizer: Tokenizer) -> None:
+    if header["tokenizer_sha256"] != tokenizer_checksum(tokenizer):
+        raise ValueError(
+            f"{path} was made with another tokenizer ({header['vocab_size']} pieces) than {tokenizer.path} "
+            f"({tokenizer.n_words}); give that --tokenizer, or another --tokens_dir"
+        )
+
+
+def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
+    """Maps a file of tokens. Raises ValueError if it is damaged or another tokenizer's."""
+    header = read_header(path)
+    _check_tokenizer(path, header, tokenizer)
+    dtype, tokens, documents = np.dtype(header["dtype"]), header["tokens"], header["documents"]
+    ids = np.memmap(path, dtype, "r", HEADER_SIZE, (tokens,))
+    behind = HEADER_SIZE + dtype.itemsize * tokens
+    behind += -behind % 8
+    starts = np.memmap(path, "<u8", "r", behind, (documents + 1,))
+    text_bytes = np.memmap(path, "<u8", "r", behind + 8 * (documents + 1), (documents,))
+    return Tokens(path, ids, starts, text_bytes)
+
+
+# Windows of tokens
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of one file, [first, last), as windows of `length` inputs and the token after each."""
+
+    tokens: Tokens
+    first: int
+    last: int
+    length: int
+
+    def __len__(self) -> int:
+        return max(0, (self.last - self.first - 1) // self.length)
+
+    def window(self, i: int) -> np.ndarray:
+        """Window i: (length + 1,); its last token is the first of the next."""
+        start = self.first + i * self.length
+        return self.tokens.ids[start : start + self.length + 1]
+
+
+def held_out_count(held_out: float, documents: int) -> int:
+    """How many of a text's documents are held out: a number of them, or a share below 1, then one at least; but none
+    of a single document.
+    """
+    if held_out >= 1 or not held_out:
+        return int(held_out)
+    return min(max(1, round(held_out * documents)), documents - 1)
+
+
+class Text:
+    """A text file or folder, cut into windows to train on and windows of held-out documents, its last ones.
+
+    held_out: see `held_out_count`. Raises ValueError if nothing is left to train on.
+    """
+
+    def __init__(self, name: str, files: Sequence[Tokens], length: int, held_out: float, weight: float = 1.0) -> None:
+        self.name, self.weight = name, weight
+        documents = sum(len(tokens.text_bytes) for tokens in files)
+        kept_out = held_out_count(held_out, documents)
+        if kept_out >= documents:
+            raise ValueError(
+                f"{name} has {documents} documents, and {kept_out} of them would be held out; "
+                f"part documents by {DOCUMENT_END}, or give a smaller --held_out"
+            )
+        self.train: list[Stretch] = []
+        self.held_out: list[Stretch] = []
+        self.held_out_bytes = self.held_out_tokens = 0
+        left = documents - kept_out  # documents to train on, from here on
+        for tokens in files:
+            here = min(left, len(tokens.text_bytes))
+            middle = int(tokens.starts[here])
+            self.train.append(Stretch(tokens, 0, middle, length))
+            self.held_out.append(Stretch(tokens, middle, len(tokens.ids), length))
+            self.held_out_bytes += int(tokens.text_bytes[here:].sum())
+            self.held_out_tokens += len(tokens.ids) - middle
+            left -= here
+        self.training_windows = sum(map(len, self.train))
+        self.held_out_windows = sum(map(len, self.held_out))
+        if not self.training_windows or (kept_out and not self.held_out_windows):
+            raise ValueError(
+                f"{name} is too short for windows of {length} tokens; give more text, a shorter --window, or another "
+                "--held_out"
+            )
+
+
+class Corpus:
+    """Texts, mixed by weight: in one pass, each of a text's windows comes `weight` times (a weight of 0.3: three of ten
+    windows, others in the next pass).
+    """
+
+    def __init__(self, texts: Sequence[Text], seed: int) -> None:
+        self.texts, self.seed = texts, seed
+        self._stretches = [stretch for text in texts for stretch in text.train]
+        self._ends = np.cumsum([len(stretch) for stretch in self._stretches])
+        self._pass: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def window(self, i: int) -> np.ndarray:
+        """Training window i (length + 1,), counted over all texts."""
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        return self._stretches[k].window(i - int(self._ends[k]) + len(self._stretches[k]))
+
+    @property
+    def pass_length(self) -> int:
+        """Windows in one pass."""
+        return sum(round(text.weight * text.training_windows) for text in self.texts)
+
+    def order(self, number: int) -> np.ndarray:
+        """The windows of a pass, shuffled: a function of the seed and the number of the pass."""
+        if self._pass[0] != number:
+            parts, first = [], 0
+            for text in self.texts:
+                n, count = text.training_windows, round(text.weight * text.training_windows)
+                # One endless row of permutations of the text, of which each pass takes the next `count`.
+                begin, end = number * count, (number + 1) * count
+                rounds = [self._permutation(n, r, text) for r in range(begin // n, -(-end // n))]
+                parts.append(first + np.concatenate(rounds)[begin % n :][:count])
+                first += n
+            together = np.concatenate(parts)
+            self._pass = (number, together[_shuffled(len(together), self.seed, "pass", number)])
+        return self._pass[1]
+
+    def _permutation(self, n: int, number: int, text: Text) -> np.ndarray:
+        return _shuffled(n, self.seed, text.name, number)
+
+    def batch(self, step: int, batch_size: int) -> list[int]:
+        """The windows of optimizer step 0, 1, ...; one pass goes over into the next."""
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return [int(self.order(place // self.pass_length)[place % self.pass_length]) for place in places]
+
+
+def _shuffled(n: int, *seed: object) -> np.ndarray:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
+    return torch.randperm(n, generator=generator).numpy()
+
+
+def to_tensor(windows: Sequence[np.ndarray]) -> Tensor:
+    """Windows of ids as int64 (B, length + 1)."""
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+
+def evenly(stretches: Sequence[Stretch], count: int) -> list[np.ndarray]:
+    """At most `count` windows, evenly spread over all of them."""
+    places = [(stretch, i) for stretch in stretches for i in range(len(stretch))]
+    step = max(1, math.ceil(len(places) / count))
+    return [stretch.window(i) for stretch, i in places[::step]]

@@ -1,0 +1,116 @@
+"""Lays out the texts that the bundled model is trained on, from the public collections that the model card names.
+
+  python data/make_corpora.py --source DIR --into runs/corpora
+
+DIR holds corpora/ (tinystories.txt, tinystories_recased.txt, books/, prose/) and reviews/ (movie_reviews_2000.tsv,
+pros_cons.tsv). Written are, each document ended by <|endoftext|>:
+
+  stories.txt           TinyStories but for the last 980, and the recased ones
+  stories-held-out.txt  the last 980 of tinystories.txt
+  books.txt, prose.txt  as they are
+  reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
+  reviews-held-out.txt  fold 9, as it was written
+  opinions.txt          pieces of the same reviews, a few sentences long, and product opinions; after each its verdict,
+                        after two of three asked for in the words of `--option prompt`
+
+No sentence of SST or CFIMDB is among them (rt-polarity is SST by another name, and the sentences of the "subjectivity"
+set are largely SST's, so neither is used).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import atomic_file  # noqa: E402
+from command_line import OneLineParser  # noqa: E402
+from corpus import DOCUMENT_END, read_documents  # noqa: E402
+from dataset import prompt_question  # noqa: E402
+
+HELD_OUT_STORIES = 980
+HELD_OUT_FOLD = "cv9"
+WORDS = (("bad", "awful"), ("good", "excellent"))  # of label 0, of label 1
+QUESTIONS = (
+    prompt_question(["bad", "good"]),
+    prompt_question(["awful", "bad", "average", "good", "excellent"]),
+    " This movie is ",
+)
+
+
+def verdict(label: int, draw: random.Random) -> str:
+    """What follows a piece of text: a question or none, and the answer."""
+    return f"{draw.choice(QUESTIONS)}{draw.choice(WORDS[label])}."
+
+
+def pieces(text: str, draw: random.Random) -> Iterator[str]:
+    """A review cut after one to three sentences, again and again; what is too short to hold an opinion is left out."""
+    sentences = text.replace(" . ", " .\n").split("\n")
+    while sentences:
+        count = draw.randint(1, 3)
+        piece = " ".join(sentences[:count]).strip()
+        sentences = sentences[count:]
+        if len(piece.split()) >= 6:
+            yield piece
+
+
+def write(path: Path, documents: Iterable[str]) -> None:
+    """Writes documents, each with its end mark, and tells how many."""
+    count = 0
+    with atomic_file(path) as file:
+        for document in documents:
+            file.write(f"{document}\n{DOCUMENT_END}\n")
+            count += 1
+    print(f"{path}: {count:,} documents, {path.stat().st_size:,} bytes", file=sys.stderr)
+
+
+def table(path: Path) -> list[list[str]]:
+    """The cells of a tab-separated file."""
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+
+def make(source: Path, into: Path, seed: int = 0) -> None:
+    """Writes every text into the folder `into`."""
+    into.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    corpora, reviews = source / "corpora", source / "reviews"
+    stories = list(read_documents(corpora / "tinystories.txt"))
+    write(into / "stories-held-out.txt", stories[-HELD_OUT_STORIES:])
+    write(into / "stories.txt", [*stories[:-HELD_OUT_STORIES], *read_documents(corpora / "tinystories_recased.txt")])
+    for name in ("books", "prose"):
+        files = sorted((corpora / name).glob("*.txt"))
+        write(into / f"{name}.txt", (document for file in files for document in read_documents(file)))
+
+    films = [(int(label), fold, text) for label, fold, text in table(reviews / "movie_reviews_2000.tsv")]
+    write(into / "reviews-held-out.txt", (text for _, fold, text in films if fold.startswith(HELD_OUT_FOLD)))
+    learnt = [(label, text) for label, fold, text in films if not fold.startswith(HELD_OUT_FOLD)]
+    draw.shuffle(learnt)
+    write(into / "reviews.txt", (f"{text} This movie is {draw.choice(WORDS[label])}." for label, text in learnt))
+    opinions = [f"{piece}{verdict(label, draw)}" for label, text in learnt for piece in pieces(text, draw)]
+    opinions += [
+        f"{text} This is {draw.choice(WORDS[int(label)])}." for label, text in table(reviews / "pros_cons.tsv")
+    ]
+    draw.shuffle(opinions)
+    write(into / "opinions.txt", opinions)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; the exit code is 0, or 2 if a file is missing or unusable."""
+    parser = OneLineParser(prog="make_corpora.py", description=__doc__)
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="where the collections are")
+    parser.add_argument("--into", type=Path, default=Path("runs/corpora"), metavar="DIR", help="(default: %(default)s)")
+    args: argparse.Namespace = parser.parse_args(argv)
+    try:
+        make(args.source, args.into)
+    except (ValueError, OSError) as error:
+        print(f"make_corpora.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

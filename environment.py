@@ -1,0 +1,191 @@
+"""What a run works with: device, precision, tokenizer, model; and the header that tells of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Container
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from options import TRAINING, flag, output_files, tokenizer_beside
+
+if TYPE_CHECKING:
+    import torch
+
+    from llama import Llama
+    from tokenizer import Tokenizer
+    from training import Settings
+
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as is RANK
+IS_MAIN = os.environ.get("RANK", "0") == "0"
+
+
+def report(line: str) -> None:
+    """Prints a line about the run to stderr, once however many processes there are; stdout is for its result."""
+    if IS_MAIN:
+        print(line, file=sys.stderr, flush=True)
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device asked for. Raises ValueError if there is no such device here."""
+    import torch
+
+    name = args.device if args.device is not None else "cuda" if args.use_gpu else "cpu"
+    if name == "cuda" and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # a device for each process
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"{name}: no CUDA device is available here; leave out --use_gpu, or give --device cpu"
+            ) from error
+        raise ValueError(f"--device {name} is not available here; give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
+    return device
+
+
+def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """The precision of the matrix products."""
+    from evaluation import DTYPES, bf16_is_native
+
+    if args.dtype != "auto":
+        return DTYPES[args.dtype]
+    if args.option in ("generate", "perplexity") and device.type == "cpu":
+        return DTYPES["fp32"]
+    return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
+
+
+HERE = Path(__file__).resolve().parent
+BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+DEMO_DATA = {
+    "train": "demo-train.txt",
+    "dev": "demo-dev.txt",
+    "test": "demo-test.txt",
+    "label_names": "demo-label-mapping.json",
+}
+
+
+def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
+    """Puts what ships in the place of a default file that is not here, and says so. What was typed stays."""
+    if "pretrained_model_path" not in typed and not Path(args.pretrained_model_path).exists():
+        if args.option not in ("pretrain", "tokenizer"):
+            report(
+                f"{args.pretrained_model_path} is not here (python fetch_data.py brings it); "
+                f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
+            )
+            args.pretrained_model_path = as_typed(BUNDLED_MODEL)
+    splits = ("train", "dev", "test")
+    if args.option in ("prompt", "finetune", "lora"):
+        word = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}[args.option]
+        missing = [getattr(args, split) for split in splits if not Path(getattr(args, split)).exists()]
+        demo = bool(missing) and not any(name in typed for name in DEMO_DATA)
+        if demo:
+            report(
+                f"{missing[0]} is not here (python fetch_data.py brings it); taking the demo data, "
+                f"{as_typed(HERE / 'data')}/demo-*"
+            )
+            for name, file in DEMO_DATA.items():
+                setattr(args, name, as_typed(HERE / "data" / file))
+        needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
+        left = [name for name in needed if name not in typed]
+        if 0 < len(left) < len(needed):
+            defaults = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in left)
+            report(f"warning: {defaults} by default: do they belong to the files you named?")
+        for split in ("dev", "test"):
+            if f"{split}_out" not in typed:
+                setattr(args, f"{split}_out", f"{'demo' if demo else 'cfimdb'}-{split}-{word}-output.txt")
+
+
+def as_typed(path: Path) -> str:
+    """A path of ours as one would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """The tokenizer asked for, else the one beside the checkpoint, else the default one; for a new model, if there is
+    none of these, the bundled one.
+    """
+    from tokenizer import Tokenizer, default_tokenizer_path
+
+    path = args.tokenizer
+    new = args.option == "pretrain" and not args.continued
+    if path is None and not new and Path(tokenizer_beside(args.pretrained_model_path)).is_file():
+        path = tokenizer_beside(args.pretrained_model_path)
+    if path is None:
+        try:
+            path = default_tokenizer_path()
+        except FileNotFoundError:
+            if not new:
+                raise
+            path = tokenizer_beside(str(BUNDLED_MODEL))
+    return Tokenizer(tokenizer_model=path)
+
+
+def load_llama(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Llama, str]:
+    """The backbone, with the overrides of the command line, and its format in words.
+
+    Raises ValueError if its vocabulary is another than the tokenizer's.
+    """
+    from checkpoint import read_checkpoint
+    from llama import llama_from_checkpoint
+
+    checkpoint = read_checkpoint(args.pretrained_model_path)
+    if checkpoint.config.vocab_size != tokenizer.n_words:
+        raise ValueError(
+            f"{args.pretrained_model_path} has a vocabulary of {checkpoint.config.vocab_size}, {tokenizer.path} one of "
+            f"{tokenizer.n_words}; give the --tokenizer that the model was trained with"
+        )
+    causal = None if args.attention is None else args.attention == "causal"
+    return llama_from_checkpoint(checkpoint, args.norm, causal), checkpoint.kind
+
+
+def print_header(
+    args: argparse.Namespace, llama: Llama, kind: str, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
+) -> None:
+    """What is about to run, on what, from and to which files."""
+    config = llama.config
+    size = sum(parameter.numel() for parameter in llama.parameters())
+    report(f"option      {args.option}, seed {args.seed}")
+    name = args.preset if args.option == "pretrain" and not args.continued else args.pretrained_model_path
+    report(f"model       {name} ({kind}), {size:,} parameters")
+    report(
+        f"size        {config.n_layers} layers, dim {config.dim}, {config.n_heads} heads, {config.kv_heads} key/value "
+        f"heads, vocabulary {config.vocab_size}, context {config.max_seq_len}"
+    )
+    report(f"convention  {config.convention}")
+    report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
+    report(f"tokenizer   {tokenizer.path}")
+    if args.option in ("prompt", "finetune", "lora"):
+        files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
+        report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
+    for path in output_files(args):
+        report(f"writes      {path}")
+    if args.option in TRAINING:
+        report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
+
+
+def settings_of(args: argparse.Namespace, dtype: torch.dtype) -> Settings:
+    """How to train, from the options."""
+    from training import Settings
+
+    return Settings(
+        lr=args.lr,
+        dtype=dtype,
+        betas=(0.9, args.adam_beta2),
+        micro_batch_size=args.micro_batch_size,
+        schedule=args.schedule,
+        warmup_steps=args.warmup_steps,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        patience=args.patience,
+        save_every=args.save_every,
+    )

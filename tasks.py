@@ -1,0 +1,244 @@
+"""What a training run learns: from what batches, with what loss, and how it is judged. The loop knows no more of it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import generation
+from corpus import Corpus, evenly, to_tensor
+from dataset import Row, shuffled_batches, to_batch
+from distributed import Processes
+from evaluation import describe, evaluate, forward, precision
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a model is: `quality` is to be as large as possible, None where there is nothing to judge by."""
+
+    quality: float | None
+    text: str
+    metrics: dict[str, float | None]
+    remark: str = ""  # what follows in the log
+
+
+class Task(Protocol):
+    """What the training loop needs to know. A position is the number of a training row; a target is what the loss is a
+    mean over.
+    """
+
+    unit: str  # of targets, for the progress bar
+    judged_by: str
+    batch_size: int
+
+    @property
+    def epochs(self) -> int:
+        """How often the loop goes through a plan, and has the model scored."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    def checksum(self) -> int:
+        """Of all the data: a run goes on only with the same."""
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch; a function of seed and epoch."""
+
+    def targets(self, positions: list[int]) -> int:
+        """How many targets these rows have."""
+
+    def tokens(self, positions: list[int]) -> int:
+        """How many tokens these rows have."""
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The summed loss of each row (B,), and how many of its targets the model would have guessed (B,)."""
+
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        """Judges the model. Every process calls this, and check() now and then."""
+
+
+def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of each row (B,), its target smoothed: 1 - smoothing on the label, and smoothing spread evenly over
+    all classes (arXiv 1512.00567, section 7).
+    """
+    losses = F.nll_loss(log_probs, labels, reduction="none")
+    return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * log_probs.mean(-1)
+
+
+@dataclass
+class Classification:
+    """Rows with labels, for any model that maps (ids, mask) to log-probabilities; judged by accuracy on dev."""
+
+    rows: Sequence[Row]
+    dev_rows: Sequence[Row]
+    epochs: int
+    batch_size: int
+    seed: int
+    pad_id: int = 0
+    bucketed: bool = True  # rows of like length share a batch; else random batches, and evaluation in file order
+    label_smoothing: float = 0.0
+    evaluate_train: bool = False  # score the whole training set after each epoch
+
+    unit = "row"
+    judged_by = "dev accuracy"
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * -(-len(self.rows) // self.batch_size)
+
+    def checksum(self) -> int:
+        rows = [[(row.label, row.ids) for row in split] for split in (self.rows, self.dev_rows)]
+        return zlib.crc32(repr(rows).encode())
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        return shuffled_batches(self.rows, self.batch_size, self.seed, epoch, self.bucketed)
+
+    def targets(self, positions: list[int]) -> int:
+        return len(positions)
+
+    def tokens(self, positions: list[int]) -> int:
+        return sum(len(self.rows[i].ids) for i in positions)
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        batch = to_batch(self.rows, positions, self.pad_id)
+        log_probs = forward(model, batch.ids, batch.mask, dtype)
+        labels = batch.labels.to(log_probs.device)
+        return row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
+
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        splits = {"train": self.rows} if self.evaluate_train else {}
+        found = {
+            split: evaluate(
+                model,
+                rows,
+                self.batch_size,
+                pad_id=self.pad_id,
+                dtype=dtype,
+                bucketed=self.bucketed,
+                processes=processes,
+                check=check,
+                name=f"{split}, {name}",
+            )
+            for split, rows in (splits | {"dev": self.dev_rows}).items()
+        }
+        metrics: dict[str, float | None] = {f"{split}_accuracy": one.accuracy for split, one in found.items()}
+        metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
+        text = ", ".join(f"{split} {describe(one)}" for split, one in found.items())
+        return Score(found["dev"].accuracy, text, metrics)
+
+
+@dataclass
+class LanguageModelling:
+    """Predicting each next token of a corpus, for a `Llama`; judged by bits per byte of the held-out documents.
+
+    An epoch here is `eval_every` steps: the passes over the corpus follow one another without a seam.
+    """
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    steps: int
+    batch_size: int
+    eval_every: int
+    eval_windows: int = 64  # of each text
+    sample_prompt: str = "Once upon a time"
+    sample_tokens: int = 60
+    seed: int = 0
+
+    unit = "token"
+    judged_by = "bits per byte"
+    _length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._length = self.corpus.texts[0].train[0].length
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.steps / self.eval_every)
+
+    def checksum(self) -> int:
+        parts = [
+            (text.weight, [(len(s), s.first, s.last, zlib.crc32(s.tokens.ids[s.first : s.last])) for s in text.train])
+            for text in self.corpus.texts
+        ]
+        return zlib.crc32(repr(parts).encode())
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        steps = range((epoch - 1) * self.eval_every, min(epoch * self.eval_every, self.steps))
+        return [self.corpus.batch(step, self.batch_size) for step in steps]
+
+    def targets(self, positions: list[int]) -> int:
+        return len(positions) * self._length
+
+    tokens = targets
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._losses(model, to_tensor([self.corpus.window(i) for i in positions]), dtype)
+
+    def _losses(self, model: nn.Module, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of windows (B, length + 1): every token but the first is a target."""
+        device = next(model.parameters()).device
+        inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
+        with precision(device, dtype):
+            logits, _ = model(inputs, targets)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).sum(-1), (logits.argmax(-1) == targets).sum(-1)
+
+    @torch.no_grad()
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        """Bits per byte and perplexity of evenly spread held-out windows, each text's by itself and their mean; and a
+        sample of what the model writes.
+        """
+        model.eval()
+        bits, perplexity = {}, {}
+        judged = [text for text in self.corpus.texts if text.held_out_windows]
+        for text in judged:
+            windows = to_tensor(evenly(text.held_out, self.eval_windows))
+            loss = 0.0
+            for start in range(0, len(windows), self.batch_size):
+                check()
+                for mine, counted in processes.share(list(range(start, min(start + self.batch_size, len(windows))))):
+                    losses, _ = self._losses(model, windows[mine], dtype)
+                    loss += float(losses[:counted].sum())
+            nats = processes.sum(loss)[0] / (len(windows) * self._length)
+            perplexity[text.name] = math.exp(min(nats, 700.0))
+            bits[text.name] = nats / math.log(2) * text.held_out_tokens / text.held_out_bytes
+        sample = self._sample(model, dtype)
+        model.train()
+        if not judged:
+            return Score(None, "nothing held out to judge by", {}, f"\n    {sample}")
+        mean = sum(bits.values()) / len(bits)
+        each = "; ".join(f"{name} {bits[name]:.3f} (perplexity {perplexity[name]:.1f})" for name in bits)
+        metrics: dict[str, Any] = {"bits_per_byte": mean}
+        metrics |= {f"bits_per_byte_{name}": value for name, value in bits.items()}
+        return Score(-mean, f"held-out bits per byte {mean:.4f}: {each}", metrics, f"\n    {sample}")
+
+    def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
+        llama: Any = getattr(model, "module", model)  # as it is without DDP around it
+        device = next(llama.parameters()).device
+        prompt = torch.tensor([self.tokenizer.encode(self.sample_prompt, bos=True, eos=False)], device=device)
+        with precision(device, dtype):
+            ids = generation.generate(
+                llama,
+                prompt,
+                self.sample_tokens,
+                temperature=0.8,
+                epsilon=0.01,
+                eos_id=self.tokenizer.eos_id,
+                generator=torch.Generator(device).manual_seed(self.seed),
+            )
+        return " ".join(self.tokenizer.decode(ids[0].tolist()).split())
