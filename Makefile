@@ -1,10 +1,10 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test bench clean
+.PHONY: help install style check test bench bundled-model clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install:  ## Install what the project and its checks need into the active environment
 	$(PYTHON) -m pip install -r requirements.txt -r requirements-dev.txt
@@ -23,6 +23,22 @@ test:  ## Run the tests, without the slow ones
 
 bench:  ## Time training against transformers and the course's procedure (minutes)
 	$(PYTHON) benchmark.py train
+
+# The collections that data/MODEL_CARD.md names: corpora/ and reviews/.
+COLLECTIONS ?= ../shared/assets
+TEXTS = runs/corpora
+PRETRAIN = $(PYTHON) run_llama.py --option pretrain --tokenizer runs/bundled.model --batch_size 8 --seed 1
+
+bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (an hour on two cores)
+	$(PYTHON) data/make_corpora.py --source $(COLLECTIONS) --into $(TEXTS)
+	$(PYTHON) run_llama.py --option tokenizer --vocab_size 4096 --model_out runs/bundled.model \
+		--corpus $(TEXTS)/stories.txt $(TEXTS)/opinions.txt $(TEXTS)/books.txt
+	$(PRETRAIN) --corpus $(TEXTS)/stories.txt=1.5 $(TEXTS)/books.txt=0.5 $(TEXTS)/prose.txt=0.1 --preset mini \
+		--lr 1.5e-3 --min_lr 3e-4 --eval_every 250 --run_dir runs/general --model_out runs/general.safetensors
+	$(PRETRAIN) --corpus $(TEXTS)/reviews.txt $(TEXTS)/opinions.txt=0.7 $(TEXTS)/stories.txt=0.35 \
+		--pretrained-model-path runs/general.safetensors --lr 1e-3 --eval_every 250 --run_dir runs/bundled \
+		--model_out data/mini-llama.safetensors --out_dtype bf16
+	$(PYTHON) tests/make_bundled_reference.py
 
 clean:  ## Remove caches; keeps data, checkpoints and predictions
 	rm -rf .mypy_cache .pytest_cache .ruff_cache

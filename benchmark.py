@@ -5,6 +5,7 @@ examples:
   python benchmark.py train --lora                             LoRA, against peft
   python benchmark.py train --train data/cfimdb-train.txt --dev data/cfimdb-dev.txt \\
       --label-names data/cfimdb-label-mapping.json --batch_size 10 --rows 200
+  python benchmark.py words                                    the accuracy of counting words on SST
 
 train compares, each in a process of its own and in turns:
   ours          what run_llama.py does
@@ -12,6 +13,8 @@ train compares, each in a process of its own and in turns:
                 batches and the same precision
   course        the course's procedure: float32, random batches padded to their longest row, attention and norms written
                 out, a Python loop over the parameters, the training set evaluated again after the epoch
+words tells how far counting words gets: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
+
 Prints a table for people and, as the last line, a JSON object.
 """
 
@@ -43,13 +46,14 @@ LR, RANK, ALPHA = 2e-5, 4, 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of `benchmark.py train`."""
+    """The options."""
     parser = OneLineParser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
-    add("what", choices=("train",), help="what to measure")
+    add("what", choices=("train", "words"), help="what to measure")
     add("--lora", action="store_true", help="train LoRA adapters instead of all weights")
     add("--train", default="data/sst-train.txt", metavar="FILE", help="(default: %(default)s)")
     add("--dev", default="data/sst-dev.txt", metavar="FILE", help="(default: %(default)s)")
+    add("--test", default="data/sst-test.txt", metavar="FILE", help="for words (default: %(default)s)")
     add("--label-names", default="data/sst-label-mapping.json", metavar="FILE", help="(default: %(default)s)")
     add("--tokenizer", metavar="FILE", help="(default: tokenizer.model, else data/tokenizer.model)")
     add("--pretrained-model-path", metavar="FILE", help="(default: random weights of stories42M's size)")
@@ -341,6 +345,22 @@ def compare(args: argparse.Namespace, argv: list[str]) -> None:
     print(json.dumps({"options": vars(args), "table": table, "ratios": ratios, "rounds": found}))
 
 
+def words(args: argparse.Namespace) -> None:
+    """How far counting words gets on these files."""
+    from dataset import read_label_names, read_rows
+    from evaluation import counting_words
+
+    names = read_label_names(args.label_names)
+    rows = {split: read_rows(getattr(args, split), names) for split in ("train", "dev", "test")}
+    found = {f"1- to {n}-grams": counting_words(rows, n) for n in (1, 2)}
+    for name, scores in found.items():
+        accuracies = (
+            f"{split} {'no gold labels' if (a := scores[split]) is None else f'{a:.3f}'}" for split in ("dev", "test")
+        )
+        print(f"TF-IDF of {name}, logistic regression (C {scores['C']:g}): {', '.join(accuracies)}")
+    print(json.dumps({"options": vars(args), "words": found}))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; the exit code is 0, 2 for bad input, or 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
@@ -348,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.contender:
             print(json.dumps(measured(args)))
+        elif args.what == "words":
+            words(args)
         else:
             compare(args, argv)
     except (ValueError, OSError) as error:

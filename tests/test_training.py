@@ -237,6 +237,48 @@ def test_clipping_is_over_all_parameters(fit):
         assert (moved > 0.1) == moves
 
 
+@pytest.mark.parametrize("micro", [None, 3])
+def test_clipping_smoothing_and_decay_reach_the_weights(fit, micro):
+    """Against torch's own loss, clipping and optimizer: its decay comes before the step, so it is applied by hand."""
+    rows = some_rows(16)
+    chosen = {"lr": 1e-3, "max_grad_norm": 0.05, "label_smoothing": 0.2, "weight_decay": 0.1}
+    model, wanted = a_classifier(), a_classifier()
+    matrices = [p for p in wanted.parameters() if p.requires_grad and p.dim() >= 2]
+    optimizer = torch.optim.Adam([p for p in wanted.parameters() if p.requires_grad], lr=1e-3, eps=1e-6)
+    norms = []
+    for epoch in (1, 2):
+        for positions in shuffled_batches(rows, 8, 3, epoch):
+            optimizer.zero_grad()
+            log_probs = torch.cat([wanted(torch.tensor([rows[i].ids])) for i in positions])
+            labels = torch.tensor([rows[i].label for i in positions])
+            F.cross_entropy(log_probs, labels, label_smoothing=0.2).backward()
+            norms.append(nn.utils.clip_grad_norm_(wanted.parameters(), 0.05))
+            for group in optimizer.param_groups:  # ours has eps outside the bias correction
+                group["eps"] = 1e-6 / math.sqrt(1 - 0.999 ** len(norms))
+            optimizer.step()
+            with torch.no_grad():
+                for p in matrices:
+                    p.mul_(1 - 1e-3 * 0.1)
+    assert min(norms) > 0.05  # clipping did bite
+    fit(model, rows, rows, settings(epochs=2, batch_size=8, micro_batch_size=micro, **chosen))
+    for (name, p), q in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_signal_in_the_last_moments_still_stops_the_run(fit, monkeypatch):
+    save = RunDirectory.save
+
+    def and_a_signal(self, state):
+        save(self, state)
+        if state["progress"]["finished"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunDirectory, "save", and_a_signal)
+    with pytest.raises(Stopped, match="stopped by SIGTERM; go on with --resume") as stopped:
+        fit(Bag(), some_rows(), some_rows(), settings())
+    assert stopped.value.number == signal.SIGTERM
+
+
 def test_the_learning_rate_follows_its_schedule(fit):
     chosen = settings(epochs=3, batch_size=4, lr=0.1, schedule="cosine", warmup_steps=2, min_lr=0.01)
     run = fit(Bag(), some_rows(9), some_rows(), chosen)
