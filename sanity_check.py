@@ -1,4 +1,5 @@
-"""Holds the model against reference outputs: the course's, where they are here, and those of a tiny model that ships.
+"""Holds the model against reference outputs: the course's, where they are here, those of a tiny model that ships, and
+those of the bundled model.
 
 examples:
   python sanity_check.py                                    everything that is here
@@ -7,11 +8,13 @@ examples:
 
 The course's editions differ in norm and attention. Each reference file shows which it was made with, and is compared
 under that convention, whatever the checkpoint says. Everything is computed in float32 on the CPU.
-Exit code: 0 if all that could be compared agrees, 1 if something differs, 2 for a file that cannot be used.
+Exit code: 0 if all that could be compared agrees, 1 if something differs or the bundled model is not the one that its
+reference was made of, 2 for a file that cannot be used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 CONFORMANCE = HERE / "tests" / "conformance"
+# The bundled model, and what tests/make_bundled_reference.py computed with it in float64.
+BUNDLED = Path("data/mini-llama.safetensors")
+BUNDLED_EXPECTED = Path("tests/conformance/bundled_expected.safetensors")
 # What the course's references are outputs for; the two rows begin alike, which betrays a causal mask.
 REFERENCE_IDS = [[101, 7592, 2088, 102, 0, 0, 0, 0], [101, 7592, 15756, 2897, 2005, 17953, 2361, 102]]
 SHARED = 2  # ids that the rows have in common at their beginning
@@ -41,6 +47,7 @@ class Tolerance(NamedTuple):
 
 COURSE = Tolerance(1e-5, 1e-3)  # the course's own
 CONFORMING = Tolerance(1e-4, 0.0)  # float32, summed in another order, over logits of up to 30
+BUNDLED_AGREES = Tolerance(3e-5, 0.0)  # float32 against float64: ten times the 2.6e-6 measured at logits of up to 9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         metavar="REFERENCE",
         help="reference files to compare with (default: data/reference/sanity_check*.data and ./sanity_check.data, "
-        "and the tiny model of tests/conformance)",
+        "the tiny model of tests/conformance, and the bundled model)",
     )
     parser.add_argument(
         "--pretrained-model-path",
@@ -71,12 +78,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(asked: list[Path], path: Path) -> bool:
-    """Compares the checkpoint at `path` with the references asked for, else the tiny model and every reference there
-    is; says what is missing. Whether all that was compared agrees.
+    """Compares the checkpoint at `path` with the references asked for, else the tiny model, the bundled one and every
+    reference there is; says what is missing. Whether all that was compared agrees.
     """
     from checkpoint import read_checkpoint
 
-    results = [] if asked else [check_conformance()]
+    results = [] if asked else [check_conformance(), check_bundled()]
     references = asked or found_references()
     if not references:
         print("The course's reference outputs are not here; python fetch_data.py references brings them (1 MB).")
@@ -134,6 +141,57 @@ def check_conformance() -> bool:
         "greedy tokens": (greedy, expected["greedy"]),
     }
     return compare("tests/conformance, a tiny model", model.config.convention, CONFORMING, pairs)
+
+
+def check_bundled() -> bool:
+    """The bundled model against what float64 NumPy computed with it; True, and a line that says so, where it is not
+    here. False without comparing if the reference is missing or was made of another file.
+    """
+    import torch
+
+    from llama import load_pretrained
+
+    if not (HERE / BUNDLED).exists():
+        print(f"The bundled model {BUNDLED} is not here; it comes with the project (git checkout {BUNDLED}).")
+        return True
+    remedy = "python tests/make_bundled_reference.py makes it anew"
+    if not (HERE / BUNDLED_EXPECTED).exists():
+        print(f"{BUNDLED}, the bundled model\n    NOT COMPARED: {BUNDLED_EXPECTED} is not here; {remedy}")
+        return False
+    expected, made_of = read_bundled_reference(HERE / BUNDLED_EXPECTED)
+    if made_of != hashlib.sha256((HERE / BUNDLED).read_bytes()).hexdigest():
+        print(
+            f"{BUNDLED}, the bundled model\n    NOT COMPARED: {BUNDLED_EXPECTED} belongs to another model, "
+            f"with SHA-256 {made_of[:12]}...; {remedy}"
+        )
+        return False
+    model = load_pretrained(HERE / BUNDLED)
+    ids, prompt = expected["ids"], expected["prompt"]
+    with torch.no_grad():
+        last, hidden = model(ids)
+        logits, _ = model(ids, targets=ids)
+    log_probs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    greedy = model.generate(prompt[None], len(expected["greedy"]), temperature=0.0)[0, len(prompt) :]
+    pairs = {
+        "last logits": (last.squeeze(1), expected["logits_last"]),
+        "hidden states": (hidden, expected["hidden_states"]),
+        "log-probabilities": (log_probs, expected["log_probs"]),
+        "greedy tokens": (greedy, expected["greedy"]),
+    }
+    return compare(f"{BUNDLED}, the bundled model", model.config.convention, BUNDLED_AGREES, pairs)
+
+
+def read_bundled_reference(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors that tests/make_bundled_reference.py describes, and the SHA-256 of the model they were made of."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["model_sha256"]
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut short; python tests/make_bundled_reference.py makes it anew"
+        ) from error
 
 
 def read_reference(path: Path) -> dict[str, Tensor]:

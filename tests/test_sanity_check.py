@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import safetensors.numpy
 import torch
 
+import make_bundled_reference
 import sanity_check
-from checkpoint import write_checkpoint
-from conftest import tiny_llama
+from checkpoint import write_checkpoint, write_safetensors
+from conftest import ROOT, tiny_llama
 
 CONVENTIONS = [("layernorm", False), ("layernorm", True), ("rmsnorm", False), ("rmsnorm", True)]
 
@@ -146,3 +151,155 @@ def test_a_reference_may_be_saved_in_another_precision(course_like, tmp_path):
 def test_a_checkpoint_that_is_named_and_missing_is_an_error(capsys):
     assert sanity_check.main(["--pretrained-model-path", "nowhere.pt"]) == 2
     assert "nowhere.pt: no such checkpoint" in capsys.readouterr().err
+
+
+PROMPT = (1, 5, 9)
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """A tiny model in the place of the bundled one, and its reference; returns the model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sanity_check, "HERE", tmp_path)
+    monkeypatch.setattr(sanity_check, "BUNDLED", Path("model.safetensors"))
+    monkeypatch.setattr(sanity_check, "BUNDLED_EXPECTED", Path("expected.safetensors"))
+    model = tiny_llama(norm="layernorm", causal=True, rope_theta=500.0)
+    write_bundled(model)
+    read = make_bundled_reference.read_model(sanity_check.BUNDLED)
+    outputs, lead = make_bundled_reference.reference_outputs(read, PROMPT)
+    assert lead > make_bundled_reference.MARGIN
+    make_bundled_reference.write_reference(sanity_check.BUNDLED_EXPECTED, outputs, read.sha256)
+    return model
+
+
+def write_bundled(model):
+    write_safetensors(sanity_check.BUNDLED, model.state_dict(), model.config, torch.bfloat16)
+
+
+def pretend_the_reference_is_of_this_model():
+    """Records the SHA-256 of the model that is there now, beside the outputs of the one that was."""
+    outputs = safetensors.numpy.load_file(sanity_check.BUNDLED_EXPECTED)
+    sha256 = make_bundled_reference.read_model(sanity_check.BUNDLED).sha256
+    make_bundled_reference.write_reference(sanity_check.BUNDLED_EXPECTED, outputs, sha256)
+
+
+def test_the_bundled_model_agrees_with_float64_numpy(bundled, capsys):
+    assert sanity_check.check_bundled() is True
+    out = capsys.readouterr().out
+    assert out.startswith("model.safetensors, the bundled model (LayerNorm, causal attention)\n    agrees: ")
+    for what in ("last logits", "hidden states", "log-probabilities", "greedy tokens 0.0e+00"):
+        assert what in out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tok_embeddings.weight",
+        "layers.0.attention.compute_key.weight",
+        "layers.1.feed_forward.w3.weight",
+        "layers.1.ffn_norm.bias",
+        "norm.weight",
+    ],
+)
+def test_a_changed_weight_of_the_bundled_model_is_caught(bundled, capsys, name):
+    with torch.no_grad():
+        bundled.get_parameter(name).flatten()[5] += 0.05
+    write_bundled(bundled)
+    pretend_the_reference_is_of_this_model()
+    assert sanity_check.check_bundled() is False
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 510.0}, {"layer_norm_eps": 1e-4}, {"n_kv_heads": 4}, {"n_heads": 2}])
+def test_another_convention_of_the_bundled_model_is_caught(bundled, capsys, change):
+    changed = tiny_llama(**({"norm": "layernorm", "causal": True, "rope_theta": 500.0} | change))
+    same = {
+        name: tensor
+        for name, tensor in bundled.state_dict().items()
+        if changed.state_dict()[name].shape == tensor.shape
+    }
+    changed.load_state_dict(same, strict=False)
+    write_bundled(changed)
+    pretend_the_reference_is_of_this_model()
+    assert sanity_check.check_bundled() is False
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_a_reference_of_another_model_is_told_and_gives_exit_code_1(bundled, monkeypatch, capsys):
+    monkeypatch.setattr(sanity_check, "found_references", list)
+    monkeypatch.setattr(sanity_check, "check_conformance", lambda: True)
+    assert sanity_check.main([]) == 0
+    write_bundled(tiny_llama(seed=1, norm="layernorm", causal=True))
+    capsys.readouterr()
+    assert sanity_check.main([]) == 1
+    out = capsys.readouterr().out
+    assert "NOT COMPARED: expected.safetensors belongs to another model" in out
+    assert "python tests/make_bundled_reference.py" in out and "agrees" not in out
+
+
+def test_a_bundled_model_that_is_missing_is_passed_over_and_its_reference_is_not(bundled, capsys):
+    sanity_check.BUNDLED_EXPECTED.unlink()
+    assert sanity_check.check_bundled() is False
+    assert "expected.safetensors is not here; python tests/make_bundled_reference.py" in capsys.readouterr().out
+    sanity_check.BUNDLED.unlink()
+    assert sanity_check.check_bundled() is True
+    assert capsys.readouterr().out.startswith("The bundled model model.safetensors is not here")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x02" + b"\0" * 7 + b"{}"], ids=["empty", "text", "bare"])
+def test_a_damaged_reference_of_the_bundled_model_gives_one_line_and_exit_code_2(bundled, monkeypatch, capsys, content):
+    monkeypatch.setattr(sanity_check, "check_conformance", lambda: True)
+    sanity_check.BUNDLED_EXPECTED.write_bytes(content)
+    assert sanity_check.main([]) == 2
+    assert re.fullmatch(r".*expected\.safetensors is damaged .*\n", capsys.readouterr().err)
+
+
+def test_the_second_implementation_shares_no_code():
+    tree = ast.parse((ROOT / "tests" / "make_bundled_reference.py").read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    outside = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    assert outside == {"numpy", "safetensors"}
+
+
+def test_the_script_writes_what_the_check_reads(bundled, capsys):
+    made = sanity_check.BUNDLED_EXPECTED.read_bytes()
+    arguments = ["--model", str(sanity_check.BUNDLED), "--out", str(sanity_check.BUNDLED_EXPECTED)]
+    sanity_check.BUNDLED_EXPECTED.unlink()
+    assert make_bundled_reference.main([*arguments, "--prompt", *map(str, PROMPT)]) == 0
+    assert "expected.safetensors: reference outputs of model.safetensors" in capsys.readouterr().out
+    assert sanity_check.BUNDLED_EXPECTED.read_bytes() == made
+    assert len(made) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--model", "nowhere"], "nowhere: No such file"),
+        (["--model", "expected.safetensors"], "is damaged, or no safetensors file that this project wrote"),
+        (["--model", "rmsnorm.safetensors"], "references are made for"),
+        (["--model", "short.safetensors"], "context of 24 tokens is too short for the 27"),
+        (["--prompt", "64"], "ids of this model are 0 to 63"),
+        (["--prompt", "one"], "invalid int value"),
+        (["--out", "nowhere/expected.safetensors"], "in a folder that is there"),
+    ],
+)
+def test_the_script_explains_in_one_line_and_exits_with_2(bundled, capsys, arguments, wanted):
+    for name, change in (("rmsnorm", {"norm": "rmsnorm"}), ("short", {"max_seq_len": 24})):
+        model = tiny_llama(**({"causal": True} | change))
+        write_safetensors(f"{name}.safetensors", model.state_dict(), model.config)
+    made = sanity_check.BUNDLED_EXPECTED.read_bytes()
+    defaults = ["--model", "model.safetensors", "--out", "expected.safetensors", "--prompt", *map(str, PROMPT)]
+    with pytest.raises(SystemExit, match="2"):
+        make_bundled_reference.main([*defaults, *arguments])
+    error = capsys.readouterr().err
+    assert re.search(wanted, error.splitlines()[-1]) and error.count("\n") == 1
+    assert sanity_check.BUNDLED_EXPECTED.read_bytes() == made
+
+
+def test_the_script_refuses_greedy_tokens_that_are_too_close_to_call(bundled, monkeypatch, capsys):
+    monkeypatch.setattr(make_bundled_reference, "MARGIN", 1e3)
+    with pytest.raises(SystemExit, match="2"):
+        make_bundled_reference.main(["--model", "model.safetensors", "--out", "other", "--prompt", "1"])
+    assert "give another --prompt" in capsys.readouterr().err
+    assert not Path("other").exists()
