@@ -33,6 +33,7 @@ from tokenizer import Tokenizer
 
 DOCUMENT_END = "<|endoftext|>"
 LONGEST_DOCUMENT = 1 << 20  # characters; a longer one is cut at the end of a line, for the sake of memory
+LONGEST_LINE = 1 << 12  # characters; a tokenizer is trained on pieces of a longer one
 AT_ONCE = 1 << 22  # characters that are tokenized in one go
 MAGIC = b"mini-llama tokens 1\n"
 HEADER_SIZE = 4096
@@ -41,13 +42,14 @@ TOKENS_ENDING = ".tokens"
 
 
 def text_files(path: str | PathLike[str]) -> list[Path]:
-    """The file itself, or every text file (or file of tokens) of a folder and its subfolders, in order of name.
+    """The file itself, or every text file of a folder and its subfolders (of a folder without any, every file of
+    tokens), in order of name.
 
     Raises FileNotFoundError or ValueError if there is none.
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted(file for ending in (TEXT_ENDING, TOKENS_ENDING) for file in path.rglob(f"*{ending}"))
+        found = sorted(path.rglob(f"*{TEXT_ENDING}")) or sorted(path.rglob(f"*{TOKENS_ENDING}"))
         if not found:
             raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file; give text files, or folders of them")
         return found
@@ -57,16 +59,22 @@ def text_files(path: str | PathLike[str]) -> list[Path]:
 
 
 def read_documents(path: str | PathLike[str]) -> Iterator[str]:
-    """The documents of one file, blank ones left out. Raises ValueError if the file is not UTF-8."""
+    """The documents of one file, blank ones left out. Raises ValueError if the file is not UTF-8, or holds tokens."""
+    if is_tokens(Path(path)):
+        raise ValueError(f"{path} holds tokens, not text; give the text they were made from")
     parts: list[str] = []
     length = 0
+    behind = ""  # what may be the beginning of a mark, where a line was too long to be read at once
     try:
         with open(path, encoding="utf-8-sig") as file:
             while line := file.readline(LONGEST_DOCUMENT):
-                *ended, rest = line.split(DOCUMENT_END)
+                *ended, rest = (behind + line).split(DOCUMENT_END)
+                behind = ""
                 for piece in ended:
                     yield from _not_blank("".join([*parts, piece]))
                     parts, length = [], 0
+                if len(line) == LONGEST_DOCUMENT and not line.endswith("\n"):
+                    rest, behind = rest[: 1 - len(DOCUMENT_END)], rest[1 - len(DOCUMENT_END) :]
                 if rest and not (ended and rest == "\n"):
                     parts.append(rest)
                     length += len(rest)
@@ -75,7 +83,7 @@ def read_documents(path: str | PathLike[str]) -> Iterator[str]:
                     parts, length = [], 0
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8 text") from error
-    yield from _not_blank("".join(parts))
+    yield from _not_blank("".join([*parts, behind]))
 
 
 def _not_blank(text: str) -> list[str]:
@@ -94,12 +102,13 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
 
     sentencepiece.set_random_generator_seed(seed % (1 << 32))
     lines = (
-        line
+        line[start : start + LONGEST_LINE]
         for path in paths
         for file in text_files(path)
         for document in read_documents(file)
         for line in document.split("\n")
         if line.strip()
+        for start in range(0, len(line), LONGEST_LINE)
     )
     model = io.BytesIO()
     try:
@@ -114,7 +123,7 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=16384,
+            max_sentence_length=4 * LONGEST_LINE,  # bytes; longer ones would be left out
             input_sentence_size=1_000_000,
             shuffle_input_sentence=True,
             unk_id=0,
@@ -125,8 +134,8 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
         )
     except RuntimeError as error:
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {error}; "
-            "give a smaller --vocab_size, or more text"
+            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {str(error).strip()}; "
+            "give another --vocab_size, or more text"
         ) from error
     with atomic_file(model_path, "wb") as file:
         file.write(model.getvalue())
@@ -240,7 +249,8 @@ def read_header(path: Path) -> dict[str, Any]:
         expected = HEADER_SIZE + size + -size % 8 + 8 * (2 * documents + 1)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(damaged) from error
-    if not head.startswith(MAGIC) or path.stat().st_size != expected:
+    whole = {"vocab_size", "tokenizer_sha256", "text_crc32"} <= header.keys()
+    if not whole or not head.startswith(MAGIC) or path.stat().st_size != expected:
         raise ValueError(damaged)
     return header
 
@@ -334,7 +344,7 @@ class Text:
 
 class Corpus:
     """Texts, mixed by weight: in one pass, each of a text's windows comes `weight` times (a weight of 0.3: three of ten
-    windows, others in the next pass).
+    windows, others in the next pass; one window at least).
     """
 
     def __init__(self, texts: Sequence[Text], seed: int) -> None:
@@ -351,14 +361,17 @@ class Corpus:
     @property
     def pass_length(self) -> int:
         """Windows in one pass."""
-        return sum(round(text.weight * text.training_windows) for text in self.texts)
+        return sum(map(self._in_a_pass, self.texts))
+
+    def _in_a_pass(self, text: Text) -> int:
+        return max(1, round(text.weight * text.training_windows))
 
     def order(self, number: int) -> np.ndarray:
         """The windows of a pass, shuffled: a function of the seed and the number of the pass."""
         if self._pass[0] != number:
             parts, first = [], 0
             for text in self.texts:
-                n, count = text.training_windows, round(text.weight * text.training_windows)
+                n, count = text.training_windows, self._in_a_pass(text)
                 # One endless row of permutations of the text, of which each pass takes the next `count`.
                 begin, end = number * count, (number + 1) * count
                 rounds = [self._permutation(n, r, text) for r in range(begin // n, -(-end // n))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,3 +53,28 @@ def tiny_llama(seed: int = 0, **changes: object) -> Llama:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def some_stories(count: int, seed: int = 0, words: int = 40) -> list[str]:
+    """Documents that are easy to learn: sentences of one pattern, drawn from few words."""
+    draw = random.Random(seed).choice
+    sentence = lambda: f"the {draw(ADJECTIVES)} {draw(ANIMALS)} {draw(VERBS)} the {draw(ADJECTIVES)} {draw(ANIMALS)}."  # noqa: E731
+    return [" ".join(sentence() for _ in range(words // 6)) for _ in range(count)]
+
+
+ADJECTIVES = "big small red happy quiet old young funny brave gentle".split()
+ANIMALS = "cat dog bird fox owl mouse bear frog horse goat".split()
+VERBS = "saw liked chased found helped met heard missed".split()
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 320 pieces, made by `--option tokenizer` from a few hundred lines."""
+    from run_llama import main
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("\n".join(some_stories(300, seed=1, words=12)), encoding="utf-8")
+    path = folder / "small.model"
+    arguments = ["--corpus", str(folder / "text.txt"), "--vocab_size", "320", "--model_out", str(path)]
+    assert main(["--option", "tokenizer", *arguments]) == 0
+    return path

@@ -1,0 +1,492 @@
+"""corpus.py: no document is lost or cut in the wrong place, tokens survive on the disk, and training never sees what is
+held out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import corpus
+from conftest import ROOT, some_stories
+from corpus import (
+    DOCUMENT_END,
+    HEADER_SIZE,
+    MAGIC,
+    Corpus,
+    Text,
+    Tokens,
+    evenly,
+    held_out_count,
+    open_tokens,
+    read_documents,
+    read_header,
+    text_files,
+    to_tensor,
+    tokenize_text,
+    train_tokenizer,
+)
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer):
+    return Tokenizer(tokenizer_model=small_tokenizer)
+
+
+def written(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# Documents
+
+
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        ("a\nb\n", ["a\nb"]),
+        ("a\n<|endoftext|>\nb\n", ["a", "b"]),
+        ("a<|endoftext|>b<|endoftext|>c", ["a", "b", "c"]),
+        ("a\nb <|endoftext|> c\nd\n", ["a\nb ", " c\nd"]),
+        ("a\n<|endoftext|>\n", ["a"]),
+        ("a\n<|endoftext|>", ["a"]),
+        ("<|endoftext|>\n\n<|endoftext|>a\n<|endoftext|> \t\n<|endoftext|>b", ["a", "b"]),
+        ("\n\na\n\nb\n\n\n", ["a\n\nb"]),
+        ("  a\n\tb  ", ["  a\n\tb  "]),
+        ("a\r\nb\r\n<|endoftext|>\r\nc\r\n", ["a\nb", "c"]),
+        (b"\xef\xbb\xbfa\n<|endoftext|>\nb", ["a", "b"]),
+        ("a <|endoftext| > b", ["a <|endoftext| > b"]),
+        ("z\u00f6\u2028w\x85l\x0cf <|endoftext|>\U0001f600", ["z\u00f6\u2028w\x85l\x0cf ", "\U0001f600"]),
+        ("", []),
+        (" \n\n", []),
+    ],
+)
+def test_documents_end_at_the_mark_and_at_the_files_end(tmp_path, content, wanted):
+    assert list(read_documents(written(tmp_path / "a.txt", content))) == wanted
+
+
+@pytest.mark.parametrize("content", [b"good\n\xe4\n", b"cut short \xe2\x82", b"\xff\xfea\0"])
+def test_a_text_that_is_not_utf8_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 \(.*\); save it as UTF-8"):
+        list(read_documents(written(tmp_path / "a.txt", content)))
+
+
+def test_a_very_long_document_is_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+    lines = [f"line {i} of a long book" for i in range(50)]
+    found = list(read_documents(written(tmp_path / "a.txt", "\n".join(lines))))
+    assert len(found) > 5 and max(map(len, found)) < 130
+    assert "\n".join(found) == "\n".join(lines)
+
+
+@pytest.mark.parametrize("gap", range(60, 105))
+def test_a_file_without_line_ends_is_cut_yet_parted_at_every_mark(tmp_path, monkeypatch, gap):
+    """Wherever the mark stands, also across the place where the reading pauses."""
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+    found = list(read_documents(written(tmp_path / "a.txt", "a" * gap + DOCUMENT_END + "b" * 250)))
+    assert DOCUMENT_END not in "".join(found) and "<" not in "".join(found)
+    assert all(set(piece) in ({"a"}, {"b"}) for piece in found)
+    assert "".join(found) == "a" * gap + "b" * 250 and max(map(len, found)) < 200
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/b.txt", "c.md"):
+        written(tmp_path / "texts" / name, "x")
+    found = [path.relative_to(tmp_path / "texts").as_posix() for path in text_files(tmp_path / "texts")]
+    assert found == ["a/b.txt", "a/z.txt", "b.txt"]
+    assert text_files(tmp_path / "texts" / "c.md") == [tmp_path / "texts" / "c.md"]
+    written(tmp_path / "none" / "a.md", "x")
+    with pytest.raises(ValueError, match=r"none is a folder without a \.txt file"):
+        text_files(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="gone: no such text"):
+        text_files(tmp_path / "gone")
+
+
+def test_a_folder_gives_nothing_twice_that_is_there_as_text_and_as_tokens(tmp_path, tokenizer):
+    folder = tmp_path / "texts"
+    text = written(folder / "a.txt", "one story")
+    done = tokenize_text(text, tokenizer, folder)
+    assert text_files(folder) == [text]
+    text.unlink()
+    assert text_files(folder) == [done]
+
+
+def test_tokens_are_not_read_as_text(tmp_path, tokenizer):
+    done = tokenize_text(written(tmp_path / "a.txt", "one story"), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="holds tokens, not text"):
+        list(read_documents(done))
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_has_llamas_marks_and_gives_every_text_back(tokenizer):
+    sp = tokenizer.sp_model
+    assert [sp.id_to_piece(i) for i in (0, 1, 2, 3)] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
+    assert tokenizer.n_words == 320
+    for text in ("the \U0001f600 fox", "zw\u00f6lf\n\n\tlines ", "  two  spaces", "1234", "映画\r\x00"):
+        assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+    assert len(tokenizer.encode("the gentle horse", bos=False, eos=False)) < 8
+
+
+def test_the_same_seed_makes_the_same_tokenizer(tmp_path, small_tokenizer):
+    text = small_tokenizer.parent / "text.txt"
+    for name in ("a", "b"):
+        train_tokenizer([str(text)], 320, str(tmp_path / name), seed=1337)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == small_tokenizer.read_bytes()
+
+
+def test_a_tokenizer_learns_from_long_lines_too(tmp_path, tokenizer):
+    text = written(tmp_path / "a.txt", " ".join(some_stories(300, words=12)))
+    assert b"\n" not in text.read_bytes() and text.stat().st_size > 16384
+    train_tokenizer([str(text)], 320, str(tmp_path / "a.model"), seed=0)
+    made = Tokenizer(tokenizer_model=tmp_path / "a.model")
+    assert len(made.encode("the gentle horse", bos=False, eos=False)) < 8
+
+
+@pytest.mark.parametrize(
+    "content, vocab_size, message",
+    [
+        ("a b c", 100_000, "no tokenizer of 100000 pieces .*another --vocab_size, or more text"),
+        ("a b c", 10, "no tokenizer of 10 pieces .*a.txt"),
+        (" \n", 300, "no tokenizer of 300 pieces .*a.txt.*more text"),
+        (b"\xff", 300, r"a\.txt is not UTF-8"),
+        (None, 300, "a.txt: no such text"),
+    ],
+)
+def test_no_tokenizer_of_too_little_text(tmp_path, content, vocab_size, message):
+    if content is not None:
+        written(tmp_path / "a.txt", content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        train_tokenizer([str(tmp_path / "a.txt")], vocab_size, str(tmp_path / "a.model"), seed=0)
+    assert "\n" not in str(raised.value) and not list(tmp_path.glob("*.model*"))
+
+
+# Tokens in a file
+
+
+def tokenized(tmp_path, tokenizer, documents, name="a.txt"):
+    text = written(tmp_path / name, f"\n{DOCUMENT_END}\n".join(documents))
+    return open_tokens(tokenize_text(text, tokenizer, tmp_path / "tokens"), tokenizer)
+
+
+@pytest.mark.parametrize("documents", [some_stories(7), ["x"], ["x", "zw\u00f6lf \U0001f600\n\n1.", " y "]])
+def test_tokens_on_the_disk_are_the_documents(tmp_path, tokenizer, documents):
+    tokens = tokenized(tmp_path, tokenizer, documents)
+    assert len(tokens.starts) == len(documents) + 1 and tokens.starts[0] == 0 and tokens.starts[-1] == len(tokens.ids)
+    for d, document in enumerate(documents):
+        ids = tokens.ids[tokens.starts[d] : tokens.starts[d + 1]].tolist()
+        assert ids == tokenizer.encode(document, bos=True, eos=True)
+        assert tokenizer.decode(ids[1:-1]) == document
+        assert tokens.text_bytes[d] == len(document.encode())
+    assert isinstance(tokens.ids, np.memmap)
+
+
+def test_tokens_are_the_same_however_the_text_is_grouped(tmp_path, tokenizer, monkeypatch):
+    whole = tokenized(tmp_path, tokenizer, some_stories(9), "a.txt")
+    monkeypatch.setattr(corpus, "AT_ONCE", 300)
+    parted = tokenized(tmp_path, tokenizer, some_stories(9), "b.txt")
+    assert whole.path != parted.path
+    assert np.array_equal(whole.ids, parted.ids) and np.array_equal(whole.starts, parted.starts)
+
+
+def test_the_header_describes_the_tokens_and_the_index_is_aligned(tmp_path, tokenizer):
+    odd = set()
+    for i in range(1, 9):
+        tokens = tokenized(tmp_path, tokenizer, ["1" * i, "x"], f"{i}.txt")
+        raw = tokens.path.read_bytes()
+        header = json.loads(raw[len(MAGIC) : HEADER_SIZE].rstrip(b"\0"))
+        assert raw.startswith(MAGIC) and header == read_header(tokens.path)
+        assert (header["dtype"], header["tokens"], header["documents"]) == ("<u2", len(tokens.ids), 2)
+        assert (header["vocab_size"], header["text"]) == (320, f"{i}.txt")
+        behind = len(raw) - 8 * (2 + 3)
+        assert behind % 8 == 0 and np.frombuffer(raw[behind:], "<u8").tolist() == [
+            *tokens.starts.tolist(),
+            *tokens.text_bytes.tolist(),
+        ]
+        odd.add(len(tokens.ids) % 4)
+    assert odd == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("vocabulary, dtype", [(65536, "<u2"), (65537, "<u4")])
+def test_a_large_vocabulary_takes_wider_numbers(tmp_path, tokenizer, monkeypatch, vocabulary, dtype):
+    monkeypatch.setattr(tokenizer, "n_words", vocabulary)
+    highest = vocabulary - 1
+    monkeypatch.setattr(tokenizer, "encode_many", lambda texts: [[highest, 5] for _ in texts])
+    tokens = tokenized(tmp_path, tokenizer, ["x", "y"])
+    assert tokens.ids.dtype == np.dtype(dtype) and tokens.ids.tolist() == [1, highest, 5, 2] * 2
+    assert tokens.starts.tolist() == [0, 4, 8] and tokens.text_bytes.tolist() == [1, 1]
+
+
+def test_a_text_is_tokenized_once_and_anew_when_it_has_changed(tmp_path, tokenizer, monkeypatch):
+    first = tokenized(tmp_path, tokenizer, ["one fox", "two"])
+    calls = []
+    encode_many = tokenizer.encode_many
+    monkeypatch.setattr(tokenizer, "encode_many", lambda texts: calls.append(1) or encode_many(texts))
+    assert np.array_equal(tokenized(tmp_path, tokenizer, ["one fox", "two"]).ids, first.ids) and not calls
+    again = tokenized(tmp_path, tokenizer, ["one owl", "two"])  # as many bytes as before
+    assert calls and again.path == first.path and tokenizer.decode(again.ids.tolist()).startswith("one owl")
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, tokenizer, asset):
+    other = Tokenizer(tokenizer_model=asset("stories260K/tok512.model"))
+    tokens = tokenized(tmp_path, tokenizer, ["one fox"])
+    message = r"made with another tokenizer \(320 pieces\) than .*tok512.model \(512\); give that --tokenizer, or"
+    with pytest.raises(ValueError, match=message):
+        open_tokens(tokens.path, other)
+    with pytest.raises(ValueError, match=message):
+        tokenize_text(tmp_path / "a.txt", other, tmp_path / "tokens")
+    copy = written(tmp_path / "copy.model", tokenizer.path.read_bytes())
+    open_tokens(tokens.path, Tokenizer(tokenizer_model=copy))  # the same vocabulary under another name
+
+
+def header_with(**changes):
+    def change(raw):
+        header = json.loads(raw[len(MAGIC) : HEADER_SIZE].rstrip(b"\0")) | changes
+        header = {name: value for name, value in header.items() if value is not None}
+        return (MAGIC + json.dumps(header).encode()).ljust(HEADER_SIZE, b"\0") + raw[HEADER_SIZE:]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw[: HEADER_SIZE + 3],
+        lambda raw: raw[:2000],
+        lambda raw: raw[: len(MAGIC)],
+        lambda raw: raw + bytes(8),
+        lambda raw: raw[:30] + b"\xff" + raw[31:],
+        lambda raw: b"x" + raw[1:],
+        lambda raw: b"",
+        header_with(tokens=10**15),
+        header_with(tokens="5"),
+        header_with(documents=None),
+        header_with(dtype="<f99"),
+        header_with(tokenizer_sha256=None),
+        header_with(text_crc32=None),
+        header_with(vocab_size=None),
+    ],
+)
+def test_damaged_tokens_are_refused(tmp_path, tokenizer, damage):
+    path = tokenized(tmp_path, tokenizer, ["one fox", "two"]).path
+    path.write_bytes(damage(path.read_bytes()))
+    for read in (read_header, lambda p: open_tokens(p, tokenizer)):
+        with pytest.raises(ValueError, match=r"a-\w+\.tokens is damaged or cut short; remove it, and it is made anew"):
+            read(path)
+    with pytest.raises(ValueError, match="is damaged or cut short; remove it"):
+        tokenize_text(tmp_path / "a.txt", tokenizer, tmp_path / "tokens")
+
+
+def test_tokenizing_that_is_interrupted_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpus, "AT_ONCE", 100)
+    groups, encode_many = [], tokenizer.encode_many
+
+    def interrupted(texts):
+        groups.append(len(list((tmp_path / "tokens").iterdir())))
+        if len(groups) == 3:
+            raise KeyboardInterrupt
+        return encode_many(texts)
+
+    monkeypatch.setattr(tokenizer, "encode_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenized(tmp_path, tokenizer, some_stories(9))
+    assert groups == [1, 1, 1] and not list((tmp_path / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("content", ["", " \n\n", f"\n{DOCUMENT_END}\n"])
+def test_an_empty_text_is_refused_and_leaves_nothing(tmp_path, tokenizer, content):
+    text = written(tmp_path / "a.txt", content)
+    with pytest.raises(ValueError, match=r"a\.txt holds no text; give a file with some"):
+        tokenize_text(text, tokenizer, tmp_path / "tokens")
+    assert not list(tmp_path.rglob("*tokens*/*"))
+
+
+def test_texts_named_alike_have_tokens_of_their_own(tmp_path, tokenizer):
+    files = [tokenized(tmp_path, tokenizer, [word], f"{word}/a.txt") for word in ("one", "two")]
+    assert [tokenizer.decode(tokens.ids.tolist()) for tokens in files] == ["one", "two"]
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from corpus import open_tokens, tokenize_text
+from tokenizer import Tokenizer
+text, tokenizer, folder = sys.argv[1:]
+tokenizer = Tokenizer(tokenizer_model=tokenizer)
+open_tokens(tokenize_text(Path(text), tokenizer, Path(folder)), tokenizer)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures Linux's peak memory, in kilobytes")
+@pytest.mark.parametrize("separator", [f"\n{DOCUMENT_END}\n", "\n", " "], ids=["documents", "lines", "one line"])
+def test_ten_times_the_text_takes_no_more_memory(tmp_path, small_tokenizer, separator):
+    part = separator.join(some_stories(4000, words=240)) + separator  # 6 MB or so
+    peaks = []
+    for times in (1, 10):
+        text = tmp_path / f"{times}.txt"
+        with text.open("w", encoding="utf-8") as file:
+            for _ in range(times):
+                file.write(part)
+        command = [sys.executable, "-c", MEASURE, str(text), str(small_tokenizer), str(tmp_path / "tokens")]
+        result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout))
+    assert text.stat().st_size > 50e6 and peaks[1] < peaks[0] + 40_000  # kilobytes
+
+
+# Windows
+
+
+def counting_tokens(lengths, first=0, name="t"):
+    """Tokens that are numbered through, so that each tells where it stood; a byte of text for each."""
+    starts = np.cumsum([0, *lengths]).astype("<u8")
+    ids = np.arange(first, first + int(starts[-1]), dtype="<u4")
+    return Tokens(ROOT / name, ids, starts, np.array(lengths, "<u8"))
+
+
+@pytest.mark.parametrize(
+    "held_out, documents, wanted",
+    [(0, 9, 0), (3, 9, 3), (1, 9, 1), (0.5, 9, 4), (0.1, 100, 10), (0.01, 9, 1), (0.01, 1, 0), (0.99, 2, 1)],
+)
+def test_held_out_is_a_number_or_a_share(held_out, documents, wanted):
+    assert held_out_count(held_out, documents) == wanted
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 2, 4, 0.3, 5])
+def test_the_last_documents_of_a_text_are_held_out_across_its_files(held_out):
+    lengths = [[20, 30, 10], [25], [15, 40]]
+    files = [counting_tokens(one, 1000 * i) for i, one in enumerate(lengths)]
+    text = Text("t", files, 4, held_out)
+    documents = [
+        set(tokens.ids[tokens.starts[d] : tokens.starts[d + 1]].tolist())
+        for tokens in files
+        for d in range(len(tokens.text_bytes))
+    ]
+    kept = documents[: len(documents) - held_out_count(held_out, 6)]
+    out = documents[len(kept) :]
+    seen = {int(i) for s in text.train for w in range(len(s)) for i in s.window(w)}
+    judged = {int(i) for s in text.held_out for w in range(len(s)) for i in s.window(w)}
+    assert seen and seen <= set().union(*kept) and judged <= set().union(*out) and bool(judged) == bool(out)
+    assert text.held_out_tokens == text.held_out_bytes == sum(map(len, out))
+
+
+def test_every_training_token_is_an_input_once_but_for_the_tail_of_each_stretch():
+    files = [counting_tokens(lengths, 1000 * i) for i, lengths in enumerate([[10, 7, 20], [9], [3], [1, 12, 6]])]
+    text = Text("t", files, 4, 2)
+    mixture = Corpus([text], seed=0)
+    windows = [mixture.window(i) for i in range(text.training_windows)]
+    assert all(len(window) == 5 and np.all(np.diff(window.astype(int)) == 1) for window in windows)
+    inputs = Counter(int(i) for window in windows for i in window[:-1])
+    assert set(inputs.values()) == {1}
+    for tokens, last in zip(files, (37, 9, 3, 1), strict=True):  # the last two documents are held out
+        tail = set(tokens.ids[:last].tolist()) - inputs.keys()
+        assert tail == set(tokens.ids[max(0, last - len(tail)) : last].tolist()) and len(tail) <= 4
+    assert inputs.keys() <= {
+        int(i) for tokens, last in zip(files, (37, 9, 3, 1), strict=True) for i in tokens.ids[:last]
+    }
+
+
+def test_windows_as_a_tensor_are_wide_enough_for_every_id():
+    window = np.array([65535, 0, 1], "<u2")
+    assert to_tensor([window, window]).tolist() == [[65535, 0, 1]] * 2 and to_tensor([window]).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "lengths, held_out, message",
+    [
+        ([9, 9], 2, "t has 2 documents, and 2 of them would be held out; part documents by <|endoftext|>, or give a"),
+        ([9, 9], 50, "t has 2 documents, and 50 of them"),
+        ([4, 9], 1, "t is too short for windows of 4 tokens"),
+        ([9, 4], 1, "t is too short for windows of 4 tokens"),
+    ],
+)
+def test_a_text_too_short_is_refused(lengths, held_out, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        Text("t", [counting_tokens(lengths)], 4, held_out)
+
+
+def mixture(*sizes_and_weights, seed=0):
+    """Texts of so many windows each."""
+    texts = [
+        Text(f"t{i}", [counting_tokens([4 * n + 1], 1000 * i)], 4, 0, weight)
+        for i, (n, weight) in enumerate(sizes_and_weights)
+    ]
+    return Corpus(texts, seed)
+
+
+def test_in_one_pass_each_window_comes_as_often_as_its_text_weighs():
+    corpus_ = mixture((11, 1.0), (6, 2.0), (20, 0.3))
+    assert corpus_.pass_length == 11 + 12 + 6
+    for number in (0, 1, 7):
+        order = corpus_.order(number).tolist()
+        counts = Counter(order)
+        assert len(order) == corpus_.pass_length
+        assert [counts[i] for i in range(17)] == [1] * 11 + [2] * 6
+        assert sum(counts[i] for i in range(17, 37)) == 6 and max(counts[i] for i in range(17, 37)) == 1
+    assert order != sorted(order)
+
+
+def test_a_small_weight_goes_through_all_windows_before_one_comes_again():
+    corpus_ = mixture((20, 0.3), (5, 1.0))
+    drawn = [int(i) for number in range(10) for i in corpus_.order(number) if i < 20]
+    firsts = [i for number in range(3) for i in corpus_.order(number).tolist() if i < 20]
+    assert len(firsts) == len(set(firsts)) == 18
+    assert set(Counter(drawn).values()) == {3}
+
+
+@pytest.mark.parametrize("weight", [1.5, 0.3, 2.7, 0.05])
+def test_over_many_passes_no_window_is_favoured(weight):
+    corpus_ = mixture((10, weight))
+    counts = Counter(int(i) for number in range(20) for i in corpus_.order(number))
+    assert set(counts.values()) == {max(1, round(weight * 10)) * 2}
+
+
+def test_even_the_smallest_weight_is_a_window_in_each_pass():
+    corpus_ = mixture((10, 1e-6), (5, 1.0))
+    assert corpus_.pass_length == 6 and sum(i < 10 for i in corpus_.order(3)) == 1
+    assert mixture((10, 1e-6)).batch(0, 3)
+
+
+def test_the_order_is_a_function_of_seed_and_pass():
+    orders = {
+        (seed, number): mixture((30, 1.0), seed=seed).order(number).tolist() for seed in (0, 1) for number in (0, 1)
+    }
+    assert len({tuple(order) for order in orders.values()}) == 4
+    corpus_ = mixture((30, 1.0))
+    back_and_forth = [corpus_.order(number).tolist() for number in (1, 0, 1)]
+    assert back_and_forth == [orders[0, 1], orders[0, 0], orders[0, 1]]
+
+
+def test_texts_of_one_size_are_shuffled_each_in_its_own_way():
+    order = [int(i) for i in mixture((30, 0.5), (30, 0.5)).order(0)]
+    assert sorted(i for i in order if i < 30) != sorted(i - 30 for i in order if i >= 30)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 40])
+def test_batches_follow_the_passes_without_a_seam(batch_size):
+    corpus_ = mixture((11, 1.0), (3, 2.0))
+    drawn = [i for step in range(10) for i in corpus_.batch(step, batch_size)]
+    passes = [int(i) for number in range(len(drawn) // 17 + 1) for i in corpus_.order(number)]
+    assert drawn == passes[: len(drawn)] and all(type(i) is int for i in drawn)
+
+
+def test_windows_to_judge_by_are_spread_evenly():
+    stretches = Text("t", [counting_tokens([4 * 10 + 1, 1]), counting_tokens([4 * 21 + 1])], 4, 0).train
+    for count, wanted in ((100, 31), (31, 31), (30, 16), (8, 8), (1, 1)):
+        found = evenly(stretches, count)
+        assert len(found) == wanted
+    assert [int(window[0]) for window in evenly(stretches, 8)] == [0, 16, 32, 8, 24, 40, 56, 72]
