@@ -332,8 +332,13 @@ def write_safetensors(
         if not (config.tie_embeddings and name == "output.weight")
     }
     described = {"format_version": FORMAT_VERSION, "kind": "llama", "model_args": config.to_dict()}
+    content = safetensors.torch.save(tensors, {"format": "pt", METADATA_KEY: json.dumps(described)})
+    # The library puts the metadata in an order of chance; the same model is to be the same bytes.
+    behind = 8 + struct.unpack_from("<Q", content)[0]
+    header = json.dumps(json.loads(content[8:behind]), sort_keys=True, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
     with atomic_file(path, "wb") as file:
-        file.write(safetensors.torch.save(tensors, {"format": "pt", METADATA_KEY: json.dumps(described)}))
+        file.write(struct.pack("<Q", len(header)) + header + content[behind:])
 
 
 def write_torch(path: str | PathLike[str], content: dict[str, Any]) -> None:
