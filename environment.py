@@ -79,10 +79,10 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
             )
             args.pretrained_model_path = as_typed(BUNDLED_MODEL)
-    splits = ("train", "dev", "test")
     if args.option in ("prompt", "finetune", "lora"):
         word = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}[args.option]
-        missing = [getattr(args, split) for split in splits if not Path(getattr(args, split)).exists()]
+        needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
+        missing = [getattr(args, name) for name in needed if not Path(getattr(args, name)).exists()]
         demo = bool(missing) and not any(name in typed for name in DEMO_DATA)
         if demo:
             report(
@@ -91,7 +91,6 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
             )
             for name, file in DEMO_DATA.items():
                 setattr(args, name, as_typed(HERE / "data" / file))
-        needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
         left = [name for name in needed if name not in typed]
         if 0 < len(left) < len(needed):
             defaults = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in left)
