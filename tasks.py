@@ -160,9 +160,11 @@ class LanguageModelling:
     unit = "token"
     judged_by = "bits per byte"
     _length: int = field(init=False)
+    _prompt: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._length = self.corpus.texts[0].train[0].length
+        self._prompt = self.tokenizer.encode(self.sample_prompt, bos=True, eos=False)
 
     @property
     def epochs(self) -> int:
@@ -170,9 +172,10 @@ class LanguageModelling:
 
     def checksum(self) -> int:
         parts = [
-            (text.weight, [(len(s), s.first, s.last, zlib.crc32(s.tokens.ids[s.first : s.last])) for s in text.train])
+            (text.weight, [[(len(s), s.first, s.last, zlib.crc32(s.tokens.ids[s.first : s.last])) for s in stretches]
+                           for stretches in (text.train, text.held_out)])
             for text in self.corpus.texts
-        ]
+        ]  # fmt: skip
         return zlib.crc32(repr(parts).encode())
 
     def plan(self, epoch: int) -> list[list[int]]:
@@ -230,7 +233,7 @@ class LanguageModelling:
     def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
         llama: Any = getattr(model, "module", model)  # as it is without DDP around it
         device = next(llama.parameters()).device
-        prompt = torch.tensor([self.tokenizer.encode(self.sample_prompt, bos=True, eos=False)], device=device)
+        prompt = torch.tensor([self._prompt], device=device)
         with precision(device, dtype):
             ids = generation.generate(
                 llama,

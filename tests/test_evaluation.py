@@ -9,8 +9,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
 import evaluation
+from conftest import tiny_llama
 from dataset import Row
-from evaluation import Evaluation, describe, describe_classes, evaluate
+from evaluation import Evaluation, describe, describe_classes, evaluate, score_documents
 from test_training import Bag, some_rows
 
 
@@ -63,6 +64,76 @@ def test_scores_that_are_no_numbers_are_refused():
         model.table.fill_(math.nan)
     with pytest.raises(ValueError, match="dev: the model's scores hold NaN or infinity in torch.float32; try --dtype"):
         evaluate(model, some_rows(), 4, name="dev")
+
+
+# How well a language model predicts documents
+
+
+def brute_force(model, documents, window, stride):
+    """Token by token in float64: each sees what its window has before it, and no other token is ever beside it."""
+    nats = count = 0
+    for ids in documents:
+        for t in range(1, len(ids)):
+            start = 0  # of the first window that reaches this token
+            while start + window < t:
+                start += stride
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:t]]))[0][0, -1].double()
+            nats -= logits.log_softmax(-1)[ids[t]].item()
+            count += 1
+    return nats, count
+
+
+def some_documents(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [[1, *torch.randint(3, 64, (n - 1,), generator=generator).tolist()] for n in lengths]
+
+
+@pytest.mark.parametrize("window, stride", [(8, 1), (8, 3), (8, 4), (8, 8), (1, 1), (7, 2), (32, 16)])
+def test_documents_are_scored_as_token_by_token(window, stride):
+    model = tiny_llama(causal=True)
+    documents = some_documents(1, 2, 7, 8, 9, 10, 17, 25, 3, 1, 31)
+    nats, count = score_documents(model, documents, window, stride)
+    wanted, number = brute_force(model, documents, window, stride)
+    assert count == number == sum(len(ids) - 1 for ids in documents)
+    assert nats == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_stride_of_one_gives_each_token_the_whole_window():
+    model, (ids,) = tiny_llama(causal=True), some_documents(25)
+    with torch.no_grad():
+        wanted = sum(
+            -model(torch.tensor([ids[max(0, t - 8) : t]]))[0][0, -1].log_softmax(-1)[ids[t]].item()
+            for t in range(1, 25)
+        )
+    assert score_documents(model, [ids], 8, 1)[0] == pytest.approx(wanted, rel=1e-5)
+    assert score_documents(model, [ids], 8, 8)[0] != pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("at_once", [1, 9, 30, 8192])
+def test_neither_neighbours_nor_padding_nor_order_matter_to_a_document(at_once):
+    model, documents = tiny_llama(causal=True), some_documents(3, 25, 8, 2, 14)
+    alone = sum(score_documents(model, [ids], 8, 4)[0] for ids in documents)
+    assert score_documents(model, documents[::-1], 8, 4, tokens_at_once=at_once)[0] == pytest.approx(alone, rel=1e-6)
+
+
+def test_no_batch_is_larger_than_was_asked_for():
+    model, sizes = tiny_llama(causal=True), []
+    model.register_forward_hook(lambda module, inputs, _: sizes.append(inputs[0].numel()))
+    score_documents(model, some_documents(*range(1, 30)), 8, 4, tokens_at_once=40)
+    assert 24 <= max(sizes) <= 40 and len(sizes) > 10
+
+
+def test_documents_without_a_token_to_predict_cost_nothing():
+    assert score_documents(tiny_llama(causal=True), some_documents(1, 1), 8, 4) == (0.0, 0)
+
+
+def test_scores_of_documents_that_are_no_numbers_are_refused():
+    model = tiny_llama(causal=True)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity in torch.float32; try --dtype fp32"):
+        score_documents(model, some_documents(5), 8, 4)
 
 
 # Precision
