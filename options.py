@@ -364,7 +364,11 @@ def output_files(args: argparse.Namespace) -> list[str]:
     if args.option in ("pretrain", "tokenizer"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")
-        return [args.model_out, *([tokenizer_beside(args.model_out)] if args.option == "pretrain" else [])]
+        beside = tokenizer_beside(args.model_out)
+        stays = args.option == "tokenizer" or (
+            args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
+        )
+        return [args.model_out, *([] if stays else [beside])]
     if args.option == "perplexity":
         return []
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -30,9 +31,26 @@ from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer
 from training import train
 
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+
+
+def check_alone(args: argparse.Namespace) -> None:
+    """Raises ValueError if there are several processes, for an option that has no use for them."""
+    if args.processes > 1:
+        raise ValueError(f"--option {args.option} runs in one process; start it without torchrun")
+
+
+def check_causal(llama: Llama) -> None:
+    """Raises ValueError if a token sees what follows it."""
+    if not llama.config.causal:
+        raise ValueError(
+            "this model's attention is bidirectional: it would see what it is to predict; add --attention causal"
+        )
+
 
 def tokenizer(args: argparse.Namespace) -> None:
     """tokenizer: trains one on the texts."""
+    check_alone(args)
     paths = [text_and_weight(text)[0] for text in args.corpus]
     report(f"training a tokenizer of {args.vocab_size} pieces on {', '.join(paths)}; this takes minutes for 100 MB")
     train_tokenizer(paths, args.vocab_size, args.model_out, args.seed)
@@ -41,26 +59,32 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
     """The config of a model to be trained from scratch: the preset's sizes, and those given; causal."""
-    sizes = PRESETS[args.preset] | {
-        name: getattr(args, name)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
-        if getattr(args, name) is not None
-    }
+    sizes = PRESETS[args.preset] | {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     return LlamaConfig(
         vocab_size=vocab_size, norm=args.norm or "layernorm", causal=args.attention != "bidirectional", **sizes
     )
 
 
 def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:
-    """The texts, tokenized by the main process where that was not yet done."""
+    """The texts, tokenized by the main process where that was not yet done. Raises ValueError if a file is named twice,
+    for one text's training documents might be another's held-out ones.
+    """
+    named = [(path, weight, text_files(path)) for path, weight in map(text_and_weight, args.corpus)]
+    counts = Counter(file.resolve() for _, _, files in named for file in files)
+    for file, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"--corpus: {file} is named twice, by itself or by its folder; name it once, with a weight"
+            )
+    stems = Counter(Path(path).stem for path, _, _ in named)
     texts = []
-    for path, weight in map(text_and_weight, args.corpus):
-        files = text_files(path)
+    for path, weight, files in named:
         if processes.is_main:
             done = [tokenize_text(file, tokenizer, Path(args.tokens_dir)) for file in files]
         done = processes.gather(done if processes.is_main else None)[0]
         tokens = [open_tokens(file, tokenizer) for file in done]
-        text = Text(Path(path).stem, tokens, window, args.held_out, weight)
+        name = Path(path).stem if stems[Path(path).stem] == 1 else path
+        text = Text(name, tokens, window, args.held_out, weight)
         documents = sum(len(one.text_bytes) for one in tokens)
         size = sum(len(one.ids) for one in tokens)
         report(
@@ -73,6 +97,10 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
 
 def pretrain(args: argparse.Namespace) -> None:
     """pretrain: trains a new model, or one that goes on from a checkpoint; writes it with its tokenizer."""
+    if tokenizer_beside(args.model_out) == str(Path(args.model_out)):
+        raise ValueError(f"--model_out {args.model_out} is where its tokenizer would go; let it end in .safetensors")
+    if args.continued and (sizes := [name for name in SIZES if getattr(args, name) is not None]):
+        raise ValueError(f"--{sizes[0]} is a size of a new model, but --pretrained-model-path has its own; give one")
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
@@ -84,6 +112,7 @@ def pretrain(args: argparse.Namespace) -> None:
         else:
             llama, kind = Llama(new_config(args, tokenizer.n_words)), "new, random weights"
         print_header(args, llama, kind, tokenizer, device, dtype)
+        check_causal(llama)
         config = llama.config
         window = args.window or config.max_seq_len
         if window > config.max_seq_len:
@@ -115,21 +144,23 @@ def pretrain(args: argparse.Namespace) -> None:
         train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log)
         if processes.is_main:
             write_safetensors(args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype])
+            beside = Path(tokenizer_beside(args.model_out))
             content = tokenizer.path.read_bytes()
-            with atomic_file(tokenizer_beside(args.model_out), "wb") as file:
-                file.write(content)
-            report(f"wrote {args.model_out}, and {tokenizer_beside(args.model_out)}")
+            if not (beside.exists() and beside.samefile(tokenizer.path)):
+                with atomic_file(beside, "wb") as file:
+                    file.write(content)
+            report(f"wrote {args.model_out}; its tokenizer is {beside}")
 
 
 def perplexity(args: argparse.Namespace) -> None:
     """perplexity: how well the model predicts texts, document by document."""
+    check_alone(args)
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     llama, kind = load_llama(args, tokenizer)
     print_header(args, llama, kind, tokenizer, device, dtype)
-    if not llama.config.causal:
-        raise ValueError("this model's attention is bidirectional: it sees what it should predict; no perplexity")
+    check_causal(llama)
     llama.to(device)
     context = llama.config.max_seq_len
     window = args.window or context
@@ -144,7 +175,12 @@ def perplexity(args: argparse.Namespace) -> None:
         if not documents:
             raise ValueError(f"{path} holds no text; give a file with some")
         if args.held_out:
-            documents = documents[-held_out_count(args.held_out, len(documents)) :]
+            count = held_out_count(args.held_out, len(documents))
+            if not 0 < count <= len(documents):
+                raise ValueError(
+                    f"{path} has {len(documents)} documents; --held_out {args.held_out:g} of them cannot be"
+                )
+            documents = documents[-count:]
         ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_many(documents)]
         nats, tokens = score_documents(llama, ids, window, stride, dtype)
         size = sum(len(document.encode()) for document in documents)
