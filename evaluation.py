@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -131,13 +131,13 @@ def score_documents(
         while windows:
             some = windows[: max(1, tokens_at_once // len(windows[0][0]))]
             del windows[: len(some)]
-            ids, _ = pad([one for one, _ in some], 0)
-            targets = ids[:, 1:].clone()
+            batch, _ = pad([one for one, _ in some], 0)
+            targets = batch[:, 1:].clone()
             for row, (one, scored) in enumerate(some):
                 targets[row, : len(one) - 1 - scored] = -100
                 targets[row, len(one) - 1 :] = -100  # padding, which no earlier token sees
             with precision(device, dtype):
-                logits, _ = model(ids[:, :-1].to(device), targets)
+                logits, _ = model(batch[:, :-1].to(device), targets)
             nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").cpu()
             bar.update(sum(scored for _, scored in some))
     if not torch.isfinite(nats):
@@ -145,7 +145,7 @@ def score_documents(
     return float(nats), sum(len(ids) - 1 for ids in documents)
 
 
-def counting_words(rows: dict[str, Sequence[Row]], ngrams: int = 2) -> dict[str, float | None]:
+def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[str, float | None]:
     """The bar to clear: logistic regression on TF-IDF of 1- to n-grams, trained on rows["train"], its C the best of 1,
     10 and 100 on dev. Returns C, and the accuracy on dev and test, None where there are no gold labels.
     """

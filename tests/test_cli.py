@@ -505,7 +505,7 @@ def test_the_two_generated_sentences_go_to_two_files(command):
     [
         (["--resume"], "there is no run under runs to resume"),
         (["--resume", "--run_dir", "none"], "none holds no run"),
-        (["--option", "prompt", "--run_dir", "a"], "--run_dir belongs to --option finetune and lora"),
+        (["--option", "prompt", "--run_dir", "a"], "--run_dir belongs to --option finetune, lora, pretrain"),
     ],
 )
 def test_a_run_that_is_not_there_cannot_be_resumed(command, arguments, wanted):
@@ -532,7 +532,7 @@ def test_help_teaches_at_once_and_imports_no_torch():
     assert min(times) < 0.5
     for word in ("--option", "--epsilon", "--lora_rank", "examples:", "default: 1337"):
         assert word in out
-    code = "import sys, run_llama; run_llama.build_parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys, options, run_llama; options.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
