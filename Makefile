@@ -35,9 +35,9 @@ bundled-model:  ## Make the bundled model again from the collections in COLLECTI
 		--corpus $(TEXTS)/stories.txt $(TEXTS)/opinions.txt $(TEXTS)/books.txt
 	$(PRETRAIN) --corpus $(TEXTS)/stories.txt=1.5 $(TEXTS)/books.txt=0.5 $(TEXTS)/prose.txt=0.1 --preset mini \
 		--lr 1.5e-3 --min_lr 3e-4 --eval_every 250 --run_dir runs/general --model_out runs/general.safetensors
-	$(PRETRAIN) --corpus $(TEXTS)/reviews.txt $(TEXTS)/opinions.txt=0.7 $(TEXTS)/stories.txt=0.35 \
-		--pretrained-model-path runs/general.safetensors --lr 1e-3 --eval_every 250 --run_dir runs/bundled \
-		--model_out data/mini-llama.safetensors --out_dtype bf16
+	$(PRETRAIN) --corpus $(TEXTS)/reviews.txt=0.7 $(TEXTS)/opinions.txt=0.45 $(TEXTS)/stories.txt=1.4 \
+		--pretrained-model-path runs/general.safetensors --lr 1.2e-3 --warmup_steps 50 --eval_every 250 \
+		--run_dir runs/bundled --model_out data/mini-llama.safetensors --out_dtype bf16
 	$(PYTHON) tests/make_bundled_reference.py
 
 clean:  ## Remove caches; keeps data, checkpoints and predictions

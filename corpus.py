@@ -154,6 +154,7 @@ class Tokens:
     ids: np.ndarray
     starts: np.ndarray
     text_bytes: np.ndarray
+    checksum: str  # of text and tokenizer
 
 
 def tokenizer_checksum(tokenizer: Tokenizer) -> str:
@@ -273,7 +274,7 @@ def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
     behind += -behind % 8
     starts = np.memmap(path, "<u8", "r", behind, (documents + 1,))
     text_bytes = np.memmap(path, "<u8", "r", behind + 8 * (documents + 1), (documents,))
-    return Tokens(path, ids, starts, text_bytes)
+    return Tokens(path, ids, starts, text_bytes, f"{header['text_crc32']:08x}-{header['tokenizer_sha256']}")
 
 
 # Windows of tokens

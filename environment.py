@@ -9,7 +9,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from options import TRAINING, flag, output_files, tokenizer_beside
+from options import OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as is RANK
 IS_MAIN = os.environ.get("RANK", "0") == "0"
+HERE = Path(__file__).resolve().parent
+BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+DEMO_DATA = {
+    "train": "demo-train.txt",
+    "dev": "demo-dev.txt",
+    "test": "demo-test.txt",
+    "label_names": "demo-label-mapping.json",
+}
 
 
 def report(line: str) -> None:
@@ -60,16 +68,6 @@ def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
 
 
-HERE = Path(__file__).resolve().parent
-BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
-DEMO_DATA = {
-    "train": "demo-train.txt",
-    "dev": "demo-dev.txt",
-    "test": "demo-test.txt",
-    "label_names": "demo-label-mapping.json",
-}
-
-
 def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
     """Puts what ships in the place of a default file that is not here, and says so. What was typed stays."""
     if "pretrained_model_path" not in typed and not Path(args.pretrained_model_path).exists():
@@ -79,8 +77,7 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
             )
             args.pretrained_model_path = as_typed(BUNDLED_MODEL)
-    if args.option in ("prompt", "finetune", "lora"):
-        word = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}[args.option]
+    if args.option in OUTPUT_ENDINGS:
         needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
         missing = [getattr(args, name) for name in needed if not Path(getattr(args, name)).exists()]
         demo = bool(missing) and not any(name in typed for name in DEMO_DATA)
@@ -97,7 +94,8 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
             report(f"warning: {defaults} by default: do they belong to the files you named?")
         for split in ("dev", "test"):
             if f"{split}_out" not in typed:
-                setattr(args, f"{split}_out", f"{'demo' if demo else 'cfimdb'}-{split}-{word}-output.txt")
+                name = f"{'demo' if demo else 'cfimdb'}-{split}-{OUTPUT_ENDINGS[args.option]}"
+                setattr(args, f"{split}_out", name)
 
 
 def as_typed(path: Path) -> str:
@@ -162,7 +160,7 @@ def print_header(
     report(f"convention  {config.convention}")
     report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
     report(f"tokenizer   {tokenizer.path}")
-    if args.option in ("prompt", "finetune", "lora"):
+    if args.option in OUTPUT_ENDINGS:
         files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
         report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
     for path in output_files(args):

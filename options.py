@@ -255,7 +255,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_every", type=COUNT, default=200, metavar="N", help="judge every N steps (default: %(default)s)")
     add("--sample_prompt", default="Once upon a time", metavar="TEXT", help="continued after each judgement")
     add("--tokens_dir", default="runs/tokens", metavar="DIR", help="where tokenized texts go (default: %(default)s)")
-    add("--vocab_size", type=COUNT, default=4096, metavar="N", help="pieces of a new tokenizer (default: %(default)s)")
+    add(
+        "--vocab_size",
+        type=COUNT,
+        metavar="N",
+        help="pieces of a new tokenizer (default: 4096); a new model has its tokenizer's",
+    )
     add("--out_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of --model_out (default: %(default)s)")
     add(
         "--model_out",

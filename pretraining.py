@@ -31,6 +31,7 @@ from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer
 from training import train
 
+VOCAB_SIZE = 4096  # of a new tokenizer, by default
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
 
 
@@ -52,8 +53,9 @@ def tokenizer(args: argparse.Namespace) -> None:
     """tokenizer: trains one on the texts."""
     check_alone(args)
     paths = [text_and_weight(text)[0] for text in args.corpus]
-    report(f"training a tokenizer of {args.vocab_size} pieces on {', '.join(paths)}; this takes minutes for 100 MB")
-    train_tokenizer(paths, args.vocab_size, args.model_out, args.seed)
+    size = args.vocab_size or VOCAB_SIZE
+    report(f"training a tokenizer of {size} pieces on {', '.join(paths)}")
+    train_tokenizer(paths, size, args.model_out, args.seed)
     report(f"wrote {args.model_out}")
 
 
@@ -102,6 +104,8 @@ def pretrain(args: argparse.Namespace) -> None:
     if args.continued and (sizes := [name for name in SIZES if getattr(args, name) is not None]):
         raise ValueError(f"--{sizes[0]} is a size of a new model, but --pretrained-model-path has its own; give one")
     tokenizer = load_tokenizer(args)
+    if args.vocab_size not in (None, tokenizer.n_words):
+        raise ValueError(f"--vocab_size is {args.vocab_size}, but {tokenizer.path} has {tokenizer.n_words} pieces")
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     with started(device, args.fsdp) as processes:

@@ -172,7 +172,7 @@ class LanguageModelling:
 
     def checksum(self) -> int:
         parts = [
-            (text.weight, len(s), s.first, s.last, zlib.crc32(s.tokens.ids[s.first : s.last].data))
+            (text.weight, len(s), s.first, s.last, s.tokens.checksum)
             for text in self.corpus.texts
             for s in (*text.train, *text.held_out)
         ]

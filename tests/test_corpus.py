@@ -355,7 +355,7 @@ def counting_tokens(lengths, first=0, name="t"):
     """Tokens that are numbered through, so that each tells where it stood; a byte of text for each."""
     starts = np.cumsum([0, *lengths]).astype("<u8")
     ids = np.arange(first, first + int(starts[-1]), dtype="<u4")
-    return Tokens(ROOT / name, ids, starts, np.array(lengths, "<u8"))
+    return Tokens(ROOT / name, ids, starts, np.array(lengths, "<u8"), name)
 
 
 @pytest.mark.parametrize(

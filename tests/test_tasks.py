@@ -30,7 +30,8 @@ def some_tokens(tokenizer, documents):
     rows = [tokenizer.encode(document, bos=True, eos=True) for document in documents]
     starts = np.cumsum([0, *map(len, rows)]).astype("<u8")
     text_bytes = np.array([len(document.encode()) for document in documents], "<u8")
-    return Tokens(ROOT, np.array(sum(rows, []), "<u2"), starts, text_bytes)
+    ids = np.array(sum(rows, []), "<u2")
+    return Tokens(ROOT, ids, starts, text_bytes, ids.tobytes().hex())
 
 
 def a_task(tokenizer, *, texts=2, held_out=2.0, steps=10, **changes):
