@@ -75,9 +75,8 @@ def read_documents(path: str | PathLike[str]) -> Iterator[str]:
                     parts, length = [], 0
                 if len(line) == LONGEST_DOCUMENT and not line.endswith("\n"):
                     rest, behind = rest[: 1 - len(DOCUMENT_END)], rest[1 - len(DOCUMENT_END) :]
-                if rest and not (ended and rest == "\n"):
-                    parts.append(rest)
-                    length += len(rest)
+                parts.append(rest)
+                length += len(rest)
                 if length >= LONGEST_DOCUMENT:
                     yield from _not_blank("".join(parts))
                     parts, length = [], 0

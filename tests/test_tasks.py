@@ -131,6 +131,7 @@ def test_several_processes_share_the_windows_and_sum_what_they_found(tokenizer, 
     for rank in (0, 1):
         monkeypatch.setattr(Processes, "sum", lambda self, loss: sums[self.rank].append(loss) or [loss])
         task.score(model, torch.float32, Processes(rank, 2), lambda: None, "")
+    assert len(sums[0]) == len(sums[1]) == 2  # a sum for each text
     assert all(0 < mine < mine + other for mine, other in zip(sums[0], sums[1], strict=True))
     together = iter([mine + other for mine, other in zip(sums[0], sums[1], strict=True)])
     monkeypatch.setattr(Processes, "sum", lambda self, loss: [next(together)])
