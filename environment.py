@@ -36,6 +36,12 @@ def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def check_alone(args: argparse.Namespace) -> None:
+    """Raises ValueError if there are several processes, for an option that has no use for them."""
+    if args.processes > 1:
+        raise ValueError(f"--option {args.option} runs in one process; start it without torchrun")
+
+
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device asked for. Raises ValueError if there is no such device here."""
     import torch

@@ -355,7 +355,8 @@ def check_options(args: argparse.Namespace) -> None:
 
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
-    named = [args.pretrained_model_path, args.tokenizer]
+    new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
+    named = [args.tokenizer, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
         named += [args.train, args.dev, args.test, args.label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]

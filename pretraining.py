@@ -15,6 +15,7 @@ from config import PRESETS, LlamaConfig
 from corpus import Corpus, Text, held_out_count, open_tokens, read_documents, text_files, tokenize_text, train_tokenizer
 from distributed import Processes, started
 from environment import (
+    check_alone,
     choose_device,
     choose_dtype,
     load_llama,
@@ -33,12 +34,6 @@ from training import train
 
 VOCAB_SIZE = 4096  # of a new tokenizer, by default
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
-
-
-def check_alone(args: argparse.Namespace) -> None:
-    """Raises ValueError if there are several processes, for an option that has no use for them."""
-    if args.processes > 1:
-        raise ValueError(f"--option {args.option} runs in one process; start it without torchrun")
 
 
 def check_causal(llama: Llama) -> None:

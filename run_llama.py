@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from environment import (
     IS_MAIN,
     PROCESSES,
+    check_alone,
     choose_device,
     choose_dtype,
     fall_back,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 # What may differ when a run is resumed: it changes no number.
-MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "device", "use_gpu")
+MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -46,9 +47,7 @@ def generate(args: argparse.Namespace) -> None:
     from checkpoint import atomic_file
     from evaluation import precision
 
-    if PROCESSES > 1:
-        raise ValueError("--option generate runs in one process; start it without torchrun")
-
+    check_alone(args)
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)

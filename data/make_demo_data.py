@@ -7,7 +7,6 @@ is not enough. All wording is the project's own and in the public domain.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -15,7 +14,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from command_line import OneLineParser  # noqa: E402
 
 Rows = dict[str, list[tuple[int, str]]]  # (label, sentence) by split
 
@@ -275,27 +277,17 @@ def write_files(folder: Path, rows: Rows) -> None:
 
 def baseline(rows: Rows) -> dict[str, float | None]:
     """How far counting words gets on these rows."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from dataset import Row  # takes a second or two: not for --help
     from evaluation import counting_words
 
     return counting_words({split: [Row(label, text) for label, text in rows[split]] for split in rows})
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Complains in one line and exits with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see python data/{self.prog} --help\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    about = (
-        "Write the demo data: opinions about films in five classes, from a grammar in which counting words is not "
-        "enough. Then print how far counting words gets: the accuracy of logistic regression on TF-IDF features."
-    )
-    parser = OneLineParser(prog="make_demo_data.py", description=about, allow_abbrev=False)
+    about = """Writes the demo data: opinions about films in five classes, from a grammar in which counting words is not
+enough. Then prints how far counting words gets: the accuracy of logistic regression on TF-IDF features."""
+    parser = OneLineParser(prog="make_demo_data.py", description=about)
     here = Path(__file__).resolve().parent
     parser.add_argument("--into", type=Path, default=here, metavar="DIR", help="where to write (default: this folder)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="0 or more; 0, the default, gives what ships")
