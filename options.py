@@ -306,7 +306,9 @@ def parse_options(
     typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
     given = {name: value for name, value in vars(typed).items() if value is not absent}
     defaults = PRETRAINING_DEFAULTS if given.get("option") == "pretrain" else {}
-    return argparse.Namespace(**(names | defaults | (saved or {}) | given)), frozenset(given)
+    # What pretraining starts from: a checkpoint that was named, or random weights.
+    derived = {"continued": "pretrained_model_path" in given}
+    return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
 
 
 def flag(name: str) -> str:

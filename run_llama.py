@@ -315,7 +315,6 @@ def main(argv: list[str] | None = None) -> int:
     """
     args, typed = parse_options(argv)
     args.processes = PROCESSES
-    args.continued = "pretrained_model_path" in typed  # what pretraining starts from
     try:
         if args.resume:
             args = resumed(args, argv)
