@@ -280,7 +280,7 @@ def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
     for name, value in saved.items():
         if name not in MAY_DIFFER and getattr(args, name) != value:
             raise ValueError(
-                f"{flag(name)[2:]} is {getattr(args, name)}, but {folder} was started with {value}; "
+                f"{flag(name).lstrip('-')} is {getattr(args, name)}, but {folder} was started with {value}; "
                 "give that, or leave it out"
             )
     return args
