@@ -175,6 +175,17 @@ def print_header(
         report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
 
 
+def ready(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device, torch.dtype]:
+    """What an option that only runs a model needs, in one process: the model on its device, announced by the header."""
+    check_alone(args)
+    tokenizer = load_tokenizer(args)
+    device = choose_device(args)
+    dtype = choose_dtype(args, device)
+    llama, kind = load_llama(args, tokenizer)
+    print_header(args, llama, kind, tokenizer, device, dtype)
+    return llama.to(device), tokenizer, device, dtype
+
+
 def settings_of(args: argparse.Namespace, dtype: torch.dtype) -> Settings:
     """How to train, from the options."""
     from training import Settings

@@ -21,6 +21,7 @@ from environment import (
     load_llama,
     load_tokenizer,
     print_header,
+    ready,
     report,
     settings_of,
 )
@@ -153,14 +154,8 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def perplexity(args: argparse.Namespace) -> None:
     """perplexity: how well the model predicts texts, document by document."""
-    check_alone(args)
-    tokenizer = load_tokenizer(args)
-    device = choose_device(args)
-    dtype = choose_dtype(args, device)
-    llama, kind = load_llama(args, tokenizer)
-    print_header(args, llama, kind, tokenizer, device, dtype)
+    llama, tokenizer, _, dtype = ready(args)
     check_causal(llama)
-    llama.to(device)
     context = llama.config.max_seq_len
     window = args.window or context
     stride = args.stride or max(1, window // 2)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from environment import (
     IS_MAIN,
     PROCESSES,
-    check_alone,
     choose_device,
     choose_dtype,
     fall_back,
     load_llama,
     load_tokenizer,
     print_header,
+    ready,
     report,
     settings_of,
 )
@@ -47,13 +47,7 @@ def generate(args: argparse.Namespace) -> None:
     from checkpoint import atomic_file
     from evaluation import precision
 
-    check_alone(args)
-    tokenizer = load_tokenizer(args)
-    device = choose_device(args)
-    dtype = choose_dtype(args, device)
-    llama, kind = load_llama(args, tokenizer)
-    print_header(args, llama, kind, tokenizer, device, dtype)
-    llama.to(device)
+    llama, tokenizer, device, dtype = ready(args)
 
     prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
     if len(prompt) + args.max_new_tokens > llama.config.max_seq_len:
