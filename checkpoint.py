@@ -150,10 +150,11 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
-        return _from_torch(path, read_torch(path))
+    # First, for its length may begin with the byte that a pickle begins with.
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack_from("<Q", head)[0] < size:
         return _from_torch(path, _read_safetensors(path))
+    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
+        return _from_torch(path, read_torch(path))
     if len(head) >= 4 and struct.unpack_from("<I", head)[0] == LLAMA2C_MAGIC:
         return _read_llama2c_v1(path, head, size)
     if checkpoint := _read_llama2c_v0(path, head, size):
