@@ -30,8 +30,12 @@ def made(tmp_path, monkeypatch):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("".join(f"{document}\n{DOCUMENT_END}\n" for document in documents), encoding="utf-8")
     (source / "reviews").mkdir()
-    reviews = [f"{i % 2}\tcv{fold}{i:02}_1\tfilm {fold} {i} was seen by many people . the end came . so it goes .\n"
-               for fold in range(10) for i in range(4)]  # fmt: skip
+    reviews = []
+    for fold in range(10):
+        for i in range(4):
+            name = f"film {fold} {i}"
+            text = f"{name} was seen by many . {name} came to an end . {name} is what it is ."
+            reviews.append(f"{i % 2}\tcv{fold}{i:02}_1\t{text}\n")
     (source / "reviews" / "movie_reviews_2000.tsv").write_text("".join(reviews), encoding="utf-8")
     (source / "reviews" / "pros_cons.tsv").write_text("1\ta good lens\n0\ttoo heavy\n", encoding="utf-8")
     assert make_corpora.main(["--source", str(source), "--into", str(into)]) == 0
