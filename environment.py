@@ -147,7 +147,7 @@ def load_llama(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Llama, s
             f"{tokenizer.n_words}; give the --tokenizer that the model was trained with"
         )
     causal = None if args.attention is None else args.attention == "causal"
-    return llama_from_checkpoint(checkpoint, args.norm, causal), checkpoint.kind
+    return llama_from_checkpoint(checkpoint, args.norm, causal, args.dropout), checkpoint.kind
 
 
 def print_header(

@@ -343,9 +343,12 @@ def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     return at_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
 
 
-def llama_from_checkpoint(checkpoint: Checkpoint, norm: str | None = None, causal: bool | None = None) -> Llama:
-    """Builds the model of a checkpoint that was read; `norm` and `causal` override what the checkpoint says."""
-    overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
+def llama_from_checkpoint(
+    checkpoint: Checkpoint, norm: str | None = None, causal: bool | None = None, dropout: float | None = None
+) -> Llama:
+    """Builds the model of a checkpoint that was read; what is given overrides what the checkpoint says."""
+    given = {"norm": norm, "causal": causal, "dropout": dropout}
+    overrides = {name: value for name, value in given.items() if value is not None}
     config = replace(checkpoint.config, **overrides)  # type: ignore[arg-type]
     state = checkpoint.complete_state(config)  # checked first: wrong sizes may ask for more memory than there is
     model = Llama(config)

@@ -60,7 +60,11 @@ def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = PRESETS[args.preset or DEFAULT_PRESET] | given
     return LlamaConfig(
-        vocab_size=vocab_size, norm=args.norm or "layernorm", causal=args.attention != "bidirectional", **sizes
+        vocab_size=vocab_size,
+        norm=args.norm or "layernorm",
+        causal=args.attention != "bidirectional",
+        dropout=args.dropout or 0.0,
+        **sizes,
     )
 
 
