@@ -18,6 +18,7 @@ from environment import (
     fall_back,
     load_llama,
     load_tokenizer,
+    open_checkpoint,
     print_header,
     ready,
     report,
@@ -44,8 +45,8 @@ def generate(args: argparse.Namespace) -> None:
     """Continues the prompt: at the temperature asked for, or at 0 and at 1 into the two files."""
     import torch
 
-    from checkpoint import atomic_file
     from evaluation import precision
+    from files import atomic_file
 
     llama, tokenizer, device, dtype = ready(args)
 
@@ -166,8 +167,9 @@ def classify(args: argparse.Namespace) -> None:
     with started(device, args.fsdp) as processes:
         args.run_dir = processes.gather(args.run_dir)[0]  # a new one has the time in its name
         torch.manual_seed(args.seed)
-        llama, kind = load_llama(args, tokenizer)
-        print_header(args, llama, kind, tokenizer, device, dtype)
+        checkpoint = open_checkpoint(args, tokenizer)
+        llama = load_llama(args, checkpoint, dtype)
+        print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
         config = SimpleNamespace(
             llama=llama,
             num_labels=len(label_names),
@@ -209,8 +211,9 @@ def fine_tune(
     to predict with, and where to tell of it."""
     import torch
 
-    from checkpoint import link_or_copy, write_checkpoint
+    from checkpoint import write_checkpoint
     from evaluation import DTYPES
+    from files import link_or_copy
     from run_directory import RunDirectory
     from tasks import Classification
     from training import train
@@ -295,6 +298,10 @@ def run_option(args: argparse.Namespace) -> None:
         generate(args)
     elif args.option in ("prompt", "finetune", "lora"):
         classify(args)
+    elif args.option == "convert":
+        from conversion import convert
+
+        convert(args)
     else:
         import pretraining
 
@@ -315,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             fall_back(args, typed)
         check_options(args)
-        from checkpoint import check_writable  # from here on torch is imported
+        from files import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
         if args.option in TRAINING and not args.resume:

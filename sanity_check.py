@@ -123,7 +123,7 @@ def check_conformance() -> bool:
     """The tiny model of tests/conformance against what a course-conforming implementation computed with it."""
     import torch
 
-    from checkpoint import read_torch
+    from files import read_torch
     from llama import load_pretrained
 
     expected = read_torch(CONFORMANCE / "course_tiny_expected.pt")
@@ -198,7 +198,7 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     """{"logits": (2, 1, V), "hidden_states": (2, 8, D)}. Raises ValueError for anything else."""
     import torch
 
-    from checkpoint import is_dense, read_torch
+    from files import is_dense, read_torch
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such reference file; python fetch_data.py references brings the course's")
