@@ -119,10 +119,10 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
+    if is_safetensors(head, size):  # first, for its length may begin with a byte that a pickle begins with
+        return _from_content(path, _described_safetensors(path))
     if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
         return _from_content(path, read_torch(path, mapped=True))
-    if is_safetensors(head, size):
-        return _from_content(path, _described_safetensors(path))
     if found := read_llama2c(path):
         return Checkpoint(path, *found)
     raise ValueError(

@@ -30,8 +30,12 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
     """
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # what torch wrote before 1.6 is none, and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+            # What torch wrote before 1.6 is no zip file and cannot be mapped; and by this name it would read another
+            # format, whatever the content.
+            if mapped and file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: unpickling it would run code, or it is damaged; "

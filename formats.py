@@ -33,6 +33,7 @@ from files import (
     write_json,
     write_safetensors_file,
 )
+from rope import rotary_frequencies
 
 State = dict[str, Tensor]
 
@@ -554,7 +555,7 @@ def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, 
 
 def _unread_tables(config: LlamaConfig) -> bytes:
     """The cosines and sines that end a v0 file."""
-    frequencies = 1.0 / LLAMA2C_THETA ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    frequencies = rotary_frequencies(config.head_dim, LLAMA2C_THETA)
     angles = torch.outer(torch.arange(config.max_seq_len).float(), frequencies)
     return bytes(raw_bytes(angles.cos())) + bytes(raw_bytes(angles.sin()))
 

@@ -109,6 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("generate").add_argument
     add("--prompt", default=COURSE_PROMPT, metavar="TEXT", help="what to continue (default: the course's film review)")
+    add(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says, the continuation the reply, in the format of Llama 2's or Llama 3's chat "
+        "models, whichever the tokenizer is; prints the reply alone",
+    )
+    add("--system", metavar="TEXT", help="with --chat: what the model is told before (default: nothing)")
     add("--max_new_tokens", type=TOKENS, default=75, metavar="N", help="tokens to add (default: %(default)s)")
     add(
         "--temperature",
@@ -362,6 +369,8 @@ def check_options(args: argparse.Namespace) -> None:
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
         return
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
         low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
         if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):

@@ -19,6 +19,11 @@ from torch import Tensor
 Scaling = tuple[float, float, float, int]  # config.RopeScaling
 
 
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i/head_dim), radians a position, of each pair i: (head_dim / 2,), float32."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+
+
 def scaled(frequencies: Tensor, scaling: Scaling) -> Tensor:
     """The frequencies (radians a position) of a model whose context was stretched after its training, as Llama 3.1's.
 
@@ -42,7 +47,7 @@ def rotary_table(
     stays out of state dicts and out of reach of `.to(dtype)`.
     """
     with torch.inference_mode(False):  # a table first made under inference_mode could never serve training
-        frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        frequencies = rotary_frequencies(head_dim, theta, device)
         if scaling is not None:
             frequencies = scaled(frequencies, scaling)
         angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)

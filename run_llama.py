@@ -50,7 +50,11 @@ def generate(args: argparse.Namespace) -> None:
 
     llama, tokenizer, device, dtype = ready(args)
 
-    prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}])
+    else:
+        prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
     if len(prompt) + args.max_new_tokens > llama.config.max_seq_len:
         report(
             f"warning: {len(prompt)} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of "
@@ -66,10 +70,10 @@ def generate(args: argparse.Namespace) -> None:
                 args.max_new_tokens,
                 temperature,
                 args.epsilon,
-                eos_id=tokenizer.eos_id,
+                eos_id=tokenizer.stop_ids[-1],
                 generator=torch.Generator(device).manual_seed(args.seed),
             )
-        text = tokenizer.decode(tokens[0].tolist())
+        text = tokenizer.decode(tokens[0, len(prompt) if args.chat else 0 :].tolist())
         if path is not None:
             report(f"\ntemperature {temperature:g} -> {path}")
             with atomic_file(path) as file:

@@ -820,6 +820,16 @@ def test_safetensors_of_one_model_are_the_same_bytes(tmp_path):
     assert size % 8 == 0 and json.loads(content[8 : 8 + size])["__metadata__"]["format"] == "pt"
 
 
+def test_safetensors_whose_length_begins_like_a_pickle_are_read(tmp_path):
+    model, path = tiny_llama(n_layers=1), tmp_path / "a.safetensors"
+    write_safetensors(path, model.state_dict(), model.config)
+    content = path.read_bytes()
+    size = struct.unpack_from("<Q", content)[0]
+    header = content[8 : 8 + size].rstrip().ljust(size + (0x80 - size) % 0x100)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + size :])
+    assert path.read_bytes()[0] == 0x80 and same(load_pretrained(path).state_dict(), model.state_dict())
+
+
 def safetensors_file(path: Path, metadata: dict[str, str] | None, **tensors: torch.Tensor) -> Path:
     state = {name: t for name, t in tiny_llama().state_dict().items() if name != "output.weight"} | tensors
     safetensors.torch.save_file(state, path, metadata)
