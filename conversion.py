@@ -57,7 +57,7 @@ def whole_state(args: argparse.Namespace, checkpoint: Checkpoint, config: LlamaC
     """The checkpoint's tensors, complete, with the adapter merged into them."""
     if args.adapter is None:
         return checkpoint.complete_state(config)
-    llama = llama_from_checkpoint(checkpoint, config.norm, config.causal, dtype=None)
+    llama = llama_from_checkpoint(checkpoint, dtype=None, **overrides(args))
     read_adapter(Path(args.adapter), config).apply(llama)
     return remove_lora(merge_lora_weights(llama)).state_dict()
 

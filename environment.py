@@ -143,8 +143,9 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the model against its checkpoint."""
-    causal = {} if args.attention is None else {"causal": args.attention == "causal"}
-    return causal | ({} if args.norm is None else {"norm": args.norm})
+    causal = None if args.attention is None else args.attention == "causal"
+    given = {"norm": args.norm, "causal": causal, "dropout": args.dropout}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_vocabulary(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer) -> None:

@@ -205,6 +205,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="dropout before the head (default: %(default)s)",
     )
     add(
+        "--dropout",
+        type=FRACTION,
+        metavar="P",
+        help="dropout inside the model: of embeddings, attention weights and what each block adds (default: what the "
+        "checkpoint says, mostly 0)",
+    )
+    add(
         "--micro_batch_size",
         type=COUNT,
         metavar="N",

@@ -65,7 +65,8 @@ def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
         sizes["norm"] = args.norm
     if args.dim is not None:
         sizes["hidden_dim"] = None  # the preset's was for its own width
-    return LlamaConfig(**sizes | {"vocab_size": vocab_size, "causal": args.attention != "bidirectional"})
+    sizes |= {"vocab_size": vocab_size, "causal": args.attention != "bidirectional", "dropout": args.dropout or 0.0}
+    return LlamaConfig(**sizes)
 
 
 def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:

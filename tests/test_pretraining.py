@@ -126,17 +126,17 @@ def test_a_texts_weight_is_how_often_it_is_read(command):
     assert passes[0] == pytest.approx(3 * passes[1], rel=0.02)
 
 
-@pytest.mark.parametrize("option", ["seed", "adam_beta2"])
-def test_the_draws_follow_the_seed_and_the_steps_adams_memory(command, option):
+@pytest.mark.parametrize("option", ["seed", "adam_beta2", "dropout"])
+def test_seed_dropout_and_adams_memory_reach_the_training(command, option):
     """From one checkpoint, where nothing else is random."""
     assert command.pretrain("--max_steps", "2")[0] == 0
     losses = {}
-    for value in {"seed": ("1", "2"), "adam_beta2": ("0.5", "0.99")}[option]:
+    for value in {"seed": ("1", "2"), "adam_beta2": ("0.5", "0.99"), "dropout": ("0", "0.3")}[option]:
         arguments = ["--pretrained-model-path", "out.safetensors", "--max_steps", "3", f"--{option}", value]
         assert command.pretrain(*arguments, new=False, out="more.safetensors", run_dir=f"run{value}")[0] == 0
         losses[value] = [line["loss"] for line in command.metrics(f"run{value}") if "loss" in line][:3]
     first, second = losses.values()
-    assert first[2] != second[2] and (first[0] != second[0]) == (option == "seed")
+    assert first[2] != second[2] and (first[0] != second[0]) == (option != "adam_beta2")
 
 
 def test_what_was_written_generates_with_the_tokenizer_beside_it(command):
@@ -144,7 +144,11 @@ def test_what_was_written_generates_with_the_tokenizer_beside_it(command):
     os.remove("tok.model")
     arguments = ["--option", "generate", "--pretrained-model-path", "out.safetensors", "--prompt", "the big cat"]
     code, out, err = command(*arguments, "--temperature", "0", "--max_new_tokens", "5")
-    assert code == 0 and out.startswith("the big cat") and re.search(r"^tokenizer   out\.model \(sentencepiece\)$", err, flags=re.M)
+    assert (
+        code == 0
+        and out.startswith("the big cat")
+        and re.search(r"^tokenizer   out\.model \(sentencepiece\)$", err, flags=re.M)
+    )
     assert "LayerNorm, causal" in err
 
 
