@@ -328,8 +328,8 @@ class Stretch:
 
     def window(self, i: int) -> np.ndarray:
         """Window i: (length + 1,); its last token is the first of the next."""
-        start, found = i * self.length, []
-        missing = self.length + 1
+        start, missing = i * self.length, self.length + 1
+        found: list[np.ndarray] = []
         for k in range(int(np.searchsorted(self._ends, start, side="right")), len(self._parts)):
             first = start - int(self._ends[k]) + len(self._parts[k]) if not found else 0
             found.append(self._parts[k][first : first + missing])

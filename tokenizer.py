@@ -307,9 +307,8 @@ class HuggingFaceModel:
         decoder = self.processor.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in decoder.items() if token.special}
         self.n_words = 1 + max(self.processor.get_vocab().values())
-        self.pad_id = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
-        if self.pad_id is None:
-            self.pad_id = self.eos_id
+        pad = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
+        self.pad_id: int = self.eos_id if pad is None else pad
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
