@@ -58,7 +58,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str
             parts = _sentencepiece_parts(tokenizer.path, proto)
             config["unk_token"] = model.processor.id_to_piece(model.processor.unk_id())
         else:
-            parts = _byte_pair_parts(model)
+            parts = byte_pair_parts(model)
         written["tokenizer.json"] = _json_bytes(_tokenizer_json(tokenizer, names, parts))
     written.setdefault("tokenizer_config.json", _json_bytes(config))
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,8 @@ def _merges(preference: dict[Token, float]) -> list[list[Token]]:
     return [[left, right] for left, right in splits if left in preference and right in preference]
 
 
-def _byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
+def byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
+    """The parts of a tokenizer.json that do what tiktoken does with the ranks."""
     letters = {token: "".join(BYTE_LETTERS[byte] for byte in token) for token in model.ranks}
     merges = [[letters[left], letters[right]] for left, right in _merges({t: -rank for t, rank in model.ranks.items()})]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -161,7 +162,7 @@ def _sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"{path} cannot be written for Hugging Face: {reason}, which a tokenizer.json cannot say")
-    strips, prefixes = normalizer.get(EXTRA_SPACES, True), normalizer.get(DUMMY_PREFIX, True)
+    strips, prefixes = space_flags(proto)
     steps = [_replace({"Regex": r"\A +"}, ""), _replace({"Regex": " {2,}"}, " ")] if strips else []
     steps += [_replace({"Regex": f"[ {SPACE}]+\\z"}, "")] if strips else []
     steps += [{"type": "Prepend", "prepend": SPACE}] if prefixes else []
@@ -183,6 +184,12 @@ def _sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
             byte_fallback=True,
         ),
     }
+
+
+def space_flags(proto: bytes) -> tuple[bool, bool]:
+    """Whether a SentencePiece proto strips spaces that are too many, and whether it puts one before a text."""
+    normalizer = {k: v for number, value in _fields(proto) if number == NORMALIZER for k, v in _fields(value)}
+    return bool(normalizer.get(EXTRA_SPACES, True)), bool(normalizer.get(DUMMY_PREFIX, True))
 
 
 def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
