@@ -8,10 +8,19 @@ import math
 import reprlib
 import sys
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 NORMS = ("layernorm", "rmsnorm")
 ATTENTION_KERNELS = ("auto", "fused", "manual", "pieces")
+
+
+class RopeScaling(NamedTuple):
+    """How Llama 3.1 stretches its rotary positions, see `rope.scaled`."""
+
+    factor: float  # 8; 32 in Llama 3.2
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192  # that the model was first trained at
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ class LlamaConfig:
     norm: str = "layernorm"
     causal: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = True
     attention_kernel: str = "auto"  # see `Attention.attend`; all compute the same
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        self._check_rope_scaling()
         for name in (
             "vocab_size",
             "dim",
@@ -87,6 +98,24 @@ class LlamaConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be one of {', '.join(allowed)}")
 
+    def _check_rope_scaling(self) -> None:
+        if self.rope_scaling is None:
+            return
+        try:  # a file has it as a table or a list
+            given: Any = self.rope_scaling
+            scaling = RopeScaling(**given) if isinstance(given, dict) else RopeScaling(*given)
+        except TypeError as error:
+            raise ValueError(
+                f"rope_scaling is {shown(self.rope_scaling)}; it must give {', '.join(RopeScaling._fields)}"
+            ) from error
+        numbers = all(isinstance(value, int | float) and 0 < value < math.inf for value in scaling)
+        if not numbers or scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling is {shown(tuple(scaling))}; it must be numbers above 0, its low_freq_factor below its "
+                "high_freq_factor"
+            )
+        object.__setattr__(self, "rope_scaling", scaling)
+
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads, never None."""
@@ -105,7 +134,8 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; `LlamaConfig.from_dict` is its inverse."""
-        return asdict(self)
+        scaling = None if self.rope_scaling is None else self.rope_scaling._asdict()
+        return asdict(self) | {"rope_scaling": scaling}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
@@ -128,11 +158,46 @@ def feed_forward_size(dim: int, hidden_dim: int | None, multiple_of: int) -> int
     return multiple_of * math.ceil(int(8 * dim / 3) / multiple_of)
 
 
-# Sizes by name, for `--preset`; the vocabulary is the tokenizer's. stories*: the models that llama2.c publishes.
-PRESETS: dict[str, dict[str, int]] = {
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the state dict of a `Llama` with this config, the tied output included."""
+    dim, hidden = config.dim, feed_forward_size(config.dim, config.hidden_dim, config.multiple_of)
+    kv_dim = config.kv_heads * config.head_dim
+    norm_parts = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for i in range(config.n_layers):
+        shapes |= {
+            f"layers.{i}.attention.compute_query.weight": (dim, dim),
+            f"layers.{i}.attention.compute_key.weight": (kv_dim, dim),
+            f"layers.{i}.attention.compute_value.weight": (kv_dim, dim),
+            f"layers.{i}.attention.compute_output.weight": (dim, dim),
+            f"layers.{i}.feed_forward.w1.weight": (hidden, dim),
+            f"layers.{i}.feed_forward.w2.weight": (dim, hidden),
+            f"layers.{i}.feed_forward.w3.weight": (hidden, dim),
+        }
+        shapes |= {
+            f"layers.{i}.{norm}.{part}": (dim,) for norm in ("attention_norm", "ffn_norm") for part in norm_parts
+        }
+    shapes |= {f"norm.{part}": (dim,) for part in norm_parts}
+    return shapes | {"output.weight": (config.vocab_size, dim)}
+
+
+# Sizes by name, for `--preset`; the vocabulary of a new model is its tokenizer's. stories*: the models that llama2.c
+# publishes. The others are Meta's and TinyLlama's, as their files have them.
+META: dict[str, Any] = {"norm": "rmsnorm", "tie_embeddings": False}
+LLAMA2 = META | {"vocab_size": 32000, "max_seq_len": 4096, "multiple_of": 256}
+LLAMA3 = META | {"vocab_size": 128256, "max_seq_len": 8192, "n_kv_heads": 8, "rope_theta": 500000.0}
+PRESETS: dict[str, dict[str, Any]] = {
     "mini": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 512},  # the bundled model
     "stories260K": {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 512, "multiple_of": 4},
     "stories15M": {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "max_seq_len": 256},
     "stories42M": {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "max_seq_len": 1024},
     "stories110M": {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 12, "max_seq_len": 1024},
+    "TinyLlama-1.1B": LLAMA2 | {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "max_seq_len": 2048},
+    "Llama-2-7B": LLAMA2 | {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32},
+    "Llama-2-13B": LLAMA2 | {"dim": 5120, "n_layers": 40, "n_heads": 40, "n_kv_heads": 40},
+    "Llama-2-70B": LLAMA2 | {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "hidden_dim": 28672},
+    "Llama-3-8B": LLAMA3 | {"dim": 4096, "n_layers": 32, "n_heads": 32, "hidden_dim": 14336},
+    "Llama-3.2-1B": LLAMA3
+    | {"dim": 2048, "n_layers": 16, "n_heads": 32, "hidden_dim": 8192, "tie_embeddings": True}
+    | {"max_seq_len": 131072, "rope_scaling": RopeScaling(32.0)},
 }

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import atomic_file
+from files import atomic_file
 from tokenizer import Tokenizer
 
 DOCUMENT_END = "<|endoftext|>"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_file
+from files import atomic_file
 from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "

@@ -7,13 +7,15 @@ import os
 import sys
 from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from options import DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
 
 if TYPE_CHECKING:
     import torch
 
+    from checkpoint import Checkpoint
+    from config import LlamaConfig
     from llama import Llama
     from tokenizer import Tokenizer
     from training import Settings
@@ -22,6 +24,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as is RAN
 IS_MAIN = os.environ.get("RANK", "0") == "0"
 HERE = Path(__file__).resolve().parent
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+LARGE = 500_000_000  # weights; a model of more is not widened to float32 unasked
 DEMO_DATA = {
     "train": "demo-train.txt",
     "dev": "demo-dev.txt",
@@ -63,14 +66,16 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def choose_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """The precision of the matrix products."""
+def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None = None) -> torch.dtype:
+    """The precision of the matrix products, for the model of `checkpoint`."""
     from evaluation import DTYPES, bf16_is_native
 
     if args.dtype != "auto":
         return DTYPES[args.dtype]
     if args.option in ("generate", "perplexity") and device.type == "cpu":
-        return DTYPES["fp32"]
+        stored = checkpoint.state["tok_embeddings.weight"].dtype if checkpoint is not None else DTYPES["fp32"]
+        large = checkpoint is not None and sum(t.numel() for t in checkpoint.state.values()) > LARGE
+        return stored if large and stored in DTYPES.values() else DTYPES["fp32"]
     return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
 
 
@@ -113,15 +118,19 @@ def as_typed(path: Path) -> str:
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer asked for, else the one beside the checkpoint, else the default one; for a new model, if there is
-    none of these, the bundled one.
+    """The tokenizer asked for, else the one that came with the checkpoint, else the default one; for a new model, if
+    there is none of these, the bundled one.
     """
-    from tokenizer import Tokenizer, default_tokenizer_path
+    from tokenizer import IN_FOLDER, Tokenizer, default_tokenizer_path
 
     path = args.tokenizer
     new = args.option == "pretrain" and not args.continued
-    if path is None and not new and Path(tokenizer_beside(args.pretrained_model_path)).is_file():
-        path = tokenizer_beside(args.pretrained_model_path)
+    if path is None and not new:
+        model = Path(args.pretrained_model_path)
+        likely = [Path(tokenizer_beside(str(model)))]
+        if model.is_dir():  # Llama 1 and 2 came with one tokenizer, in the folder that holds the models' own
+            likely = [model / name for name in IN_FOLDER] + [model.resolve().parent / "tokenizer.model"]
+        path = next((file for file in likely if file.is_file()), None)
     if path is None:
         try:
             path = default_tokenizer_path()
@@ -132,22 +141,47 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer(tokenizer_model=path)
 
 
-def load_llama(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Llama, str]:
-    """The backbone, with the overrides of the command line, and its format in words.
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of the model against its checkpoint."""
+    causal = None if args.attention is None else args.attention == "causal"
+    given = {"norm": args.norm, "causal": causal, "dropout": args.dropout}
+    return {name: value for name, value in given.items() if value is not None}
 
-    Raises ValueError if its vocabulary is another than the tokenizer's.
-    """
-    from checkpoint import read_checkpoint
-    from llama import llama_from_checkpoint
 
-    checkpoint = read_checkpoint(args.pretrained_model_path)
-    if checkpoint.config.vocab_size != tokenizer.n_words:
+def check_vocabulary(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the model's vocabulary is another than the tokenizer's."""
+    if config.vocab_size != tokenizer.n_words:
         raise ValueError(
-            f"{args.pretrained_model_path} has a vocabulary of {checkpoint.config.vocab_size}, {tokenizer.path} one of "
+            f"{args.pretrained_model_path} has a vocabulary of {config.vocab_size}, {tokenizer.path} one of "
             f"{tokenizer.n_words}; give the --tokenizer that the model was trained with"
         )
-    causal = None if args.attention is None else args.attention == "causal"
-    return llama_from_checkpoint(checkpoint, args.norm, causal, args.dropout), checkpoint.kind
+
+
+def open_checkpoint(args: argparse.Namespace, tokenizer: Tokenizer) -> Checkpoint:
+    """What is at --pretrained-model-path. Raises ValueError if its vocabulary is another than the tokenizer's."""
+    from checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(args.pretrained_model_path)
+    check_vocabulary(args, checkpoint.config, tokenizer)
+    return checkpoint
+
+
+def load_llama(args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype) -> Llama:
+    """The backbone, with the overrides of the command line, and the adapter. dtype: of the matrix products; weights
+    that are trained are float32 all the same, and to run a model in half precision they stay as the file has them.
+    """
+    import torch
+
+    from adapters import read_adapter
+    from llama import llama_from_checkpoint
+    from lora import merge_lora_weights, remove_lora
+
+    wide = args.option in TRAINING or dtype == torch.float32
+    llama = llama_from_checkpoint(checkpoint, dtype=torch.float32 if wide else None, **overrides(args))
+    if args.adapter is not None:
+        read_adapter(Path(args.adapter), llama.config).apply(llama)
+        remove_lora(merge_lora_weights(llama))
+    return llama
 
 
 def print_header(
@@ -166,7 +200,9 @@ def print_header(
     )
     report(f"convention  {config.convention}")
     report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
-    report(f"tokenizer   {tokenizer.path}")
+    if args.adapter is not None:
+        report(f"adapter     {args.adapter}")
+    report(f"tokenizer   {tokenizer.path} ({tokenizer.kind})")
     if args.option in OUTPUT_ENDINGS:
         files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
         report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
@@ -181,9 +217,10 @@ def ready(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device, tor
     check_alone(args)
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
-    dtype = choose_dtype(args, device)
-    llama, kind = load_llama(args, tokenizer)
-    print_header(args, llama, kind, tokenizer, device, dtype)
+    checkpoint = open_checkpoint(args, tokenizer)
+    dtype = choose_dtype(args, device, checkpoint)
+    llama = load_llama(args, checkpoint, dtype)
+    print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
     return llama.to(device), tokenizer, device, dtype
 
 

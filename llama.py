@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,11 @@ def narrowed(x: Tensor) -> Tensor:
     """x in autocast's dtype, where autocast is on: cast once here, not once in each of the products it goes into."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, where autocast is on: what adds up over the layers stays wide, whatever the weights are kept in."""
+    return at_least_float32(x) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -176,7 +182,9 @@ class Attention(nn.Module):
         query = self.compute_query(x).view(B, T, config.n_heads, config.head_dim)  # (B, T, H, hd)
         key = self.compute_key(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
         value = self.compute_value(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
-        query, key = apply_rotary_emb(query, key, config.head_dim, config.max_seq_len, config.rope_theta)
+        query, key = apply_rotary_emb(
+            query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling
+        )
 
         group = config.n_heads // config.kv_heads  # query heads that share one key/value head
         if group > 1:
@@ -246,9 +254,13 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(layer_id, config) for layer_id in range(config.n_layers))
         self.norm = NORM_CLASSES[config.norm](config.dim, config.layer_norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+        self.tie_weights()
         self.init_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the output projection's weight the embedding's, if the config says so."""
+        if self.config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self) -> None:
         """N(0, 0.02); the two projections that write into the residual stream N(0, 0.02 / sqrt(2 * n_layers)).
@@ -290,7 +302,7 @@ class Llama(nn.Module):
         if attention_mask is not None:
             mask = attention_mask.to(torch.bool)
             visible = visible_positions(mask, tokens.shape[1], self.config.causal, tokens.device)
-        x = self.dropout(self.tok_embeddings(tokens))  # (B, T, D)
+        x = self.dropout(widened(self.tok_embeddings(tokens)))  # (B, T, D)
         *others, last_layer = self.layers
         for layer in others:
             x = layer(x, visible)
@@ -343,22 +355,29 @@ def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     return at_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
 
 
-def llama_from_checkpoint(
-    checkpoint: Checkpoint, norm: str | None = None, causal: bool | None = None, dropout: float | None = None
-) -> Llama:
-    """Builds the model of a checkpoint that was read; what is given overrides what the checkpoint says."""
-    given = {"norm": norm, "causal": causal, "dropout": dropout}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    config = replace(checkpoint.config, **overrides)  # type: ignore[arg-type]
-    state = checkpoint.complete_state(config)  # checked first: wrong sizes may ask for more memory than there is
-    model = Llama(config)
-    model.load_state_dict(state, strict=True)
+def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
+    """Builds the model of a checkpoint that was read. dtype: of the weights; None keeps the file's, and what is in it
+    already is not copied. overrides: fields of the config that are to be other than the checkpoint says.
+    """
+    config = replace(checkpoint.config, **overrides)
+    state = checkpoint.complete_state(config)
+    with torch.device("meta"):  # sizes without memory, for the tensors are there
+        model = Llama(config)
+    model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
+    model.tie_weights()
     return model.eval()
 
 
-def load_pretrained(checkpoint: str | PathLike[str], norm: str | None = None, causal: bool | None = None) -> Llama:
-    """Reads a checkpoint file of any known format into a `Llama` in evaluation mode, on the CPU.
+def load_pretrained(
+    checkpoint: str | PathLike[str],
+    norm: str | None = None,
+    causal: bool | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Llama:
+    """Reads a checkpoint of any known format into a `Llama` in evaluation mode, on the CPU.
 
-    Raises FileNotFoundError or ValueError, each with what to do, if the file is missing, damaged or of no known format.
+    dtype: of the weights; None keeps the file's. Raises FileNotFoundError or ValueError, each with what to do, if it is
+    missing, damaged or of no known format.
     """
-    return llama_from_checkpoint(read_checkpoint(checkpoint), norm, causal)
+    overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
+    return llama_from_checkpoint(read_checkpoint(checkpoint), dtype, **overrides)

@@ -14,7 +14,7 @@ COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer")
+OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
 TRAINING = ("finetune", "lora", "pretrain")
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
@@ -29,6 +29,8 @@ PRETRAINING_DEFAULTS = {
     "held_out": 0.01,
 }
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
+FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
+FOLDER_FORMATS = ("huggingface", "peft")
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
@@ -48,6 +50,7 @@ examples:
   python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --tokenizer mine.model \\
       --model_out mine.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
+  python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
@@ -67,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
         "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
-        "predicts a text; make a tokenizer from text (default: %(default)s)",
+        "predicts a text; make a tokenizer from text; write a checkpoint in another format (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
 
@@ -75,16 +78,22 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--pretrained-model-path",
         default="stories42M.pt",
-        metavar="FILE",
-        help="checkpoint: the course's .pt or ours, our .safetensors, or llama2.c's .bin of version 0 or 1; pretrain "
-        "starts from random weights unless it is given (default: %(default)s, and where that is missing the bundled "
-        "model)",
+        metavar="PATH",
+        help="checkpoint: the course's .pt or ours, our .safetensors, llama2.c's .pt or .bin, or a folder as Meta "
+        "(Llama 1 to 3.2) or Hugging Face has it; told apart by what is in it. pretrain starts from random weights "
+        "unless it is given (default: %(default)s, and where that is missing the bundled model)",
     )
     add(
         "--tokenizer",
-        metavar="FILE",
-        help="SentencePiece model (default: the one beside the checkpoint, else tokenizer.model, else "
-        "data/tokenizer.model, and for a new model the bundled one)",
+        metavar="PATH",
+        help="SentencePiece model, Llama 3's tokenizer.model, GPT-2's pair of files, or a tokenizer.json (default: "
+        "the one with the checkpoint, else tokenizer.model, else data/tokenizer.model; for a new model the bundled "
+        "one)",
+    )
+    add(
+        "--adapter",
+        metavar="PATH",
+        help="LoRA adapter merged into the model: a file of --option lora, or a folder that peft saved (default: none)",
     )
     add("--norm", choices=NORMS, help="the model's norm (default: what the checkpoint says; a new one: layernorm)")
     add(
@@ -107,6 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("generate").add_argument
     add("--prompt", default=COURSE_PROMPT, metavar="TEXT", help="what to continue (default: the course's film review)")
+    add(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says, the continuation the reply, in the format of Llama 2's or Llama 3's chat "
+        "models, whichever the tokenizer is; prints the reply alone",
+    )
+    add("--system", metavar="TEXT", help="with --chat: what the model is told before (default: nothing)")
     add("--max_new_tokens", type=TOKENS, default=75, metavar="N", help="tokens to add (default: %(default)s)")
     add(
         "--temperature",
@@ -285,11 +301,24 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pieces of a new tokenizer (default: 4096); a new model has its tokenizer's",
     )
-    add("--out_dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of --model_out (default: %(default)s)")
+    add(
+        "--out_dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of --model_out (default: fp32, for convert what the checkpoint has)",
+    )
     add(
         "--model_out",
-        metavar="FILE",
-        help="where the model or tokenizer goes; pretraining puts its tokenizer beside it",
+        metavar="PATH",
+        help="where the model or tokenizer goes; a safetensors file gets its tokenizer beside it",
+    )
+
+    add = parser.add_argument_group("convert").add_argument
+    add(
+        "--to",
+        choices=(*FILE_FORMATS, *FOLDER_FORMATS),
+        default="safetensors",
+        help="what --model_out becomes: a file of ours, of llama2.c (v2: int8) or of llama.cpp, or a folder of "
+        "transformers, or, for an --adapter, of peft (default: %(default)s)",
     )
 
     add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
@@ -368,6 +397,14 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
+        raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
+    if args.option == "convert":
+        if args.to == "peft" and args.adapter is None:
+            raise ValueError("--to peft writes an adapter; say which with --adapter")
+        return
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
         low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
         if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
@@ -399,7 +436,7 @@ def check_options(args: argparse.Namespace) -> None:
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [args.tokenizer, *([] if new else [args.pretrained_model_path])]
+    named = [args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
         named += [args.train, args.dev, args.test, args.label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
@@ -410,9 +447,13 @@ def output_files(args: argparse.Namespace) -> list[str]:
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
         return both if args.temperature is None else []
-    if args.option in ("pretrain", "tokenizer"):
+    if args.option in ("pretrain", "tokenizer", "convert"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")
+        if args.option == "convert" and args.to in FOLDER_FORMATS:
+            return []  # a folder, made anew
+        if args.option == "convert" and args.to != "safetensors":
+            return [args.model_out]
         beside = tokenizer_beside(args.model_out)
         stays = args.option == "tokenizer" or (
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_file, read_torch, write_checkpoint, write_safetensors
+from checkpoint import write_checkpoint, write_safetensors
 from config import PRESETS, LlamaConfig
 from corpus import Corpus, Text, held_out_count, open_tokens, read_documents, text_files, tokenize_text, train_tokenizer
 from distributed import Processes, started
@@ -20,12 +20,14 @@ from environment import (
     choose_dtype,
     load_llama,
     load_tokenizer,
+    open_checkpoint,
     print_header,
     ready,
     report,
     settings_of,
 )
 from evaluation import DTYPES, score_documents
+from files import atomic_file, read_torch
 from llama import Llama
 from options import DEFAULT_PRESET, text_and_weight, tokenizer_beside
 from run_directory import RunDirectory
@@ -59,13 +61,12 @@ def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
     """The config of a model to be trained from scratch: the preset's sizes, and those given; causal."""
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes = PRESETS[args.preset or DEFAULT_PRESET] | given
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        norm=args.norm or "layernorm",
-        causal=args.attention != "bidirectional",
-        dropout=args.dropout or 0.0,
-        **sizes,
-    )
+    if args.norm is not None:
+        sizes["norm"] = args.norm
+    if args.dim is not None:
+        sizes["hidden_dim"] = None  # the preset's was for its own width
+    sizes |= {"vocab_size": vocab_size, "causal": args.attention != "bidirectional", "dropout": args.dropout or 0.0}
+    return LlamaConfig(**sizes)
 
 
 def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:
@@ -115,7 +116,8 @@ def pretrain(args: argparse.Namespace) -> None:
         args.run_dir = processes.gather(args.run_dir)[0]
         torch.manual_seed(args.seed)
         if args.continued:
-            llama, kind = load_llama(args, tokenizer)
+            checkpoint = open_checkpoint(args, tokenizer)
+            llama, kind = load_llama(args, checkpoint, dtype), checkpoint.kind
         else:
             llama, kind = Llama(new_config(args, tokenizer.n_words)), "new, random weights"
         print_header(args, llama, kind, tokenizer, device, dtype)
@@ -154,7 +156,9 @@ def pretrain(args: argparse.Namespace) -> None:
             model.compile(dynamic=False)
         train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log)
         if processes.is_main:
-            write_safetensors(args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype])
+            write_safetensors(
+                args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype or "fp32"]
+            )
             beside = Path(tokenizer_beside(args.model_out))
             if not (beside.exists() and beside.samefile(tokenizer.path)):
                 with atomic_file(beside, "wb") as file:

@@ -10,21 +10,46 @@ Meta and llama2.c store query and key weights for these interleaved pairs; Huggi
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+Scaling = tuple[float, float, float, int]  # config.RopeScaling
+
+
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i/head_dim), radians a position, of each pair i: (head_dim / 2,), float32."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+
+
+def scaled(frequencies: Tensor, scaling: Scaling) -> Tensor:
+    """The frequencies (radians a position) of a model whose context was stretched after its training, as Llama 3.1's.
+
+    A pair that turns round high_freq_factor times or more within the original context keeps its frequency, one that
+    turns low_freq_factor times or less is slowed down by the factor, and between the two it is a mean of both that
+    moves from one to the other (github.com/meta-llama/llama-models, models/llama3).
+    """
+    factor, low, high, original_context = scaling
+    turns = frequencies * original_context / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept) * frequencies / factor + kept * frequencies
+
 
 @lru_cache(maxsize=8)
-def rotary_table(head_dim: int, seq_len: int, theta: float, device: torch.device) -> Tensor:
+def rotary_table(
+    head_dim: int, seq_len: int, theta: float, device: torch.device, scaling: Scaling | None = None
+) -> Tensor:
     """e^(i angle) for every position and pair: (seq_len, head_dim / 2), complex64.
 
     float32 whatever the model's dtype: bfloat16 cannot tell position 256 from 257. Being no module's buffer, the table
     stays out of state dicts and out of reach of `.to(dtype)`.
     """
     with torch.inference_mode(False):  # a table first made under inference_mode could never serve training
-        frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        frequencies = rotary_frequencies(head_dim, theta, device)
+        if scaling is not None:
+            frequencies = scaled(frequencies, scaling)
         angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
         return torch.complex(angles.cos(), angles.sin())
 
@@ -46,7 +71,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def apply_rotary_emb(
-    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0
+    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0, scaling: Scaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turns query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions 0 to seq-1.
 
@@ -56,5 +81,5 @@ def apply_rotary_emb(
     if seq_len > max_seq_len:
         raise ValueError(f"a sequence of {seq_len} tokens is longer than the model's context of {max_seq_len}")
     # A power of two: few tables, and none of a size that only the checkpoint's word stands for.
-    table = rotary_table(head_dim, 1 << (seq_len - 1).bit_length(), theta, query.device)[:seq_len]
+    table = rotary_table(head_dim, 1 << (seq_len - 1).bit_length(), theta, query.device, scaling)[:seq_len]
     return rotate(query, table), rotate(key, table)

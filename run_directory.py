@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import atomic_file, read_torch, write_torch
+from files import atomic_file, read_torch, write_torch
 
 
 def new_run_path(parent: Path, name: str) -> Path:

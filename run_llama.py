@@ -20,6 +20,7 @@ from environment import (
     fall_back,
     load_llama,
     load_tokenizer,
+    open_checkpoint,
     print_header,
     ready,
     report,
@@ -45,12 +46,16 @@ def generate(args: argparse.Namespace) -> None:
     """Continues the prompt: at the temperature asked for, or at 0 and at 1 into the two files."""
     import torch
 
-    from checkpoint import atomic_file
     from evaluation import precision
+    from files import atomic_file
 
     llama, tokenizer, device, dtype = ready(args)
 
-    prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
+    if args.chat:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}])
+    else:
+        prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
     if len(prompt) + args.max_new_tokens > llama.config.max_seq_len:
         report(
             f"warning: {len(prompt)} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of "
@@ -66,10 +71,10 @@ def generate(args: argparse.Namespace) -> None:
                 args.max_new_tokens,
                 temperature,
                 args.epsilon,
-                eos_id=tokenizer.eos_id,
+                eos_id=tokenizer.stop_ids[-1],
                 generator=torch.Generator(device).manual_seed(args.seed),
             )
-        text = tokenizer.decode(tokens[0].tolist())
+        text = tokenizer.decode(tokens[0, len(prompt) if args.chat else 0 :].tolist())
         if path is not None:
             report(f"\ntemperature {temperature:g} -> {path}")
             with atomic_file(path) as file:
@@ -167,8 +172,9 @@ def classify(args: argparse.Namespace) -> None:
     with started(device, args.fsdp) as processes:
         args.run_dir = processes.gather(args.run_dir)[0]  # a new one has the time in its name
         torch.manual_seed(args.seed)
-        llama, kind = load_llama(args, tokenizer)
-        print_header(args, llama, kind, tokenizer, device, dtype)
+        checkpoint = open_checkpoint(args, tokenizer)
+        llama = load_llama(args, checkpoint, dtype)
+        print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
         config = SimpleNamespace(
             llama=llama,
             num_labels=len(label_names),
@@ -210,8 +216,9 @@ def fine_tune(
     to predict with, and where to tell of it."""
     import torch
 
-    from checkpoint import link_or_copy, write_checkpoint
+    from checkpoint import write_checkpoint
     from evaluation import DTYPES
+    from files import link_or_copy
     from run_directory import RunDirectory
     from tasks import Classification
     from training import train
@@ -296,6 +303,10 @@ def run_option(args: argparse.Namespace) -> None:
         generate(args)
     elif args.option in ("prompt", "finetune", "lora"):
         classify(args)
+    elif args.option == "convert":
+        from conversion import convert
+
+        convert(args)
     else:
         import pretraining
 
@@ -316,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             fall_back(args, typed)
         check_options(args)
-        from checkpoint import check_writable  # from here on torch is imported
+        from files import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
         if args.option in TRAINING and not args.resume:

@@ -123,7 +123,7 @@ def check_conformance() -> bool:
     """The tiny model of tests/conformance against what a course-conforming implementation computed with it."""
     import torch
 
-    from checkpoint import read_torch
+    from files import read_torch
     from llama import load_pretrained
 
     expected = read_torch(CONFORMANCE / "course_tiny_expected.pt")
@@ -198,7 +198,7 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     """{"logits": (2, 1, V), "hidden_states": (2, 8, D)}. Raises ValueError for anything else."""
     import torch
 
-    from checkpoint import is_dense, read_torch
+    from files import is_dense, read_torch
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such reference file; python fetch_data.py references brings the course's")
@@ -256,7 +256,7 @@ def check_reference(path: Path, checkpoint: Checkpoint) -> bool:
                 "give the --pretrained-model-path of the model that the reference was made with"
             )
     norm = norm_of(wanted["hidden_states"], checkpoint.complete_state(checkpoint.config)["norm.weight"])
-    model = llama_from_checkpoint(checkpoint, norm, is_causal(wanted["hidden_states"]))
+    model = llama_from_checkpoint(checkpoint, norm=norm, causal=is_causal(wanted["hidden_states"]))
     with torch.no_grad():
         logits, hidden = model(torch.tensor(REFERENCE_IDS))
     pairs = {"logits": (logits, wanted["logits"]), "hidden states": (hidden, wanted["hidden_states"])}

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from checkpoint import read_torch
 from distributed import Processes
+from files import read_torch
 from optimizer import AdamW, decay_groups, learning_rate, local
 from run_directory import RunDirectory
 from tasks import Score, Task

@@ -11,7 +11,7 @@ import environment
 import tokenizer as tokenizer_module
 from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
-from environment import as_typed, fall_back, load_llama, load_tokenizer
+from environment import as_typed, fall_back, load_tokenizer, open_checkpoint
 from options import check_options, parse_options
 from tokenizer import Tokenizer
 
@@ -202,4 +202,4 @@ def test_a_model_of_another_vocabulary_is_refused(folder):
     write_checkpoint("model.pt", model.state_dict(), model.config)
     args = SimpleNamespace(pretrained_model_path="model.pt", norm=None, attention=None)
     with pytest.raises(ValueError, match=r"vocabulary of 300, typed.model one of 320; give the --tokenizer that the"):
-        load_llama(args, Tokenizer(tokenizer_model="typed.model"))
+        open_checkpoint(args, Tokenizer(tokenizer_model="typed.model"))

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 
-TABLE = re.findall(r"^\| (\d) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)
+TABLE = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)
 LAYER = {name: int(number) for number, files in TABLE for name in re.findall(r"`(\w+)\.py`", files)}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 CORE = {"torch", "sentencepiece", "numpy", "tqdm", "sklearn", "safetensors"}

@@ -144,7 +144,11 @@ def test_what_was_written_generates_with_the_tokenizer_beside_it(command):
     os.remove("tok.model")
     arguments = ["--option", "generate", "--pretrained-model-path", "out.safetensors", "--prompt", "the big cat"]
     code, out, err = command(*arguments, "--temperature", "0", "--max_new_tokens", "5")
-    assert code == 0 and out.startswith("the big cat") and re.search(r"^tokenizer   out\.model$", err, flags=re.M)
+    assert (
+        code == 0
+        and out.startswith("the big cat")
+        and re.search(r"^tokenizer   out\.model \(sentencepiece\)$", err, flags=re.M)
+    )
     assert "LayerNorm, causal" in err
 
 

@@ -17,12 +17,12 @@ from torch import nn
 import evaluation
 import tasks
 import training
-from checkpoint import write_torch
 from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
 from dataset import Row, shuffled_batches
 from distributed import Processes
 from evaluation import Evaluation, evaluate
+from files import write_torch
 from lora import apply_lora
 from optimizer import AdamW, learning_rate
 from run_directory import RunDirectory

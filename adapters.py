@@ -1,0 +1,146 @@
+"""LoRA adapters by themselves: ours, out of the file of a fine-tuned model, and peft's folders, read and written.
+
+peft names an adapter's matrices after Hugging Face's layers and keeps W x + scale * B A x as this program does. Since
+the rows of Hugging Face's query and key stand in split halves, so do the rows of their B.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from config import LlamaConfig, parameter_shapes, shown
+from files import read_json, read_safetensors, read_torch, weights_of, write_json, write_safetensors_file
+from formats import renamed, rotary_heads, to_pairs, to_split_halves
+from lora import apply_lora, load_lora_state_dict
+
+PEFT_PREFIX = "base_model.model."
+MATRICES = ("lora_A", "lora_B")
+
+
+@dataclass
+class Adapter:
+    """What a LoRA adapter is: its matrices by our names, "layers.0.attention.compute_query.lora_A", and their scale."""
+
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+    head: dict[str, Tensor]  # of a classifier that was trained with it
+
+    def apply(self, model: nn.Module) -> None:
+        """Wraps the model's Linears and gives them the adapter. Raises ValueError if it does not fit."""
+        targets = {name.split(".")[-2] for name in self.state}
+        apply_lora(model, self.rank, self.alpha, sorted(targets), keep_trainable=())
+        load_lora_state_dict(model, self.state)
+
+
+def read_adapter(path: Path, config: LlamaConfig) -> Adapter:
+    """The adapter of a peft folder, or of the file that `--option lora` makes; config: of the model it belongs to.
+
+    Raises FileNotFoundError if there is none, ValueError for what is no adapter or one that this program cannot apply.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter; --adapter takes a peft folder, or a file of --option lora")
+    return _read_peft(path, config) if path.is_dir() else _read_ours(path)
+
+
+def _read_ours(path: Path) -> Adapter:
+    content = read_torch(path)
+    options = content.get("options") if isinstance(content, dict) else None
+    if not isinstance(options, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"{path} is no file of --option lora; --adapter takes one, or a peft folder")
+    state = weights_of(path, content["model"])
+    adapter = {name.removeprefix("llama."): t for name, t in state.items() if name.rpartition(".")[2] in MATRICES}
+    rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
+    if not adapter or type(rank) is not int or not isinstance(alpha, int | float):
+        raise ValueError(f"{path} holds a model without LoRA; --adapter takes a file of --option lora")
+    head = {name: tensor for name, tensor in state.items() if name.startswith("classifier_head.")}
+    return Adapter(adapter, rank, float(alpha), head)
+
+
+# What adapter_config.json may say and ours computes.
+PEFT_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None, []),
+    "trainable_token_indices": (None, []),
+}
+
+
+def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for needed in (path, weights):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{folder} has no {needed.name}; --adapter takes a folder that peft saved")
+    settings = read_json(path)
+    for name, allowed in PEFT_MUST_BE.items():
+        if (value := settings.get(name, allowed[0] if name != "peft_type" else None)) not in allowed:
+            raise ValueError(f"{path}: {name} is {shown(value)}; this program applies {shown(allowed[0])} only")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{path}: r is {shown(rank)} and lora_alpha {shown(alpha)}; both must be numbers above 0")
+    if settings.get("use_rslora"):
+        alpha *= math.sqrt(rank)  # alpha / sqrt(rank) is that over rank
+    state = {}
+    theirs = weights_of(weights, read_safetensors(weights))
+    ours = renamed([_without(name, weights) for name in theirs], "huggingface", "ours")
+    layers = known_layers(config)
+    for (name, tensor), target in zip(theirs.items(), ours.values(), strict=True):
+        layer, _, matrix = target.rpartition(".")
+        if matrix not in MATRICES or layer not in layers:
+            raise ValueError(f"{weights} holds {shown(name)}, which is no LoRA matrix of a Llama of this size")
+        heads = rotary_heads(f"{layer}.", config)
+        if heads is not None and matrix == "lora_B":
+            if tensor.shape[0] != heads * config.head_dim:
+                raise ValueError(f"{weights}: {name} has {tensor.shape[0]} rows, the model {heads * config.head_dim}")
+            tensor = to_pairs(tensor, heads)
+        state[target] = tensor
+    return Adapter(state, rank, float(alpha), {})
+
+
+def _without(name: str, weights: Path) -> str:
+    """peft's "base_model.model.LAYER.lora_A.weight" as "LAYER.lora_A"."""
+    if not name.startswith(PEFT_PREFIX) or not name.endswith(".weight"):
+        raise ValueError(f"{weights} holds {shown(name)}; an adapter's tensors are named {PEFT_PREFIX}...lora_A.weight")
+    return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
+
+
+def known_layers(config: LlamaConfig) -> set[str]:
+    """The names of the Linears that an adapter may change."""
+    return {name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+
+
+def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, which peft loads onto the base model, written as a
+    Hugging Face folder; the head of a classifier goes into a file of its own, which peft does not look at.
+    """
+    tensors = {}
+    names = renamed(adapter.state, "ours", "huggingface")
+    for name, tensor in adapter.state.items():
+        heads = rotary_heads(name, config) if name.endswith("lora_B") else None
+        tensors[f"{PEFT_PREFIX}{names[name]}.weight"] = tensor if heads is None else to_split_halves(tensor, heads)
+    targets = sorted({name.split(".")[-2] for name in names.values()})
+    write_safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    if adapter.head:
+        write_safetensors_file(folder / "classifier_head.safetensors", adapter.head, {"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", settings)
