@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from checkpoint import fits_float32
 from config import LlamaConfig, parameter_shapes, shown
 from files import read_json, read_safetensors, read_torch, weights_of, write_json, write_safetensors_file
 from formats import renamed, rotary_heads, to_pairs, to_split_halves
@@ -30,6 +31,14 @@ class Adapter:
     rank: int
     alpha: float
     head: dict[str, Tensor]  # of a classifier that was trained with it
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.state.items():
+            wanted = 0 if name.endswith("lora_A") else 1
+            if tensor.dim() != 2 or tensor.shape[wanted] != self.rank:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is none of rank {self.rank}")
+            if not fits_float32(tensor):
+                raise ValueError(f"{name} holds NaN or infinity; the adapter is damaged")
 
     def apply(self, model: nn.Module) -> None:
         """Wraps the model's Linears and gives them the adapter. Raises ValueError if it does not fit."""
@@ -56,10 +65,15 @@ def _read_ours(path: Path) -> Adapter:
     state = weights_of(path, content["model"])
     adapter = {name.removeprefix("llama."): t for name, t in state.items() if name.rpartition(".")[2] in MATRICES}
     rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
-    if not adapter or type(rank) is not int or not isinstance(alpha, int | float):
+    if not adapter or type(rank) is not int or not is_alpha(alpha):
         raise ValueError(f"{path} holds a model without LoRA; --adapter takes a file of --option lora")
     head = {name: tensor for name, tensor in state.items() if name.startswith("classifier_head.")}
     return Adapter(adapter, rank, float(alpha), head)
+
+
+def is_alpha(value: object) -> bool:
+    """Whether a value from a file can be LoRA's alpha."""
+    return type(value) in (int, float) and 0 < value < 1e30  # type: ignore[operator]
 
 
 # What adapter_config.json may say and ours computes.
@@ -73,6 +87,11 @@ PEFT_MUST_BE: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "layers_to_transform": (None, []),
     "trainable_token_indices": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "target_parameters": (None, []),
+    "lora_bias": (False, None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base model
 }
 
 
@@ -86,7 +105,7 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
         if (value := settings.get(name, allowed[0] if name != "peft_type" else None)) not in allowed:
             raise ValueError(f"{path}: {name} is {shown(value)}; this program applies {shown(allowed[0])} only")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+    if type(rank) is not int or rank < 1 or not is_alpha(alpha):
         raise ValueError(f"{path}: r is {shown(rank)} and lora_alpha {shown(alpha)}; both must be numbers above 0")
     if settings.get("use_rslora"):
         alpha *= math.sqrt(rank)  # alpha / sqrt(rank) is that over rank
@@ -98,10 +117,13 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
         layer, _, matrix = target.rpartition(".")
         if matrix not in MATRICES or layer not in layers:
             raise ValueError(f"{weights} holds {shown(name)}, which is no LoRA matrix of a Llama of this size")
+        if layer == "output" and config.tie_embeddings:
+            raise ValueError(f"{weights} changes the output, which in this model is the embedding, too; untie the base")
         heads = rotary_heads(f"{layer}.", config)
         if heads is not None and matrix == "lora_B":
-            if tensor.shape[0] != heads * config.head_dim:
-                raise ValueError(f"{weights}: {name} has {tensor.shape[0]} rows, the model {heads * config.head_dim}")
+            rows = tensor.shape[0] if tensor.dim() else 0
+            if rows != heads * config.head_dim:
+                raise ValueError(f"{weights}: {name} has {rows} rows, the model {heads * config.head_dim}")
             tensor = to_pairs(tensor, heads)
         state[target] = tensor
     return Adapter(state, rank, float(alpha), {})
@@ -116,7 +138,8 @@ def _without(name: str, weights: Path) -> str:
 
 def known_layers(config: LlamaConfig) -> set[str]:
     """The names of the Linears that an adapter may change."""
-    return {name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    matrices = {name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    return matrices - {"tok_embeddings"}
 
 
 def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,18 +16,18 @@ import torch
 from torch import Tensor
 
 from adapters import read_adapter, write_peft
-from checkpoint import Checkpoint, read_checkpoint, write_safetensors
+from checkpoint import Checkpoint, fits_float32, read_checkpoint, write_safetensors
 from config import LlamaConfig, parameter_shapes
-from environment import check_alone, check_vocabulary, load_tokenizer, overrides, report
+from environment import check_alone, check_vocabulary, load_tokenizer, overrides, put_tokenizer_beside, report
 from evaluation import DTYPES
-from files import atomic_folder, check_free, raw_bytes
+from files import atomic_file, atomic_folder, check_free, raw_bytes
 from formats import check_rmsnorm, renamed, write_huggingface, write_llama2c
 from llama import llama_from_checkpoint
 from lora import merge_lora_weights, remove_lora
-from options import FOLDER_FORMATS, tokenizer_beside
+from options import FOLDER_FORMATS
 from rope import rotary_frequencies, scaled
 from tokenizer import BytePairModel, Tokenizer
-from tokenizer_files import byte_pair_parts, space_flags, write_huggingface_tokenizer
+from tokenizer_files import byte_pair_parts, sentencepiece_parts, space_flags, write_huggingface_tokenizer
 
 State = dict[str, Tensor]
 
@@ -42,6 +41,7 @@ def convert(args: argparse.Namespace) -> None:
     config = replace(checkpoint.config, **overrides(args))
     report(f"model       {args.pretrained_model_path} ({checkpoint.kind}), {config.convention}")
     if args.to == "peft":
+        check_rmsnorm(config, "the base of a peft adapter")
         adapter = read_adapter(Path(args.adapter), config)
         with atomic_folder(args.model_out) as folder:
             write_peft(folder, adapter, config, base=args.pretrained_model_path)
@@ -49,6 +49,8 @@ def convert(args: argparse.Namespace) -> None:
         state = whole_state(args, checkpoint, config)
         if args.out_dtype is not None:
             state = {name: tensor.to(DTYPES[args.out_dtype]) for name, tensor in state.items()}
+            if too_large := [name for name, tensor in state.items() if not fits_float32(tensor)]:
+                raise ValueError(f"{too_large[0]} holds numbers beyond {args.out_dtype}; give another --out_dtype")
         WRITERS[args.to](args, config, state)
     report(f"wrote       {args.model_out} ({args.to})")
 
@@ -64,10 +66,9 @@ def whole_state(args: argparse.Namespace, checkpoint: Checkpoint, config: LlamaC
 
 def to_safetensors(args: argparse.Namespace, config: LlamaConfig, state: State) -> None:
     tokenizer = tokenizer_of(args, config)
-    beside = Path(tokenizer_beside(args.model_out))
-    if not (beside.exists() and beside.samefile(tokenizer.path)) and tokenizer.path.is_file():
-        shutil.copyfile(tokenizer.path, beside)
+    content = tokenizer.path.read_bytes()
     write_safetensors(args.model_out, state, config)
+    put_tokenizer_beside(args.model_out, tokenizer, content)
 
 
 def to_llama2c(version: int) -> Callable[[argparse.Namespace, LlamaConfig, State], None]:
@@ -127,7 +128,8 @@ def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State) -> None
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(Path(folder) / "model.gguf", target)
+        with (Path(folder) / "model.gguf").open("rb") as made, atomic_file(target, "wb") as file:
+            shutil.copyfileobj(made, file)
 
 
 def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None:
@@ -135,7 +137,7 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
     special, kinds = set(tokenizer.special_ids.values()), gguf.TokenType
     if isinstance(tokenizer.model, BytePairModel):
         model = byte_pair_parts(tokenizer.model)["model"]
-        tokens = [*model["vocab"], *tokenizer.special_ids]
+        tokens = [*sorted(model["vocab"], key=model["vocab"].get), *tokenizer.special_ids]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre({"llama3": "llama-bpe", "gpt2": "gpt-2"}[tokenizer.kind])
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
@@ -148,7 +150,9 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([pieces.get_score(i) for i in ids])
         writer.add_unk_token_id(pieces.unk_id())
-        strips, prefixes = space_flags(tokenizer.path.read_bytes())
+        proto = tokenizer.path.read_bytes()
+        sentencepiece_parts(tokenizer.path, proto)  # refuses what is no BPE with byte pieces
+        strips, prefixes = space_flags(proto)
         writer.add_remove_extra_whitespaces(strips)
         writer.add_add_space_prefix(prefixes)
         types = [

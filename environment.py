@@ -143,6 +143,22 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer(tokenizer_model=path)
 
 
+def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -> None:
+    """Writes `content`, of the tokenizer's file, beside the model of which it is; a tokenizer.json, which says itself
+    what its marks are only with other files beside it, stays where it is. Tells where to look for it.
+    """
+    from files import atomic_file
+
+    beside = Path(tokenizer_beside(model_out))
+    if tokenizer.kind == "huggingface":
+        report(f"its tokenizer stays where it is; name it with --tokenizer {tokenizer.path}")
+        return
+    if not (beside.exists() and beside.samefile(tokenizer.path)):
+        with atomic_file(beside, "wb") as file:
+            file.write(content)
+    report(f"its tokenizer is {beside}")
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the model against its checkpoint."""
     causal = None if args.attention is None else args.attention == "causal"
@@ -178,7 +194,8 @@ def load_llama(args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dt
     from llama import llama_from_checkpoint
     from lora import merge_lora_weights, remove_lora
 
-    wide = args.option in TRAINING or dtype == torch.float32
+    stored = checkpoint.state["tok_embeddings.weight"].dtype
+    wide = args.option in TRAINING or dtype == torch.float32 or stored not in (torch.bfloat16, torch.float16)
     llama = llama_from_checkpoint(checkpoint, dtype=torch.float32 if wide else None, **overrides(args))
     if args.adapter is not None:
         read_adapter(Path(args.adapter), llama.config).apply(llama)

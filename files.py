@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -32,7 +33,7 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
         with path.open("rb") as file:
             # What torch wrote before 1.6 is no zip file and cannot be mapped; and by this name it would read another
             # format, whatever the content.
-            if mapped and file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors":
+            if mapped and file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors" and _is_stored(path):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -43,6 +44,12 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
         ) from error
     except Exception as error:  # damage surfaces anywhere in torch's reader: struct.error, AssertionError, OSError, ...
         raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether a zip file's entries stand in it as they are, as torch writes them, and not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,9 +82,10 @@ def weights_of(path: Path, tensors: dict[Any, Any]) -> dict[str, Tensor]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor read from a file has one shape and a value for each of its places: not sparse, not nested, not
-    on the device "meta".
+    on the device "meta", no value standing for many places.
     """
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -180,7 +188,7 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
 @contextmanager
 def atomic_folder(path: str | PathLike[str]) -> Iterator[Path]:
     """Makes a folder that gets the name `path` when the block ends; on an error nothing is left. Raises FileExistsError
-    if there is something at `path`, but for an empty folder.
+    if there is something at `path`.
     """
     check_free(path)
     target = Path(path)
@@ -198,11 +206,9 @@ def atomic_folder(path: str | PathLike[str]) -> Iterator[Path]:
 
 def check_free(path: str | PathLike[str]) -> None:
     """Raises OSError unless a folder could be made at `path`."""
-    target = Path(path)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; give the name of a new folder")
-    if not target.is_dir():
-        check_writable(target)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} is there already; give the name of a new folder")
+    check_writable(path)
 
 
 def link_or_copy(source: Path, target: str | PathLike[str]) -> None:

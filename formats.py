@@ -131,7 +131,7 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, State]:
     Raises ValueError for parts that do not belong together.
     """
     parts = sorted(folder.glob("consolidated.*.pth"))
-    if [part.name for part in parts] != [f"consolidated.{i:02}.pth" for i in range(len(parts))]:
+    if not parts or [part.name for part in parts] != [f"consolidated.{i:02}.pth" for i in range(len(parts))]:
         raise ValueError(f"{folder} lacks one of its consolidated.NN.pth, which count from 00; fetch it again")
     shards = []
     for part in parts:
@@ -250,6 +250,8 @@ def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
     """
     theirs = [name for name in safetensors_names(file) if not ROTARY_TABLES.fullmatch(name)]
     names = renamed(theirs, "huggingface", "ours")
+    if unknown := [name for name, ours in names.items() if name == ours]:  # no name is the same in both
+        raise ValueError(f"{file} holds {shown(unknown[0])}, which is no tensor of a Hugging Face Llama")
     heads = {name: rotary_heads(ours, config) for name, ours in names.items()}
     state = {}
     for name, count in heads.items():
@@ -425,7 +427,7 @@ def to_huggingface_config(config: LlamaConfig, dtype: str, bos_id: int, eos_id: 
 def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = sizes
     try:
-        if n_layers > size:  # a damaged count must not make us list millions of tensors
+        if 8 * max(1, dim) * n_layers > size:  # a damaged count must not make us list millions of tensors
             raise ValueError(f"{n_layers:,} layers do not fit {size:,} bytes")
         return LlamaConfig(
             vocab_size=vocab_size,

@@ -110,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="precision of the matrix products; weights stay float32. auto: bf16 where the hardware multiplies "
-        "it itself, else fp32; fp32 for generation on the CPU (default: %(default)s)",
+        help="precision of the matrix products; weights that are trained stay float32. auto: bf16 where the hardware "
+        "multiplies it itself, else fp32; fp32 for generation on the CPU (default: %(default)s)",
     )
 
     add = parser.add_argument_group("generate").add_argument
@@ -304,7 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--out_dtype",
         choices=("fp32", "bf16", "fp16"),
-        help="of --model_out (default: fp32, for convert what the checkpoint has)",
+        help="of --model_out (default: fp32, for convert what the checkpoint has; llama2.c's are always fp32 or int8)",
     )
     add(
         "--model_out",
@@ -373,7 +373,10 @@ def flag(name: str) -> str:
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that contradict each other; needs no torch and touches no file."""
     clashes = {str(Path(path).resolve()) for path in input_files(args)}
+    folders = {Path(path).resolve() for path in (args.pretrained_model_path, args.adapter, args.tokenizer) if path}
     for path in output_files(args):
+        if inside := folders & set(Path(path).resolve().parents):
+            raise ValueError(f"{path} lies in {inside.pop()}, which is read; write it elsewhere")
         if str(Path(path).resolve()) in clashes:
             raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
     for text in args.corpus:
@@ -455,6 +458,10 @@ def output_files(args: argparse.Namespace) -> list[str]:
         if args.option == "convert" and args.to != "safetensors":
             return [args.model_out]
         beside = tokenizer_beside(args.model_out)
+        if args.option != "tokenizer" and beside == str(Path(args.model_out)):
+            raise ValueError(
+                f"--model_out {args.model_out} is where its tokenizer would go; let it end in .safetensors"
+            )
         stays = args.option == "tokenizer" or (
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
         )

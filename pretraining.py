@@ -22,14 +22,15 @@ from environment import (
     load_tokenizer,
     open_checkpoint,
     print_header,
+    put_tokenizer_beside,
     ready,
     report,
     settings_of,
 )
 from evaluation import DTYPES, score_documents
-from files import atomic_file, read_torch
+from files import read_torch
 from llama import Llama
-from options import DEFAULT_PRESET, text_and_weight, tokenizer_beside
+from options import DEFAULT_PRESET, text_and_weight
 from run_directory import RunDirectory
 from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer
@@ -102,8 +103,6 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
 
 def pretrain(args: argparse.Namespace) -> None:
     """pretrain: trains a new model, or one that goes on from a checkpoint; writes it with its tokenizer."""
-    if tokenizer_beside(args.model_out) == str(Path(args.model_out)):
-        raise ValueError(f"--model_out {args.model_out} is where its tokenizer would go; let it end in .safetensors")
     if args.continued and (sizes := [name for name in ("preset", *SIZES) if getattr(args, name) is not None]):
         raise ValueError(f"--{sizes[0]} is of a new model, but --pretrained-model-path has its own sizes; give one")
     tokenizer = load_tokenizer(args)
@@ -164,11 +163,8 @@ def pretrain(args: argparse.Namespace) -> None:
             write_safetensors(
                 args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype or "fp32"]
             )
-            beside = Path(tokenizer_beside(args.model_out))
-            if not (beside.exists() and beside.samefile(tokenizer.path)):
-                with atomic_file(beside, "wb") as file:
-                    file.write(tokenizer_content)
-            report(f"wrote {args.model_out}; its tokenizer is {beside}")
+            report(f"wrote {args.model_out}")
+            put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
 
 
 def perplexity(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str
     else:
         if isinstance(model, SentencePieceModel):
             written["tokenizer.model"] = proto = tokenizer.path.read_bytes()
-            parts = _sentencepiece_parts(tokenizer.path, proto)
+            parts = sentencepiece_parts(tokenizer.path, proto)
             config["unk_token"] = model.processor.id_to_piece(model.processor.unk_id())
         else:
             parts = byte_pair_parts(model)
@@ -132,7 +132,7 @@ def byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
 # SentencePiece
 
 
-def _sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
+def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     """The parts that do what a SentencePiece proto says. Raises ValueError for what they cannot do."""
     messages = list(_fields(proto))
     pieces = [dict(_fields(value)) for number, value in messages if number == PIECES]
@@ -161,7 +161,7 @@ def _sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"{path} cannot be written for Hugging Face: {reason}, which a tokenizer.json cannot say")
+            raise ValueError(f"{path} cannot be written for other programs: {reason}, which their files cannot say")
     strips, prefixes = space_flags(proto)
     steps = [_replace({"Regex": r"\A +"}, ""), _replace({"Regex": " {2,}"}, " ")] if strips else []
     steps += [_replace({"Regex": f"[ {SPACE}]+\\z"}, "")] if strips else []

@@ -121,7 +121,12 @@ def peft_folder(folder: Path, **changes: object) -> Path:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is .'lm_head'."),
         ({"r": 0}, "r is 0 and lora_alpha 7.0; both must be numbers above 0"),
         ({"lora_alpha": "big"}, "lora_alpha 'big'"),
-        ({"r": 5}, r"is \(3, 32\), the model's is \(5, 32\); another rank"),
+        ({"r": 5}, r"lora_A has shape \(3, 32\), which is none of rank 5"),
+        ({"r": 10**15}, "which is none of rank 1000000000000000"),
+        ({"lora_alpha": 10**400}, "both must be numbers above 0"),
+        ({"lora_alpha": True}, "both must be numbers above 0"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; this program applies True only"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(tmp_path, changes, message):

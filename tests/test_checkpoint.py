@@ -15,6 +15,7 @@ import stat
 import struct
 import tempfile
 import warnings
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -714,6 +715,10 @@ def without_data(content):
     content["model"]["norm.weight"] = torch.ones(32, device="meta")
 
 
+def of_one_value(content):
+    content["model"]["norm.weight"] = torch.ones(1).expand(32)
+
+
 def nested(content):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls them a prototype
@@ -735,6 +740,7 @@ def infinite_eps(content):
         (huge_dim, "one of the two is wrong"),
         (sparse, "'norm.weight', which is sparse or has no data"),
         (without_data, "'norm.weight', which is sparse or has no data"),
+        (of_one_value, "'norm.weight', which is sparse or has no data"),
         (nested, "'norm.weight', which is sparse or has no data"),
         (eight_bits, "'norm.weight', which is no tensor of weights"),
         (infinite_eps, "layer_norm_eps is inf"),
@@ -818,6 +824,18 @@ def test_safetensors_of_one_model_are_the_same_bytes(tmp_path):
     (content,) = found
     size = struct.unpack_from("<Q", content)[0]
     assert size % 8 == 0 and json.loads(content[8 : 8 + size])["__metadata__"]["format"] == "pt"
+
+
+def test_a_compressed_torch_file_is_read(tmp_path):
+    model = tiny_llama(n_layers=1, n_kv_heads=4)
+    saved(tmp_path / "stored.pt", course_content(model))
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored:
+        with zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+            for entry in stored.infolist():
+                small.writestr(entry.filename, stored.read(entry))
+    assert same(
+        load_pretrained(tmp_path / "small.pt").state_dict(), load_pretrained(tmp_path / "stored.pt").state_dict()
+    )
 
 
 def test_safetensors_whose_length_begins_like_a_pickle_are_read(tmp_path):

@@ -193,6 +193,15 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_written(tmp_path, caps
 def test_outputs_that_are_there_or_inputs_are_refused(folder, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert convert(folder, "huggingface", tmp_path / "link") == 2
+    assert "link is there already" in capsys.readouterr().err
+    assert convert(folder, "safetensors", tmp_path / "mine.model") == 2
+    assert "mine.model is where its tokenizer would go" in capsys.readouterr().err
+    assert convert(folder, "huggingface", tmp_path / "hf") == 0
+    path = ["--pretrained-model-path", str(tmp_path / "hf"), "--model_out", str(tmp_path / "hf" / "model.safetensors")]
+    assert main(["--option", "convert", *path]) == 2
+    assert "lies in" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "full") == 2
     assert "full is there already; give the name of a new folder" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "none" / "deeper") == 2
@@ -215,3 +224,21 @@ def test_ours_keeps_its_norm_and_takes_what_the_command_says_of_attention(tmp_pa
     assert convert(tmp_path, "safetensors", tmp_path / "out.safetensors", "--attention", "causal") == 0
     config = read_checkpoint(tmp_path / "out.safetensors").config
     assert config.causal and config.norm == "layernorm"
+
+
+def test_numbers_beyond_half_precision_are_refused(tmp_path, capsys):
+    model = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=True)
+    with torch.no_grad():
+        model.norm.weight[3] = 1e6
+    write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
+    (tmp_path / "model.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
+    assert convert(tmp_path, "safetensors", tmp_path / "out.safetensors", "--out_dtype", "fp16") == 2
+    assert "norm.weight holds numbers beyond fp16; give another --out_dtype" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_link_to_a_gguf_file_goes_on_pointing(folder, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "real.gguf")
+    assert convert(folder, "gguf", tmp_path / "link.gguf") == 0
+    assert (tmp_path / "link.gguf").is_symlink() and (tmp_path / "real.gguf").read_bytes()[:4] == b"GGUF"

@@ -294,6 +294,21 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
         load_pretrained(folder)
 
 
+def test_a_tensor_of_another_name_is_refused(tmp_path):
+    """Ours, for one, whose query and key stand in another order."""
+    folder = huggingface_folder(tmp_path / "model")
+    model = foreign_llama()
+    write_safetensors(folder / "model.safetensors", model.state_dict(), model.config)
+    with pytest.raises(ValueError, match="which is no tensor of a Hugging Face Llama"):
+        load_pretrained(folder)
+
+
+def test_params_alone_are_no_model(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks one of its consolidated.NN.pth"):
+        load_pretrained(tmp_path)
+
+
 def test_layernorm_does_not_go_into_a_llama_folder(tmp_path):
     model = tiny_llama(causal=True)
     with pytest.raises(ValueError, match="a Hugging Face Llama holds RMSNorm models only, and this one has LayerNorm"):

@@ -102,7 +102,7 @@ def test_a_new_model_learns_and_is_written_with_its_tokenizer(command):
     for words in ("new, random weights", "40 documents", "of them held out; weight 1", "60 of 8 x 32 tokens"):
         assert words in err
     assert (
-        "wrote out.safetensors; its tokenizer is out.model" in err
+        "wrote out.safetensors\nits tokenizer is out.model" in err
         and "bits per byte" in err
         and "Once upon a time" in err
     )

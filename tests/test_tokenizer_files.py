@@ -141,7 +141,7 @@ def test_spaces_are_kept_added_and_removed_as_the_proto_says(tmp_path, prefix, s
 def test_what_cannot_be_said_is_refused_with_the_reason(tmp_path, options, reason):
     tokenizer = trained(tmp_path, **options)
     with pytest.raises(
-        ValueError, match=f"small.model cannot be written for Hugging Face: {reason}, which a tokenizer"
+        ValueError, match=f"small.model cannot be written for other programs: {reason}, which their files"
     ):
         write_huggingface_tokenizer(tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
