@@ -28,7 +28,7 @@ from lora import merge_lora_weights, remove_lora
 from options import FOLDER_FORMATS, tokenizer_beside
 from rope import rotary_frequencies, scaled
 from tokenizer import BytePairModel, Tokenizer
-from tokenizer_files import _byte_pair_parts, write_huggingface_tokenizer
+from tokenizer_files import byte_pair_parts, space_flags, write_huggingface_tokenizer
 
 State = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ def whole_state(args: argparse.Namespace, checkpoint: Checkpoint, config: LlamaC
     """The checkpoint's tensors, complete, with the adapter merged into them."""
     if args.adapter is None:
         return checkpoint.complete_state(config)
-    llama = llama_from_checkpoint(checkpoint, config.norm, config.causal, dtype=None)
+    llama = llama_from_checkpoint(checkpoint, dtype=None, **overrides(args))
     read_adapter(Path(args.adapter), config).apply(llama)
     return remove_lora(merge_lora_weights(llama)).state_dict()
 
@@ -134,7 +134,7 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
     """The vocabulary, as llama.cpp's own tokenizers of the two kinds take it."""
     special, kinds = set(tokenizer.special_ids.values()), gguf.TokenType
     if isinstance(tokenizer.model, BytePairModel):
-        model = _byte_pair_parts(tokenizer.model)["model"]
+        model = byte_pair_parts(tokenizer.model)["model"]
         tokens = [*model["vocab"], *tokenizer.special_ids]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre({"llama3": "llama-bpe", "gpt2": "gpt-2"}[tokenizer.kind])
@@ -148,6 +148,9 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([pieces.get_score(i) for i in ids])
         writer.add_unk_token_id(pieces.unk_id())
+        strips, prefixes = space_flags(tokenizer.path.read_bytes())
+        writer.add_remove_extra_whitespaces(strips)
+        writer.add_add_space_prefix(prefixes)
         types = [
             kinds.UNKNOWN
             if pieces.is_unknown(i)

@@ -32,10 +32,11 @@ from files import atomic_file
 from tokenizer import Tokenizer
 
 DOCUMENT_END = "<|endoftext|>"
-LONGEST_DOCUMENT = 1 << 20  # characters; a longer one is cut at the end of a line, for the sake of memory
+LONGEST_PIECE = 1 << 20  # characters; a longer document is read in pieces, cut at the end of a line
 LONGEST_LINE = 1 << 12  # characters; a tokenizer is trained on pieces of a longer one
+MOST_WINDOWS = 1 << 28  # in a pass of one text, whose order is held in memory
 AT_ONCE = 1 << 22  # characters that are tokenized in one go
-MAGIC = b"mini-llama tokens 1\n"
+MAGIC = b"mini-llama tokens 2\n"
 HEADER_SIZE = 4096
 TEXT_ENDING = ".txt"
 TOKENS_ENDING = ".tokens"
@@ -43,16 +44,17 @@ TOKENS_ENDING = ".tokens"
 
 def text_files(path: str | PathLike[str]) -> list[Path]:
     """The file itself, or every text file of a folder and its subfolders (of a folder without any, every file of
-    tokens), in order of name.
+    tokens), in order of name, empty ones left out.
 
     Raises FileNotFoundError or ValueError if there is none.
     """
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.rglob(f"*{TEXT_ENDING}")) or sorted(path.rglob(f"*{TOKENS_ENDING}"))
-        if not found:
-            raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file; give text files, or folders of them")
-        return found
+        for ending in (TEXT_ENDING, TOKENS_ENDING):
+            files = sorted(file for file in path.rglob(f"*{ending}") if file.is_file())
+            if found := [file for file in files if file.stat().st_size]:
+                return found
+        raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file; give text files, or folders of them")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such text; give a {TEXT_ENDING} file, or a folder of them")
     return [path]
@@ -60,34 +62,54 @@ def text_files(path: str | PathLike[str]) -> list[Path]:
 
 def read_documents(path: str | PathLike[str]) -> Iterator[str]:
     """The documents of one file, blank ones left out. Raises ValueError if the file is not UTF-8, or holds tokens."""
+    parts: list[str] = []
+    for piece, ends in read_pieces(path):
+        parts.append(piece)
+        if ends:
+            yield "".join(parts)
+            parts = []
+
+
+def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
+    """The same, but a long document in several pieces, each with whether it is the document's last."""
     if is_tokens(Path(path)):
         raise ValueError(f"{path} holds tokens, not text; give the text they were made from")
     parts: list[str] = []
     length = 0
+    begun = False  # a piece of this document is out already
     behind = ""  # what may be the beginning of a mark, where a line was too long to be read at once
     try:
         with open(path, encoding="utf-8-sig") as file:
-            while line := file.readline(LONGEST_DOCUMENT):
+            while line := file.readline(LONGEST_PIECE):
                 *ended, rest = (behind + line).split(DOCUMENT_END)
                 behind = ""
                 for piece in ended:
-                    yield from _not_blank("".join([*parts, piece]))
-                    parts, length = [], 0
-                if len(line) == LONGEST_DOCUMENT and not line.endswith("\n"):
+                    yield from _piece([*parts, piece], begun, ends=True)
+                    parts, length, begun = [], 0, False
+                if len(line) == LONGEST_PIECE and not line.endswith("\n"):
                     rest, behind = rest[: 1 - len(DOCUMENT_END)], rest[1 - len(DOCUMENT_END) :]
                 parts.append(rest)
                 length += len(rest)
-                if length >= LONGEST_DOCUMENT:
-                    yield from _not_blank("".join(parts))
-                    parts, length = [], 0
+                if length >= LONGEST_PIECE:
+                    text = "".join(parts)
+                    kept = text.rstrip("\n")  # line ends go with what follows: they may be the document's last
+                    for found in _piece([kept], begun, ends=False):
+                        yield found
+                        begun = True
+                    parts, length = [text[len(kept) :]], 0
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8 text") from error
-    yield from _not_blank("".join([*parts, behind]))
+    yield from _piece([*parts, behind], begun, ends=True)
 
 
-def _not_blank(text: str) -> list[str]:
-    text = text.strip("\n")
-    return [text] if text.strip() else []
+def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
+    """What `parts` make up, in a list; none of what is blank, unless it ends what has begun. A document has no empty
+    lines at its ends.
+    """
+    text = "".join(parts)
+    text = text if begun else text.lstrip("\n")
+    text = text.rstrip("\n") if ends else text
+    return [(text, ends)] if text.strip() or (begun and ends) else []
 
 
 def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed: int) -> None:
@@ -104,8 +126,8 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
         line[start : start + LONGEST_LINE]
         for path in paths
         for file in text_files(path)
-        for document in read_documents(file)
-        for line in document.split("\n")
+        for piece, _ in read_pieces(file)
+        for line in piece.split("\n")
         if line.strip()
         for start in range(0, len(line), LONGEST_LINE)
     )
@@ -133,8 +155,8 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
         )
     except RuntimeError as error:
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {str(error).strip()}; "
-            "give another --vocab_size, or more text"
+            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}; give another --vocab_size (at "
+            f"least 260 and one for each letter), or more text ({str(error).strip().rpartition('] ')[2]})"
         ) from error
     with atomic_file(model_path, "wb") as file:
         file.write(model.getvalue())
@@ -176,7 +198,10 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
         _check_tokenizer(target, header, tokenizer)
         if header["text_crc32"] == text_crc:
             return target
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--tokens_dir {folder} cannot be made: {error.strerror}; give another folder") from error
     dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
     starts, text_bytes = array("Q", [0]), array("Q")
     with (
@@ -185,12 +210,18 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
              disable=None) as bar,
     ):  # fmt: skip
         file.write(bytes(HEADER_SIZE))
-        for documents in _groups(read_documents(path)):
-            for document, ids in zip(documents, tokenizer.encode_many(documents), strict=True):
-                file.write(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tobytes())
-                starts.append(starts[-1] + len(ids) + 2)
-                text_bytes.append(len(document.encode()))
-                bar.update(text_bytes[-1])
+        count = size = 0  # tokens so far; bytes of this document so far
+        for pieces in _groups(read_pieces(path)):
+            for (piece, ends), ids in zip(pieces, tokenizer.encode_many([piece for piece, _ in pieces]), strict=True):
+                marked = [tokenizer.bos_id] * (count == starts[-1]) + ids + [tokenizer.eos_id] * ends
+                file.write(np.array(marked, dtype).tobytes())
+                count += len(marked)
+                size += len(piece.encode())
+                bar.update(len(piece.encode()))
+                if ends:
+                    starts.append(count)
+                    text_bytes.append(size)
+                    size = 0
         if not text_bytes:
             raise ValueError(f"{path} holds no text; give a file with some")
         file.write(bytes(-dtype.itemsize * starts[-1] % 8))  # what follows is aligned to 8 bytes
@@ -209,13 +240,13 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     return target
 
 
-def _groups(documents: Iterator[str]) -> Iterator[list[str]]:
-    """The documents in lists of some megabytes each."""
-    group: list[str] = []
+def _groups(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """The pieces in lists of some megabytes each."""
+    group: list[tuple[str, bool]] = []
     length = 0
-    for document in documents:
-        group.append(document)
-        length += len(document)
+    for piece in pieces:
+        group.append(piece)
+        length += len(piece[0])
         if length >= AT_ONCE:
             yield group
             group, length = [], 0
@@ -279,28 +310,41 @@ def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
 # Windows of tokens
 
 
-@dataclass(frozen=True)
 class Stretch:
-    """Consecutive tokens of one file, [first, last), as windows of `length` inputs and the token after each."""
+    """Tokens, one file's after another's, as windows of `length` inputs and the token after each."""
 
-    tokens: Tokens
-    first: int
-    last: int
-    length: int
+    def __init__(self, parts: Sequence[np.ndarray], length: int) -> None:
+        self.length = length
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return int(self._ends[-1])
 
     def __len__(self) -> int:
-        return max(0, (self.last - self.first - 1) // self.length)
+        return max(0, (self.size - 1) // self.length)
 
     def window(self, i: int) -> np.ndarray:
         """Window i: (length + 1,); its last token is the first of the next."""
-        start = self.first + i * self.length
-        return self.tokens.ids[start : start + self.length + 1]
+        start, missing = i * self.length, self.length + 1
+        found: list[np.ndarray] = []
+        for k in range(int(np.searchsorted(self._ends, start, side="right")), len(self._parts)):
+            first = start - int(self._ends[k]) + len(self._parts[k]) if not found else 0
+            found.append(self._parts[k][first : first + missing])
+            missing -= len(found[-1])
+            if not missing:
+                break
+        return np.concatenate(found)
 
 
 def held_out_count(held_out: float, documents: int) -> int:
     """How many of a text's documents are held out: a number of them, or a share below 1, then one at least; but none
-    of a single document.
+    of a single document. Raises ValueError for 1.5 and the like.
     """
+    if held_out >= 1 and held_out != int(held_out):
+        raise ValueError(f"--held_out is {held_out:g}; it must be a share below 1, or a whole number of documents")
     if held_out >= 1 or not held_out:
         return int(held_out)
     return min(max(1, round(held_out * documents)), documents - 1)
@@ -321,20 +365,25 @@ class Text:
                 f"{name} has {documents} documents, and {kept_out} of them would be held out; "
                 f"part documents by {DOCUMENT_END}, or give a smaller --held_out"
             )
-        self.train: list[Stretch] = []
-        self.held_out: list[Stretch] = []
-        self.held_out_bytes = self.held_out_tokens = 0
+        train, out = [], []
+        self.held_out_bytes = 0
         left = documents - kept_out  # documents to train on, from here on
         for tokens in files:
             here = min(left, len(tokens.text_bytes))
             middle = int(tokens.starts[here])
-            self.train.append(Stretch(tokens, 0, middle, length))
-            self.held_out.append(Stretch(tokens, middle, len(tokens.ids), length))
+            train.append(tokens.ids[:middle])
+            out.append(tokens.ids[middle:])
             self.held_out_bytes += int(tokens.text_bytes[here:].sum())
-            self.held_out_tokens += len(tokens.ids) - middle
             left -= here
-        self.training_windows = sum(map(len, self.train))
-        self.held_out_windows = sum(map(len, self.held_out))
+        self.train, self.held_out = Stretch(train, length), Stretch(out, length)
+        self.checksum = (*(tokens.checksum for tokens in files), kept_out, length)
+        self.held_out_tokens = self.held_out.size
+        self.training_windows, self.held_out_windows = len(self.train), len(self.held_out)
+        if self.training_windows * weight > MOST_WINDOWS:
+            raise ValueError(
+                f"{name}: a weight of {weight:g} makes {self.training_windows * weight:.3g} windows of one pass, more "
+                f"than {MOST_WINDOWS:,}; give a smaller one, and more --epochs"
+            )
         if not self.training_windows or (kept_out and not self.held_out_windows):
             raise ValueError(
                 f"{name} is too short for windows of {length} tokens; give more text, a shorter --window, or another "
@@ -349,14 +398,13 @@ class Corpus:
 
     def __init__(self, texts: Sequence[Text], seed: int) -> None:
         self.texts, self.seed = texts, seed
-        self._stretches = [stretch for text in texts for stretch in text.train]
-        self._ends = np.cumsum([len(stretch) for stretch in self._stretches])
+        self._ends = np.cumsum([text.training_windows for text in texts])
         self._pass: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def window(self, i: int) -> np.ndarray:
         """Training window i (length + 1,), counted over all texts."""
         k = int(np.searchsorted(self._ends, i, side="right"))
-        return self._stretches[k].window(i - int(self._ends[k]) + len(self._stretches[k]))
+        return self.texts[k].train.window(i - int(self._ends[k]) + self.texts[k].training_windows)
 
     @property
     def pass_length(self) -> int:
@@ -400,8 +448,6 @@ def to_tensor(windows: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
-def evenly(stretches: Sequence[Stretch], count: int) -> list[np.ndarray]:
+def evenly(stretch: Stretch, count: int) -> list[np.ndarray]:
     """At most `count` windows, evenly spread over all of them."""
-    places = [(stretch, i) for stretch in stretches for i in range(len(stretch))]
-    step = max(1, math.ceil(len(places) / count))
-    return [stretch.window(i) for stretch, i in places[::step]]
+    return [stretch.window(i) for i in range(0, len(stretch), max(1, math.ceil(len(stretch) / count)))]

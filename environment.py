@@ -9,7 +9,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
+from options import DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +143,9 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the model against its checkpoint."""
-    causal = {} if args.attention is None else {"causal": args.attention == "causal"}
-    return causal | ({} if args.norm is None else {"norm": args.norm})
+    causal = None if args.attention is None else args.attention == "causal"
+    given = {"norm": args.norm, "causal": causal, "dropout": args.dropout}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_vocabulary(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer) -> None:
@@ -190,7 +191,8 @@ def print_header(
     config = llama.config
     size = sum(parameter.numel() for parameter in llama.parameters())
     report(f"option      {args.option}, seed {args.seed}")
-    name = args.preset if args.option == "pretrain" and not args.continued else args.pretrained_model_path
+    new = args.option == "pretrain" and not args.continued
+    name = args.preset or DEFAULT_PRESET if new else args.pretrained_model_path
     report(f"model       {name} ({kind}), {size:,} parameters")
     report(
         f"size        {config.n_layers} layers, dim {config.dim}, {config.n_heads} heads, {config.kv_heads} key/value "

@@ -53,6 +53,12 @@ def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dty
         return model(ids.to(device), mask)
 
 
+def not_finite(what: str, dtype: torch.dtype) -> ValueError:
+    """What to raise for numbers that are not finite, with what may help."""
+    advice = "the weights are damaged" if dtype == torch.float32 else "try --dtype fp32"
+    return ValueError(f"{what} hold NaN or infinity in {dtype}; {advice}")
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -89,7 +95,7 @@ def evaluate(
             bar.update(len(positions))
     model.train(was_training)
     if not all(processes.gather(finite)):
-        raise ValueError(f"{name}: the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
+        raise not_finite(f"{name}: the model's scores", dtype)
     for part in processes.gather(found):
         found.update(part)
     predictions = [found[i] for i in range(len(rows))]
@@ -141,7 +147,7 @@ def score_documents(
             nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").cpu()
             bar.update(sum(scored for _, scored in some))
     if not torch.isfinite(nats):
-        raise ValueError(f"the model's scores hold NaN or infinity in {dtype}; try --dtype fp32")
+        raise not_finite("the model's scores", dtype)
     return float(nats), sum(len(ids) - 1 for ids in documents)
 
 

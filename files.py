@@ -137,7 +137,7 @@ def write_safetensors_file(path: str | PathLike[str], tensors: dict[str, Tensor]
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's numbers as they stand in memory, little-endian as files have them."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_torch(path: str | PathLike[str], content: dict[str, Any]) -> None:

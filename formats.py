@@ -214,7 +214,9 @@ def meta_config(path: Path, params: dict[str, Any], state: State) -> LlamaConfig
 def is_tied(state: State) -> bool:
     """Whether the output projection is the embedding: left out, or there with the same numbers."""
     output, embedding = state.get("output.weight"), state.get("tok_embeddings.weight")
-    return output is None or (embedding is not None and torch.equal(output, embedding))
+    if output is None or embedding is None:
+        return output is None
+    return output.dtype == embedding.dtype and torch.equal(output, embedding)
 
 
 # Hugging Face

@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -473,17 +474,11 @@ def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     return at_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
 
 
-def llama_from_checkpoint(
-    checkpoint: Checkpoint,
-    norm: str | None = None,
-    causal: bool | None = None,
-    dtype: torch.dtype | None = torch.float32,
-) -> Llama:
-    """Builds the model of a checkpoint that was read; `norm` and `causal` override what the checkpoint says, `dtype`
-    None keeps the file's. Weights that are in that dtype already are not copied.
+def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
+    """Builds the model of a checkpoint that was read. dtype: of the weights; None keeps the file's, and what is in it
+    already is not copied. overrides: fields of the config that are to be other than the checkpoint says.
     """
-    overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
-    config = replace(checkpoint.config, **overrides)  # type: ignore[arg-type]
+    config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
     with torch.device("meta"):  # sizes without memory, for the tensors are there
         model = Llama(config)
@@ -503,4 +498,5 @@ def load_pretrained(
     dtype: of the weights; None keeps the file's. Raises FileNotFoundError or ValueError, each with what to do, if it is
     missing, damaged or of no known format.
     """
-    return llama_from_checkpoint(read_checkpoint(checkpoint), norm, causal, dtype)
+    overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
+    return llama_from_checkpoint(read_checkpoint(checkpoint), dtype, **overrides)

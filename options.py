@@ -31,6 +31,10 @@ PRETRAINING_DEFAULTS = {
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
+DEFAULT_PRESET = "mini"  # the bundled model's sizes
+RUNS = "runs"  # where a run's folder is made
+RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
+CORPUS_ENDINGS = (".txt", ".tokens")
 OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
 
 EXAMPLES = """\
@@ -75,25 +79,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--pretrained-model-path",
         default="stories42M.pt",
         metavar="PATH",
-        help="checkpoint: the course's .pt or ours, .safetensors of ours, llama2.c's .pt or .bin, or a folder as Meta "
-        "(Llama 1 to 3.2) or Hugging Face has it; told apart by what is in it (default: %(default)s)",
+        help="checkpoint: the course's .pt or ours, our .safetensors, llama2.c's .pt or .bin, or a folder as Meta "
+        "(Llama 1 to 3.2) or Hugging Face has it; told apart by what is in it. pretrain starts from random weights "
+        "unless it is given (default: %(default)s, and where that is missing the bundled model)",
     )
     add(
         "--tokenizer",
         metavar="PATH",
-        help="SentencePiece model, Llama 3's tokenizer.model, GPT-2's pair of files, or a tokenizer.json (default: the "
-        "one with the checkpoint, else tokenizer.model, else data/tokenizer.model)",
+        help="SentencePiece model, Llama 3's tokenizer.model, GPT-2's pair of files, or a tokenizer.json (default: "
+        "the one with the checkpoint, else tokenizer.model, else data/tokenizer.model; for a new model the bundled "
+        "one)",
     )
     add(
         "--adapter",
         metavar="PATH",
         help="LoRA adapter merged into the model: a file of --option lora, or a folder that peft saved (default: none)",
     )
-    add("--norm", choices=NORMS, help="the model's norm (default: what the checkpoint says)")
+    add("--norm", choices=NORMS, help="the model's norm (default: what the checkpoint says; a new one: layernorm)")
     add(
         "--attention",
         choices=("causal", "bidirectional"),
-        help="whether a token sees what follows it (default: what the checkpoint says; course ones: bidirectional)",
+        help="whether a token sees what follows it (default: what the checkpoint says; the course's are bidirectional, "
+        "new ones causal)",
     )
 
     add = parser.add_argument_group("device and precision").add_argument
@@ -198,6 +205,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="dropout before the head (default: %(default)s)",
     )
     add(
+        "--dropout",
+        type=FRACTION,
+        metavar="P",
+        help="dropout inside the model: of embeddings, attention weights and what each block adds (default: what the "
+        "checkpoint says, mostly 0)",
+    )
+    add(
         "--micro_batch_size",
         type=COUNT,
         metavar="N",
@@ -261,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the last documents of each text, a share below 1 or a number: pretrain keeps them to judge by, "
         "perplexity reads them alone (default: all of it)",
     )
-    add("--preset", choices=PRESETS, default="mini", help="sizes of a new model (default: %(default)s)")
+    add("--preset", choices=PRESETS, help="sizes of a new model (default: mini, the bundled model's)")
     for name, what in (
         ("dim", "width"),
         ("n_layers", "layers"),
@@ -270,7 +284,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("max_seq_len", "context in tokens"),
     ):
         add(f"--{name}", type=COUNT, metavar="N", help=f"{what} of a new model (default: the preset's)")
-    add("--window", type=COUNT, metavar="N", help="tokens of one row (default: the model's context)")
+    add(
+        "--window",
+        type=COUNT,
+        metavar="N",
+        help="tokens of one row; in training one document follows another in it (default: the model's context)",
+    )
     add("--stride", type=COUNT, metavar="N", help="perplexity: tokens between windows (default: half the window)")
     add("--max_steps", type=COUNT, metavar="N", help="stop after N steps (default: --epochs passes over the corpus)")
     add("--eval_every", type=COUNT, default=200, metavar="N", help="judge every N steps (default: %(default)s)")
@@ -357,12 +376,27 @@ def check_options(args: argparse.Namespace) -> None:
     for path in output_files(args):
         if str(Path(path).resolve()) in clashes:
             raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
+    for text in args.corpus:
+        folder = Path(text_and_weight(text)[0]).resolve()
+        for path in output_files(args):
+            inside = folder in Path(path).resolve().parents
+            if inside and Path(path).suffix in CORPUS_ENDINGS:
+                raise ValueError(f"{path} would be one of the texts of --corpus {text}; write it elsewhere")
+        if args.option == "pretrain" and folder in Path(args.run_dir or RUNS, "a").resolve().parents:
+            raise ValueError(
+                f"the run's folder, {args.run_dir or RUNS}, lies in --corpus {text}, and its log would be one of the "
+                "texts; give the texts a folder of their own, or a --run_dir elsewhere"
+            )
+    if args.run_dir is not None:
+        for path in output_files(args):
+            if Path(path).resolve().parent == Path(args.run_dir).resolve() and Path(path).name in RUN_FILES:
+                raise ValueError(f"{path} is a file of the run's own; give another name")
     if args.use_gpu and args.device and not args.device.startswith("cuda"):
         raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
     if args.option not in TRAINING:
-        for flag in ("run_dir", "fsdp"):
-            if getattr(args, flag):
-                raise ValueError(f"--{flag} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+        for name in ("run_dir", "fsdp"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "convert":
@@ -388,6 +422,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.option in ("pretrain", "perplexity", "tokenizer"):
         if not args.corpus:
             raise ValueError(f"--option {args.option} needs --corpus: text files, or folders of them")
+        if args.option != "pretrain" and any(text_and_weight(text)[1] != 1.0 for text in args.corpus):
+            raise ValueError(f"--option {args.option} reads each text once; leave out the weights of --corpus")
         return
     ending = OUTPUT_ENDINGS[args.option]
     for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
@@ -434,8 +470,12 @@ def tokenizer_beside(model: str) -> str:
 
 
 def text_and_weight(text: str) -> tuple[str, float]:
-    """The path and the weight of a `--corpus`. Raises ValueError if what follows the last `=` is no number above 0."""
+    """The path and the weight of a `--corpus`. Raises ValueError if there is no path, or what follows the last `=` is
+    no number above 0.
+    """
     path, sign, weight = text.rpartition("=")
+    if not text or (sign and not path):
+        raise ValueError(f"--corpus {text!r} names no text; give a text file, or a folder of them")
     if not sign or Path(text).exists():
         return text, 1.0
     try:

@@ -29,7 +29,7 @@ from environment import (
 from evaluation import DTYPES, score_documents
 from files import atomic_file, read_torch
 from llama import Llama
-from options import text_and_weight, tokenizer_beside
+from options import DEFAULT_PRESET, text_and_weight, tokenizer_beside
 from run_directory import RunDirectory
 from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer
@@ -59,12 +59,14 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
     """The config of a model to be trained from scratch: the preset's sizes, and those given; causal."""
-    sizes = PRESETS[args.preset] | {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = PRESETS[args.preset or DEFAULT_PRESET] | given
     if args.norm is not None:
         sizes["norm"] = args.norm
     if args.dim is not None:
         sizes["hidden_dim"] = None  # the preset's was for its own width
-    return LlamaConfig(**sizes | {"vocab_size": vocab_size, "causal": args.attention != "bidirectional"})
+    sizes |= {"vocab_size": vocab_size, "causal": args.attention != "bidirectional", "dropout": args.dropout or 0.0}
+    return LlamaConfig(**sizes)
 
 
 def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:
@@ -85,7 +87,8 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
             done = [tokenize_text(file, tokenizer, Path(args.tokens_dir)) for file in files]
         done = processes.gather(done if processes.is_main else None)[0]
         tokens = [open_tokens(file, tokenizer) for file in done]
-        name = Path(path).stem if stems[Path(path).stem] == 1 else path
+        stem = Path(path).stem
+        name = stem if stem and stems[stem] == 1 else path
         text = Text(name, tokens, window, args.held_out, weight)
         documents = sum(len(one.text_bytes) for one in tokens)
         size = sum(len(one.ids) for one in tokens)
@@ -101,9 +104,10 @@ def pretrain(args: argparse.Namespace) -> None:
     """pretrain: trains a new model, or one that goes on from a checkpoint; writes it with its tokenizer."""
     if tokenizer_beside(args.model_out) == str(Path(args.model_out)):
         raise ValueError(f"--model_out {args.model_out} is where its tokenizer would go; let it end in .safetensors")
-    if args.continued and (sizes := [name for name in SIZES if getattr(args, name) is not None]):
-        raise ValueError(f"--{sizes[0]} is a size of a new model, but --pretrained-model-path has its own; give one")
+    if args.continued and (sizes := [name for name in ("preset", *SIZES) if getattr(args, name) is not None]):
+        raise ValueError(f"--{sizes[0]} is of a new model, but --pretrained-model-path has its own sizes; give one")
     tokenizer = load_tokenizer(args)
+    tokenizer_content = tokenizer.path.read_bytes()  # as it is now, whatever becomes of the file during the run
     if args.vocab_size not in (None, tokenizer.n_words):
         raise ValueError(f"--vocab_size is {args.vocab_size}, but {tokenizer.path} has {tokenizer.n_words} pieces")
     device = choose_device(args)
@@ -128,6 +132,10 @@ def pretrain(args: argparse.Namespace) -> None:
             f"steps       {steps:,} of {args.batch_size} x {window} tokens, "
             f"{steps * args.batch_size / corpus.pass_length:.2f} passes over the corpus"
         )
+        if args.warmup_steps >= steps:
+            report(
+                f"warning: --warmup_steps {args.warmup_steps} of {steps} steps: the learning rate never gets to --lr"
+            )
         task = LanguageModelling(
             corpus, tokenizer, steps, args.batch_size, args.eval_every, sample_prompt=args.sample_prompt, seed=args.seed
         )
@@ -152,10 +160,9 @@ def pretrain(args: argparse.Namespace) -> None:
                 args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype or "fp32"]
             )
             beside = Path(tokenizer_beside(args.model_out))
-            content = tokenizer.path.read_bytes()
             if not (beside.exists() and beside.samefile(tokenizer.path)):
                 with atomic_file(beside, "wb") as file:
-                    file.write(content)
+                    file.write(tokenizer_content)
             report(f"wrote {args.model_out}; its tokenizer is {beside}")
 
 
@@ -171,6 +178,7 @@ def perplexity(args: argparse.Namespace) -> None:
             f"--window {window}, --stride {stride}: the stride must not exceed the window, nor that the context "
             f"of {context}"
         )
+    report(f"windows     {window} tokens, one every {stride}")
     for path in [text_and_weight(text)[0] for text in args.corpus]:
         documents = [document for file in text_files(path) for document in read_documents(file)]
         if not documents:
@@ -185,9 +193,10 @@ def perplexity(args: argparse.Namespace) -> None:
         ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_many(documents)]
         nats, tokens = score_documents(llama, ids, window, stride, dtype)
         size = sum(len(document.encode()) for document in documents)
+        perplexity = math.exp(min(nats / tokens, 700.0))
         print(
             f"{path}: {len(documents):,} documents, {size:,} bytes, {tokens:,} tokens: perplexity "
-            f"{math.exp(nats / tokens):.3f}, bits per token {nats / tokens / math.log(2):.4f}, bits per byte "
+            f"{perplexity:.3f}, bits per token {nats / tokens / math.log(2):.4f}, bits per byte "
             f"{nats / size / math.log(2):.4f}",
             flush=True,
         )

@@ -1,4 +1,6 @@
-"""The command line: generate text, classify by prompting, fine-tune, fine-tune with LoRA. `--help` says how."""
+"""The command line: generate text, classify by prompting, fine-tune, also with LoRA, and by way of pretraining.py make
+and measure language models. `--help` says how.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from environment import (
     report,
     settings_of,
 )
-from options import TRAINING, best_model_path, check_options, flag, output_files, parse_options
+from options import RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from tasks import Score
     from tokenizer import Tokenizer
 
-RUNS = Path("runs")
 # What may differ when a run is resumed: it changes no number.
 MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
 
@@ -272,7 +273,7 @@ def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
     """
     from run_directory import RunDirectory, latest_run_path
 
-    folder = args.run_dir or str(latest_run_path(RUNS))
+    folder = args.run_dir or str(latest_run_path(Path(RUNS)))
     saved = RunDirectory(folder).options()
     args, _ = parse_options(argv, saved)
     args.resume, args.run_dir, args.processes = True, folder, PROCESSES
@@ -292,7 +293,7 @@ def name_run(args: argparse.Namespace) -> None:
     from run_directory import RunDirectory, new_run_path
 
     if args.run_dir is None:
-        args.run_dir = str(new_run_path(RUNS, args.option))
+        args.run_dir = str(new_run_path(Path(RUNS), args.option))
     RunDirectory(args.run_dir).check_free()
 
 

@@ -256,7 +256,7 @@ def check_reference(path: Path, checkpoint: Checkpoint) -> bool:
                 "give the --pretrained-model-path of the model that the reference was made with"
             )
     norm = norm_of(wanted["hidden_states"], checkpoint.complete_state(checkpoint.config)["norm.weight"])
-    model = llama_from_checkpoint(checkpoint, norm, is_causal(wanted["hidden_states"]))
+    model = llama_from_checkpoint(checkpoint, norm=norm, causal=is_causal(wanted["hidden_states"]))
     with torch.no_grad():
         logits, hidden = model(torch.tensor(REFERENCE_IDS))
     pairs = {"logits": (logits, wanted["logits"]), "hidden states": (hidden, wanted["hidden_states"])}

@@ -163,7 +163,7 @@ class LanguageModelling:
     _prompt: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._length = self.corpus.texts[0].train[0].length
+        self._length = self.corpus.texts[0].train.length
         self._prompt = self.tokenizer.encode(self.sample_prompt, bos=True, eos=False)
 
     @property
@@ -171,12 +171,7 @@ class LanguageModelling:
         return math.ceil(self.steps / self.eval_every)
 
     def checksum(self) -> int:
-        parts = [
-            (text.weight, len(s), s.first, s.last, s.tokens.checksum)
-            for text in self.corpus.texts
-            for s in (*text.train, *text.held_out)
-        ]
-        return zlib.crc32(repr(parts).encode())
+        return zlib.crc32(repr([(text.weight, text.checksum) for text in self.corpus.texts]).encode())
 
     def plan(self, epoch: int) -> list[list[int]]:
         steps = range((epoch - 1) * self.eval_every, min(epoch * self.eval_every, self.steps))

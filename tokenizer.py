@@ -1,15 +1,62 @@
-"""Text to token ids and back, through a SentencePiece model such as Llama 2's."""
+"""Text to token ids and back: the tokenizers of Llama 2, Llama 3, GPT-2 and Hugging Face, told apart by what they hold.
+
+  kind           the file holds                                           read through
+  sentencepiece  a SentencePiece proto: Llama 2's, llama2.c's, our own    sentencepiece
+  llama3         lines `base64 rank`: tokenizer.model of Llama 3          tiktoken
+  gpt2           JSON of token to id, or merges: GPT-2's pair of files    tiktoken
+  huggingface    a tokenizer.json                                         tokenizers
+
+Sources of the formats: github.com/meta-llama/llama and llama3 (llama/tokenizer.py, llama/generation.py: split pattern,
+special tokens, chat), Llama 3.1's tokenizer_config.json (names of the special tokens), github.com/openai/gpt-2
+(src/encoder.py: split pattern, letters for bytes).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import base64
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from sentencepiece import SentencePieceProcessor
+from config import shown
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_PATHS = (HERE / "tokenizer.model", HERE / "data" / "tokenizer.model")
+# What is looked for in a folder, first to last, and GPT-2's two files under the names they go by.
+GPT2_PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "gpt2_encoder.json": "gpt2_vocab.bpe"}
+IN_FOLDER = ("tokenizer.model", "tokenizer.json", *GPT2_PAIRS)
+LARGEST = 1 << 27  # bytes; the largest published tokenizers have a quarter of that
+
+LLAMA3_PATTERN = "|".join(
+    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*")
+    + (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
+)
+LLAMA3_RANKS = 128_000  # and behind them 256 special tokens
+LLAMA3_SPECIAL = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
+    *("reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+    *(f"reserved_special_token_{n}" for n in range(3, 248)),
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_END = "<|endoftext|>"
+# GPT-2 writes a byte as a letter: as itself where that can be seen, else as one from U+0100 on. In order of their ids.
+SEEN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+UNSEEN_BYTES = tuple(byte for byte in range(0x100) if byte not in SEEN_BYTES)
+BYTE_LETTERS = {byte: chr(byte) for byte in SEEN_BYTES} | {byte: chr(0x100 + n) for n, byte in enumerate(UNSEEN_BYTES)}
+LETTER_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
+# The marks that a tokenizer.json is taken to have where nothing beside it names them.
+KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", GPT2_END)
+KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", GPT2_END)
+
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+LLAMA3_TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+# tiktoken's regex overflows its stack within a longer run of white, or of other, characters. Meta cuts there, too.
+LONGEST_RUN = 25_000
 
 
 def default_tokenizer_path() -> Path:
@@ -21,57 +68,389 @@ def default_tokenizer_path() -> Path:
 
 
 class Tokenizer:
-    """A SentencePiece model, with the ids that a Llama gives to beginning, end and padding.
+    """A tokenizer of any kind, with the ids that a Llama gives to beginning, end and padding.
 
-    max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: path of the
-    model file, by default the course's.
+    max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or a
+    folder that holds it, by default the course's. `path` is the file, `kind` one of the words above, `n_words` the size
+    of the vocabulary, `special_ids` the ids of special tokens by name, `stop_ids` the ids at which a reply ends.
 
-    Raises FileNotFoundError or ValueError if the file is missing or no SentencePiece model.
+    Raises FileNotFoundError or ValueError if the file is missing, damaged or no tokenizer.
     """
 
     def __init__(self, max_len: int | None = None, tokenizer_model: str | PathLike[str] | None = None) -> None:
         path = Path(tokenizer_model) if tokenizer_model is not None else default_tokenizer_path()
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such tokenizer; `python fetch_data.py tokenizer` brings the course's")
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is not a file; --tokenizer takes a SentencePiece model such as data/tokenizer.model"
-            )
         if max_len is not None and max_len < 1:
             raise ValueError(f"max_len is {max_len}; it must be 1 or more, or None for no limit")
-        self.path = path
         self.max_len = max_len
-        try:
-            self.sp_model = SentencePieceProcessor(model_file=str(path))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} is no SentencePiece model; --tokenizer takes one such as tokenizer.model"
-            ) from error
-        self.n_words: int = self.sp_model.vocab_size()
-        self.bos_id: int = self.sp_model.bos_id()
-        self.eos_id: int = self.sp_model.eos_id()
+        self.path = _tokenizer_file(path)
+        self.model = _open_model(self.path)
+        self.kind = self.model.kind
+        self.n_words = self.model.n_words
+        self.bos_id = self.model.bos_id
+        self.eos_id = self.model.eos_id
         # No id is set aside for padding. This byte stands only in text that holds a NUL character; and what is
         # padding is told by a mask, never by the id.
-        self.pad_id: int = self.sp_model.piece_to_id("<0x00>")
+        self.pad_id = self.model.pad_id
+        self.special_ids = self.model.special_ids
+        ends = (self.special_ids[name] for name in ("<|end_of_text|>", "<|eot_id|>") if name in self.special_ids)
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
+
+    @property
+    def sp_model(self) -> Any:
+        """SentencePiece's own object, where the kind is its."""
+        return self.model.processor
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with the beginning and end marks that are asked for. Raises TypeError unless s is a
-        string, ValueError if it holds half a character, as Python makes of bytes that are not UTF-8.
+        """The ids of a text, with the beginning and end marks that are asked for; what reads like a special token is
+        text. Raises TypeError unless s is a string, ValueError if it holds half a character, as Python makes of bytes
+        that are not UTF-8.
         """
-        if not isinstance(s, str):
-            raise TypeError(f"encode takes a string, not {type(s).__name__}")
-        try:
-            s.encode("utf-8")
-        except UnicodeEncodeError as error:
-            around = s[max(0, error.start - 20) : error.end + 20]
-            raise ValueError(f"{around!r} is no UTF-8 text; save or type it as UTF-8") from error
-        ids = self.sp_model.encode(s)[: self.max_len]
+        ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without marks, on all cores."""
-        return self.sp_model.encode(texts, num_threads=-1)
+        """The ids of each text, whole and without marks, on all cores. Raises like `encode`."""
+        return self.model.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; marks of beginning and end leave no trace."""
-        return self.sp_model.decode(list(map(int, ids)))
+        """The text of ids; special tokens leave no trace, and what is no whole character becomes U+FFFD. Raises
+        ValueError for an id that is not in the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        if outside := [i for i in ids if not 0 <= i < self.n_words]:
+            raise ValueError(f"{self.path} has ids from 0 to {self.n_words - 1}, not {outside[0]}")
+        return self.model.decode(ids)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a conversation up to where the assistant's next reply begins, with all marks, never cut.
+
+        messages: {"role": "system", "user" or "assistant", "content": a text}; a system message may come first, then
+        user and assistant take turns, user first and last. Llama 2's format for SentencePiece, Llama 3's where its
+        special tokens are known. Raises ValueError for other messages, and for a tokenizer that has neither format.
+        """
+        llama3 = all(name in self.special_ids for name in LLAMA3_TURN)
+        if not llama3 and self.kind != "sentencepiece":
+            raise ValueError(
+                f"{self.path} ({self.kind}) has no chat format; Llama 2's and Llama 3's tokenizers have one"
+            )
+        turns = _turns(messages)
+        return self._llama3_chat(turns) if llama3 else self._llama2_chat(turns)
+
+    def _llama2_chat(self, turns: list[tuple[str, str]]) -> list[int]:
+        for role, content in turns:
+            if tags := [tag for tag in LLAMA2_TAGS if tag in content]:
+                raise ValueError(f"the {role} says {tags[0]}, which marks turns in Llama 2's format; take it out")
+        if turns[0][0] == "system":
+            (_, system), (_, first), *rest = turns
+            turns = [("user", f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}"), *rest]
+        *earlier, last = [content.strip() for _, content in turns]
+        ids = []
+        for question, answer in zip(earlier[::2], earlier[1::2], strict=True):
+            text = self.model.encode(_utf8(f"[INST] {question} [/INST] {answer} "))
+            ids += [self.bos_id, *text, self.eos_id]
+        return [*ids, self.bos_id, *self.model.encode(_utf8(f"[INST] {last} [/INST]"))]
+
+    def _llama3_chat(self, turns: list[tuple[str, str]]) -> list[int]:
+        start, end, end_of_turn = (self.special_ids[name] for name in LLAMA3_TURN)
+        ids = [self.bos_id]
+        for role, content in turns:
+            text = self.model.encode(_utf8(content.strip()))
+            ids += [start, *self.model.encode(role), end, *self.model.encode("\n\n"), *text, end_of_turn]
+        return [*ids, start, *self.model.encode("assistant"), end, *self.model.encode("\n\n")]
+
+
+def _utf8(text: str) -> str:
+    """The same text. Raises TypeError or ValueError if it is none."""
+    if not isinstance(text, str):
+        raise TypeError(f"encode takes a string, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(f"{around!r} is no UTF-8 text; save or type it as UTF-8") from error
+    return text
+
+
+def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Role and content of each message. Raises ValueError unless they make up a conversation that awaits a reply."""
+    turns = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError(f"a message is {shown(message)}; it must be {{'role': 'user', 'content': 'a text'}}")
+        turns.append((str(message.get("role")), message["content"]))
+    roles = [role for role, _ in turns]
+    count = len(roles) - (roles[:1] == ["system"])
+    if count % 2 == 0 or roles[-count:] != [("user", "assistant")[n % 2] for n in range(count)]:
+        raise ValueError(
+            f"the roles are {', '.join(roles) or 'none'}; a system message may come first, then user and assistant "
+            "take turns, user first and last"
+        )
+    for role, content in turns:
+        if not content.strip():
+            raise ValueError(f"a message of the {role} is empty; leave it out or say something")
+    return turns
+
+
+# The kinds: each has kind, n_words, special_ids and the ids of the marks, encodes UTF-8 text, decodes ids that it has
+
+
+class SentencePieceModel:
+    """A SentencePiece proto, through SentencePiece."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            if not content:
+                raise RuntimeError("no content")
+            self.processor = SentencePieceProcessor(model_proto=content)
+            self.processor.id_to_piece(list(range(self.processor.vocab_size())))  # each is UTF-8
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} is no SentencePiece model, nor another tokenizer that is known here; "
+                "--tokenizer takes one such as tokenizer.model"
+            ) from error
+        self.n_words: int = self.processor.vocab_size()
+        self.bos_id: int = self.processor.bos_id()
+        self.eos_id: int = self.processor.eos_id()
+        self.pad_id: int = self.processor.piece_to_id("<0x00>")  # where no bytes are among the pieces: the unknown one
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path} has no pieces for beginning and end (bos, eos); train it with both")
+        special = (self.processor.unk_id(), self.bos_id, self.eos_id)
+        self.special_ids: dict[str, int] = {self.processor.id_to_piece(i): i for i in special}
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self.processor.encode(texts, num_threads=-1)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+class BytePairModel:
+    """Byte pairs by rank, special tokens behind them, through tiktoken: Llama 3's and GPT-2's.
+
+    pattern: splits a text into what pairs are looked for in. ranks: the id of each token, the lower the sooner it is
+    made of two others.
+    """
+
+    def __init__(
+        self, path: Path, kind: str, pattern: str, ranks: dict[bytes, int], special: Sequence[str], eos: str
+    ) -> None:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise ValueError(f"{path} ({kind}) is read through another package: pip install tiktoken") from error
+        self.kind = kind
+        self.pattern = pattern
+        self.ranks = ranks
+        self.special_ids = {name: len(ranks) + n for n, name in enumerate(special)}
+        self.processor = tiktoken.Encoding(
+            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
+        self.n_words = len(ranks) + len(special)
+        self.bos_id = len(ranks)
+        self.eos_id = self.special_ids[eos]
+        self.pad_id = ranks[b"\0"]
+
+    def encode(self, text: str) -> list[int]:
+        cuts = [0, len(text)]
+        if len(text) > LONGEST_RUN:
+            runs = re.finditer(r"\s+|\S+", text)
+            cuts[1:1] = [cut for run in runs for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
+        pieces = (text[start:end] for start, end in zip(cuts, cuts[1:], strict=False))
+        return [i for piece in pieces for i in self.processor.encode_ordinary(piece)]
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(self.encode, texts))
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode([i for i in ids if i < len(self.ranks)], errors="replace")
+
+
+class HuggingFaceModel:
+    """A tokenizer.json, through tokenizers; bos and eos as the files beside it name them, else by their usual names."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path, content: str) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(f"{path} is read through another package: pip install tokenizers") from error
+        try:
+            self.processor = tokenizers.Tokenizer.from_str(content)
+        except BaseException as error:  # the library raises bare Exceptions, or panics, which is not even one
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error)[:200]!r}") from error
+        self.processor.no_truncation()
+        self.processor.no_padding()
+        added = {token.content: i for i, token in self.processor.get_added_tokens_decoder().items()}
+        named = _named_marks(path)
+        bos = _first_id(self.processor, named.get("bos_token"), [name for name in KNOWN_BOS if name in added])
+        eos = _first_id(self.processor, named.get("eos_token"), [name for name in KNOWN_EOS if name in added])
+        if eos is None:
+            raise ValueError(
+                f"{path} names no end of a text; put a tokenizer_config.json with bos_token and eos_token beside it"
+            )
+        self.eos_id = eos
+        self.bos_id = eos if bos is None else bos
+        # Only what is marked as special is kept out of ordinary text, and out of what is decoded.
+        self.processor.add_special_tokens([self.processor.id_to_token(i) for i in (self.bos_id, self.eos_id)])
+        self.processor.encode_special_tokens = True
+        decoder = self.processor.get_added_tokens_decoder()
+        self.special_ids = {token.content: i for i, token in decoder.items() if token.special}
+        self.n_words = 1 + max(self.processor.get_vocab().values())
+        pad = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
+        self.pad_id: int = self.eos_id if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return [done.ids for done in self.processor.encode_batch(texts, add_special_tokens=False)]
+        except Exception as error:  # bare, such as for a word that is unknown where no token stands for these
+            raise ValueError(f"the tokenizer has no ids for a text: {str(error)[:200]!r}") from error
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids, skip_special_tokens=True)
+
+
+def _first_id(processor: Any, named: str | None, known: Sequence[str]) -> int | None:
+    """The id of the first of the names that the vocabulary has."""
+    ids = (processor.token_to_id(name) for name in (named, *known) if name is not None)
+    return next((i for i in ids if i is not None), None)
+
+
+def _named_marks(path: Path) -> dict[str, str]:
+    """bos_token and eos_token as the files beside a tokenizer.json name them."""
+    marks: dict[str, str] = {}
+    for beside in (path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")):
+        content = _json_object(beside, _read(beside)) if beside.is_file() else {}
+        for mark in ("bos_token", "eos_token"):
+            token = content.get(mark)
+            name = token.get("content") if isinstance(token, dict) else token
+            if isinstance(name, str):
+                marks.setdefault(mark, name)
+    return marks
+
+
+# Files
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """The file meant by a path. Raises FileNotFoundError or ValueError if there is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such tokenizer; `python fetch_data.py tokenizer` brings the course's")
+    if path.is_dir():
+        found = [path / name for name in IN_FOLDER if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{path} is a folder without a tokenizer: no {', '.join(IN_FOLDER)}")
+        return found[0]
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; --tokenizer takes a tokenizer such as data/tokenizer.model")
+    return path
+
+
+def _open_model(path: Path) -> SentencePieceModel | BytePairModel | HuggingFaceModel:
+    """The tokenizer in a file, of the kind that its content tells. Raises ValueError if it is damaged or none."""
+    content = _read(path)
+    if content.startswith(b"#version"):
+        return _gpt2_model(path, _merged_ranks(path, content))
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", content):
+        return _llama3_model(path, content)
+    if not re.match(rb"\s*\{", content):
+        return SentencePieceModel(path, content)
+    tokens = _json_object(path, content)
+    if isinstance(tokens.get("model"), dict):
+        return HuggingFaceModel(path, content.decode("utf-8"))
+    return _gpt2_model(path, _encoder_ranks(path, tokens))
+
+
+def _read(path: Path) -> bytes:
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes, no tokenizer more than {LARGEST:,}; is it a checkpoint?")
+    return path.read_bytes()
+
+
+def _json_object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it holds no whole JSON; fetch or copy it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {shown(found)}; it must be a JSON object")
+    return found
+
+
+def _llama3_model(path: Path, content: bytes) -> BytePairModel:
+    pairs = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            pairs.append((base64.b64decode(token, validate=True), int(rank)))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged: line {number} is {shown(line)}, not `base64 rank`; fetch or copy it again"
+            ) from error
+    if len(pairs) != LLAMA3_RANKS:
+        raise ValueError(f"{path} has {len(pairs):,} ranks, but Llama 3's {LLAMA3_RANKS:,}; fetch or copy it again")
+    special = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
+    return BytePairModel(path, "llama3", LLAMA3_PATTERN, _whole(path, pairs), special, eos=special[1])
+
+
+def _gpt2_model(path: Path, ranks: dict[bytes, int]) -> BytePairModel:
+    """GPT-2's files say the same twice: one is enough, and two have to agree."""
+    for encoder, merges in GPT2_PAIRS.items():
+        one, other = path.with_name(encoder), path.with_name(merges)
+        if path.name == merges and one.is_file():
+            agree = _encoder_ranks(one, _json_object(one, _read(one))) == ranks
+        elif path.name == encoder and other.is_file():
+            agree = _merged_ranks(other, _read(other)) == ranks
+        else:
+            continue
+        if not agree:
+            raise ValueError(f"{one} and {other} are not of one tokenizer, or one is cut short; fetch both again")
+    return BytePairModel(path, "gpt2", GPT2_PATTERN, ranks, [GPT2_END], eos=GPT2_END)
+
+
+def _encoder_ranks(path: Path, tokens: dict[str, Any]) -> dict[bytes, int]:
+    """The ranks that JSON of token to id gives. Raises ValueError unless it is laid out as GPT-2's."""
+    ordinary = {token: i for token, i in tokens.items() if token != GPT2_END}
+    sound = {type(i) for i in ordinary.values()} == {int} and set("".join(ordinary)) <= LETTER_BYTES.keys()
+    if not sound or tokens.get(GPT2_END) != len(ordinary):
+        raise ValueError(
+            f"{path} is JSON, but no tokenizer.json and no encoder.json of GPT-2, which ends in {GPT2_END}"
+        )
+    return _whole(path, [(bytes(LETTER_BYTES[letter] for letter in token), i) for token, i in ordinary.items()])
+
+
+def _merged_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+    """The ranks that GPT-2's merges give: first the bytes, then line by line what two tokens make."""
+    tokens = dict.fromkeys(LETTER_BYTES)  # keeps order
+    for number, line in enumerate(content.decode("utf-8", "replace").split("\n")[1:], start=2):
+        parts = line.rstrip("\r").split(" ")
+        if parts == [""]:
+            continue
+        if len(parts) != 2 or not all(part in tokens for part in parts) or "".join(parts) in tokens:
+            raise ValueError(
+                f"{path} is damaged: line {number} is {shown(line)}, which makes no new token of two; fetch it again"
+            )
+        tokens["".join(parts)] = None
+    return {bytes(LETTER_BYTES[letter] for letter in token): rank for rank, token in enumerate(tokens)}
+
+
+def _whole(path: Path, pairs: list[tuple[bytes, int]]) -> dict[bytes, int]:
+    """Token to rank. Raises ValueError unless every byte has a rank, and every rank from 0 on just one token."""
+    ranks = dict(pairs)
+    lacks = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if len(ranks) != len(pairs) or sorted(ranks.values()) != list(range(len(ranks))) or lacks:
+        raise ValueError(f"{path} is damaged: a token or a rank is there twice, or missing; fetch or copy it again")
+    return ranks

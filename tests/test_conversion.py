@@ -122,6 +122,20 @@ def test_gguf_holds_every_tensor_and_the_vocabulary(tmp_path, dtype, changes):
         assert factors is None
 
 
+def test_transformers_reads_the_gguf_file_with_equal_logits(tmp_path):
+    """Which takes it for llama.cpp's layout, and reorders query and key on its way."""
+    pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    model = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=True)
+    write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
+    (tmp_path / "model.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
+    assert convert(tmp_path, "gguf", tmp_path / "out.gguf") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
+    ids = torch.randint(4096, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids, targets=ids)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_gguf_takes_the_merges_of_llama_3(tmp_path):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("tiktoken")

@@ -4,6 +4,7 @@ held out.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from corpus import (
     open_tokens,
     read_documents,
     read_header,
+    read_pieces,
     text_files,
     to_tensor,
     tokenize_text,
@@ -80,27 +82,46 @@ def test_a_text_that_is_not_utf8_is_refused(tmp_path, content):
         list(read_documents(written(tmp_path / "a.txt", content)))
 
 
-def test_a_very_long_document_is_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+def test_a_very_long_document_is_read_in_pieces_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 100)
     lines = [f"line {i} of a long book" for i in range(50)]
-    found = list(read_documents(written(tmp_path / "a.txt", "\n".join(lines))))
-    assert len(found) > 5 and max(map(len, found)) < 130
-    assert "\n".join(found) == "\n".join(lines)
+    path = written(tmp_path / "a.txt", "\n\n" + "\n".join(lines) + f"\n\n{DOCUMENT_END}\nshort")
+    pieces = list(read_pieces(path))
+    assert len(pieces) > 5 and max(len(piece) for piece, _ in pieces) < 130
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 2) + [True, True]
+    assert list(read_documents(path)) == ["\n".join(lines), "short"]
+
+
+def test_a_long_document_is_one_document_of_tokens(tmp_path, tokenizer, monkeypatch):
+    long, short = "\n".join(f"line {i} of a long book" for i in range(50)), "a short one"
+    whole = tokenized(tmp_path, tokenizer, [long, short], "whole.txt")
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 100)
+    parted = tokenized(tmp_path, tokenizer, [long, short], "parted.txt")
+    for tokens in (whole, parted):
+        assert tokens.text_bytes.tolist() == [len(long), len(short)]
+        for first, last in itertools.pairwise(tokens.starts.tolist()):
+            ids = tokens.ids[first:last].tolist()
+            assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+            assert tokenizer.bos_id not in ids[1:] and tokenizer.eos_id not in ids[:-1]
+    text = Text("t", [parted], 8, held_out=1)
+    assert text.held_out_bytes == len(short) and text.held_out_tokens == int(np.diff(parted.starts)[-1])
 
 
 @pytest.mark.parametrize("gap", range(60, 105))
 def test_a_file_without_line_ends_is_cut_yet_parted_at_every_mark(tmp_path, monkeypatch, gap):
     """Wherever the mark stands, also across the place where the reading pauses."""
-    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 100)
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 100)
     for more in (250, 400 - gap - len(DOCUMENT_END)):  # the latter ends where a reading ends
-        found = list(read_documents(written(tmp_path / "a.txt", "a" * gap + DOCUMENT_END + "b" * more)))
-        assert all(set(piece) in ({"a"}, {"b"}) for piece in found)
-        assert "".join(found) == "a" * gap + "b" * more and max(map(len, found)) < 200
+        path = written(tmp_path / "a.txt", "a" * gap + DOCUMENT_END + "b" * more)
+        assert max(len(piece) for piece, _ in read_pieces(path)) < 200
+        assert list(read_documents(path)) == ["a" * gap, "b" * more]
 
 
 def test_a_folder_is_its_text_files_in_order(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/b.txt", "c.md"):
         written(tmp_path / "texts" / name, "x")
+    written(tmp_path / "texts" / "empty.txt", "")
+    (tmp_path / "texts" / "folder.txt").mkdir()
     found = [path.relative_to(tmp_path / "texts").as_posix() for path in text_files(tmp_path / "texts")]
     assert found == ["a/b.txt", "a/z.txt", "b.txt"]
     assert text_files(tmp_path / "texts" / "c.md") == [tmp_path / "texts" / "c.md"]
@@ -171,7 +192,7 @@ def test_no_piece_has_two_digits(tmp_path):
 @pytest.mark.parametrize(
     "content, vocab_size, message",
     [
-        ("a b c", 100_000, "no tokenizer of 100000 pieces .*another --vocab_size, or more text"),
+        ("a b c", 100_000, "no tokenizer of 100000 pieces .*another --vocab_size .*, or more text"),
         ("a b c", 10, "no tokenizer of 10 pieces .*a.txt"),
         (" \n", 300, "no tokenizer of 300 pieces .*a.txt.*more text"),
         (b"\xff", 300, r"a\.txt is not UTF-8"),
@@ -393,26 +414,28 @@ def test_the_last_documents_of_a_text_are_held_out_across_its_files(held_out):
     ]
     kept = documents[: len(documents) - held_out_count(held_out, 6)]
     out = documents[len(kept) :]
-    seen = {int(i) for s in text.train for w in range(len(s)) for i in s.window(w)}
-    judged = {int(i) for s in text.held_out for w in range(len(s)) for i in s.window(w)}
+    seen = {int(i) for w in range(len(text.train)) for i in text.train.window(w)}
+    judged = {int(i) for w in range(len(text.held_out)) for i in text.held_out.window(w)}
     assert seen and seen <= set().union(*kept) and judged <= set().union(*out) and bool(judged) == bool(out)
     assert text.held_out_tokens == text.held_out_bytes == sum(map(len, out))
 
 
-def test_every_training_token_is_an_input_once_but_for_the_tail_of_each_stretch():
-    files = [counting_tokens(lengths, 1000 * i) for i, lengths in enumerate([[10, 7, 20], [9], [3], [1, 12, 6]])]
+def test_every_training_token_is_an_input_once_but_for_the_tail_of_the_text():
+    files = [counting_tokens(lengths, 1000 * i) for i, lengths in enumerate([[10, 7, 20], [2], [3], [1, 12, 6]])]
     text = Text("t", files, 4, 2)
     mixture = Corpus([text], seed=0)
-    windows = [mixture.window(i) for i in range(text.training_windows)]
-    assert all(len(window) == 5 and np.all(np.diff(window.astype(int)) == 1) for window in windows)
-    inputs = Counter(int(i) for window in windows for i in window[:-1])
-    assert set(inputs.values()) == {1}
-    for tokens, last in zip(files, (37, 9, 3, 1), strict=True):  # the last two documents are held out
-        tail = set(tokens.ids[:last].tolist()) - inputs.keys()
-        assert tail == set(tokens.ids[max(0, last - len(tail)) : last].tolist()) and len(tail) <= 4
-    assert inputs.keys() <= {
-        int(i) for tokens, last in zip(files, (37, 9, 3, 1), strict=True) for i in tokens.ids[:last]
-    }
+    # The last two documents are held out; what is left is one file's after the other's, short files and all.
+    tokens = [int(i) for one, last in zip(files, (37, 2, 3, 1), strict=True) for i in one.ids[:last]]
+    assert len(tokens) == 43 and text.training_windows == 10
+    for i in range(text.training_windows):
+        assert mixture.window(i).tolist() == tokens[4 * i : 4 * i + 5]
+
+
+def test_a_folder_of_texts_shorter_than_a_window_is_read_as_one():
+    files = [counting_tokens([3], 1000 * i) for i in range(20)]
+    text = Text("t", files, 16, 0.3)
+    assert text.training_windows == 2 and text.held_out_windows == 1
+    assert text.train.window(1).tolist() == [1000 * (i // 3) + i % 3 for i in range(16, 33)]
 
 
 def test_windows_as_a_tensor_are_wide_enough_for_every_id():
@@ -507,8 +530,19 @@ def test_batches_follow_the_passes_without_a_seam(batch_size):
 
 
 def test_windows_to_judge_by_are_spread_evenly():
-    stretches = Text("t", [counting_tokens([4 * 10 + 1, 1]), counting_tokens([4 * 21 + 1])], 4, 0).train
+    stretch = Text("t", [counting_tokens([4 * 10, 1]), counting_tokens([4 * 21], 41)], 4, 0).train
     for count, wanted in ((100, 31), (31, 31), (30, 16), (8, 8), (1, 1)):
-        found = evenly(stretches, count)
+        found = evenly(stretch, count)
         assert len(found) == wanted
-    assert [int(window[0]) for window in evenly(stretches, 8)] == [0, 16, 32, 8, 24, 40, 56, 72]
+    assert [int(window[0]) for window in evenly(stretch, 8)] == [0, 16, 32, 48, 64, 80, 96, 112]
+
+
+def test_a_weight_beyond_memory_is_refused():
+    with pytest.raises(ValueError, match=r"t: a weight of 1e\+12 makes 1e\+13 windows of one pass, more than"):
+        Text("t", [counting_tokens([41])], 4, 0, 1e12)
+
+
+@pytest.mark.parametrize("held_out", [1.5, 2.01])
+def test_a_part_of_a_document_cannot_be_held_out(held_out):
+    with pytest.raises(ValueError, match=f"--held_out is {held_out}; it must be a share below 1, or a whole number"):
+        held_out_count(held_out, 9)

@@ -108,12 +108,47 @@ def test_a_new_model_learns_and_is_written_with_its_tokenizer(command):
     )
 
 
+def test_what_is_written_is_the_best_and_not_the_last(command):
+    assert command.pretrain("--lr", "5", "--schedule", "constant", "--max_steps", "12", "--eval_every", "4")[0] == 0
+    bits = judged(command.metrics())
+    assert bits[-1] > min(bits)
+    model = load_pretrained("out.safetensors").state_dict()
+    states = [torch.load(f"run/{name}.pt", weights_only=True)["model"] for name in ("best", "last")]
+    same = [all(torch.equal(tensor, state[name]) for name, tensor in model.items()) for state in states]
+    assert same == [True, False]
+
+
+def test_a_texts_weight_is_how_often_it_is_read(command):
+    passes = []
+    for weight in ("1", "3"):
+        err = command.pretrain("--corpus", f"stories.txt={weight}", "--batch_size", "40", run_dir=f"run{weight}")[2]
+        passes.append(float(re.search(r"([\d.]+) passes over the corpus", err)[1]))
+    assert passes[0] == pytest.approx(3 * passes[1], rel=0.02)
+
+
+@pytest.mark.parametrize("option", ["seed", "adam_beta2", "dropout"])
+def test_seed_dropout_and_adams_memory_reach_the_training(command, option):
+    """From one checkpoint, where nothing else is random."""
+    assert command.pretrain("--max_steps", "2")[0] == 0
+    losses = {}
+    for value in {"seed": ("1", "2"), "adam_beta2": ("0.5", "0.99"), "dropout": ("0", "0.3")}[option]:
+        arguments = ["--pretrained-model-path", "out.safetensors", "--max_steps", "3", f"--{option}", value]
+        assert command.pretrain(*arguments, new=False, out="more.safetensors", run_dir=f"run{value}")[0] == 0
+        losses[value] = [line["loss"] for line in command.metrics(f"run{value}") if "loss" in line][:3]
+    first, second = losses.values()
+    assert first[2] != second[2] and (first[0] != second[0]) == (option != "adam_beta2")
+
+
 def test_what_was_written_generates_with_the_tokenizer_beside_it(command):
     assert command.pretrain()[0] == 0
     os.remove("tok.model")
     arguments = ["--option", "generate", "--pretrained-model-path", "out.safetensors", "--prompt", "the big cat"]
     code, out, err = command(*arguments, "--temperature", "0", "--max_new_tokens", "5")
-    assert code == 0 and out.startswith("the big cat") and re.search(r"^tokenizer   out\.model$", err, flags=re.M)
+    assert (
+        code == 0
+        and out.startswith("the big cat")
+        and re.search(r"^tokenizer   out\.model \(sentencepiece\)$", err, flags=re.M)
+    )
     assert "LayerNorm, causal" in err
 
 
@@ -325,7 +360,11 @@ def test_two_processes_equal_one(command, more):
 
 
 def text(name, content):
-    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+    def write(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+    return write
 
 
 def made_folder(name):
@@ -361,7 +400,21 @@ BAD = [
         for weight in ("x", "-1", "0", "nan", "inf", "")
     ),
     ("a text twice", "pretrain", ["--corpus", "stories.txt", "./stories.txt"], None, "stories.txt is named twice"),
-    ("a text in its folder", "pretrain", ["--corpus", ".", "stories.txt=2"], None, "stories.txt is named twice"),
+    ("a text in its folder", "pretrain", ["--corpus", "texts", "texts/a.txt=2"], text("texts/a.txt", "a cat"),
+     "a.txt is named twice"),
+    ("a run in the texts' folder", "pretrain", ["--corpus", "."], None, "lies in --corpus ., and its log would be"),
+    ("a model among the texts", "pretrain", ["--corpus", "texts", "--model_out", "texts/b.txt"],
+     text("texts/a.txt", "a cat"), "texts/b.txt would be one of the texts of --corpus texts"),
+    ("a tokenizer among the texts", "tokenizer", ["--corpus", "texts", "--model_out", "texts/a.txt"],
+     text("texts/a.txt", "a cat"), "texts/a.txt would be one of the texts"),
+    ("a text without a name", "pretrain", ["--corpus", ""], None, "--corpus '' names no text"),
+    ("a weight of nothing", "pretrain", ["--corpus", "=2"], None, "--corpus '=2' names no text"),
+    ("a weight for a tokenizer", "tokenizer", ["--corpus", "stories.txt=2"], None, "leave out the weights"),
+    ("a weight beyond memory", "pretrain", ["--corpus", "stories.txt=1e12"], None, "windows of one pass, more than"),
+    ("the run's own file", "pretrain", ["--run_dir", ".", "--model_out", "best.pt"], None, "a file of the run's own"),
+    ("a preset of a continued one", "pretrain", [*FROM, "--preset", "mini"], a_model(), "--preset is of a new model"),
+    ("part of a document held out", "pretrain", ["--held_out", "1.5"], None, "--held_out is 1.5; it must be a share"),
+    ("a file for tokens", "pretrain", ["--tokens_dir", "tok.model/x"], None, "--tokens_dir tok.model/x cannot be made"),
     ("too much held out", "pretrain", ["--held_out", "40"], None, "40 documents, and 40 of them would be held out"),
     ("less than none held out", "pretrain", ["--held_out", "-1"], None, "argument --held_out: '-1' is not allowed"),
     ("a window too long", "pretrain", ["--window", "33"], None, "--window 33 is longer than the model's context of 32"),
@@ -376,7 +429,7 @@ BAD = [
     ("a size of none", "pretrain", ["--n_layers", "0"], None, "argument --n_layers: '0' is not allowed"),
     ("a model that sees all", "pretrain", ["--attention", "bidirectional"], None, "bidirectional: it would see"),
     ("a continued one that does", "pretrain", FROM, a_model(causal=False), "add --attention causal"),
-    ("sizes of a continued one", "pretrain", [*FROM, "--dim", "32"], a_model(), "--dim is a size of a new model"),
+    ("sizes of a continued one", "pretrain", [*FROM, "--dim", "32"], a_model(), "--dim is of a new model"),
     ("no model to continue", "pretrain", [*FROM, "--tokenizer", "tok.model"], None, "model.pt: no such checkpoint"),
     ("another vocabulary", "pretrain", FROM, a_model(vocab_size=300), "has a vocabulary of 300"),
     ("a prompt that is no text", "pretrain", ["--sample_prompt", "\udce9"], None, "is no UTF-8 text"),

@@ -56,6 +56,9 @@ def course_folder(asset, tmp_path, monkeypatch):
             (tmp_path / "data" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name in ("README.md", "docs", "data/mini-llama.safetensors", "data/mini-llama.model"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "data" / "stories260K").mkdir()
+    for name in ("stories260K/stories260K_v1.bin", "stories260K/tok512.model"):
+        shutil.copy(asset(name), tmp_path / "data" / name)
     model = tiny_llama(vocab_size=32000, max_seq_len=256)
     write_checkpoint(tmp_path / "stories42M.pt", model.state_dict(), model.config)
     monkeypatch.setattr(tokenizer, "DEFAULT_PATHS", (asset("course/tokenizer.model"),))
@@ -96,11 +99,12 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
     option = command[command.index("--option") + 1]
-    if option in ("perplexity", "tokenizer", "pretrain"):
+    if option in ("perplexity", "tokenizer", "pretrain", "convert"):
         wanted = {
             "perplexity": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {"further.safetensors", "further.model"},
+            "convert": {"stories260K-hf"},
         }
         assert made - {"runs"} == wanted[option]
         return
