@@ -308,14 +308,24 @@ def beam_search(
         longest = max_new_tokens if length_penalty > 0 else new  # where what is open may yet score best
         if len(done) == beams and float(scores[0]) / longest**length_penalty <= done[-1][0]:
             break
-    open_ones = [(float(score) / new**length_penalty, row) for score, row in zip(scores, tokens, strict=True)] if max_new_tokens else []
+    open_ones = (
+        [(float(score) / new**length_penalty, row) for score, row in zip(scores, tokens, strict=True)]
+        if max_new_tokens
+        else []
+    )
     score, row = max(done + open_ones, key=lambda found: found[0], default=(0.0, idx[0]))
     return row, score
 
 
 @torch.no_grad()
 def contrastive_search(
-    model: LanguageModel, idx: Tensor, max_new_tokens: int, *, k: int = 4, alpha: float = 0.6, eos_ids: Sequence[int] = ()
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    k: int = 4,
+    alpha: float = 0.6,
+    eos_ids: Sequence[int] = (),
 ) -> Tensor:
     """Continues one prompt, idx (1, T) -> (T + new,), each time by that of the k likeliest tokens v for which
     (1 - alpha) p(v) - alpha (the largest cosine of v's hidden state with that of any token before) is largest
@@ -402,7 +412,11 @@ def guessed(text: list[int], longest_match: int) -> list[int]:
 
 
 def _checked(
-    logits: Tensor, proposed: int | None, temperature: float, filters: Sequence[Filter], generator: torch.Generator | None
+    logits: Tensor,
+    proposed: int | None,
+    temperature: float,
+    filters: Sequence[Filter],
+    generator: torch.Generator | None,
 ) -> int:
     """A token drawn as always, given one that was proposed for certain: that, or else one of the others."""
     if temperature == 0.0:

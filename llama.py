@@ -106,8 +106,8 @@ def visible_positions(attention_mask: Tensor | None, seq_len: int, causal: bool,
 class KVCache:
     """The keys and values of what a model has read so far, so that the next tokens alone have to be computed.
 
-    (B, K, capacity, hd) of each in every layer, the first `length` columns of them filled; K key/value heads, each stored
-    once. Memory is taken when the first tokens come, of their dtype and on their device.
+    (B, K, capacity, hd) of each in every layer, the first `length` columns filled; K key/value heads, each stored once.
+    Memory is taken when the first tokens come, of their dtype and on their device.
 
     Raises ValueError for a bidirectional model, in which what was read changes with what follows.
     """
@@ -434,22 +434,12 @@ class Llama(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         epsilon: float = 0.05,
-        *,
-        attention_mask: Tensor | None = None,
-        eos_id: int | None = None,
-        generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). See generation.py."""
-        return generation.generate(
-            self,
-            idx,
-            max_new_tokens,
-            temperature=temperature,
-            epsilon=epsilon,
-            attention_mask=attention_mask,
-            eos_id=eos_id,
-            generator=generator,
-        )
+        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). More settings, such as
+        `filters`, `attention_mask`, `eos_ids` and `generator`: see `generation.stream`.
+        """
+        return generation.generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **settings)
 
 
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:

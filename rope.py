@@ -79,8 +79,8 @@ def apply_rotary_emb(
     scaling: Scaling | None = None,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Turns query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions, `start` and
-    those that follow.
+    """Turns query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions, `start`
+    and those that follow.
 
     Raises ValueError if they go beyond max_seq_len.
     """
