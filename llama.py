@@ -411,7 +411,7 @@ class Llama(nn.Module):
             cache.room_for(tokens.shape[1])
             first = cache.length == 0 and mask is None
             if not first:
-                visible = cache.visible(mask, *tokens.shape, tokens.device)
+                visible = cache.visible(mask, tokens.shape[0], tokens.shape[1], tokens.device)
         elif mask is not None:
             visible = visible_positions(mask, tokens.shape[1], self.config.causal, tokens.device)
         x = self.dropout(widened(self.tok_embeddings(tokens)))  # (B, T, D)
