@@ -102,14 +102,19 @@ def fits_float32(tensor: Tensor) -> bool:
     return -largest <= low and high <= largest
 
 
+def check_there(path: Path) -> None:
+    """Raises FileNotFoundError if there is nothing at the path."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; `python fetch_data.py checkpoint` brings stories42M.pt")
+
+
 def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     """Reads a file or folder of any known format, onto the CPU.
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged, of no known format, or a pickle with code.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; `python fetch_data.py checkpoint` brings stories42M.pt")
+    check_there(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():

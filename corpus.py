@@ -151,12 +151,13 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            minloglevel=1,
+            minloglevel=3,  # what goes wrong is said below
         )
     except RuntimeError as error:
+        reason = str(error).strip().rpartition("] ")[2].rstrip(".") or "the library does not say why"
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}; give another --vocab_size (at "
-            f"least 260 and one for each letter), or more text ({str(error).strip().rpartition('] ')[2]})"
+            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {reason}; give another "
+            "--vocab_size (at least 260 and one for each letter), or more text"
         ) from error
     with atomic_file(model_path, "wb") as file:
         file.write(model.getvalue())

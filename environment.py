@@ -121,6 +121,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer asked for, else the one that came with the checkpoint, else the default one; for a new model, if
     there is none of these, the bundled one.
     """
+    from checkpoint import check_there
     from tokenizer import IN_FOLDER, Tokenizer, default_tokenizer_path
 
     path = args.tokenizer
@@ -136,6 +137,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
             path = default_tokenizer_path()
         except FileNotFoundError:
             if not new:
+                check_there(Path(args.pretrained_model_path))  # else its path is what is wrong
                 raise
             path = tokenizer_beside(str(BUNDLED_MODEL))
     return Tokenizer(tokenizer_model=path)
@@ -207,7 +209,7 @@ def print_header(
         files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
         report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
     for path in output_files(args):
-        report(f"writes      {path}")
+        report(f"writes      {path}{' (in the place of what is there)' if Path(path).is_file() else ''}")
     if args.option in TRAINING:
         report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
 

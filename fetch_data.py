@@ -14,7 +14,8 @@ examples:
 
 A file that is there with the right checksum is kept. A download goes to NAME.part, which the next call resumes if it
 broke off, and gets its name when it is complete and verified.
-Exit code: 0 if all is there (what only a mirror has may be skipped), 2 if any file failed, 130 if interrupted.
+Exit code: 0 if all is there, but for what is not published and no --source was named to have; 2 if any file failed, 130
+if interrupted.
 """
 
 from __future__ import annotations
@@ -333,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{group:11} {target:43} {sha256:64} {place}" for group, target, sha256, place in rows))
         return 0
     said: set[str] = set()
+    failed = 0
     for entry in entries:
         try:
             print(fetch(entry, args.into, source, args.force), flush=True)
@@ -341,10 +343,13 @@ def main(argv: list[str] | None = None) -> int:
             # Without a network every file says the same: the advice is given once.
             complain(f"{entry.target}: {message.partition('; ')[0] if message in said else message}")
             said.add(message)
+            failed += 1
         except KeyboardInterrupt:
             complain(f"{entry.target}: interrupted; the same command resumes it")
             return 130
-    return 2 if said else 0
+    if 0 < failed < len(entries):
+        print(f"{len(entries) - failed} of {len(entries)} files are there")
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -132,6 +132,11 @@ def pretrain(args: argparse.Namespace) -> None:
             f"steps       {steps:,} of {args.batch_size} x {window} tokens, "
             f"{steps * args.batch_size / corpus.pass_length:.2f} passes over the corpus"
         )
+        if args.batch_size > corpus.pass_length:
+            report(
+                f"warning: the corpus has {corpus.pass_length} windows of {window} tokens, not one --batch_size of "
+                f"{args.batch_size}; give a smaller one, or a smaller --window, and more --epochs"
+            )
         if args.warmup_steps >= steps:
             report(
                 f"warning: --warmup_steps {args.warmup_steps} of {steps} steps: the learning rate never gets to --lr"
@@ -168,6 +173,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def perplexity(args: argparse.Namespace) -> None:
     """perplexity: how well the model predicts texts, document by document."""
+    files = {path: text_files(path) for path, _ in map(text_and_weight, args.corpus)}
     llama, tokenizer, _, dtype = ready(args)
     check_causal(llama)
     context = llama.config.max_seq_len
@@ -179,8 +185,8 @@ def perplexity(args: argparse.Namespace) -> None:
             f"of {context}"
         )
     report(f"windows     {window} tokens, one every {stride}")
-    for path in [text_and_weight(text)[0] for text in args.corpus]:
-        documents = [document for file in text_files(path) for document in read_documents(file)]
+    for path, found in files.items():
+        documents = [document for file in found for document in read_documents(file)]
         if not documents:
             raise ValueError(f"{path} holds no text; give a file with some")
         if args.held_out:
@@ -195,8 +201,8 @@ def perplexity(args: argparse.Namespace) -> None:
         size = sum(len(document.encode()) for document in documents)
         perplexity = math.exp(min(nats / tokens, 700.0))
         print(
-            f"{path}: {len(documents):,} documents, {size:,} bytes, {tokens:,} tokens: perplexity "
-            f"{perplexity:.3f}, bits per token {nats / tokens / math.log(2):.4f}, bits per byte "
+            f"{path}: {len(documents):,} document{'s' * (len(documents) != 1)}, {size:,} bytes, {tokens:,} tokens: "
+            f"perplexity {perplexity:.3f}, bits per token {nats / tokens / math.log(2):.4f}, bits per byte "
             f"{nats / size / math.log(2):.4f}",
             flush=True,
         )

@@ -7,6 +7,7 @@ state that `Training.state` lists, and on rows and settings that must be the sam
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -78,6 +79,8 @@ class Interrupts:
     def _note(self, number: int, frame: object) -> None:
         self.number = number
         self.__exit__()
+        # Written at a stroke, for print is not to be entered again from a handler.
+        os.write(2, b"\nstopping after this step; once more stops at once, and loses what is not saved\n")
 
 
 @dataclass
@@ -376,7 +379,7 @@ class Training:
         loss, running = progress.loss_sum / progress.seen, progress.correct / progress.seen
         self.log(
             f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
-            + " (best so far)" * is_best
+            + " (best so far)" * (is_best and score.quality is not None)
             + score.remark
         )
         self.run.metric(

@@ -160,14 +160,15 @@ def folder(tmp_path, small_tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("typed.model", "model.model", "default.model", "bundled.model"):
         (tmp_path / name).write_bytes(small_tokenizer.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"x")
     monkeypatch.setattr(tokenizer_module, "DEFAULT_PATHS", (tmp_path / "default.model",))
     monkeypatch.setattr(environment, "BUNDLED_MODEL", tmp_path / "bundled.safetensors")
     return tmp_path
 
 
-def chosen(*, option="generate", continued=False, tokenizer=None):
+def chosen(*, option="generate", continued=False, tokenizer=None, pretrained_model_path="model.safetensors"):
     args = SimpleNamespace(
-        option=option, continued=continued, tokenizer=tokenizer, pretrained_model_path="model.safetensors"
+        option=option, continued=continued, tokenizer=tokenizer, pretrained_model_path=pretrained_model_path
     )
     return load_tokenizer(args).path.name
 
@@ -190,6 +191,13 @@ def test_the_tokenizer_is_the_first_that_is_there(folder, settings, order):
         else:
             assert chosen(**settings) == name
             (folder / name).unlink()
+
+
+def test_a_checkpoint_that_is_not_there_is_what_is_told(folder):
+    """And not that no tokenizer is to be found."""
+    (folder / "default.model").unlink()
+    with pytest.raises(FileNotFoundError, match="gone.pt: no such checkpoint"):
+        chosen(pretrained_model_path="gone.pt")
 
 
 def test_a_typed_tokenizer_that_is_not_there_is_an_error(folder):

@@ -363,7 +363,7 @@ def test_an_answer_that_is_no_http_is_one_line(server, into, capsys, monkeypatch
 def test_a_record_that_is_no_text_is_one_line_and_concerns_unpinned_files_only(mirror, into, capsys, content):
     (into / fetch_data.RECORD).write_bytes(content)
     code, out, err = run(capsys, "--source", mirror, "--into", into)
-    assert (code, len(out), len(err)) == (2, 3, 1)
+    assert (code, len(out), len(err)) == (2, 4, 1)
     assert f"model.pt: {into / fetch_data.RECORD} is not UTF-8 text; remove it" in err[0]
     assert (into / fetch_data.RECORD).read_bytes() == content
 

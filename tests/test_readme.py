@@ -95,6 +95,8 @@ def test_the_sanity_check_prints_what_the_readme_shows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [c for c in OURS if "--option" in c], ids=identifier)
 def test_each_option_runs_as_the_readme_says(course_folder, command):
+    if "--tokenizer" in command and "mine.model" in command:  # which the command before makes
+        shutil.copy(ROOT / "data" / "mini-llama.model", "mine.model")
     before = {path.name for path in course_folder.iterdir()}
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
@@ -103,10 +105,11 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
         wanted = {
             "perplexity": set(),
             "tokenizer": {"mine.model"},
-            "pretrain": {"further.safetensors", "further.model"},
+            "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
             "convert": {"stories260K-hf"},
         }
-        assert made - {"runs"} == wanted[option]
+        made.discard("runs")
+        assert made <= wanted[option] and (made or option == "perplexity")
         return
     if option == "generate":
         assert made == {"generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt"}
