@@ -1,17 +1,22 @@
-"""Text generation: logits filters, each a pure function of logits, and the decoding loop over any model.
+"""Text generation: logits filters, each a pure function of logits, and the decoding loops over any model.
 
-Order: temperature, then the filter, then renormalise (softmax), then sample. A filter cuts a token by setting its logit
-to -inf and always leaves the row's arg-max alive.
+Order: repetition penalty, temperature, the filters, then renormalise (softmax), then sample. A filter cuts a token by
+setting its logit to -inf, row by row, and always leaves the row's arg-max alive.
+
+A model with a cache computes each token once; past its context, where the first tokens fall out and all others move,
+and without a cache, the whole window is computed for each new token. What is chosen is the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
 
 
 class Config(Protocol):
@@ -22,7 +27,9 @@ class Config(Protocol):
 
 
 class LanguageModel(Protocol):
-    """What decoding needs of a model: a context length, and logits (B, 1, V) of each row's last real token."""
+    """What decoding needs of a model: a context length, and logits (B, 1, V) of each row's last real token, (B, T, V)
+    with `targets`. One that has `new_cache` takes what that returns as `cache`.
+    """
 
     @property
     def config(self) -> Config: ...
@@ -31,36 +38,120 @@ class LanguageModel(Protocol):
     def __call__(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
 
 
+# Filters
+
+
+def cut(logits: Tensor, dropped: Tensor) -> Tensor:
+    """The logits with those `dropped` (bool, the same shape) at -inf, but for each row's arg-max."""
+    return logits.masked_fill(dropped.scatter(-1, logits.argmax(-1, keepdim=True), False), -math.inf)
+
+
 def epsilon_filter(logits: Tensor, epsilon: float) -> Tensor:
     """Keeps the tokens with probability >= epsilon (arXiv 2210.15191); logits (..., V) -> (..., V).
 
     The course's 0.05 keeps at most 20 tokens; the paper suggests 3e-4 to 9e-4. 0 keeps everything.
     """
-    cut = logits.softmax(-1) < epsilon
-    cut.scatter_(-1, logits.argmax(-1, keepdim=True), False)
-    return logits.masked_fill(cut, -math.inf)
+    return cut(logits, logits.softmax(-1) < epsilon)
 
 
-def next_token(logits: Tensor, temperature: float, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
-    """Chooses one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the arg-max.
-
-    Raises ValueError if the logits are not finite.
+def eta_filter(logits: Tensor, eta: float) -> Tensor:
+    """Keeps probability >= min(eta, sqrt(eta) exp(-H)), H the row's entropy in nats (arXiv 2210.15191): the flatter the
+    row, the lower the bar. The paper suggests 3e-4 to 4e-3.
     """
-    if not torch.isfinite(logits).all():
-        raise ValueError(
-            f"the model's logits ({logits.dtype}) hold NaN or infinity; damaged weights, or try --dtype fp32"
-        )
-    if temperature == 0.0:
-        return logits.argmax(-1)
+    log_probabilities = logits.log_softmax(-1)
+    bar = (math.sqrt(eta) * torch.exp(-entropy(log_probabilities))).clamp(max=eta)
+    return cut(logits, log_probabilities.exp() < bar)
+
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """Keeps the k likeliest tokens, and what is just as likely as the last of them."""
+    if k >= logits.shape[-1]:
+        return logits
+    return cut(logits, logits < logits.topk(k, dim=-1).values[..., -1:])
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keeps the likeliest tokens, as few as have probability p together (nucleus sampling, arXiv 1904.09751)."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # of all likelier ones
+    return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p))
+
+
+def min_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keeps probability >= p times that of the likeliest token (arXiv 2407.01082)."""
+    return cut(logits, logits < logits.amax(-1, keepdim=True) + math.log(p))
+
+
+def typical_filter(logits: Tensor, mass: float) -> Tensor:
+    """Keeps the tokens whose surprise -log p is nearest to the row's entropy, as few as have probability `mass`
+    together (arXiv 2202.00666).
+    """
+    log_probabilities = logits.log_softmax(-1)
+    distance = (-log_probabilities - entropy(log_probabilities)).abs()
+    order = distance.argsort(-1)
+    probabilities = log_probabilities.exp().gather(-1, order)
+    before = probabilities.cumsum(-1) - probabilities
+    return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= mass))
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """(..., V) -> (..., 1), in nats; what is impossible adds nothing."""
+    return -(log_probabilities.exp() * log_probabilities).nan_to_num(nan=0.0).sum(-1, keepdim=True)
+
+
+def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of the tokens that a row has seen, divided by the penalty where positive and multiplied by it where
+    negative (arXiv 1909.05858); logits (B, V), seen (B, T) -> (B, V). 1 changes nothing.
+    """
+    if penalty == 1.0:
+        return logits
+    before = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(before > 0, before / penalty, before * penalty))
+
+
+# One draw
+
+
+def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
+    """What is drawn from: probabilities, float32, of logits (..., V) after temperature (above 0) and filters."""
     logits = logits.float()
     # Shifted before the division: at a tiny temperature the quotients overflow, all but the likeliest one's, which is 0
     # (or 0 / 0, where the temperature itself vanishes in float32).
     logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
-    probabilities = epsilon_filter(logits, epsilon).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    for kept in filters:
+        logits = kept(logits)
+    return logits.softmax(-1)
 
 
-def check_settings(max_new_tokens: int, temperature: float, epsilon: float) -> None:
+def check_finite(logits: Tensor) -> None:
+    """Raises ValueError if the logits are not finite."""
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"the model's logits ({logits.dtype}) hold NaN or infinity; damaged weights, or try --dtype fp32"
+        )
+
+
+def next_token(
+    logits: Tensor,
+    temperature: float,
+    epsilon: float = 0.0,
+    generator: torch.Generator | None = None,
+    filters: Sequence[Filter] = (),
+) -> Tensor:
+    """Chooses one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the arg-max.
+
+    Raises ValueError if the logits are not finite.
+    """
+    check_finite(logits)
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    if epsilon > 0.0:
+        filters = (lambda logits: epsilon_filter(logits, epsilon), *filters)
+    return torch.multinomial(distribution(logits, temperature, filters), 1, generator=generator).squeeze(-1)
+
+
+def check_settings(max_new_tokens: int, temperature: float, epsilon: float, repetition_penalty: float = 1.0) -> None:
     """Raises ValueError for a decoding setting out of its range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
@@ -68,53 +159,271 @@ def check_settings(max_new_tokens: int, temperature: float, epsilon: float) -> N
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a finite number above")
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon is {epsilon}; it must be in [0, 1)")
+    if not 0.0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be above 0 (1 changes nothing)")
 
 
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    idx: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    epsilon: float = 0.05,
-    attention_mask: Tensor | None = None,
-    eos_id: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continues every prompt of idx (B, T) by max_new_tokens: int64 (B, T + max_new_tokens).
-
-    attention_mask: bool (B, T), True for real tokens; prompts of unequal length are padded on the left, so that each
-    row's continuation follows its prompt (rotary positions are relative: a shift changes nothing). eos_id: a row that
-    produced it goes on with nothing but eos_id, and decoding ends early, the rest filled in, once every row did. Past
-    the model's context the window slides. Draws come from `generator` (on idx's device), else from torch's default one.
-
-    Raises ValueError for an empty or right-padded prompt and for settings out of range.
-    """
-    check_settings(max_new_tokens, temperature, epsilon)
+def check_prompts(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The mask as bool. Raises ValueError for an empty or right-padded prompt."""
     if idx.dim() != 2 or 0 in idx.shape:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, tokens) with at least one of each")
     if attention_mask is not None:
         attention_mask = attention_mask.to(torch.bool)
         if not attention_mask[:, -1].all():
             raise ValueError("a prompt ends in padding; pad prompts of unequal length on the left")
+    return attention_mask
 
-    context = model.config.max_seq_len
-    new = idx.new_empty(idx.shape[0], max_new_tokens)
-    tokens = torch.cat((idx, new), dim=1)
+
+# Reading
+
+
+class Reader:
+    """A model that reads a growing text: through its cache while the text fits the context, then window by window."""
+
+    def __init__(self, model: LanguageModel, capacity: int, use_cache: bool = True) -> None:
+        self.model = model
+        self.context = model.config.max_seq_len
+        new_cache = getattr(model, "new_cache", None)
+        self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
+
+    def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """What the model says of the whole text tokens (B, T) after having read it before up to the cache's length."""
+        end = tokens.shape[1]
+        if self.cache is None or end > self.context:
+            self.cache = None  # the first tokens fall out now and all others move
+            window = slice(max(0, end - self.context), end)
+            mask = None if attention_mask is None else attention_mask[:, window]
+            return self.model(tokens[:, window], attention_mask=mask, **options)
+        new = slice(self.cache.length, end)
+        # Only a prompt has padding; what is generated has none.
+        mask = attention_mask[:, new] if attention_mask is not None and new.start == 0 else None
+        return self.model(tokens[:, new], attention_mask=mask, cache=self.cache, **options)
+
+
+# Decoding
+
+
+@torch.no_grad()
+def stream(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    epsilon: float = 0.05,
+    filters: Sequence[Filter] = (),
+    repetition_penalty: float = 1.0,
+    attention_mask: Tensor | None = None,
+    eos_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """The tokens (B,) that follow the prompts of idx (B, T), one step after the other, as they are chosen.
+
+    attention_mask: bool (B, T), True for real tokens; prompts of unequal length are padded on the left, so that each
+    row's continuation follows its prompt (rotary positions are relative: a shift changes nothing). eos_ids: a row that
+    produced one of them goes on with the first, and the stream ends once every row did. Past the model's context the
+    window slides. Draws come from `generator` (on idx's device), else from torch's default one.
+
+    Raises ValueError for an empty or right-padded prompt and for settings out of range.
+    """
+    check_settings(max_new_tokens, temperature, epsilon, repetition_penalty)
+    attention_mask = check_prompts(idx, attention_mask)
+    tokens = torch.cat((idx, idx.new_empty(idx.shape[0], max_new_tokens)), dim=1)
     if attention_mask is not None:
-        attention_mask = torch.cat((attention_mask, torch.ones_like(new, dtype=torch.bool)), dim=1)
+        new = torch.ones(idx.shape[0], max_new_tokens, dtype=torch.bool, device=idx.device)
+        attention_mask = torch.cat((attention_mask, new), dim=1)
+    ends = idx.new_tensor(list(eos_ids))
     finished = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
+    read = Reader(model, tokens.shape[1], use_cache)
     for end in range(idx.shape[1], tokens.shape[1]):
-        window = slice(max(0, end - context), end)
-        mask = None if attention_mask is None else attention_mask[:, window]
-        logits, _ = model(tokens[:, window], attention_mask=mask)
-        chosen = next_token(logits[:, -1], temperature, epsilon, generator)
-        if eos_id is not None:
-            chosen = torch.where(finished, eos_id, chosen)
-            finished |= chosen == eos_id
+        mask = None if attention_mask is None else attention_mask[:, :end]
+        logits = read(tokens[:, :end], mask)[0][:, -1]
+        if repetition_penalty != 1.0:
+            check_finite(logits)
+            logits = repetition_penalised(logits, tokens[:, :end], repetition_penalty)
+        chosen = next_token(logits, temperature, epsilon, generator, filters)
+        if len(ends):
+            chosen = torch.where(finished, ends[0], chosen)
+            finished |= torch.isin(chosen, ends)
         tokens[:, end] = chosen
-        if eos_id is not None and finished.all():
-            tokens[:, end:] = eos_id
+        yield chosen
+        if len(ends) and finished.all():
+            return
+
+
+def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
+    """Continues every prompt of idx (B, T) by max_new_tokens: int64 (B, T + max_new_tokens). Settings are those of
+    `stream`; where that ends early, the rest is filled with the first of `eos_ids`.
+    """
+    new = list(stream(model, idx, max_new_tokens, **settings))
+    tokens = torch.cat((idx, *(chosen[:, None] for chosen in new)), dim=1)
+    missing = max_new_tokens - len(new)
+    return torch.cat((tokens, tokens.new_full((len(tokens), missing), (*settings.get("eos_ids", ()), 0)[0])), dim=1)
+
+
+@torch.no_grad()
+def beam_search(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    beams: int = 4,
+    length_penalty: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    use_cache: bool = True,
+) -> tuple[Tensor, float]:
+    """The likeliest continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
+    log-probabilities / (their number ** length_penalty), so that a penalty above 0 favours longer ones.
+
+    `beams` beginnings are kept at each step, and as many continuations that ended in one of eos_ids; the search goes on
+    until nothing that is still open can beat these, or max_new_tokens. Raises ValueError for settings out of range.
+    """
+    check_settings(max_new_tokens, 0.0, 0.0)
+    check_prompts(idx, None)
+    if idx.shape[0] != 1:
+        raise ValueError(f"beam search takes one prompt, not {idx.shape[0]}")
+    if beams < 1:
+        raise ValueError(f"beams is {beams}; it must be 1 or more")
+    tokens, scores = idx, idx.new_zeros(1, dtype=torch.float32)
+    ends = idx.new_tensor(list(eos_ids))
+    done: list[tuple[float, Tensor]] = []
+    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache)
+    for new in range(1, max_new_tokens + 1):
+        logits = read(tokens)[0][:, -1]
+        check_finite(logits)
+        candidates = scores[:, None] + logits.float().log_softmax(-1)  # (beams, V)
+        # As many again as beams: at most half of the best end, per ending.
+        best = candidates.flatten().topk(min(beams * (1 + len(ends)), candidates.numel()))
+        rows, chosen = best.indices // candidates.shape[1], best.indices % candidates.shape[1]
+        ended = torch.isin(chosen, ends)
+        grown = torch.cat((tokens[rows], chosen[:, None]), dim=1)
+        for place in ended[:beams].nonzero().flatten().tolist():
+            done.append((float(best.values[place]) / new**length_penalty, grown[place]))
+        done = sorted(done, key=lambda found: -found[0])[:beams]
+        kept = (~ended).nonzero().flatten()[:beams]
+        tokens, scores = grown[kept], best.values[kept]
+        if read.cache is not None:
+            read.cache.take(rows[kept])
+        longest = max_new_tokens if length_penalty > 0 else new  # where what is open may yet score best
+        if len(done) == beams and float(scores[0]) / longest**length_penalty <= done[-1][0]:
             break
-    return tokens
+    open_ones = (
+        [(float(score) / new**length_penalty, row) for score, row in zip(scores, tokens, strict=True)]
+        if max_new_tokens
+        else []
+    )
+    score, row = max(done + open_ones, key=lambda found: found[0], default=(0.0, idx[0]))
+    return row, score
+
+
+@torch.no_grad()
+def contrastive_search(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    k: int = 4,
+    alpha: float = 0.6,
+    eos_ids: Sequence[int] = (),
+) -> Tensor:
+    """Continues one prompt, idx (1, T) -> (T + new,), each time by that of the k likeliest tokens v for which
+    (1 - alpha) p(v) - alpha (the largest cosine of v's hidden state with that of any token before) is largest
+    (arXiv 2202.06417). Raises ValueError for settings out of range.
+    """
+    check_settings(max_new_tokens, 0.0, 0.0)
+    check_prompts(idx, None)
+    if idx.shape[0] != 1:
+        raise ValueError(f"contrastive search takes one prompt, not {idx.shape[0]}")
+    if k < 1 or not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"k is {k} and alpha {alpha}; k must be 1 or more, alpha in [0, 1]")
+    tokens = idx
+    for _ in range(max_new_tokens):
+        logits, hidden = model(tokens[:, -(model.config.max_seq_len - 1) :])
+        check_finite(logits)
+        likely = logits[0, -1].float().softmax(-1).topk(min(k, logits.shape[-1]))
+        tried = torch.cat((tokens.expand(len(likely.indices), -1), likely.indices[:, None]), dim=1)
+        states = model(tried[:, -model.config.max_seq_len :])[1].float()  # (k, T, D)
+        states = torch.nn.functional.normalize(states, dim=-1)
+        likeness = (states[:, :-1] @ states[:, -1:].transpose(1, 2)).amax((1, 2))  # (k,)
+        best = ((1 - alpha) * likely.values - alpha * likeness).argmax()
+        tokens = tried[best][None]
+        if int(tokens[0, -1]) in eos_ids:
+            break
+    return tokens[0]
+
+
+@torch.no_grad()
+def lookup_decoding(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    filters: Sequence[Filter] = (),
+    eos_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    draft_tokens: int = 8,
+    longest_match: int = 3,
+) -> Tensor:
+    """Continues one prompt, idx (1, T) -> (T + new,), guessing what follows from the text so far, and having the model
+    check all guessed tokens in one pass: what is kept is what `stream` would have chosen, in distribution, and at
+    temperature 0 token for token (speculative sampling, arXiv 2211.17192, with prompt look-up for a draft).
+
+    A guess is what followed the last occurrence of the text's last tokens, `longest_match` of them or fewer. Each is
+    certain, so it is accepted with the probability that the model gives it; the first that is not is replaced by a draw
+    from the others. Pays where text repeats itself. Raises ValueError for settings out of range, and for a model
+    without a cache.
+    """
+    check_settings(max_new_tokens, temperature, 0.0)
+    check_prompts(idx, None)
+    if idx.shape[0] != 1:
+        raise ValueError(f"look-up decoding takes one prompt, not {idx.shape[0]}")
+    text, goal = idx[0].tolist(), idx.shape[1] + max_new_tokens
+    read = Reader(model, goal + draft_tokens)
+    if read.cache is None:
+        raise ValueError("look-up decoding needs a causal model, whose cache it checks the guesses with")
+    while len(text) < goal:
+        room = min(goal, read.context) - len(text) - 1
+        guess = guessed(text, longest_match)[: max(0, min(draft_tokens, room))]
+        tokens = idx.new_tensor([text + guess])
+        logits = read(tokens, targets=tokens)[0][0, -1 - len(guess) :]  # after the text, and after each guess
+        check_finite(logits)
+        for place, row in enumerate(logits):
+            proposed = guess[place] if place < len(guess) else None
+            text.append(_checked(row, proposed, temperature, filters, generator))
+            if text[-1] != proposed or text[-1] in eos_ids:
+                break
+        if read.cache is not None:
+            read.cache.keep(len(text) - 1)
+        if text[-1] in eos_ids:
+            break
+    return idx.new_tensor(text)
+
+
+def guessed(text: list[int], longest_match: int) -> list[int]:
+    """What followed the last occurrence, before its end, of as many of the text's last tokens as occur together."""
+    for size in range(min(longest_match, len(text) - 1), 0, -1):
+        pattern = text[-size:]
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == pattern:
+                return text[start + size :]
+    return []
+
+
+def _checked(
+    logits: Tensor,
+    proposed: int | None,
+    temperature: float,
+    filters: Sequence[Filter],
+    generator: torch.Generator | None,
+) -> int:
+    """A token drawn as always, given one that was proposed for certain: that, or else one of the others."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    probabilities = distribution(logits, temperature, filters)
+    if proposed is not None:
+        if torch.rand((), generator=generator, device=logits.device) < probabilities[proposed]:
+            return proposed
+        probabilities[proposed] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))

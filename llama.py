@@ -103,6 +103,78 @@ def visible_positions(attention_mask: Tensor | None, seq_len: int, causal: bool,
     return visible
 
 
+class KVCache:
+    """The keys and values of what a model has read so far, so that the next tokens alone have to be computed.
+
+    (B, K, capacity, hd) of each in every layer, the first `length` columns filled; K key/value heads, each stored once.
+    Memory is taken when the first tokens come, of their dtype and on their device.
+
+    Raises ValueError for a bidirectional model, in which what was read changes with what follows.
+    """
+
+    def __init__(self, config: LlamaConfig, capacity: int | None = None) -> None:
+        if not config.causal:
+            raise ValueError("a bidirectional model has no use for a cache: each token changes those before it")
+        self.capacity = config.max_seq_len if capacity is None else min(capacity, config.max_seq_len)
+        self.length = 0
+        self.keys: list[Tensor | None] = [None] * config.n_layers
+        self.values: list[Tensor | None] = [None] * config.n_layers
+        self.real: Tensor | None = None  # bool (B, capacity): the columns that are no padding; None: all
+
+    def room_for(self, tokens: int) -> None:
+        """Raises ValueError if so many more do not fit."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"{self.length} tokens are cached and {tokens} more do not fit into {self.capacity}; "
+                "start anew with the last ones"
+            )
+
+    def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores what a layer computed for T new tokens, (B, K, T, hd) each; returns views of all, (B, K, S, hd)."""
+        both = []
+        for stored, new in ((self.keys, key), (self.values, value)):
+            kept = stored[layer_id]
+            if kept is None:
+                kept = stored[layer_id] = new.new_empty(*new.shape[:2], self.capacity, new.shape[-1])
+            end = self.length + new.shape[2]
+            kept[:, :, self.length : end] = new
+            both.append(kept[:, :, :end])
+        return both[0], both[1]
+
+    def keep(self, length: int) -> None:
+        """Forgets what came after the first `length` tokens."""
+        self.length = min(self.length, length)
+        if self.real is not None:
+            self.real[:, self.length :] = True
+
+    def take(self, rows: Tensor) -> None:
+        """Makes the rows (R,) of the batch its rows, in that order, some perhaps several times."""
+        self.keys = [None if kept is None else kept[rows] for kept in self.keys]
+        self.values = [None if kept is None else kept[rows] for kept in self.values]
+        if self.real is not None:
+            self.real = self.real[rows]
+
+    def visible(self, attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
+        """Which of all keys each of the new queries may see: bool (B or 1, 1, T, S), or None where that is all of them.
+
+        attention_mask: bool (B, T), of the new tokens. Call it once before their layers.
+        """
+        end = self.length + tokens
+        if attention_mask is not None or self.real is not None:
+            if self.real is None:
+                self.real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
+            if attention_mask is not None:
+                self.real[:, self.length : end] = attention_mask
+        if tokens == 1 and attention_mask is None:
+            return None if self.real is None else self.real[:, None, None, :end]
+        positions = torch.arange(end, device=device)
+        queries = positions[self.length :, None]
+        seen = (positions <= queries)[None, None]
+        if self.real is not None:  # a padding position sees itself, as in `visible_positions`
+            seen = (self.real[:, None, None, :end] & seen) | (positions == queries)
+        return seen
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
@@ -157,6 +229,17 @@ class Attention(nn.Module):
         ]
         return torch.cat(mixed)
 
+    def attention_of_one(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        """What a single new token, (B, H, 1, hd), takes from all keys and values, (B, K, S, hd) -> (B, H, 1, hd): the
+        heads of a group are rows of one product, so that each key is read once. visible: bool (B, 1, 1, S).
+        """
+        B, H, _, hd = query.shape
+        grouped = (query / math.sqrt(hd)).view(B, key.shape[1], -1, hd)  # (B, K, H / K, hd)
+        scores = grouped @ key.transpose(-2, -1)  # (B, K, H / K, S)
+        if visible is not None:
+            scores = scores.masked_fill_(~visible, -math.inf)
+        return (scores.softmax(-1).to(value.dtype) @ value).view(B, H, 1, hd)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """The path that the config asks for, or the fastest: torch's kernel, but in half precision on the CPU, where
         that takes up to five times as long as the matrix products of pieces (docs/results.md).
@@ -172,9 +255,16 @@ class Attention(nn.Module):
         }
         return paths[kernel](query, key, value, visible)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        visible: Tensor | None = None,
+        only: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer_id: int = 0,
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names; visible as in
-        `compute_query_key_value_scores`.
+        `compute_query_key_value_scores`. cache: x follows the tokens in it, and goes there, as layer `layer_id`.
         """
         config = self.config
         B, T, _ = x.shape
@@ -182,24 +272,28 @@ class Attention(nn.Module):
         query = self.compute_query(x).view(B, T, config.n_heads, config.head_dim)  # (B, T, H, hd)
         key = self.compute_key(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
         value = self.compute_value(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
+        start = 0 if cache is None else cache.length
         query, key = apply_rotary_emb(
-            query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling
+            query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, start
         )
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H or K, T, hd)
+        if cache is not None:
+            key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
 
-        group = config.n_heads // config.kv_heads  # query heads that share one key/value head
-        if group > 1:
-            key = key.repeat_interleave(group, dim=2)  # (B, T, H, hd)
-            value = value.repeat_interleave(group, dim=2)  # (B, T, H, hd)
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H, T, hd)
-
-        if only is not None:
-            if visible is None and config.causal:
-                visible = visible_positions(None, T, True, x.device)
-            if visible is not None:
-                visible = at_positions(visible.expand(B, -1, -1, -1), only)  # (B, 1, 1, T)
-            query = at_positions(query, only)  # (B, H, 1, hd)
-
-        mixed = self.attend(query, key, value, visible)  # (B, H, T, hd)
+        if cache is not None and T == 1:
+            mixed = self.attention_of_one(query, key, value, visible)  # (B, H, 1, hd)
+        else:
+            group = config.n_heads // config.kv_heads  # query heads that share one key/value head
+            if group > 1:
+                key = key.repeat_interleave(group, dim=1)  # (B, H, S, hd)
+                value = value.repeat_interleave(group, dim=1)  # (B, H, S, hd)
+            if only is not None:
+                if visible is None and config.causal:
+                    visible = visible_positions(None, T, True, x.device)
+                if visible is not None:
+                    visible = at_positions(visible.expand(B, -1, -1, -1), only)  # (B, 1, 1, S)
+                query = at_positions(query, only)  # (B, H, 1, hd)
+            mixed = self.attend(query, key, value, visible)  # (B, H, T, hd)
         mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
         return self.residual_dropout(self.compute_output(mixed))
 
@@ -236,9 +330,11 @@ class LlamaLayer(nn.Module):
         self.attention_norm = norm(config.dim, config.layer_norm_eps)
         self.ffn_norm = norm(config.dim, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names."""
-        mixed = self.attention(self.attention_norm(x), visible, only)
+        mixed = self.attention(self.attention_norm(x), visible, only, cache, self.layer_id)
         x = (x if only is None else at_positions(x, only)) + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -276,15 +372,20 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """tokens (B, T) -> logits and hidden states (B, T, D), the latter after the final norm.
 
         Logits are (B, T, V) when `targets` is given (its values are not looked at), else (B, 1, V): those of each row's
         last real token. attention_mask: bool (B, T), True for real tokens, padding on either side; without it every
-        token is real.
+        token is real. cache: tokens follow those that it holds, and are added to it; their number may differ from call
+        to call. Raises ValueError if they do not fit into it.
         """
-        hidden = self.norm(self._through_layers(tokens, attention_mask))
+        hidden = self.norm(self._through_layers(tokens, attention_mask, cache=cache))
         logits = self.output(hidden if targets is not None else last_real(hidden, attention_mask)[:, None])
         return logits, hidden
 
@@ -296,17 +397,35 @@ class Llama(nn.Module):
         last = last_positions(tokens, attention_mask)
         return self.norm(self._through_layers(tokens, attention_mask, last))[:, 0]
 
-    def _through_layers(self, tokens: Tensor, attention_mask: Tensor | None, only: Tensor | None = None) -> Tensor:
+    def _through_layers(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        only: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
         visible = None  # the kernels know the plain causal mask; they build it themselves
-        if attention_mask is not None:
-            mask = attention_mask.to(torch.bool)
+        mask = None if attention_mask is None else attention_mask.to(torch.bool)
+        if cache is not None:
+            cache.room_for(tokens.shape[1])
+            first = cache.length == 0 and mask is None
+            if not first:
+                visible = cache.visible(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+        elif mask is not None:
             visible = visible_positions(mask, tokens.shape[1], self.config.causal, tokens.device)
         x = self.dropout(widened(self.tok_embeddings(tokens)))  # (B, T, D)
         *others, last_layer = self.layers
         for layer in others:
-            x = layer(x, visible)
-        return last_layer(x, visible, only)
+            x = layer(x, visible, cache=cache)
+        x = last_layer(x, visible, only, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return x
+
+    def new_cache(self, capacity: int | None = None) -> KVCache | None:
+        """An empty cache for `capacity` tokens (default: the context); None where this model has no use for one."""
+        return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
 
     @torch.no_grad()
     def generate(
@@ -315,22 +434,12 @@ class Llama(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         epsilon: float = 0.05,
-        *,
-        attention_mask: Tensor | None = None,
-        eos_id: int | None = None,
-        generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). See generation.py."""
-        return generation.generate(
-            self,
-            idx,
-            max_new_tokens,
-            temperature=temperature,
-            epsilon=epsilon,
-            attention_mask=attention_mask,
-            eos_id=eos_id,
-            generator=generator,
-        )
+        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). More settings, such as
+        `filters`, `attention_mask`, `eos_ids` and `generator`: see `generation.stream`.
+        """
+        return generation.generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **settings)
 
 
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -71,15 +71,22 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def apply_rotary_emb(
-    query: Tensor, key: Tensor, head_dim: int, max_seq_len: int, theta: float = 10000.0, scaling: Scaling | None = None
+    query: Tensor,
+    key: Tensor,
+    head_dim: int,
+    max_seq_len: int,
+    theta: float = 10000.0,
+    scaling: Scaling | None = None,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Turns query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions 0 to seq-1.
+    """Turns query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions, `start`
+    and those that follow.
 
-    Raises ValueError if the sequence is longer than max_seq_len.
+    Raises ValueError if they go beyond max_seq_len.
     """
-    seq_len = query.shape[1]
-    if seq_len > max_seq_len:
-        raise ValueError(f"a sequence of {seq_len} tokens is longer than the model's context of {max_seq_len}")
+    end = start + query.shape[1]
+    if end > max_seq_len:
+        raise ValueError(f"a sequence of {end} tokens is longer than the model's context of {max_seq_len}")
     # A power of two: few tables, and none of a size that only the checkpoint's word stands for.
-    table = rotary_table(head_dim, 1 << (seq_len - 1).bit_length(), theta, query.device, scaling)[:seq_len]
+    table = rotary_table(head_dim, 1 << (end - 1).bit_length(), theta, query.device, scaling)[start:end]
     return rotate(query, table), rotate(key, table)

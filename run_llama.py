@@ -71,7 +71,7 @@ def generate(args: argparse.Namespace) -> None:
                 args.max_new_tokens,
                 temperature,
                 args.epsilon,
-                eos_id=tokenizer.stop_ids[-1],
+                eos_ids=tokenizer.stop_ids,
                 generator=torch.Generator(device).manual_seed(args.seed),
             )
         text = tokenizer.decode(tokens[0, len(prompt) if args.chat else 0 :].tolist())

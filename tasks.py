@@ -236,7 +236,7 @@ class LanguageModelling:
                 self.sample_tokens,
                 temperature=0.8,
                 epsilon=0.01,
-                eos_id=self.tokenizer.eos_id,
+                eos_ids=(self.tokenizer.eos_id,),
                 generator=torch.Generator(device).manual_seed(self.seed),
             )
         return " ".join(self.tokenizer.decode(ids[0].tolist()).split())

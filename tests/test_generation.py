@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import tiny_llama
-from generation import check_settings, epsilon_filter, generate, next_token
+from generation import (
+    beam_search,
+    check_settings,
+    contrastive_search,
+    epsilon_filter,
+    eta_filter,
+    generate,
+    guessed,
+    lookup_decoding,
+    min_p_filter,
+    next_token,
+    repetition_penalised,
+    stream,
+    top_k_filter,
+    top_p_filter,
+    typical_filter,
+)
 
 PROMPTS = torch.randint(64, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -89,6 +109,57 @@ def test_each_row_is_cut_by_its_own_distribution():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
     kept = torch.isfinite(epsilon_filter(logits, 0.1))
     assert kept.tolist() == [[True] * 4, [True, False, False, False]]
+
+
+FILTERS = {
+    "epsilon": [partial(epsilon_filter, epsilon=e) for e in (0.01, 0.2)],
+    "eta": [partial(eta_filter, eta=e) for e in (1e-3, 0.05, 0.5)],
+    "top_k": [partial(top_k_filter, k=k) for k in (1, 5, 29, 30, 100)],
+    "top_p": [partial(top_p_filter, p=p) for p in (0.05, 0.5, 0.9, 0.999)],
+    "min_p": [partial(min_p_filter, p=p) for p in (0.01, 0.3, 1.0)],
+    "typical": [partial(typical_filter, mass=m) for m in (0.05, 0.5, 0.95)],
+}
+THEIRS = {
+    "epsilon": ("EpsilonLogitsWarper", "epsilon"),
+    "eta": ("EtaLogitsWarper", "epsilon"),
+    "top_k": ("TopKLogitsWarper", "top_k"),
+    "top_p": ("TopPLogitsWarper", "top_p"),
+    "min_p": ("MinPLogitsWarper", "min_p"),
+    "typical": ("TypicalLogitsWarper", "mass"),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_keep_what_those_of_transformers_keep(name):
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = 3 * torch.randn(200, 30, generator=seeded())
+    for ours in FILTERS[name]:
+        kind, option = THEIRS[name]
+        theirs = getattr(processors, kind)(*ours.keywords.values())
+        kept, wanted = ours(logits), theirs(None, logits.clone())
+        arg_max = logits.argmax(-1, keepdim=True)
+        wanted = wanted.scatter(-1, arg_max, logits.gather(-1, arg_max))  # typical sampling may cut it there
+        assert torch.equal(torch.isfinite(kept), torch.isfinite(wanted)), ours
+        assert torch.equal(kept[torch.isfinite(kept)], logits[torch.isfinite(kept)])
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_are_pure_and_leave_the_arg_max_alive(name):
+    logits = torch.randn(2, 3, 30, generator=seeded())
+    logits[0, 0] = torch.tensor([0.0, -torch.inf]).repeat(15)  # what another filter left
+    before = logits.clone()
+    for kept in (one(logits) for one in FILTERS[name]):
+        assert torch.equal(logits, before) and kept.shape == logits.shape
+        assert torch.equal(kept.argmax(-1), logits.argmax(-1)) and torch.isfinite(kept.amax(-1)).all()
+        assert not torch.isfinite(kept[0, 0, 1::2]).any()
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits, seen = torch.randn(4, 30, generator=seeded()), torch.randint(30, (4, 9), generator=seeded(1))
+    for penalty in (0.8, 1.0, 1.7):
+        wanted = processors.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+        torch.testing.assert_close(repetition_penalised(logits, seen, penalty), wanted)
 
 
 # One draw
@@ -207,13 +278,13 @@ def test_the_window_holds_the_last_tokens_that_fit():
 
 def test_a_row_that_ended_repeats_eos_while_the_others_go_on():
     prompts = torch.tensor([[3], [0], [5]])
-    got = generate(Counter(), prompts, 6, temperature=0.0, eos_id=5)
+    got = generate(Counter(), prompts, 6, temperature=0.0, eos_ids=(5,))
     assert got.tolist() == [[3, 4, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 5], [5, 6, 7, 8, 9, 0, 1]]
 
 
 def test_decoding_stops_once_every_row_ended():
     model = Counter()
-    got = generate(model, torch.tensor([[3], [2]]), 7, temperature=0.0, eos_id=5)
+    got = generate(model, torch.tensor([[3], [2]]), 7, temperature=0.0, eos_ids=(5,))
     assert len(model.windows) == 3
     assert got.tolist() == [[3, 4, 5, 5, 5, 5, 5, 5], [2, 3, 4, 5, 5, 5, 5, 5]]
 
@@ -317,3 +388,167 @@ def test_a_right_padded_prompt_raises():
     mask = torch.tensor([[True, True, True, True, False], [True] * 5, [True] * 5])
     with pytest.raises(ValueError, match="a prompt ends in padding; pad prompts of unequal length on the left"):
         generate(tiny_llama(), PROMPTS, 3, attention_mask=mask)
+
+
+# With the cache and without
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "epsilon": 0.0},
+        {"filters": (partial(top_k_filter, k=7), partial(top_p_filter, p=0.9))},
+        {"repetition_penalty": 1.5},
+        {"temperature": 0.0, "eos_ids": (3, 11)},
+    ],
+)
+@pytest.mark.parametrize("max_seq_len", [32, 12])
+def test_the_cache_changes_no_token(settings, max_seq_len):
+    """Within the context, and past it."""
+    model = tiny_llama(causal=True, max_seq_len=max_seq_len)
+    mask = torch.ones_like(PROMPTS, dtype=torch.bool)
+    mask[1, :3] = False
+    with_cache, without = (
+        generate(model, PROMPTS, 20, attention_mask=mask, generator=seeded(1), use_cache=use_cache, **settings)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+def test_each_token_is_computed_once_while_there_is_a_cache():
+    model, sizes = tiny_llama(causal=True, max_seq_len=12), []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    generate(model, PROMPTS, 10, temperature=0.0)
+    assert sizes == [5] + [1] * 7 + [12] * 2
+
+
+def test_the_stream_is_what_is_generated():
+    model = tiny_llama(causal=True)
+    steps = list(stream(model, PROMPTS, 9, generator=seeded(2)))
+    assert torch.equal(torch.stack(steps, 1), generate(model, PROMPTS, 9, generator=seeded(2))[:, 5:])
+
+
+# Other decoders
+
+
+def brute_force(model, prompt, length, vocab_size, length_penalty, eos):
+    """The best score of all continuations that end in eos, or have the full length."""
+    best = (-math.inf, None)
+    for size in range(1, length + 1):
+        for tail in itertools.product(range(vocab_size), repeat=size):
+            if eos in tail[:-1] or (size < length and tail[-1] != eos):
+                continue
+            text = torch.cat((prompt, torch.tensor([tail])), dim=1)
+            log_probabilities = model(text, text)[0].log_softmax(-1)[0]
+            score = sum(float(log_probabilities[prompt.shape[1] - 1 + i, token]) for i, token in enumerate(tail))
+            best = max(best, (score / size**length_penalty, tail))
+    return best
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_a_beam_wide_enough_finds_the_best_of_all(length_penalty, seed):
+    model = tiny_llama(seed=seed, causal=True, vocab_size=5, n_layers=1)
+    prompt = torch.randint(5, (1, 3), generator=seeded(seed))
+    score, tail = brute_force(model, prompt, 4, 5, length_penalty, eos=2)
+    for use_cache in (True, False):
+        found, its_score = beam_search(
+            model, prompt, 4, beams=200, length_penalty=length_penalty, eos_ids=(2,), use_cache=use_cache
+        )
+        assert found[3:].tolist() == list(tail) and its_score == pytest.approx(score, rel=1e-5)
+
+
+def test_one_beam_is_greedy():
+    model = tiny_llama(causal=True)
+    found, _ = beam_search(model, PROMPTS[:1], 12, beams=1)
+    assert torch.equal(found, generate(model, PROMPTS[:1], 12, temperature=0.0)[0])
+    assert torch.equal(beam_search(model, PROMPTS[:1], 0)[0], PROMPTS[0])
+
+
+@torch.no_grad()
+def test_contrastive_search_takes_the_likely_that_is_not_alike():
+    model, text = tiny_llama(causal=True), PROMPTS[0].tolist()
+    for _ in range(8):
+        probabilities = model(torch.tensor([text]))[0][0, -1].softmax(-1)
+        scores = {}
+        for token in probabilities.topk(3).indices.tolist():
+            hidden = model(torch.tensor([text + [token]]))[1][0].double()
+            likeness = max(float(torch.cosine_similarity(hidden[-1], one, dim=0)) for one in hidden[:-1])
+            scores[token] = 0.4 * float(probabilities[token]) - 0.6 * likeness
+        text.append(max(scores, key=scores.get))
+    assert contrastive_search(model, PROMPTS[:1], 8, k=3, alpha=0.6).tolist() == text
+    greedy = generate(model, PROMPTS[:1], 8, temperature=0.0)[0]
+    assert torch.equal(contrastive_search(model, PROMPTS[:1], 8, alpha=0.0), greedy)
+    assert torch.equal(contrastive_search(model, PROMPTS[:1], 8, k=1), greedy)
+
+
+@pytest.mark.parametrize("max_seq_len", [64, 20])
+def test_guessing_from_the_text_changes_no_greedy_token_and_saves_passes(max_seq_len):
+    model, passes = tiny_llama(causal=True, max_seq_len=max_seq_len), []
+    prompt = torch.tensor([[4, 9, 1, 4, 9, 1, 4, 9]])
+    wanted = generate(model, prompt, 40, temperature=0.0)[0]
+    model.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    assert torch.equal(lookup_decoding(model, prompt, 40), wanted)
+    if max_seq_len == 64:
+        assert len(passes) < 40
+    end = int(wanted[20])
+    first = wanted[8:].tolist().index(end) + 9
+    assert torch.equal(lookup_decoding(model, prompt, 40, eos_ids=(end,)), wanted[:first])
+
+
+def test_guessing_draws_from_the_same_distribution():
+    """Of three tokens, of which the first two are guessed right now and then."""
+    model = tiny_llama(causal=True, vocab_size=4, n_layers=1)
+    prompt, draws = torch.tensor([[1, 2, 3, 1, 2]]), 4000
+    generator = seeded(5)
+    count = collections.Counter(
+        tuple(lookup_decoding(model, prompt, 3, temperature=1.0, generator=generator)[5:].tolist())
+        for _ in range(draws)
+    )
+    expected = {}
+    for tail in itertools.product(range(4), repeat=3):
+        text = torch.cat((prompt, torch.tensor([tail])), dim=1)
+        with torch.no_grad():
+            log_probabilities = model(text, text)[0].log_softmax(-1)[0]
+        expected[tail] = draws * math.exp(sum(float(log_probabilities[4 + i, t]) for i, t in enumerate(tail)))
+    assert sum(expected.values()) == pytest.approx(draws)
+    likely = {tail: n for tail, n in expected.items() if n > 5}
+    chi_square = sum((count[tail] - n) ** 2 / n for tail, n in likely.items())
+    freedom = len(likely) - 1
+    assert freedom > 10 and chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [([1, 2, 3, 1, 2], [3, 1, 2]), ([1, 2], []), ([5], []), ([7, 7, 7], [7]), ([1, 2, 9, 2, 8, 1, 2], [9, 2, 8, 1, 2])],
+)
+def test_a_guess_follows_the_last_and_longest_match(text, wanted):
+    assert guessed(text, 3) == wanted
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        (partial(beam_search, max_new_tokens=1, beams=0), "beams is 0; it must be 1 or more"),
+        (partial(contrastive_search, max_new_tokens=1, k=0), "k is 0 and alpha 0.6; k must be 1 or more"),
+        (partial(contrastive_search, max_new_tokens=1, alpha=1.5), r"alpha must be|alpha in \[0, 1\]"),
+        (partial(lookup_decoding, max_new_tokens=1, temperature=-1.0), "temperature is -1.0"),
+        (partial(generate, max_new_tokens=1, repetition_penalty=0.0), "repetition_penalty is 0.0; it must be above 0"),
+    ],
+)
+def test_decoders_refuse_what_is_out_of_range(decode, message):
+    with pytest.raises(ValueError, match=message):
+        decode(tiny_llama(causal=True), PROMPTS[:1])
+
+
+@pytest.mark.parametrize("decode", [beam_search, contrastive_search, lookup_decoding])
+def test_decoders_of_one_prompt_say_so(decode):
+    with pytest.raises(ValueError, match="takes one prompt, not 3"):
+        decode(tiny_llama(causal=True), PROMPTS, 3)
+
+
+def test_guessing_needs_a_cache():
+    with pytest.raises(ValueError, match="look-up decoding needs a causal model"):
+        lookup_decoding(tiny_llama(causal=False), PROMPTS[:1], 3)

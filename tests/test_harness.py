@@ -104,7 +104,7 @@ def test_signatures(callable_, defaults):
     assert [p.name for p in parameters[: len(defaults)]] == list(defaults)
     for parameter, default in zip(parameters, defaults.values(), strict=False):
         assert default is ... or parameter.default == default
-    assert all(p.default is not p.empty for p in parameters[len(defaults) :])
+    assert all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters[len(defaults) :])
 
 
 def test_the_state_dict_has_the_course_keys():

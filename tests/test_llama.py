@@ -13,7 +13,17 @@ import torch.nn.functional as F
 import generation
 from config import LlamaConfig, feed_forward_size
 from conftest import tiny_config, tiny_llama
-from llama import Attention, FeedForward, LayerNorm, Llama, RMSNorm, last_real, visible_positions
+from llama import (
+    Attention,
+    FeedForward,
+    KVCache,
+    LayerNorm,
+    Llama,
+    RMSNorm,
+    last_real,
+    load_pretrained,
+    visible_positions,
+)
 
 DOUBLE_TOLERANCE = 1e-10
 SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary tables
@@ -395,12 +405,12 @@ def test_a_sequence_longer_than_the_context_raises():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-@pytest.mark.parametrize("changes", [{}, {"epsilon": 0.0}, {"attention_mask": None}, {"eos_id": None}])
+@pytest.mark.parametrize("changes", [{}, {"epsilon": 0.0}, {"attention_mask": None}, {"eos_ids": ()}])
 def test_generate_hands_every_setting_to_the_decoding(temperature, changes):
     model, ids = tiny_llama(causal=True), random_ids(2, 4)
     mask = torch.tensor([[False, False, False, True], [True, True, True, True]])
-    eos_id = model.generate(ids, 3, 0.0, attention_mask=mask)[0, 5].item()
-    settings = {"temperature": temperature, "epsilon": 0.1, "attention_mask": mask, "eos_id": eos_id} | changes
+    eos_ids = (model.generate(ids, 3, 0.0, attention_mask=mask)[0, 5].item(),)
+    settings = {"temperature": temperature, "epsilon": 0.1, "attention_mask": mask, "eos_ids": eos_ids} | changes
     got, wanted = (
         decode(ids, 12, **settings, generator=torch.Generator().manual_seed(3))
         for decode in (model.generate, partial(generation.generate, model))
@@ -540,3 +550,74 @@ def test_config_to_dict_and_back():
 def test_the_convention_in_words():
     assert tiny_config().convention == "LayerNorm, bidirectional attention"
     assert tiny_config(norm="rmsnorm", causal=True).convention == "RMSNorm, causal attention"
+
+
+# The cache
+
+
+def read_in_parts(model, ids, mask, parts):
+    """Logits (B, T, V) of the tokens, read through a cache in parts of these lengths."""
+    cache, at, found = model.new_cache(), 0, []
+    for size in parts:
+        part = slice(at, at + size)
+        found.append(model(ids[:, part], ids[:, part], None if mask is None else mask[:, part], cache=cache)[0])
+        at += size
+    assert cache.length == at == ids.shape[1]
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_one_pass_is_one_prefill_is_chunks_is_token_by_token(dtype, tolerance, kv_heads, padded, norm):
+    model = tiny_llama(causal=True, n_kv_heads=kv_heads, norm=norm).to(dtype)
+    ids = random_ids(3, 20)
+    mask = None
+    if padded:
+        mask = torch.ones(3, 20, dtype=torch.bool)
+        mask[0, :5] = mask[2, :9] = False
+    whole = model(ids, ids, mask)[0]
+    for parts in ([20], [7, 13], [1, 19], [12, 1, 1, 3, 3], [1] * 20):
+        torch.testing.assert_close(read_in_parts(model, ids, mask, parts), whole, rtol=0, atol=tolerance)
+
+
+def test_the_cache_of_a_real_model_agrees(asset):
+    model = load_pretrained(asset("stories260K/stories260K_v1.bin")).double()
+    ids = torch.randint(512, (2, 150), generator=torch.Generator().manual_seed(0))
+    whole = model(ids, ids)[0]
+    for parts in ([150], [100, 50], [1] * 150):
+        torch.testing.assert_close(read_in_parts(model, ids, None, parts), whole, rtol=0, atol=1e-9)
+
+
+def test_what_a_cache_forgets_leaves_no_trace_and_rows_can_be_taken():
+    model, ids = tiny_llama(causal=True).double(), random_ids(2, 12)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    cache = model.new_cache()
+    model(ids[:, :5], attention_mask=mask, cache=cache)
+    model(random_ids(2, 4, seed=9), cache=cache)
+    cache.keep(5)
+    cache.take(torch.tensor([1, 0, 1]))
+    got = model(ids[[1, 0, 1], 5:], ids[:, 5:], cache=cache)[0]
+    long = torch.cat((mask, torch.ones(2, 7, dtype=torch.bool)), dim=1)
+    torch.testing.assert_close(got, model(ids, ids, long)[0][[1, 0, 1], 5:], rtol=0, atol=1e-9)
+
+
+def test_key_value_heads_are_stored_once_and_no_more_than_there_is_room_for():
+    model = tiny_llama(causal=True, n_kv_heads=2)
+    cache = model.new_cache(capacity=9)
+    model(random_ids(3, 4), cache=cache)
+    assert cache.keys[1].shape == cache.values[0].shape == (3, 2, 9, 8) and cache.length == 4
+    with pytest.raises(ValueError, match="4 tokens are cached and 6 more do not fit into 9; start anew with the last"):
+        model(random_ids(3, 6), cache=cache)
+    assert cache.length == 4
+    model(random_ids(3, 5), cache=cache)
+    assert model.new_cache(10**9).capacity == model.new_cache().capacity == model.config.max_seq_len
+
+
+def test_a_bidirectional_model_has_no_cache():
+    model = tiny_llama(causal=False)
+    assert model.new_cache() is None and tiny_llama(causal=True, use_cache=False).new_cache() is None
+    with pytest.raises(ValueError, match="a bidirectional model has no use for a cache"):
+        KVCache(model.config)
