@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -71,7 +71,7 @@ def _read_ours(path: Path) -> Adapter:
     return Adapter(adapter, rank, float(alpha), head)
 
 
-def is_alpha(value: object) -> bool:
+def is_alpha(value: object) -> TypeGuard[float]:
     """Whether a value from a file can be LoRA's alpha."""
     return type(value) in (int, float) and 0 < value < 1e30  # type: ignore[operator]
 

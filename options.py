@@ -375,8 +375,8 @@ def check_options(args: argparse.Namespace) -> None:
     clashes = {str(Path(path).resolve()) for path in input_files(args)}
     folders = {Path(path).resolve() for path in (args.pretrained_model_path, args.adapter, args.tokenizer) if path}
     for path in output_files(args):
-        if inside := folders & set(Path(path).resolve().parents):
-            raise ValueError(f"{path} lies in {inside.pop()}, which is read; write it elsewhere")
+        if around := folders & set(Path(path).resolve().parents):
+            raise ValueError(f"{path} lies in {around.pop()}, which is read; write it elsewhere")
         if str(Path(path).resolve()) in clashes:
             raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
     for text in args.corpus:
