@@ -130,6 +130,8 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         return _from_content(path, read_torch(path, mapped=True))
     if found := read_llama2c(path):
         return Checkpoint(path, *found)
+    if head.startswith(b"GGUF"):
+        raise ValueError(f"{path} is GGUF, which this program writes and does not read; give what it was made from")
     raise ValueError(
         f"{path} is no checkpoint this program knows, or was cut short; known are torch files (the course's, "
         "llama2.c's, ours), our safetensors, llama2.c's .bin, and folders of Meta's or Hugging Face's"

@@ -40,11 +40,15 @@ def convert(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.pretrained_model_path)
     config = replace(checkpoint.config, **overrides(args))
     report(f"model       {args.pretrained_model_path} ({checkpoint.kind}), {config.convention}")
+    if args.adapter is not None:
+        report(f"adapter     {args.adapter}{'' if args.to == 'peft' else ', merged into the model'}")
     if args.to == "peft":
         check_rmsnorm(config, "the base of a peft adapter")
         adapter = read_adapter(Path(args.adapter), config)
         with atomic_folder(args.model_out) as folder:
             write_peft(folder, adapter, config, base=args.pretrained_model_path)
+        if adapter.head:
+            report("head        of the classifier, in classifier_head.safetensors: peft does not look at it")
     else:
         state = whole_state(args, checkpoint, config)
         if args.out_dtype is not None:
@@ -53,6 +57,8 @@ def convert(args: argparse.Namespace) -> None:
                 raise ValueError(f"{too_large[0]} holds numbers beyond {args.out_dtype}; give another --out_dtype")
         WRITERS[args.to](args, config, state)
     report(f"wrote       {args.model_out} ({args.to})")
+    if args.to.startswith("llama2c"):
+        report("tokenizer   none goes with it; to open it here, name one with --tokenizer")
 
 
 def whole_state(args: argparse.Namespace, checkpoint: Checkpoint, config: LlamaConfig) -> State:

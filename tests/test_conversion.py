@@ -130,6 +130,8 @@ def test_transformers_reads_the_gguf_file_with_equal_logits(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
     (tmp_path / "model.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
     assert convert(tmp_path, "gguf", tmp_path / "out.gguf") == 0
+    with pytest.raises(ValueError, match="is GGUF, which this program writes and does not read"):
+        read_checkpoint(tmp_path / "out.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32)
     ids = torch.randint(4096, (2, 30))
     with torch.no_grad():
