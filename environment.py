@@ -139,8 +139,8 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
             if not new:
                 check_there(Path(args.pretrained_model_path))  # else its path is what is wrong
                 raise FileNotFoundError(
-                    f"no tokenizer lies with {args.pretrained_model_path}; name its own with --tokenizer (the course's: "
-                    "`python fetch_data.py tokenizer` brings it)"
+                    f"no tokenizer lies with {args.pretrained_model_path}; name its own with --tokenizer (for the "
+                    "course's, `python fetch_data.py tokenizer` brings it)"
                 ) from None
             path = tokenizer_beside(str(BUNDLED_MODEL))
     return Tokenizer(tokenizer_model=path)
