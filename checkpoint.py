@@ -48,6 +48,12 @@ class Checkpoint:
     state: dict[str, Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the weights in the file, as the embedding has it; None where there is no embedding."""
+        embedding = self.state.get("tok_embeddings.weight")
+        return None if embedding is None else embedding.dtype
+
     def complete_state(self, config: LlamaConfig) -> dict[str, Tensor]:
         """The state dict of a `Llama` with `config`, checked name by name and shape by shape.
 

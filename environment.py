@@ -73,9 +73,10 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
     if args.dtype != "auto":
         return DTYPES[args.dtype]
     if args.option in ("generate", "perplexity") and device.type == "cpu":
-        stored = checkpoint.state["tok_embeddings.weight"].dtype if checkpoint is not None else DTYPES["fp32"]
-        large = checkpoint is not None and sum(t.numel() for t in checkpoint.state.values()) > LARGE
-        return stored if large and stored in DTYPES.values() else DTYPES["fp32"]
+        if checkpoint is not None and checkpoint.dtype in DTYPES.values():
+            if sum(tensor.numel() for tensor in checkpoint.state.values()) > LARGE:
+                return checkpoint.dtype
+        return DTYPES["fp32"]
     return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
 
 
@@ -197,8 +198,8 @@ def load_llama(args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dt
     from llama import llama_from_checkpoint
     from lora import merge_lora_weights, remove_lora
 
-    stored = checkpoint.state["tok_embeddings.weight"].dtype
-    wide = args.option in TRAINING or dtype == torch.float32 or stored not in (torch.bfloat16, torch.float16)
+    half = checkpoint.dtype in (torch.bfloat16, torch.float16)
+    wide = args.option in TRAINING or dtype == torch.float32 or not half
     llama = llama_from_checkpoint(checkpoint, dtype=torch.float32 if wide else None, **overrides(args))
     if args.adapter is not None:
         read_adapter(Path(args.adapter), llama.config).apply(llama)

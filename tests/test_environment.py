@@ -211,3 +211,15 @@ def test_a_model_of_another_vocabulary_is_refused(folder):
     args = SimpleNamespace(pretrained_model_path="model.pt", norm=None, attention=None)
     with pytest.raises(ValueError, match=r"vocabulary of 300, typed.model one of 320; give the --tokenizer that the"):
         open_checkpoint(args, Tokenizer(tokenizer_model="typed.model"))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_a_checkpoint_without_its_embedding_is_one_line(folder, capsys, dtype):
+    from run_llama import main
+
+    model = tiny_llama(vocab_size=320)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight"}
+    write_checkpoint("model.pt", state, model.config)
+    arguments = ["--pretrained-model-path", "model.pt", "--tokenizer", "typed.model", "--temperature", "0"]
+    assert main([*arguments, "--dtype", dtype]) == 2
+    assert "tensor tok_embeddings.weight is missing" in capsys.readouterr().err.splitlines()[-1]
