@@ -174,6 +174,13 @@ def check_prompts(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask
 
 
+def check_one_prompt(idx: Tensor, decoder: str) -> None:
+    """Raises ValueError unless idx is (1, T), for a decoder that takes one prompt."""
+    check_prompts(idx, None)
+    if idx.shape[0] != 1:
+        raise ValueError(f"{decoder} takes one prompt, not {idx.shape[0]}")
+
+
 # Reading
 
 
@@ -280,9 +287,7 @@ def beam_search(
     until nothing that is still open can beat these, or max_new_tokens. Raises ValueError for settings out of range.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
-    check_prompts(idx, None)
-    if idx.shape[0] != 1:
-        raise ValueError(f"beam search takes one prompt, not {idx.shape[0]}")
+    check_one_prompt(idx, "beam search")
     if beams < 1:
         raise ValueError(f"beams is {beams}; it must be 1 or more")
     tokens, scores = idx, idx.new_zeros(1, dtype=torch.float32)
@@ -332,9 +337,7 @@ def contrastive_search(
     (arXiv 2202.06417). Raises ValueError for settings out of range.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
-    check_prompts(idx, None)
-    if idx.shape[0] != 1:
-        raise ValueError(f"contrastive search takes one prompt, not {idx.shape[0]}")
+    check_one_prompt(idx, "contrastive search")
     if k < 1 or not 0.0 <= alpha <= 1.0:
         raise ValueError(f"k is {k} and alpha {alpha}; k must be 1 or more, alpha in [0, 1]")
     tokens = idx
@@ -376,9 +379,7 @@ def lookup_decoding(
     without a cache.
     """
     check_settings(max_new_tokens, temperature, 0.0)
-    check_prompts(idx, None)
-    if idx.shape[0] != 1:
-        raise ValueError(f"look-up decoding takes one prompt, not {idx.shape[0]}")
+    check_one_prompt(idx, "look-up decoding")
     text, goal = idx[0].tolist(), idx.shape[1] + max_new_tokens
     read = Reader(model, goal + draft_tokens)
     if read.cache is None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from files import atomic_file, read_torch, write_torch
+from files import atomic_file, read_torch, write_json, write_torch
 
 
 def new_run_path(parent: Path, name: str) -> Path:
@@ -80,9 +80,7 @@ class RunDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
-        with atomic_file(self.path / "options.json") as file:
-            json.dump({"options": options, "versions": versions}, file, indent=2)
-            file.write("\n")
+        write_json(self.path / "options.json", {"options": options, "versions": versions})
 
     def options(self) -> dict[str, Any]:
         """The options that the run was started with. Raises FileNotFoundError or ValueError if there are none."""
