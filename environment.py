@@ -73,10 +73,9 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
     if args.dtype != "auto":
         return DTYPES[args.dtype]
     if args.option in ("generate", "perplexity") and device.type == "cpu":
-        if checkpoint is not None and checkpoint.dtype in DTYPES.values():
-            if sum(tensor.numel() for tensor in checkpoint.state.values()) > LARGE:
-                return checkpoint.dtype
-        return DTYPES["fp32"]
+        weights = 0 if checkpoint is None else sum(tensor.numel() for tensor in checkpoint.state.values())
+        stored = None if checkpoint is None or weights <= LARGE else checkpoint.dtype
+        return stored if stored is not None and stored in DTYPES.values() else DTYPES["fp32"]
     return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
 
 
