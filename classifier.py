@@ -1,6 +1,7 @@
-"""Two classifiers on a Llama: one asks it which label's words come next, the other trains a head on its last state.
+"""Classifiers on a Llama: one asks it which label's words come next, one trains a head on its last state, and one
+trains the model to answer the question.
 
-Both read each row's last real token under a padding mask, so a row's answer does not depend on its batch. Without a
+All read each row's last real token under a padding mask, so a row's answer does not depend on its batch. Without a
 mask every token is real. `config.pooling = "last_column"` reproduces the course's reading instead, which ignores the
 mask: pads are attended to and the last column is read, whatever it holds.
 """
@@ -120,7 +121,41 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), float32 or wider."""
-        if self.pooling == "last_column":
-            attention_mask = None
-        logits = self.classifier_head(self.dropout(self.llama.last_hidden(input_ids, attention_mask)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return _log_probs(self.classifier_head(_pooled(self, input_ids, attention_mask)))
+
+
+class LlamaPromptClassifier(nn.Module):
+    """Prompt-based fine-tuning (LM-BFF, arXiv 2012.15723): the label words' logits at each row's last real token, where
+    the row is a sentence and a question. The output projection is the head, so there is no weight that is not
+    pretrained; before training, this is what the zero-shot classifier says of labels of one token.
+
+    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. A label's word is the first token of its
+    name. Raises ValueError if two labels have the same one.
+    """
+
+    def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
+        super().__init__()
+        self.label_ids = [tokenizer.encode(name, bos=False, eos=False)[0] for name in label_names]
+        for i, first in enumerate(self.label_ids):
+            if (j := self.label_ids.index(first)) < i:
+                raise ValueError(
+                    f"the labels {label_names[j]!r} and {label_names[i]!r} begin with the same token, "
+                    f"{tokenizer.decode([first])!r}, and could not be told apart; name one of them otherwise in "
+                    "--label-names, or give --head linear"
+                )
+        self.num_labels = len(label_names)
+        self.llama, self.pooling = _read_config(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), of the labels alone, float32 or wider."""
+        return _log_probs(self.llama.output(_pooled(self, input_ids, attention_mask))[:, self.label_ids])
+
+
+def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The hidden state (B, D) that a head reads of each row, after dropout."""
+    return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

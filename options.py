@@ -198,6 +198,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=COUNT, default=5, metavar="N", help="passes over the training set (default: %(default)s)")
     add("--lr", type=POSITIVE, default=2e-5, help="learning rate; LoRA likes ten times more (default: %(default)s)")
     add(
+        "--head",
+        choices=("linear", "prompt"),
+        default="linear",
+        help="what finetune and lora train beside the model: a linear layer on each sentence's last token; or nothing "
+        "new: the model is asked as in --option prompt, and trained to answer with the label's word, its name's first "
+        "token (default: %(default)s)",
+    )
+    add(
         "--hidden_dropout_prob",
         type=FRACTION,
         default=0.3,

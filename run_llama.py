@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from classifier import LlamaEmbeddingClassifier
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
     from dataset import Row
     from distributed import Processes
     from tasks import Score
@@ -158,7 +158,7 @@ def classify(args: argparse.Namespace) -> None:
 
     import torch
 
-    from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
     from dataset import prompt_question, read_label_names
     from distributed import started
     from lora import apply_lora, count_lora_parameters
@@ -183,29 +183,32 @@ def classify(args: argparse.Namespace) -> None:
             pooling=args.pooling,
         )
         log: Callable[[str], None] = report
+        question = prompt_question(label_names)
+        if args.pooling == "last_token":
+            question = question.rstrip()  # a label's first piece brings its own space
         if args.option == "prompt":
-            question = prompt_question(label_names)
-            if args.pooling == "last_token":
-                question = question.rstrip()  # a label's first piece brings its own space
             zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
             data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
             model: torch.nn.Module = zero_shot
         else:
-            data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
-            head = LlamaEmbeddingClassifier(config)
+            asked = args.head == "prompt"
+            data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len, question if asked else None)
+            head: LlamaEmbeddingClassifier | LlamaPromptClassifier
+            head = LlamaPromptClassifier(config, tokenizer, label_names) if asked else LlamaEmbeddingClassifier(config)
             if args.option == "lora":
                 if args.lora_rank > llama.config.dim:
                     raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {llama.config.dim} wide")
                 apply_lora(head, args.lora_rank, args.lora_alpha)
                 adapters, total, percent = count_lora_parameters(head)
-                report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %), beside the head")
+                beside = "" if asked else ", beside the head"
+                report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")
             model, log = fine_tune(args, head.to(device), data, label_names, dtype, tokenizer.pad_id, processes)
         predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
 
 
 def fine_tune(
     args: argparse.Namespace,
-    model: LlamaEmbeddingClassifier,
+    model: LlamaEmbeddingClassifier | LlamaPromptClassifier,
     data: dict[str, list[Row]],
     label_names: list[str],
     dtype: torch.dtype,
@@ -237,6 +240,7 @@ def fine_tune(
             state,
             config,
             kind="classifier",
+            head=args.head,
             label_names=label_names,
             options=options,
             epoch=epoch,

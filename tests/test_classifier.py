@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
 from conftest import CONFORMANCE, tiny_llama
 from dataset import Row, cut_in_batches, pad, to_batch
+from lora import apply_lora
 
 NAMES = ["x", "yx", "yz", "yxz"]
 PIECES = {"x": [10], "yx": [11, 10], "yz": [11, 12], "yxz": [11, 10, 12]}
@@ -19,6 +20,9 @@ class Pieces:
     def encode(self, name, bos, eos):
         assert not bos and not eos
         return PIECES[name]
+
+    def decode(self, ids):
+        return f"<{ids[0]}>"
 
 
 def zero_shot(llama, pooling="last_token"):
@@ -34,7 +38,12 @@ def embedding(llama, pooling="last_token", option="finetune", num_labels=3):
     return LlamaEmbeddingClassifier(config).eval()
 
 
-MODELS = {"prompt": zero_shot, "finetune": embedding}
+def answering(llama, pooling="last_token", names=("x", "yz")):
+    config = SimpleNamespace(llama=llama, hidden_dropout_prob=0.3, pooling=pooling)
+    return LlamaPromptClassifier(config, Pieces(), names).eval()
+
+
+MODELS = {"prompt": zero_shot, "finetune": embedding, "finetune to answer": answering}
 
 
 def rows_of_lengths(lengths, seed=0):
@@ -131,8 +140,47 @@ def test_the_head_reads_the_last_real_state_of_each_row():
         torch.testing.assert_close(line, wanted, atol=1e-5, rtol=0)
 
 
-def test_dropout_acts_in_training_only():
-    model = embedding(tiny_llama())
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_answers_logits_are_the_label_words_among_the_models_own(tied):
+    llama = tiny_llama(causal=False, tie_embeddings=tied)
+    rows = rows_of_lengths([4, 11, 7])
+    got = scores(answering(llama), rows, 3)
+    for row, line in zip(rows, got, strict=True):
+        logits, _ = llama(torch.tensor([row.ids]))
+        torch.testing.assert_close(line, logits[0, -1, [10, 11]].log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_before_training_an_answer_is_what_the_zero_shot_classifier_says_of_labels_of_one_token(monkeypatch):
+    monkeypatch.setitem(PIECES, "yz", [12])
+    llama, rows, names = tiny_llama(), rows_of_lengths([4, 11]), ["x", "yz"]
+    config = SimpleNamespace(llama=llama, num_labels=2)
+    wanted = scores(LlamaZeroShotClassifier(config, Pieces(), names).eval(), rows, 2).log_softmax(-1)
+    torch.testing.assert_close(scores(answering(llama), rows, 2), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+def test_answering_trains_the_models_weights_and_no_others(option):
+    llama = tiny_llama()
+    own = {f"llama.{name}" for name, _ in llama.named_parameters()}
+    model = answering(llama)
+    assert {name for name, _ in model.named_parameters()} == own == set(model.state_dict()) - {"llama.output.weight"}
+    if option == "lora":
+        apply_lora(model, 2, 4.0)
+    model(torch.randint(4, 64, (3, 6)))[:, 0].sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == ({name for name, _ in model.named_parameters() if "lora_" in name} if option == "lora" else own)
+
+
+def test_labels_that_begin_alike_have_no_words_to_answer_with():
+    message = "the labels 'yx' and 'yz' begin with the same token, '<11>', .*--label-names, or give --head linear"
+    with pytest.raises(ValueError, match=message):
+        answering(tiny_llama(), names=("x", "yx", "yz"))
+
+
+@pytest.mark.parametrize("classifier", [embedding, answering])
+def test_dropout_acts_in_training_only(classifier):
+    model = classifier(tiny_llama())
     ids = torch.randint(4, 64, (3, 6))
     assert torch.equal(model(ids), model(ids))
     model.train()

@@ -176,6 +176,7 @@ BAD = [
     ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
+    ("labels that begin alike", "lora", ["--head", "prompt"], text("names.json", '["awful", "average"]'), "same token"),
     ("one file for both", "prompt", ["--test_out", "./dev-prompting-output.txt"], None, "test-prompting-output.txt"),
     *(
         (f"{option} {flag} {name}", option, [flag, name], None, f"{flag} is {name}; for --option {option}")
@@ -304,6 +305,26 @@ def test_fine_tuning_learns_and_predicts_with_the_best_model(command):
     assert saved["dev_accuracy"] == 1.0 and saved["label_names"] == ["bad", "good"] and saved["kind"] == "classifier"
     code, _, err = command("generate", "--pretrained-model-path", "finetune-6-0.003.pt")
     assert code == 2 and "is a fine-tuned classifier" in err
+
+
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+def test_the_prompt_head_starts_as_the_zero_shot_classifier_and_learns(command, option):
+    """With steps of no size it predicts what --option prompt does, for labels of one token."""
+    text("names.json", '["in", "of"]')(command.folder)
+    assert command("prompt", "--dtype", "fp32")[0] == 0
+    zero_shot = [(command.folder / name).read_bytes() for name in outputs("prompt")]
+    assert len({line[:1] for line in zero_shot[0].splitlines()}) == 2  # it does tell rows apart
+    code, _, err = command(option, "--head", "prompt", "--lr", "1e-30", "--dtype", "fp32")
+    assert code == 0 and "beside the head" not in err
+    assert [(command.folder / name).read_bytes() for name in outputs(option)] == zero_shot
+
+    rate = "3e-3" if option == "finetune" else "0.05"
+    code, out, _ = command(option, "--head", "prompt", "--epochs", "6", "--lr", rate, "--hidden_dropout_prob", "0")
+    assert code == 0 and "dev accuracy 1.000" in out
+    saved = torch.load(command.folder / f"{option}-6-{float(rate)}.pt", weights_only=True)
+    assert saved["head"] == "prompt" and not any("classifier_head" in name for name in saved["model"])
+    assert command(option)[0] == 0
+    assert torch.load(command.folder / f"{option}-1-0.001.pt", weights_only=True)["head"] == "linear"
 
 
 def test_a_test_set_without_gold_labels_is_predicted_and_not_scored(command):
