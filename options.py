@@ -250,6 +250,42 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="spread S of each label over all classes (default: %(default)s)",
     )
+    add(
+        "--smart",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="L",
+        help="finetune and lora: add L times how much the class distribution changes at worst, in symmetric KL, when "
+        "the embeddings move a little (SMART; 1 to 5 usual, a step takes about three times as long; default: off)",
+    )
+    for name, value, what in (
+        ("eps", 1e-5, "how far each number of an embedding may move"),
+        ("step", 1e-3, "the step towards the worst move, for the gradient's largest number"),
+        ("noise", 1e-5, "standard deviation of the noise that it starts from"),
+    ):
+        add(f"--smart_{name}", type=POSITIVE, default=value, metavar="X", help=f"{what} (default: %(default)s)")
+    add(
+        "--bregman",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="MU",
+        help="finetune and lora: add MU times the symmetric KL between the class distributions of the model and of a "
+        "moving average of its weights (SMART's other half; 1 usual; default: off)",
+    )
+    add(
+        "--bregman_beta",
+        type=FRACTION,
+        metavar="B",
+        help="how much of that average stays at each step (default: 0.99 in the first tenth of the steps, then 0.999)",
+    )
+    add(
+        "--r_drop",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="A",
+        help="finetune and lora: read each row twice, under two dropout masks, and add A times half their symmetric KL "
+        "(R-Drop; 1 to 5 usual, a step takes twice as long; default: off)",
+    )
     add("--patience", type=COUNT, metavar="N", help="stop after N epochs without a better dev (default: never)")
     add("--eval_train", action="store_true", help="score the whole training set after each epoch, too")
     add("--lora_rank", type=COUNT, default=4, metavar="R", help="rank of the LoRA update (default: %(default)s)")
@@ -414,6 +450,15 @@ def check_options(args: argparse.Namespace) -> None:
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
         return
+    if args.option not in ("finetune", "lora"):
+        if given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
+            raise ValueError(f"--{given[0]} belongs to --option finetune, lora; leave it out for {args.option}")
+    elif given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
+        if args.fsdp or args.compile:
+            other = "fsdp" if args.fsdp else "compile"
+            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
+        if "r_drop" in given and args.dropout == 0 and args.hidden_dropout_prob == 0:
+            raise ValueError("--r_drop compares two dropout masks, and --dropout and --hidden_dropout_prob are both 0")
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":

@@ -223,6 +223,7 @@ def fine_tune(
     from evaluation import DTYPES
     from files import link_or_copy
     from run_directory import RunDirectory
+    from smart import MovingAverage, Smart
     from tasks import Classification
     from training import train
 
@@ -258,6 +259,9 @@ def fine_tune(
         bucketed=args.pooling == "last_token",
         label_smoothing=args.label_smoothing,
         evaluate_train=args.eval_train,
+        smart=Smart(args.smart, args.smart_eps, args.smart_step, args.smart_noise) if args.smart else None,
+        average=MovingAverage(args.bregman, args.bregman_beta) if args.bregman else None,
+        r_drop=args.r_drop,
     )
     if not args.resume:
         run.create(options)

@@ -159,6 +159,8 @@ class Training:
         self.base = self._checksum(model)
         self.model = processes.wrap(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if task.average is not None:
+            task.average.start(model)
         groups = decay_groups(self.model.named_parameters(), settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
         # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
@@ -181,8 +183,8 @@ class Training:
     # Saving and restoring
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, and every random
-        generator. The order of the rows is a function of seed and epoch.
+        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, every random
+        generator, the task's moving average. The order of the rows is a function of seed and epoch.
         """
         mine = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -191,6 +193,7 @@ class Training:
         model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
         updated = bool(self.optimizer.state)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        average = {} if self.task.average is None else {"average": self.task.average.state()}
         if not updated:
             self.optimizer.state.clear()  # torch takes a step of no size to make them, which would count as one
         return {
@@ -201,6 +204,7 @@ class Training:
             "progress": asdict(self.progress),
             "generators": self.processes.gather(mine),
             "base": self.base,
+            **average,
         }
 
     def save(self) -> None:
@@ -256,6 +260,8 @@ class Training:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if not state["updated"]:
             self.optimizer.state.clear()
+        if self.task.average is not None:
+            self.task.average.load(state["average"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         mine = state["generators"][self.processes.rank]
@@ -358,6 +364,8 @@ class Training:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.task.average is not None:
+            self.task.average.update(getattr(self.model, "module", self.model), self.progress.step + 1, self.task.steps)
         return loss_sum / targets, int(right)
 
     def last_good(self) -> str:

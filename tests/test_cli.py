@@ -18,9 +18,11 @@ import torch
 
 import evaluation
 import tasks
+import training
 from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, tiny_llama
 from run_llama import main
+from smart import Smart
 
 OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
 BEFORE = "from an earlier run\n"
@@ -174,6 +176,16 @@ BAD = [
     ("a file for a run", "lora", ["--run_dir", "train.txt"], None, "train.txt is a file; --run_dir takes a folder"),
     ("shards in fp16", "lora", ["--fsdp", "--dtype", "fp16"], None, "--fsdp does not go with --dtype fp16"),
     ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),
+    ("a regularizer of shards", "lora", ["--smart", "1", "--fsdp"], None, "--smart does not go with --fsdp"),
+    ("a regularizer compiled", "finetune", ["--r_drop", "1", "--compile"], None, "--r_drop does not go with --compile"),
+    ("a regularizer of nothing", "prompt", ["--bregman", "1"], None, "--bregman belongs to --option finetune, lora"),
+    (
+        "two masks of no dropout",
+        "finetune",
+        ["--r_drop", "1", "--dropout", "0", "--hidden_dropout_prob", "0"],
+        None,
+        "--r_drop compares two dropout masks",
+    ),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
     ("labels that begin alike", "lora", ["--head", "prompt"], text("names.json", '["awful", "average"]'), "same token"),
@@ -325,6 +337,28 @@ def test_the_prompt_head_starts_as_the_zero_shot_classifier_and_learns(command, 
     assert saved["head"] == "prompt" and not any("classifier_head" in name for name in saved["model"])
     assert command(option)[0] == 0
     assert torch.load(command.folder / f"{option}-1-0.001.pt", weights_only=True)["head"] == "linear"
+
+
+def test_regularizers_are_asked_for_by_option(command, monkeypatch):
+    seen = []
+
+    def train(model, task, *more, **settings):
+        seen.append((task.smart, task.average and (task.average.weight, task.average.beta), task.r_drop))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(training, "train", train)
+    for option in ("finetune", "lora"):
+        command(option)
+        command(option, "--smart", "3", "--smart_eps", "1e-6", "--smart_step", "0.1", "--smart_noise", "1e-4")
+        command(option, "--smart", "1", "--bregman", "2", "--r_drop", "5")
+        command(option, "--bregman", "2", "--bregman_beta", "0.5")
+    wanted = [
+        (None, None, 0.0),
+        (Smart(3.0, 1e-6, 0.1, 1e-4), None, 0.0),
+        (Smart(1.0, 1e-5, 1e-3, 1e-5), (2.0, None), 5.0),
+        (None, (2.0, 0.5), 0.0),
+    ]
+    assert seen == wanted * 2
 
 
 def test_a_test_set_without_gold_labels_is_predicted_and_not_scored(command):
