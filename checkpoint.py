@@ -192,6 +192,47 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
     return Checkpoint(path, origin, config, state, extra)
 
 
+@dataclass
+class FineTuned:
+    """The file of a fine-tuned classifier: what finetune, lora and wise_ft write."""
+
+    path: Path
+    config: LlamaConfig  # of the model in it
+    state: dict[str, Tensor]  # of the whole classifier, by its own names
+    head: str  # "linear" or "prompt"
+    label_names: list[str]
+    options: dict[str, Any]  # of the run that made it
+
+
+def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
+    """Raises FileNotFoundError if there is no such file, ValueError if it is damaged or anything else."""
+    path = Path(path)
+    wanted = "give the best.pt of a run, or the finetune-...pt or lora-...pt that it wrote"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; {wanted}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; {wanted}")
+    content = read_torch(path)
+    if not isinstance(content, dict) or content.get("kind") != "classifier":
+        raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {shown(content.get('format_version'))}; this program reads 1")
+    state, arguments, options = (content.get(name) for name in ("model", "model_args", "options"))
+    names, head = content.get("label_names"), content.get("head", "linear")  # the first versions had no other head
+    named = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) and name for name in names)
+    told = named and head in ("linear", "prompt")
+    if not isinstance(state, dict) or not isinstance(arguments, dict) or not isinstance(options, dict) or not told:
+        raise ValueError(f"{path} does not say all of model, model_args, head, label_names and options; {wanted}")
+    try:
+        config = LlamaConfig.from_dict(arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name, tensor in weights_of(path, state).items():
+        if not fits_float32(tensor):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; train it anew")
+    return FineTuned(path, config, state, head, list(names or ()), options)
+
+
 def write_checkpoint(
     path: str | PathLike[str], state: dict[str, Tensor], config: LlamaConfig, kind: str = "llama", **extra: Any
 ) -> None:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoint import FineTuned
+from dataset import prompt_question
 from llama import Llama, last_positions, load_pretrained
+from lora import apply_lora, lora_layers, merge_lora_weights, remove_lora
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")
@@ -36,6 +39,14 @@ def _read_config(config: Any) -> tuple[Llama, str]:
             config.pretrained_model_path, getattr(config, "norm", None), getattr(config, "causal", None)
         )
     return llama, pooling
+
+
+def question_of(label_names: Sequence[str], pooling: str) -> str:
+    """What is asked after a sentence. A label's first piece brings its own space, so the question ends without one; not
+    so in the course's reading.
+    """
+    question = prompt_question(label_names)
+    return question.rstrip() if pooling == "last_token" else question
 
 
 class LlamaZeroShotClassifier(nn.Module):
@@ -159,3 +170,58 @@ def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor
 
 def _log_probs(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+class MergedClasses(nn.Module):
+    """A classifier for a data set of other, fewer classes: the probability of each is the sum of those of the model's
+    classes that count as it.
+
+    counts_as: for each of the model's classes the number of the data set's, or -1 for none.
+    """
+
+    def __init__(self, model: nn.Module, counts_as: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.members = [[i for i, k in enumerate(counts_as) if k == one] for one in range(max(counts_as) + 1)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask bool (B, T) -> log-probabilities (B, the data set's classes)."""
+        log_probs = self.model(input_ids, attention_mask)
+        return torch.stack([log_probs[:, members].logsumexp(-1) for members in self.members], dim=-1)
+
+
+def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClassifier | LlamaPromptClassifier:
+    """The classifier that a file holds, in float32 and evaluation mode, on the CPU; LoRA's updates merged.
+
+    Raises ValueError if its tensors are not those of such a classifier.
+    """
+    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it anew")
+    if found.config.n_layers > len(found.state):
+        raise not_its_own
+    rank, alpha = found.options.get("lora_rank"), found.options.get("lora_alpha")
+    with torch.device("meta"):  # sizes without memory, for the tensors are there
+        config = SimpleNamespace(
+            llama=Llama(found.config),
+            num_labels=len(found.label_names),
+            hidden_dropout_prob=0.0,
+            option="finetune",
+            pooling=found.options.get("pooling", "last_token"),
+        )
+        model: LlamaEmbeddingClassifier | LlamaPromptClassifier
+        if found.head == "prompt":
+            model = LlamaPromptClassifier(config, tokenizer, found.label_names)
+        else:
+            model = LlamaEmbeddingClassifier(config)
+        if any(name.endswith(".lora_A") for name in found.state):
+            if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not 0 < alpha < 1e30:
+                raise ValueError(f"{found.path} does not say the rank and alpha of its LoRA")
+            apply_lora(model, rank, alpha)
+    state = {name: tensor.float() for name, tensor in found.state.items()}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise not_its_own from error
+    model.llama.tie_weights()
+    if next(lora_layers(model), None) is not None:
+        remove_lora(merge_lora_weights(model))
+    return model.eval()

@@ -9,7 +9,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
+from options import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,14 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
 
 
 def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
-    """Puts what ships in the place of a default file that is not here, and says so. What was typed stays."""
+    """Puts what ships in the place of a default file that is not here, and says so. What was typed stays. For wise_ft
+    what was not typed is None: the file of the fine-tuned model will say it.
+    """
+    if args.option == "wise_ft":
+        for name in (*ADOPTED, "label_names", "dev_out", "test_out"):
+            if name not in typed:
+                setattr(args, name, None)
+        return
     if "pretrained_model_path" not in typed and not Path(args.pretrained_model_path).exists():
         if args.option not in ("pretrain", "tokenizer"):
             report(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from config import NORMS, PRESETS
 
+# What --option wise_ft takes from the run that made the fine-tuned model, where it is not typed.
+ADOPTED = ("pretrained_model_path", "tokenizer", "dev", "test", "max_sentence_len", "pooling")
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
+OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert", "wise_ft")
 TRAINING = ("finetune", "lora", "pretrain")
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
@@ -51,9 +54,37 @@ examples:
       --model_out mine.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
+  python run_llama.py --option wise_ft --finetuned finetune-5-2e-05.pt --ood other.txt --ood_classes 0,0,-1,1,1
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
+
+
+def numbers(kind: type, allowed: str, accepts: Callable[[list[Any]], bool]) -> Callable[[str], list[Any]]:
+    """An argparse type: numbers with commas between, refused unless `accepts` takes all of them."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or not accepts(values):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {allowed}")
+        return values
+
+    return parse
+
+
+ALPHAS = numbers(
+    float,
+    "numbers from 0 to 1, rising, with commas between",
+    lambda values: values == sorted(set(values)) and 0 <= values[0] and values[-1] <= 1,
+)
+COUNTS_AS = numbers(
+    int,
+    "a class number or -1 for each class of the model, with commas between; 0, 1 and so on, none left out",
+    lambda values: max(values) >= 1 and set(values) - {-1} == set(range(max(values) + 1)),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
         "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
-        "predicts a text; make a tokenizer from text; write a checkpoint in another format (default: %(default)s)",
+        "predicts a text; make a tokenizer from text; write a checkpoint in another format; mix a fine-tuned model "
+        "with the one it came from (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
 
@@ -365,6 +397,47 @@ def build_parser() -> argparse.ArgumentParser:
         "transformers, or, for an --adapter, of peft (default: %(default)s)",
     )
 
+    add = parser.add_argument_group(
+        "wise_ft",
+        "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT), and judges each mixture on dev and "
+        "--ood, test only at the alpha that is best on dev. "
+        "The base, tokenizer, dev and test are those of the run that made "
+        "the file, unless typed. Predictions are written only where --dev_out and --test_out are typed. --model_out "
+        "takes the model at the best alpha, a fine-tuned model like any other.",
+    ).add_argument
+    add("--finetuned", metavar="FILE", help="the best.pt of a run, or the .pt that finetune or lora wrote")
+    add(
+        "--alphas",
+        type=ALPHAS,
+        default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
+        metavar="A,A,...",
+        help="1 alone judges the fine-tuned model as it is (default: %(default)s)",
+    )
+    add("--ood", nargs="+", default=[], metavar="FILE", help="labelled data from elsewhere, each scored by itself")
+    add(
+        "--ood_classes",
+        nargs="+",
+        type=COUNTS_AS,
+        default=[],
+        metavar="K,K,...",
+        help="which class of the --ood file each class of the model counts as, -1 for none, as 0,0,-1,1,1: their "
+        "probabilities are added. One for all files, or one for each (default: the classes are the same). Where "
+        "-1 comes first, write --ood_classes=-1,...",
+    )
+    add(
+        "--ood_label_names",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="class names of the --ood files, one for all or one for each (default: the model's)",
+    )
+    add(
+        "--curve_out",
+        default="wise-ft-curve.csv",
+        metavar="FILE.csv",
+        help="where the accuracies go; beside it their picture, as .svg (default: %(default)s)",
+    )
+
     add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
     add(
         "--run_dir",
@@ -444,11 +517,14 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
-    if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
+    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "convert":
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
+        return
+    if args.option == "wise_ft":
+        check_wise_ft(args)
         return
     if args.option not in ("finetune", "lora"):
         if given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
@@ -489,12 +565,29 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
 
 
+def check_wise_ft(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of wise_ft that contradict each other."""
+    for name in ("ood_classes", "ood_label_names"):
+        if len(getattr(args, name)) not in (0, 1, len(args.ood)) or (getattr(args, name) and not args.ood):
+            raise ValueError(
+                f"--{name} has {len(getattr(args, name))} values for {len(args.ood)} files of --ood; give one for "
+                "all, or one for each"
+            )
+    if args.norm is not None or args.attention is not None:
+        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
+    files = [Path(path).resolve() for path in output_files(args)]
+    if len(set(files)) < len(files):
+        raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
+
+
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
     named = [args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
         named += [args.train, args.dev, args.test, args.label_names]
+    if args.option == "wise_ft":
+        named += [args.finetuned, args.dev, args.test, args.label_names, *args.ood, *args.ood_label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
 
 
@@ -521,7 +614,17 @@ def output_files(args: argparse.Namespace) -> list[str]:
         return [args.model_out, *([] if stays else [beside])]
     if args.option == "perplexity":
         return []
+    if args.option == "wise_ft":
+        if not args.finetuned:
+            raise ValueError("--option wise_ft needs --finetuned, the file that finetune or lora wrote")
+        named = [args.curve_out, curve_picture(args), args.model_out, args.dev_out, args.test_out]
+        return [path for path in named if path]
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]
+
+
+def curve_picture(args: argparse.Namespace) -> str:
+    """Where the picture of wise_ft's curve goes."""
+    return str(Path(args.curve_out).with_suffix(".svg"))
 
 
 def tokenizer_beside(model: str) -> str:

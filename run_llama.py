@@ -158,8 +158,8 @@ def classify(args: argparse.Namespace) -> None:
 
     import torch
 
-    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
-    from dataset import prompt_question, read_label_names
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier, question_of
+    from dataset import read_label_names
     from distributed import started
     from lora import apply_lora, count_lora_parameters
 
@@ -183,9 +183,7 @@ def classify(args: argparse.Namespace) -> None:
             pooling=args.pooling,
         )
         log: Callable[[str], None] = report
-        question = prompt_question(label_names)
-        if args.pooling == "last_token":
-            question = question.rstrip()  # a label's first piece brings its own space
+        question = question_of(label_names, args.pooling)
         if args.option == "prompt":
             zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
             data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
@@ -315,6 +313,10 @@ def run_option(args: argparse.Namespace) -> None:
         from conversion import convert
 
         convert(args)
+    elif args.option == "wise_ft":
+        from alpha_sweep import wise_ft
+
+        wise_ft(args)
     else:
         import pretraining
 
