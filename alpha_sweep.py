@@ -52,6 +52,7 @@ def wise_ft(args: argparse.Namespace) -> None:
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     model = classifier_of(found, tokenizer)
+    model.pooling = args.pooling
     if found.config.vocab_size != tokenizer.n_words:
         raise ValueError(
             f"{args.finetuned} has a vocabulary of {found.config.vocab_size}, {tokenizer.path} one of "

@@ -217,11 +217,10 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {shown(content.get('format_version'))}; this program reads 1")
-    state, arguments, options = (content.get(name) for name in ("model", "model_args", "options"))
-    names, head = content.get("label_names"), content.get("head", "linear")  # the first versions had no other head
-    named = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) and name for name in names)
-    told = named and head in ("linear", "prompt")
-    if not isinstance(state, dict) or not isinstance(arguments, dict) or not isinstance(options, dict) or not told:
+    state, arguments, options, names = (content.get(n, {}) for n in ("model", "model_args", "options", "label_names"))
+    head = content.get("head", "linear")  # the first versions had no other
+    whole = isinstance(state, dict) and isinstance(arguments, dict) and isinstance(options, dict)
+    if not whole or not is_label_names(names) or head not in ("linear", "prompt"):
         raise ValueError(f"{path} does not say all of model, model_args, head, label_names and options; {wanted}")
     try:
         config = LlamaConfig.from_dict(arguments)
@@ -230,7 +229,12 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     for name, tensor in weights_of(path, state).items():
         if not fits_float32(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity; train it anew")
-    return FineTuned(path, config, state, head, list(names or ()), options)
+    return FineTuned(path, config, state, head, names, options)
+
+
+def is_label_names(value: Any) -> bool:
+    """Whether a value from a file can be the names of a classifier's classes."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(name, str) and name for name in value)
 
 
 def write_checkpoint(

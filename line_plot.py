@@ -25,7 +25,8 @@ def line_plot(
     """
     points = [point for curve in curves.values() for point in curve]
     xs = ticks(*bounds([x for x, _ in points]))
-    ys = ticks(*bounds([y for _, y in points] + list(levels.values())))
+    low, high = bounds([y for _, y in points] + list(levels.values()))
+    ys = ticks(low - 0.03 * (high - low), high + 0.03 * (high - low))  # no line lies on the frame
 
     def across(x: float) -> float:
         return LEFT + WIDTH * (x - xs[0]) / (xs[-1] - xs[0])
