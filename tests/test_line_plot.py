@@ -32,6 +32,7 @@ def test_points_lie_where_the_axes_say():
     root = drawn({"dev": curve})
     xs, ys = axis(root, "middle", "x"), axis(root, "end", "y")
     assert min(xs) == 0 and max(xs) == 1 and min(ys) < 0.2 and max(ys) > 0.6
+    assert xs[min(xs)] < xs[max(xs)] and ys[min(ys)] > ys[max(ys)]  # more is right, and up
     (line,) = root.iter(f"{SVG}polyline")
     places = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
     per_x = (xs[max(xs)] - xs[min(xs)]) / (max(xs) - min(xs))
