@@ -291,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the embeddings move a little (SMART; 1 to 5 usual, a step takes about three times as long; default: off)",
     )
     for name, value, what in (
-        ("eps", 1e-5, "how far each number of an embedding may move"),
+        ("eps", 1e-5, "how far each number of an embedding may move; what --smart adds grows with its square"),
         ("step", 1e-3, "the step towards the worst move, for the gradient's largest number"),
         ("noise", 1e-5, "standard deviation of the noise that it starts from"),
     ):
