@@ -288,7 +288,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         metavar="L",
         help="finetune and lora: add L times how much the class distribution changes at worst, in symmetric KL, when "
-        "the embeddings move a little (SMART; 1 to 5 usual, a step takes about three times as long; default: off)",
+        "the embeddings move a little (SMART; 1 to 5 usual, a step takes three to five times as long; default: off)",
     )
     for name, value, what in (
         ("eps", 1e-5, "how far each number of an embedding may move; what --smart adds grows with its square"),
