@@ -221,7 +221,10 @@ def print_header(
         f"heads, vocabulary {config.vocab_size}, context {config.max_seq_len}"
     )
     report(f"convention  {config.convention}")
-    report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
+    products = f"matrix products in {str(dtype).removeprefix('torch.')}"
+    if args.quantize is not None:
+        products = "weights of 8 bits, matrix products in bfloat16"
+    report(f"device      {device}, {products}")
     if args.adapter is not None:
         report(f"adapter     {args.adapter}")
     report(f"tokenizer   {tokenizer.path} ({tokenizer.kind})")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -101,6 +100,8 @@ def evaluate(
     predictions = [found[i] for i in range(len(rows))]
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
+    from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
+
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
     return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
@@ -108,12 +109,13 @@ def evaluate(
 
 @torch.no_grad()
 def score_documents(
-    model: nn.Module,
+    model: Callable[..., tuple[Tensor, Tensor]],
     documents: Sequence[Sequence[int]],
     window: int,
     stride: int,
     dtype: torch.dtype = torch.float32,
     tokens_at_once: int = 8192,
+    device: torch.device | None = None,
 ) -> tuple[float, int]:
     """How well a causal language model predicts documents (ids, <s> first): the summed loss in nats of every token but
     the first of each, and the number of these tokens.
@@ -121,7 +123,7 @@ def score_documents(
     A document longer than `window` is read in windows that begin `stride` tokens after one another; each scores what
     the one before did not reach, with at least window - stride tokens before it.
     """
-    device = next(model.parameters()).device
+    device = device or torch.device("cpu")
     windows: list[tuple[Sequence[int], int]] = []  # (ids, how many of the last ones are scored)
     for ids in documents:
         done, start = 1, 0
@@ -180,6 +182,8 @@ def describe(evaluation: Evaluation) -> str:
 
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
     """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
     if evaluation.accuracy is None:
         return ""
     gold, classes = [row.label for row in rows], range(len(label_names))

@@ -29,6 +29,9 @@ PRETRAINING_DEFAULTS = {
     "held_out": 0.01,
 }
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
+SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
+DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
@@ -129,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=NOT_NEGATIVE,
         metavar="T",
         help="0 takes the likeliest token, 1 samples as the model thinks. Prints one continuation and writes no file "
-        "(default: one at 0 and one at 1, each written to its file)",
+        "(default: one at 0 and one at 1, each written to its file; 1 where another option asks for something else)",
     )
     add(
         "--epsilon",
@@ -137,6 +140,77 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.05,
         metavar="E",
         help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s)",
+    )
+    add("--eta", type=FRACTION, metavar="E", help="like --epsilon, but lower where many tokens are likely; try 0.002")
+    add("--top_k", type=COUNT, metavar="K", help="sample only the K likeliest tokens (contrastive: 4)")
+    add(
+        "--top_p",
+        type=SHARE,
+        metavar="P",
+        help="sample only the likeliest tokens, as few as have probability P together",
+    )
+    add("--min_p", type=SHARE, metavar="P", help="sample only tokens at least P times as likely as the likeliest")
+    add(
+        "--typical_p",
+        type=SHARE,
+        metavar="P",
+        help="sample only the tokens whose surprise is nearest to what is expected, as few as have P together",
+    )
+    add(
+        "--repetition_penalty",
+        type=POSITIVE,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens that occurred before less likely (default: %(default)s)",
+    )
+    add(
+        "--decoder",
+        choices=DECODERS,
+        default="sample",
+        help="sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens that "
+        "are unlike what was said; lookup draws as sample does, but guesses ahead from the text so far and checks the "
+        "guesses together, which is faster where text repeats itself (default: %(default)s)",
+    )
+    add("--beams", type=COUNT, default=4, metavar="N", help="beam: beginnings kept at each step (default: %(default)s)")
+    add(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        metavar="L",
+        help="beam: above 0 favours longer texts, below 0 shorter ones (default: %(default)s)",
+    )
+    add(
+        "--contrast",
+        type=SHARE_OR_ZERO,
+        default=0.6,
+        metavar="A",
+        help="contrastive: weight of being unlike, from 0 to 1 (default: %(default)s)",
+    )
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="end where one of these comes up, without it")
+    add("--num_samples", type=COUNT, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="continue every line of a file, --batch_size of them at a time, instead of --prompt",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="ask for one prompt after the other, with --chat in one conversation; Ctrl-C stops an answer, Ctrl-D ends",
+    )
+    add("--json", action="store_true", help="print a JSON object a line for each continuation, for programs")
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="PAGE.html",
+        help="show for each token which candidates the filters kept and which they cut, as a table in the terminal, and "
+        "as a page if one is named",
+    )
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="keep the weights in 8 bits, also for perplexity: smaller and faster, a little less exact (default: no)",
     )
     add(
         "--generated_sentence_low_temp_out",
@@ -400,6 +474,8 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    if args.quantize is not None and args.option not in ("generate", "perplexity"):
+        raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "convert":
@@ -409,6 +485,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
+        check_generation(args)
         low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
         if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
             raise ValueError(f"both generated sentences would go to {low}; give two files")
@@ -436,10 +513,49 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
 
 
+def writes_two_files(args: argparse.Namespace) -> bool:
+    """Whether generate does what the course asks for: a continuation at temperature 0 and one at 1, each in its file."""
+    other = (args.prompt_file, args.interactive, args.json, args.num_samples > 1, args.explain is not None)
+    return args.temperature is None and args.decoder == "sample" and not any(other)
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of generate that contradict each other."""
+    if args.interactive:
+        for name in ("prompt_file", "json", "explain"):
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"--interactive asks for prompts and prints answers as they come; leave out --{name}")
+        if args.num_samples > 1:
+            raise ValueError("--interactive gives one answer to each prompt; leave out --num_samples")
+    if args.explain is not None:
+        if args.json or args.prompt_file or args.num_samples > 1 or args.decoder != "sample":
+            raise ValueError(
+                "--explain shows how one text was sampled; leave out --json, --prompt_file, --num_samples, --decoder"
+            )
+        if args.explain and not args.explain.endswith(".html"):
+            raise ValueError(f"--explain {args.explain}: the page's name must end in .html")
+    if "" in args.stop:
+        raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
+    if args.decoder == "sample":
+        return
+    filters = ("eta", "top_p", "min_p", "typical_p", *(() if args.decoder == "contrastive" else ("top_k",)))
+    if args.decoder == "lookup":
+        if args.repetition_penalty != 1.0:
+            raise ValueError("--decoder lookup has no --repetition_penalty; leave one of them out")
+        return
+    for name in filters:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--decoder {args.decoder} draws nothing, so that --{name} has no effect; leave it out")
+    if args.temperature or args.repetition_penalty != 1.0 or args.num_samples > 1:
+        raise ValueError(
+            f"--decoder {args.decoder} draws nothing: leave out --temperature, --repetition_penalty, --num_samples"
+        )
+
+
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
+    named = [args.tokenizer, args.adapter, args.prompt_file, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
         named += [args.train, args.dev, args.test, args.label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
@@ -449,7 +565,7 @@ def output_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run will write, beside its folder."""
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-        return both if args.temperature is None else []
+        return both if writes_two_files(args) else [args.explain] if args.explain else []
     if args.option in ("pretrain", "tokenizer", "convert"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")

@@ -1,5 +1,5 @@
-"""The command line: generate text, classify by prompting, fine-tune, also with LoRA, and by way of pretraining.py make
-and measure language models. `--help` says how.
+"""The command line: classify by prompting, fine-tune, also with LoRA, and by way of text_generation.py, pretraining.py and
+conversion.py all else. `--help` says how.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from environment import (
     load_tokenizer,
     open_checkpoint,
     print_header,
-    ready,
     report,
     settings_of,
 )
@@ -40,46 +39,6 @@ if TYPE_CHECKING:
 
 # What may differ when a run is resumed: it changes no number.
 MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
-
-
-def generate(args: argparse.Namespace) -> None:
-    """Continues the prompt: at the temperature asked for, or at 0 and at 1 into the two files."""
-    import torch
-
-    from evaluation import precision
-    from files import atomic_file
-
-    llama, tokenizer, device, dtype = ready(args)
-
-    if args.chat:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}])
-    else:
-        prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
-    if len(prompt) + args.max_new_tokens > llama.config.max_seq_len:
-        report(
-            f"warning: {len(prompt)} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of "
-            f"{llama.config.max_seq_len}; it will see only the last {llama.config.max_seq_len}"
-        )
-    runs: list[tuple[float, str | None]] = [(args.temperature, None)]
-    if args.temperature is None:
-        runs = [(0.0, args.generated_sentence_low_temp_out), (1.0, args.generated_sentence_high_temp_out)]
-    for temperature, path in runs:
-        with precision(device, dtype):
-            tokens = llama.generate(
-                torch.tensor([prompt], device=device),
-                args.max_new_tokens,
-                temperature,
-                args.epsilon,
-                eos_ids=tokenizer.stop_ids,
-                generator=torch.Generator(device).manual_seed(args.seed),
-            )
-        text = tokenizer.decode(tokens[0, len(prompt) if args.chat else 0 :].tolist())
-        if path is not None:
-            report(f"\ntemperature {temperature:g} -> {path}")
-            with atomic_file(path) as file:
-                file.write(text + "\n")
-        print(text, flush=True)
 
 
 def read_data(args: argparse.Namespace, splits: tuple[str, ...], label_names: list[str]) -> dict[str, list[Row]]:
@@ -300,6 +259,8 @@ def name_run(args: argparse.Namespace) -> None:
 def run_option(args: argparse.Namespace) -> None:
     """What --option names."""
     if args.option == "generate":
+        from text_generation import generate
+
         generate(args)
     elif args.option in ("prompt", "finetune", "lora"):
         classify(args)
