@@ -85,16 +85,14 @@ class Explanation:
         return Candidate(text or f"<{token}>", float(before[token]), float(after[token]))
 
     def table(self) -> str:
-        """A line for each token: itself, its probability before and after, others that were kept, some that were cut."""
+        """A line for each token: itself, its probability before and after, and some of what was kept and cut."""
         lines = [f"{'token':14} {'before':>7} {'after':>7}  kept, and | cut"]
         for step in self.steps:
             kept = ", ".join(f"{shown(one)} {one.before:.3f}" for one in step.kept[:4])
             cut = f"{step.cut_count:,} with {step.cut_mass:.3f}"
             likeliest = ", ".join(f"{shown(one)} {one.before:.3f}" for one in step.cut[:3])
-            lines.append(
-                f"{shown(step.chosen):14} {step.chosen.before:7.3f} {step.chosen.after:7.3f}  {step.kept_count:,}: {kept} | "
-                + (f"{cut}: {likeliest}" if step.cut else "none")
-            )
+            what = f"{shown(step.chosen):14} {step.chosen.before:7.3f} {step.chosen.after:7.3f}"
+            lines.append(f"{what}  {step.kept_count:,}: {kept} | {f'{cut}: {likeliest}' if step.cut else 'none'}")
         return "\n".join(lines)
 
     def page(self) -> str:
@@ -111,9 +109,9 @@ class Explanation:
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
             f"<h1>What each token was chosen from</h1>\n<p class=text>{escape(self.prompt)}{text}</p>\n"
-            f"<p>Temperature {self.temperature:g}. Each bar is a candidate's probability: the pale one before the filters, "
-            f"the dark one after them, when what was cut has been shared out among the rest. The "
-            f"{SHOWN} likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
+            f"<p>Temperature {self.temperature:g}. Each bar is a candidate's probability: the pale one before the "
+            f"filters, the dark one after them, when what was cut has been shared out among the rest. The {SHOWN} "
+            f" likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
         )
 
 
@@ -136,15 +134,20 @@ STYLE = """
 :root { color-scheme: light dark; --pale: #a9c4e8; --dark: #2b5fa8; --cut: #c9c9c9; --line: #8884; }
 @media (prefers-color-scheme: dark) { :root { --pale: #41608a; --dark: #8db8f2; --cut: #666; } }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-.text { font-size: 1.1rem; white-space: pre-wrap; } .text span { border-bottom: 2px solid var(--dark); margin-right: 1px; }
+.text { font-size: 1.1rem; white-space: pre-wrap; }
+.text span { border-bottom: 2px solid var(--dark); margin-right: 1px; }
 section { border-top: 1px solid var(--line); padding: .4rem 0; }
-h2 { font-size: 1.05rem; margin: .2rem 0; } h3 { font-size: .85rem; font-weight: normal; margin: .2rem 0; opacity: .75; }
+h2 { font-size: 1.05rem; margin: .2rem 0; }
+h3 { font-size: .85rem; font-weight: normal; margin: .2rem 0; opacity: .75; }
 small { font-weight: normal; opacity: .75; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem; }
 @media (max-width: 40rem) { .sides { grid-template-columns: 1fr; } }
 .line { display: grid; grid-template-columns: 8rem 1fr 3.2rem; gap: .5rem; align-items: center; }
 .line code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } .chosen code { font-weight: bold; }
 .line span { text-align: right; font-variant-numeric: tabular-nums; opacity: .75; }
-i { display: block; } b, u { display: block; height: 5px; min-width: 1px; } b { background: var(--pale); } u { background: var(--dark); }
+i { display: block; }
+b, u { display: block; height: 5px; min-width: 1px; }
+b { background: var(--pale); }
+u { background: var(--dark); }
 .cut b { background: var(--cut); } .cut u { visibility: hidden; }
 """

@@ -167,9 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--decoder",
         choices=DECODERS,
         default="sample",
-        help="sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens that "
-        "are unlike what was said; lookup draws as sample does, but guesses ahead from the text so far and checks the "
-        "guesses together, which is faster where text repeats itself (default: %(default)s)",
+        help="sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens "
+        "that are unlike what was said; lookup draws as sample does, but guesses ahead from the text so far and checks "
+        "the guesses together, which is faster where text repeats itself (default: %(default)s)",
     )
     add("--beams", type=COUNT, default=4, metavar="N", help="beam: beginnings kept at each step (default: %(default)s)")
     add(
@@ -204,8 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="PAGE.html",
-        help="show for each token which candidates the filters kept and which they cut, as a table in the terminal, and "
-        "as a page if one is named",
+        help="show for each token which candidates the filters kept and which they cut, as a table in the terminal, "
+        "and as a page if one is named",
     )
     add(
         "--quantize",
@@ -514,7 +514,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def writes_two_files(args: argparse.Namespace) -> bool:
-    """Whether generate does what the course asks for: a continuation at temperature 0 and one at 1, each in its file."""
+    """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
     other = (args.prompt_file, args.interactive, args.json, args.num_samples > 1, args.explain is not None)
     return args.temperature is None and args.decoder == "sample" and not any(other)
 

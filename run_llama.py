@@ -1,5 +1,5 @@
-"""The command line: classify by prompting, fine-tune, also with LoRA, and by way of text_generation.py, pretraining.py and
-conversion.py all else. `--help` says how.
+"""The command line: classify by prompting, fine-tune, also with LoRA; and all else by way of text_generation.py,
+pretraining.py and conversion.py. `--help` says how.
 """
 
 from __future__ import annotations

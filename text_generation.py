@@ -1,5 +1,5 @@
-"""The option that writes text: prompts in, continuations out, as they are made, in batches, in a conversation or with an
-explanation of each token.
+"""The option that writes text: prompts in, continuations out; as they are made, in batches, in a conversation, or with
+what each token was chosen from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import generation
-from dataset import pad, read_text
+from dataset import LINE_END, pad, read_text
 from environment import ready, report
 from explanation import Explanation
 from files import atomic_file
@@ -53,9 +53,10 @@ class Speed:
     def __str__(self) -> str:
         end = time.perf_counter()
         said = f"{self.tokens} tokens in {end - self.start:.2f} s"
-        if self.tokens < 2 or end <= self.first:
-            return said
-        return f"{said}; the first after {self.first - self.start:.2f} s, then {(self.tokens - 1) / (end - self.first):.0f} a second"
+        if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all came at once
+            return f"{said}, {self.tokens / (end - self.start):.0f} a second"
+        rate = (self.tokens - 1) / (end - self.first)
+        return f"{said}; the first after {self.first - self.start:.2f} s, then {rate:.0f} a second"
 
 
 def filters_of(args: argparse.Namespace) -> list[Filter]:
@@ -244,7 +245,8 @@ def prompts_of(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]
     """The ids of each prompt asked for."""
     texts = [args.prompt]
     if args.prompt_file is not None:
-        texts = [line for line in read_text(args.prompt_file, "file of prompts, one a line").splitlines() if line]
+        lines = LINE_END.split(read_text(args.prompt_file, "file of prompts, one a line"))
+        texts = [line for line in lines if line.strip()]
     return [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
@@ -267,6 +269,8 @@ def generate(args: argparse.Namespace) -> None:
             f"warning: {longest} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of "
             f"{context}; it will see only the last {context}"
         )
+    if args.decoder == "lookup" and not causal:
+        raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
     if not causal:
         report("notice: attention is bidirectional here, so that each new token changes those before it: no cache")
     writer = Writer(args, InferenceLlama(llama, dtype, args.quantize), tokenizer, device)
