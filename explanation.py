@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 import torch
@@ -82,7 +83,20 @@ class Explanation:
     def _candidate(self, token: int, before: Tensor, after: Tensor) -> Candidate:
         context = self.ids[-8:]  # what a token's text is depends on what it follows: a space, the rest of a character
         text = self.tokenizer.decode([*context, token])[len(self.tokenizer.decode(context)) :]
+        if token in self.tokenizer.stop_ids:
+            text = "<end>"
         return Candidate(text or f"<{token}>", float(before[token]), float(after[token]))
+
+    @property
+    def settings(self) -> str:
+        """Temperature and filters in words."""
+        filters = (
+            f"{kept.func.__name__.removesuffix('_filter').replace('_', '-')} {value:g}"
+            for kept in self.filters
+            if isinstance(kept, partial)
+            for value in kept.keywords.values()
+        )
+        return ", ".join((f"Temperature {self.temperature:g}", *filters))
 
     def table(self) -> str:
         """A line for each token: itself, its probability before and after, and some of what was kept and cut."""
@@ -109,7 +123,7 @@ class Explanation:
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
             f"<h1>What each token was chosen from</h1>\n<p class=text>{escape(self.prompt)}{text}</p>\n"
-            f"<p>Temperature {self.temperature:g}. Each bar is a candidate's probability: the pale one before the "
+            f"<p>{escape(self.settings)}. Each bar is a candidate's probability: the pale one before the "
             f"filters, the dark one after them, when what was cut has been shared out among the rest. The {SHOWN} "
             f" likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
         )

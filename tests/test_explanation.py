@@ -16,6 +16,8 @@ from generation import epsilon_filter, stream, top_k_filter
 class WordTokenizer:
     """Each word a token, and a space before it unless it is the first."""
 
+    stop_ids = (9,)
+
     def __init__(self, words):
         self.words = words
 
@@ -111,7 +113,7 @@ def test_the_page_stands_alone_and_shows_texts_as_they_are():
     explanation, _ = explained(1.0, partial(top_k_filter, k=3))
     page = Reading()
     page.feed(explanation.page())
-    assert page.open == []
+    assert page.open == [] and "Temperature 1, top-k 3." in page.text
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
     assert "␣<b>" in page.text and "␣'&" in page.text
     widths = [float(made["style"][6:-1]) for tag, made in page.tags if tag == "u"]
