@@ -240,7 +240,7 @@ def test_each_row_is_tokenized_once(llama_tokenizer):
 
     rows = [Row(0, "a"), Row(1, "b"), Row(1, "a")]
     tokenize_rows(rows, Counting(), 50, question=" question")
-    assert sorted(Counting.texts) == ["a", "a", "b", "question"]
+    assert sorted(Counting.texts) == ["a question", "a question", "b question"]
 
 
 # Batches
