@@ -163,9 +163,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group(
         "data of prompt, finetune and lora",
-        "A data file has lines of `label ||| sentence`; or it is a .csv of label and texts, as AG News has them; or a "
-        ".tsv of label and text, and maybe more columns: the text is the longest, the first of the others the fold. "
-        'PATH#fold=PATTERN takes only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*".',
+        "A data file has lines of `label ||| sentence`; or it is a .csv of label and texts, as AG News\n"
+        "has them; or a .tsv of label and text, and maybe more columns: the text is the longest, the\n"
+        "first of the others the fold. PATH#fold=PATTERN takes only the rows whose fold matches, as in\n"
+        '"reviews.tsv#fold=cv[0-8]*".',
     ).add_argument
     for split in ("train", "dev", "test"):
         add(f"--{split}", default=f"data/cfimdb-{split}.txt", metavar="FILE", help="(default: %(default)s)")
