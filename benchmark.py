@@ -82,24 +82,24 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """One epoch of one contender: seconds for its training steps and for its evaluations, and its peak memory."""
     import torch
 
-    from dataset import read_label_names, read_rows, shuffled_batches, tokenize_rows
+    from dataset import class_names, read_labels, read_rows, shuffled_batches, tokenize_rows
     from evaluation import DTYPES
     from llama import Llama, LlamaConfig, load_pretrained
     from tokenizer import Tokenizer
 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
-    names = read_label_names(args.label_names)
+    labels = read_labels(args.label_names)
     llama = load_pretrained(args.pretrained_model_path) if args.pretrained_model_path else Llama(LlamaConfig())
     limit = {"train": args.rows, "dev": -(-args.rows // 8)}  # SST's dev set is an eighth of its training set
     rows = {
-        split: tokenize_rows(read_rows(path, names)[: limit[split]], tokenizer, llama.config.max_seq_len)[0]
+        split: tokenize_rows(read_rows(path, labels)[: limit[split]], tokenizer, llama.config.max_seq_len)[0]
         for split, path in (("train", args.train), ("dev", args.dev))
     }
     dtype = torch.float32 if args.contender == "course" else DTYPES[args.dtype]
     plan = shuffled_batches(rows["train"], args.batch_size, args.seed, 1, bucketed=args.contender != "course")
     make = {"ours": ours, "transformers": transformers, "course": course}[args.contender]
-    step, evaluations = make(args, llama, rows, len(names), dtype, tokenizer.pad_id)
+    step, evaluations = make(args, llama, rows, len(class_names(labels)), dtype, tokenizer.pad_id)
 
     def synchronized() -> float:
         if args.device != "cpu":
@@ -372,11 +372,11 @@ def compare(args: argparse.Namespace, argv: list[str]) -> None:
 
 def words(args: argparse.Namespace) -> None:
     """How far counting words gets on these files."""
-    from dataset import read_label_names, read_rows
+    from dataset import read_labels, read_rows
     from evaluation import counting_words
 
-    names = read_label_names(args.label_names)
-    rows = {split: read_rows(getattr(args, split), names) for split in ("train", "dev", "test")}
+    labels = read_labels(args.label_names)
+    rows = {split: read_rows(getattr(args, split), labels) for split in ("train", "dev", "test")}
     found = {f"1- to {n}-grams": counting_words(rows, n) for n in (1, 2)}
     for name, scores in found.items():
         accuracies = (

@@ -7,6 +7,7 @@ mask: pads are attended to and the last column is read, whatever it holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dataset import word_ids
 from llama import Llama, last_positions, load_pretrained
 from tokenizer import Tokenizer
 
@@ -38,10 +40,11 @@ def _read_config(config: Any) -> tuple[Llama, str]:
 
 
 class LlamaZeroShotClassifier(nn.Module):
-    """Scores each label by the log-probability of its own tokens as the continuation of the input.
+    """Scores each label by the log-probability of its own tokens as the continuation of the input; once calibrated, by
+    how much more probable the input makes it than inputs without content do.
 
-    config: pretrained_model_path, num_labels; see `_read_config`. Raises ValueError if num_labels is not the number of
-    names.
+    config: pretrained_model_path, num_labels; see `_read_config`. label_names: the words that stand for the labels.
+    Raises ValueError if num_labels is not their number.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
@@ -50,14 +53,39 @@ class LlamaZeroShotClassifier(nn.Module):
             raise ValueError(f"num_labels is {config.num_labels}, but there are {len(label_names)} label names")
         self.num_labels = config.num_labels
         self.llama, self.pooling = _read_config(config)
-        # A text's first piece carries the space before it ("▁good"), which is how the label follows the prompt.
-        self.label_name_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+        # The first piece carries the space before it ("▁good"), which is how the label follows the prompt.
+        self.label_name_ids = [word_ids(tokenizer, name) for name in label_names]
         # How long an input may be: all of a label but its last token has to fit behind it.
         self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
+        self.log_prior: Tensor
+        self.register_buffer("log_prior", torch.zeros(self.num_labels), persistent=False)
+
+    @torch.no_grad()
+    def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """From now on the score of a label y after an input x is
+
+            log p(y | x) - log mean_c p(y | c)
+
+        over the inputs c without content given here, ids (C, T) and mask as for `forward`; returns the second term
+        (num_labels,).
+
+        Contextual calibration (arXiv 2102.09690: W = diag(p_cf)^-1, b = 0) has for c the prompt filled with
+        "N/A", "[MASK]" and the empty string. It divides probabilities that are normalised over the labels, and takes a
+        softmax of the quotients: factors and a function that keep the order of the labels, so left out here.
+        Domain-conditional PMI (arXiv 2104.08315) subtracts log p(y | domain premise), the prompt without a
+        sentence. So for this scoring the two differ in the set of c alone: PMI's is the empty string.
+        """
+        self.log_prior = self._scores(input_ids, attention_mask).logsumexp(0) - math.log(len(input_ids))
+        return self.log_prior
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T), padding on either side -> log-probabilities of the labels (B, num_labels),
-        float32.
+        float32, less those that `calibrate` found.
+        """
+        return self._scores(input_ids, attention_mask) - self.log_prior
+
+    def _scores(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Log-probabilities of the labels (B, num_labels), float32.
 
         A label of several tokens has log p(first | input) + log p(second | input, first) + ...: not normalised over the
         labels, since the model may prefer yet other words.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -178,6 +179,28 @@ def describe(evaluation: Evaluation) -> str:
     if evaluation.accuracy is None:
         return "has no gold labels (one value in the whole label column): no accuracy"
     return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}"
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Between what shares the true accuracy lies with 95 % confidence, when `right` of `count` rows are right: Wilson's
+    score interval (J. Am. Stat. Assoc. 22, 1927), (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+    """
+    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+    p, w = right / count, z * z / count
+    half = math.sqrt(w * p * (1 - p) + w * w / 4)
+    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
+
+
+def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
+    """What the accuracy is to be held against: its confidence interval, the accuracy of guessing, and that of naming
+    the commonest class always; "" where there are no gold labels.
+    """
+    if evaluation.accuracy is None:
+        return ""
+    gold = [row.label for row in rows]
+    low, high = wilson_interval(round(evaluation.accuracy * len(rows)), len(rows))
+    common = max(map(gold.count, set(gold))) / len(rows)
+    return f"95 % interval {low:.3f} to {high:.3f}, chance {1 / classes:.3f}, commonest class {common:.3f}"
 
 
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:

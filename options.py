@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
+COURSE_TEMPLATE = "{sentence} Is this movie {labels}? This movie is "
 OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
 TRAINING = ("finetune", "lora", "pretrain")
 # Where pretraining wants another default than fine-tuning.
@@ -57,6 +59,14 @@ examples:
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
+
+
+def words(text: str) -> list[str]:
+    """An argparse type: words with commas between."""
+    found = [word.strip() for word in text.split(",")]
+    if len(found) < 2 or not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be two words or more, each once, as in a,b")
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -225,14 +235,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="(default: %(default)s)",
     )
 
-    add = parser.add_argument_group("data of prompt, finetune and lora (lines of `label ||| sentence`)").add_argument
+    add = parser.add_argument_group(
+        "data of prompt, finetune and lora",
+        "A data file has lines of `label ||| sentence`; or it is a .csv of label and texts, as AG News\n"
+        "has them; or a .tsv of label and text, and maybe more columns: the text is the longest, the\n"
+        "first of the others the fold. PATH#fold=PATTERN takes only the rows whose fold matches, as in\n"
+        '"reviews.tsv#fold=cv[0-8]*".',
+    ).add_argument
     for split in ("train", "dev", "test"):
         add(f"--{split}", default=f"data/cfimdb-{split}.txt", metavar="FILE", help="(default: %(default)s)")
     add(
         "--label-names",
         default="data/cfimdb-label-mapping.json",
         metavar="FILE",
-        help="class names, a JSON list (default: %(default)s)",
+        help="JSON: a list of class names, those of the labels 0, 1, ...; or an object from the labels of the data to "
+        'class names, as in {"0": "bad", "1": null, "2": "good"}, where null leaves rows out. Class ids go by first '
+        "mention (default: %(default)s)",
     )
     add(
         "--max_sentence_len",
@@ -259,6 +277,28 @@ def build_parser() -> argparse.ArgumentParser:
         default="last_token",
         help="what is read of a row: its last real token, padding masked; or, as the course does it, the batch's last "
         "column, padding and all (default: %(default)s)",
+    )
+
+    add = parser.add_argument_group("prompt").add_argument
+    add(
+        "--template",
+        default=COURSE_TEMPLATE,
+        metavar="TEXT",
+        help="what the model reads of a row: {sentence} is the row's, {labels} a list such as `bad, average, or good`. "
+        "The label follows after a space. A row too long loses the end of its sentence (default: %(default)r)",
+    )
+    add(
+        "--label_words",
+        type=words,
+        metavar="W1,W2,...",
+        help="what stands for each class in the prompt, in the order of the class ids (default: the class names)",
+    )
+    add(
+        "--calibrate",
+        choices=("none", "contextual", "pmi"),
+        default="none",
+        help="divide a label's probability by that after a prompt without content: contextual, the mean of those with "
+        '"N/A", "[MASK]" and nothing for a sentence; pmi, that with nothing (default: %(default)s)',
     )
 
     add = parser.add_argument_group("training (finetune, lora, pretrain)").add_argument
@@ -482,6 +522,7 @@ def check_options(args: argparse.Namespace) -> None:
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
         return
+    check_prompt(args)
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
@@ -552,12 +593,34 @@ def check_generation(args: argparse.Namespace) -> None:
         )
 
 
+def check_prompt(args: argparse.Namespace) -> None:
+    """Raises ValueError for a template that cannot be filled, or options of prompt where they have no meaning."""
+    given = {
+        "template": args.template != COURSE_TEMPLATE,
+        "label_words": args.label_words is not None,
+        "calibrate": args.calibrate != "none",
+    }
+    for name in given:
+        if given[name] and args.option != "prompt":
+            raise ValueError(f"--{name} belongs to --option prompt; leave it out for {args.option}")
+    if given["calibrate"] and args.pooling == "last_column":
+        raise ValueError(
+            "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave "
+            f"out --calibrate {args.calibrate}, or --pooling"
+        )
+    fields = re.findall(r"\{\w*\}", args.template)
+    if unknown := set(fields) - {"{sentence}", "{labels}"}:
+        raise ValueError(f"--template has {min(unknown)}; it takes {{sentence}} and {{labels}}")
+    if fields.count("{sentence}") != 1:
+        raise ValueError(f"--template {args.template!r} must have {{sentence}} once, where a row's sentence goes")
+
+
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
     named = [args.tokenizer, args.adapter, args.prompt_file, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
-        named += [args.train, args.dev, args.test, args.label_names]
+        named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
 
 
@@ -605,6 +668,16 @@ def text_and_weight(text: str) -> tuple[str, float]:
         return path, POSITIVE(weight)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--corpus {text}: the weight {error}") from error
+
+
+def path_and_fold(text: str) -> tuple[str, str | None]:
+    """The path of a data file, and the pattern behind its `#fold=`. Raises ValueError if one of them is missing."""
+    path, sign, pattern = text.rpartition("#fold=")
+    if not sign or Path(text).exists():
+        return text, None
+    if not path or not pattern:
+        raise ValueError(f'{text!r} names no file and fold; give them as in "reviews.tsv#fold=cv9*"')
+    return path, pattern
 
 
 def best_model_path(args: argparse.Namespace) -> str:

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,12 @@ from environment import (
 from options import RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
 
 if TYPE_CHECKING:
+    from types import SimpleNamespace
+
     import torch
     from torch import Tensor
 
-    from classifier import LlamaEmbeddingClassifier
+    from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
     from dataset import Row
     from distributed import Processes
     from tasks import Score
@@ -40,13 +42,18 @@ if TYPE_CHECKING:
 # What may differ when a run is resumed: it changes no number.
 MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
 
+# What is put in the place of a sentence to learn how probable a label is without one.
+CONTENT_FREE = {"contextual": ("N/A", "[MASK]", ""), "pmi": ("",)}
 
-def read_data(args: argparse.Namespace, splits: tuple[str, ...], label_names: list[str]) -> dict[str, list[Row]]:
+
+def read_data(
+    args: argparse.Namespace, splits: tuple[str, ...], labels: Mapping[str, str | None]
+) -> dict[str, list[Row]]:
     """The rows of each split, not yet tokenized."""
-    from dataset import missing_classes, read_rows
+    from dataset import class_names, missing_classes, read_rows
 
-    data = {split: read_rows(getattr(args, split), label_names) for split in splits}
-    if "train" in data and (missing := missing_classes(args.train, data["train"], label_names)):
+    data = {split: read_rows(getattr(args, split), labels) for split in splits}
+    if "train" in data and (missing := missing_classes(args.train, data["train"], class_names(labels))):
         report(f"warning: {args.train} has no row of {', '.join(missing)}, so that is not learnt")
     return data
 
@@ -56,6 +63,7 @@ def tokenize_data(
     data: dict[str, list[Row]],
     tokenizer: Tokenizer,
     context: int,
+    before: str = "",
     question: str | None = None,
 ) -> dict[str, list[Row]]:
     """The rows of each split with their ids; one warning if sentences had to be cut to the model's context."""
@@ -64,7 +72,7 @@ def tokenize_data(
     done, cut = {}, 0
     for split, rows in data.items():
         done[split], cut_here = tokenize_rows(
-            rows, tokenizer, context, question=question, max_sentence_len=args.max_sentence_len
+            rows, tokenizer, context, before=before, question=question, max_sentence_len=args.max_sentence_len
         )
         cut += cut_here
     if cut:
@@ -84,7 +92,7 @@ def predict(
 ) -> None:
     """Classifies dev and test, prints the scores, and writes both prediction files at the end."""
     from dataset import write_predictions
-    from evaluation import describe, describe_classes, evaluate
+    from evaluation import describe, describe_chance, describe_classes, evaluate
 
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results = {}
@@ -102,7 +110,9 @@ def predict(
         )
         seconds = time.perf_counter() - start
         if processes.is_main:
-            print(f"{split} {describe(results[split])} ({len(data[split])} rows)", flush=True)
+            chance = describe_chance(results[split], data[split], len(label_names)) if args.option == "prompt" else ""
+            line = f"{split} {describe(results[split])} ({len(data[split])} rows)"
+            print(f"{line}; {chance}" if chance else line, flush=True)
         log(f"{split} took {seconds:.1f} s")
         if classes := describe_classes(results[split], data[split], label_names):
             log(f"\n{classes}\n")
@@ -111,20 +121,60 @@ def predict(
             write_predictions(path, results[split].predictions, data[split])
 
 
+def zero_shot(
+    args: argparse.Namespace,
+    config: SimpleNamespace,
+    raw: dict[str, list[Row]],
+    words: list[str],
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[LlamaZeroShotClassifier, dict[str, list[Row]]]:
+    """The classifier that asks which of `words` follows, calibrated as the options say, and the prompts of each
+    split."""
+    from classifier import LlamaZeroShotClassifier
+    from dataset import Row, pad, prompt_parts, tokenize_rows
+    from evaluation import precision
+
+    before, question = prompt_parts(args.template, words)
+    if args.pooling == "last_token":
+        question = question.rstrip(" ")  # a label's first piece brings its own space
+    model = LlamaZeroShotClassifier(config, tokenizer, words).to(device).eval()
+    data = tokenize_data(args, raw, tokenizer, model.max_input_len, before, question)
+    report(f"prompt      {before}{{sentence}}{question}")
+    if args.calibrate != "none":
+        empty = [Row(0, text) for text in CONTENT_FREE[args.calibrate]]
+        prompts, _ = tokenize_rows(empty, tokenizer, model.max_input_len, before=before, question=question)
+        ids, mask = pad([row.ids for row in prompts], tokenizer.pad_id)
+        with precision(device, dtype):
+            prior = model.calibrate(ids.to(device), None if mask is None else mask.to(device))
+        shares = prior.softmax(-1).tolist()  # without content
+        shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares, strict=True))
+        report(f"calibrated  {args.calibrate}; without content, of these words: {shown}")
+    return model, data
+
+
 def classify(args: argparse.Namespace) -> None:
     """prompt, finetune and lora: builds the classifier, trains it unless it is zero-shot, predicts dev and test."""
     from types import SimpleNamespace
 
     import torch
 
-    from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-    from dataset import prompt_question, read_label_names
+    from classifier import LlamaEmbeddingClassifier
+    from dataset import class_names, read_labels
     from distributed import started
     from lora import apply_lora, count_lora_parameters
 
-    label_names = read_label_names(args.label_names)
+    labels = read_labels(args.label_names)
+    label_names = class_names(labels)
+    words = args.label_words or label_names
+    if len(words) != len(label_names):
+        raise ValueError(
+            f"--label_words has {len(words)} words, {args.label_names} {len(label_names)} classes "
+            f"({', '.join(label_names)}); give a word for each, in this order"
+        )
     splits = ("dev", "test") if args.option == "prompt" else ("train", "dev", "test")
-    raw = read_data(args, splits, label_names)
+    raw = read_data(args, splits, labels)
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
@@ -143,12 +193,8 @@ def classify(args: argparse.Namespace) -> None:
         )
         log: Callable[[str], None] = report
         if args.option == "prompt":
-            question = prompt_question(label_names)
-            if args.pooling == "last_token":
-                question = question.rstrip()  # a label's first piece brings its own space
-            zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
-            data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
-            model: torch.nn.Module = zero_shot
+            model: torch.nn.Module
+            model, data = zero_shot(args, config, raw, words, tokenizer, device, dtype)
         else:
             data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
             head = LlamaEmbeddingClassifier(config)
