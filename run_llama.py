@@ -26,7 +26,7 @@ from environment import (
     report,
     settings_of,
 )
-from options import RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
+from options import MAY_DIFFER, RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from distributed import Processes
     from tasks import Score
     from tokenizer import Tokenizer
-
-# What may differ when a run is resumed: it changes no number.
-MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
 
 
 def generate(args: argparse.Namespace) -> None:

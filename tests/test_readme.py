@@ -139,7 +139,7 @@ def test_the_table_of_files_names_every_module_and_nothing_else():
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"data/{name}.md" for name in ("README", "MODEL_CARD"))]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/results.md"])
+@pytest.mark.parametrize("page", [*PAGES, "examples/README.md", "docs/architecture.md", "docs/results.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
