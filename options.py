@@ -16,7 +16,7 @@ COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
+OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert", "report")
 TRAINING = ("finetune", "lora", "pretrain")
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
@@ -66,6 +66,7 @@ examples:
       --model_out mine.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
+  python run_llama.py --option report --runs runs
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
@@ -85,7 +86,8 @@ def build_parser() -> OneLineParser:
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
         "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
-        "predicts a text; make a tokenizer from text; write a checkpoint in another format (default: %(default)s)",
+        "predicts a text; make a tokenizer from text; write a checkpoint in another format; gather runs into one page "
+        "(default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
     add(
@@ -367,6 +369,23 @@ def build_parser() -> OneLineParser:
         help="shard the model over the processes that torchrun starts, instead of a copy in each",
     )
     add("--compile", action="store_true", help="compile the model with torch.compile: slow to start")
+
+    add = parser.add_argument_group("report").add_argument
+    add(
+        "--runs",
+        nargs="+",
+        default=[RUNS],
+        metavar="DIR",
+        help=f"folders of runs, or folders that hold some (default: {RUNS})",
+    )
+    add("--report_out", default="report.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    add(
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="FILE.csv",
+        help="tables of accuracy between two sets of weights: a column alpha, then one a data set (default: none)",
+    )
     return parser
 
 
@@ -475,6 +494,10 @@ def check_options(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
+    if args.option == "report":
+        if not args.report_out.endswith(".html"):
+            raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
+        return
     if args.option == "convert":
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
@@ -511,7 +534,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
-    new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
+    new = args.option in ("tokenizer", "report") or (args.option == "pretrain" and not args.continued)
     named = [args.config, args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
         named += [args.train, args.dev, args.test, args.label_names]
@@ -539,6 +562,8 @@ def output_files(args: argparse.Namespace) -> list[str]:
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
         )
         return [args.model_out, *([] if stays else [beside])]
+    if args.option == "report":
+        return [args.report_out]
     if args.option == "perplexity":
         return []
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]

@@ -304,6 +304,10 @@ def run_option(args: argparse.Namespace) -> None:
         from conversion import convert
 
         convert(args)
+    elif args.option == "report":
+        from report import write_report
+
+        write_report(args)
     else:
         import pretraining
 
