@@ -250,11 +250,12 @@ def test_relative_folders_and_parents_are_found_once(tmp_path, monkeypatch):
 
 
 def test_a_chart_places_its_points_between_its_ticks():
-    drawn = chart("c", "step", [("one", [(0, 0.0), (50, 1.0), (100, 0.5)], "c0")])
+    drawn = chart('"<c>', "step", [("one", [(0, 0.0), (50, 1.0), (100, 0.5)], "c0")])
     points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]*)"', drawn)[1].split()]
     (x0, bottom), (x1, top), (x2, middle) = points
     assert x1 - x0 == pytest.approx(x2 - x1) and middle == pytest.approx((top + bottom) / 2)
     assert 'text-anchor="end">0.2<' in drawn and "one: 1.0000" in drawn
+    assert Page(drawn).texts[0] == '"<c>' and '""<c>' not in drawn
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.41, 0.43), (1, 1), (0, 0), (-3, 5e7), (1e-9, 2e-9), (2.0, 2.0001)])
