@@ -82,7 +82,7 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
 def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
     """Puts what ships in the place of a default file that is not here, and says so. What was typed stays."""
     if "pretrained_model_path" not in typed and not Path(args.pretrained_model_path).exists():
-        if args.option not in ("pretrain", "tokenizer"):
+        if args.option not in ("pretrain", "tokenizer", "report"):
             report(
                 f"{args.pretrained_model_path} is not here (python fetch_data.py brings it); "
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import os
 import re
 from pathlib import Path
@@ -16,7 +18,7 @@ COURSE_PROMPT = (
     "Keanu Reeves, playing the hero John Wick, is"
 )
 COURSE_TEMPLATE = "{sentence} Is this movie {labels}? This movie is "
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
+OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert", "report")
 TRAINING = ("finetune", "lora", "pretrain")
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
@@ -39,6 +41,19 @@ FOLDER_FORMATS = ("huggingface", "peft")
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
+# What may differ between runs, and when one is resumed: it changes no number.
+MAY_DIFFER = (
+    "config",
+    "resume",
+    "run_dir",
+    "save_every",
+    "dev_out",
+    "test_out",
+    "model_out",
+    "tokens_dir",
+    "device",
+    "use_gpu",
+)
 CORPUS_ENDINGS = (".txt", ".tokens")
 OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
 
@@ -56,6 +71,7 @@ examples:
       --model_out mine.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
+  python run_llama.py --option report --runs runs
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
@@ -69,7 +85,7 @@ def words(text: str) -> list[str]:
     return found
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """The options, grouped; every default is written here and nowhere else."""
     parser = OneLineParser(
         prog="run_llama.py",
@@ -83,9 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
         "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
-        "predicts a text; make a tokenizer from text; write a checkpoint in another format (default: %(default)s)",
+        "predicts a text; make a tokenizer from text; write a checkpoint in another format; gather runs into one page "
+        "(default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
+    add(
+        "--config",
+        metavar="FILE",
+        help='options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; '
+        "what is on the command line overrides it (default: none; examples/ has some)",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -460,22 +483,91 @@ def build_parser() -> argparse.ArgumentParser:
         help="shard the model over the processes that torchrun starts, instead of a copy in each",
     )
     add("--compile", action="store_true", help="compile the model with torch.compile: slow to start")
+
+    add = parser.add_argument_group("report").add_argument
+    add(
+        "--runs",
+        nargs="+",
+        default=[RUNS],
+        metavar="DIR",
+        help=f"folders of runs, or folders that hold some (default: {RUNS})",
+    )
+    add("--report_out", default="report.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    add(
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="FILE.csv",
+        help="tables of accuracy between two sets of weights: a column alpha, then one a data set (default: none)",
+    )
     return parser
 
 
 def parse_options(
     argv: list[str] | None, saved: dict[str, Any] | None = None
 ) -> tuple[argparse.Namespace, frozenset[str]]:
-    """The options, and the names of those that were typed. `saved`: the defaults of a run that goes on."""
+    """The options, and the names of those that were typed, be it into the file of --config. `saved`: the defaults of a
+    run that goes on.
+    """
     parser = build_parser()
-    absent = object()
     names = vars(parser.parse_args([]))
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-    given = {name: value for name, value in vars(typed).items() if value is not absent}
+    given = given_options(parser, argv)
+    if given.get("config") is not None:
+        given = read_config(parser, given["config"]) | given
     defaults = PRETRAINING_DEFAULTS if given.get("option") == "pretrain" else {}
     # What pretraining starts from: a checkpoint that was named, or random weights.
     derived = {"continued": "pretrained_model_path" in given}
     return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """The options that `argv` has, without those left to their defaults."""
+    absent = object()
+    names = dict.fromkeys(vars(parser.parse_args([])), absent)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**names)))
+    return {name: value for name, value in given.items() if value is not absent}
+
+
+def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
+    """The options in a configuration file, checked by the parser as if they were typed; what it complains of, in one
+    line, names the file.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    parser.source = f"--config {path}: "
+    try:
+        # Numbers stay as they are written, as on a command line; a tuple is an object, which may name a thing twice.
+        content = json.loads(
+            Path(path).read_bytes(), object_pairs_hook=tuple, parse_int=str, parse_float=str, parse_constant=str
+        )
+    except OSError as error:
+        parser.error(f"cannot be read ({error.strerror})")
+    except (ValueError, RecursionError) as error:
+        parser.error(f"is no JSON ({error})")
+    if not isinstance(content, tuple):
+        parser.error('must hold a JSON object, such as {"option": "lora", "lr": 3e-3}')
+    # By how many values an option takes.
+    kinds: dict[Any, tuple[type, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
+    argv, seen, off = [], set(), {}
+    for key, value in content:
+        name, shown = key.replace("-", "_"), json.dumps(key)
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
+            parser.error(f'there is no option {shown}; the nearest is "{near}"')
+        if name in seen:
+            parser.error(f"{shown} is there twice; give it once")
+        seen.add(name)
+        option = actions[name].option_strings[0]
+        kind, allowed = kinds.get(actions[name].nargs, (list, 'a list of texts that begin with no "-"'))
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or any(not isinstance(one, str) or one[:1] == "-" for one in items):
+            parser.error(f"{shown} is {json.dumps(value)[:60]}; it must be {allowed}")
+        if value is False:
+            off[name] = False
+        else:
+            argv += [option, *items] if kind is not str else [f"{option}={value}"]
+    given = given_options(parser, argv) | off
+    parser.source = ""
+    return given
 
 
 def flag(name: str) -> str:
@@ -518,6 +610,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
+    if args.option == "report":
+        if not args.report_out.endswith(".html"):
+            raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
+        return
     if args.option == "convert":
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
@@ -645,6 +741,8 @@ def output_files(args: argparse.Namespace) -> list[str]:
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
         )
         return [args.model_out, *([] if stays else [beside])]
+    if args.option == "report":
+        return [args.report_out]
     if args.option == "perplexity":
         return []
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]

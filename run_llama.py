@@ -25,7 +25,7 @@ from environment import (
     report,
     settings_of,
 )
-from options import RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
+from options import MAY_DIFFER, RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from distributed import Processes
     from tasks import Score
     from tokenizer import Tokenizer
-
-# What may differ when a run is resumed: it changes no number.
-MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
 
 # What is put in the place of a sentence to learn how probable a label is without one.
 CONTENT_FREE = {"contextual": ("N/A", "[MASK]", ""), "pmi": ("",)}
@@ -314,6 +311,10 @@ def run_option(args: argparse.Namespace) -> None:
         from conversion import convert
 
         convert(args)
+    elif args.option == "report":
+        from report import write_report
+
+        write_report(args)
     else:
         import pretraining
 

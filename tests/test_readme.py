@@ -97,12 +97,15 @@ def test_the_sanity_check_prints_what_the_readme_shows(tmp_path, monkeypatch):
 def test_each_option_runs_as_the_readme_says(course_folder, command):
     if "--tokenizer" in command and "mine.model" in command:  # which the command before makes
         shutil.copy(ROOT / "data" / "mini-llama.model", "mine.model")
+    if "report" in command:  # which gathers the runs of the commands before
+        run(next(other for other in OURS if "pretrain" in other and "further.safetensors" in other))
     before = {path.name for path in course_folder.iterdir()}
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
     option = command[command.index("--option") + 1]
-    if option in ("perplexity", "tokenizer", "pretrain", "convert"):
+    if option in ("report", "perplexity", "tokenizer", "pretrain", "convert"):
         wanted = {
+            "report": {"report.html"},
             "perplexity": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
@@ -139,7 +142,7 @@ def test_the_table_of_files_names_every_module_and_nothing_else():
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"data/{name}.md" for name in ("README", "MODEL_CARD"))]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/results.md"])
+@pytest.mark.parametrize("page", [*PAGES, "examples/README.md", "docs/architecture.md", "docs/results.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
