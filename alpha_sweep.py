@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,16 +15,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import FineTuned, read_fine_tuned, write_checkpoint
-from classifier import MergedClasses, classifier_of, question_of
+from classifier import MergedClasses, classifier_of
 from config import shown
-from dataset import Row, has_gold_labels, read_label_names, read_rows, tokenize_rows, write_predictions
-from environment import check_alone, choose_device, choose_dtype, load_tokenizer, print_header, report
+from dataset import Row, class_names, has_gold_labels, prompt_parts, read_labels, read_rows, write_predictions
+from environment import (
+    check_alone,
+    choose_device,
+    choose_dtype,
+    load_tokenizer,
+    print_header,
+    report,
+    tokenize_data,
+)
 from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
-from line_plot import line_plot
+from html_page import chart, colour, document
 from llama import load_pretrained
-from options import ADOPTED, curve_picture
-from tokenizer import Tokenizer
+from options import ADOPTED, curve_picture, path_and_fold
 from wise_ft import interpolate
 
 
@@ -42,9 +49,9 @@ def wise_ft(args: argparse.Namespace) -> None:
     """wise_ft: the scores at every alpha, in print, as CSV and as a picture; test at the alpha that is best on dev."""
     check_alone(args)
     found = read_fine_tuned(args.finetuned)
-    adopt(args, found)
-    sets = [DataSet("dev", read_rows(args.dev, found.label_names), found.label_names), *out_of_domain(args, found)]
-    test = DataSet("test", read_rows(args.test, found.label_names), found.label_names)
+    labels = adopt(args, found)
+    sets = [DataSet("dev", read_rows(args.dev, labels), found.label_names), *out_of_domain(args, found, labels)]
+    test = DataSet("test", read_rows(args.test, labels), found.label_names)
     for one, path in zip(sets, [args.dev, *args.ood], strict=True):
         if not has_gold_labels(one.rows) and (len(args.alphas) > 1 or one.name != "dev"):
             raise ValueError(f"{path} has one value in its whole label column, so there is nothing to judge by")
@@ -63,8 +70,14 @@ def wise_ft(args: argparse.Namespace) -> None:
     report(f"finetuned   {args.finetuned} ({found.options.get('option')}, {found.head} head)")
     print_header(args, model.llama, "not read" if theta_0 is theta_1 else "its base", tokenizer, device, dtype)
     report(f"data        dev {args.dev}, test {args.test}{''.join(f', {path}' for path in args.ood)}")
-    for one in [*sets, test]:
-        one.rows = tokenized(args, one.rows, tokenizer, found)
+    prompt: tuple[str, ...] = ()
+    if found.head == "prompt":
+        prompt = prompt_parts(found.template, found.words, args.pooling)
+        report(f"prompt      {'{sentence}'.join(prompt)}")
+    raw = {str(i): one.rows for i, one in enumerate([*sets, test])}
+    done = tokenize_data(args, raw, tokenizer, found.config.max_seq_len, *prompt)
+    for one, rows in zip([*sets, test], done.values(), strict=True):
+        one.rows = rows
     model = model.to(device)
 
     def judged(one: DataSet, alpha: float) -> Evaluation:
@@ -102,7 +115,7 @@ def wise_ft(args: argparse.Namespace) -> None:
             write_predictions(path, judgement.predictions, rows)
     if args.model_out:
         mixed = {"alpha": alpha, "finetuned": args.finetuned, "base": args.pretrained_model_path}
-        described = {"head": found.head, "label_names": found.label_names, "options": found.options}
+        described = {name: getattr(found, name) for name in ("head", "label_names", "labels", "options")}
         write_checkpoint(
             args.model_out,
             model.state_dict(),
@@ -114,8 +127,10 @@ def wise_ft(args: argparse.Namespace) -> None:
         )
 
 
-def adopt(args: argparse.Namespace, found: FineTuned) -> None:
-    """Takes what was not typed from the run that made the file. Raises ValueError if that does not say it."""
+def adopt(args: argparse.Namespace, found: FineTuned) -> dict[str, str | None]:
+    """Takes what was not typed from the run that made the file; returns the labels of dev and test. Raises ValueError
+    if the file does not say it, or was trained for other classes than those typed.
+    """
     for name in ADOPTED:
         if getattr(args, name) is None:
             value = found.options.get(name)
@@ -123,11 +138,13 @@ def adopt(args: argparse.Namespace, found: FineTuned) -> None:
             if not optional and type(value) is not (int if name == "max_sentence_len" else str):
                 raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with --{name.replace('_', '-')}")
             setattr(args, name, value)
-    if args.label_names is not None and (names := read_label_names(args.label_names)) != found.label_names:
+    labels = found.labels if args.label_names is None else read_labels(args.label_names)
+    if (names := class_names(labels)) != found.label_names:
         raise ValueError(
             f"{args.label_names} names {', '.join(names)}, but {found.path} was trained for "
             f"{', '.join(found.label_names)}; leave out --label-names"
         )
+    return labels
 
 
 def base_of(args: argparse.Namespace, found: FineTuned) -> dict[str, Tensor]:
@@ -149,13 +166,15 @@ def base_of(args: argparse.Namespace, found: FineTuned) -> dict[str, Tensor]:
     return base.state_dict()
 
 
-def out_of_domain(args: argparse.Namespace, found: FineTuned) -> list[DataSet]:
-    """The sets of --ood. Raises ValueError if the mappings are not as many, or one does not fit the model's classes."""
+def out_of_domain(args: argparse.Namespace, found: FineTuned, labels: Mapping[str, str | None]) -> list[DataSet]:
+    """The sets of --ood; `labels`: of those that have no label file of their own. Raises ValueError if the mappings are
+    not as many, or one does not fit the model's classes.
+    """
     sets = []
-    stems = [Path(path).stem for path in args.ood]
+    stems = [Path(path_and_fold(path)[0]).stem for path in args.ood]
     mappings, files = (for_each(args, name) for name in ("ood_classes", "ood_label_names"))
-    for path, counts_as, labels in zip(args.ood, mappings, files, strict=True):
-        names = found.label_names
+    for path, stem, counts_as, file in zip(args.ood, stems, mappings, files, strict=True):
+        names, own = found.label_names, labels
         if counts_as is not None:
             if len(counts_as) != len(names):
                 raise ValueError(
@@ -164,20 +183,19 @@ def out_of_domain(args: argparse.Namespace, found: FineTuned) -> list[DataSet]:
                 )
             members = [[n for n, k in zip(names, counts_as, strict=True) if k == i] for i in range(max(counts_as) + 1)]
             names = ["/".join(some) for some in members]
-        if labels is not None:
-            own = read_label_names(labels)
-            if len(own) != len(names):
+            own = {str(n): name for n, name in enumerate(names)}
+        if file is not None:
+            own = read_labels(file)
+            if len(class_names(own)) != len(names):
                 raise ValueError(
-                    f"{labels} has {len(own)} names, but the model's classes count as {len(names)} in {path}; say with "
-                    "--ood_classes which count as which"
+                    f"{file} has {len(class_names(own))} names, but the model's classes count as {len(names)} in "
+                    f"{path}; say with --ood_classes which count as which"
                 )
-            names = own
-        stem = Path(path).stem
-        sets.append(
-            DataSet(
-                stem if stems.count(stem) == 1 and stem != "dev" else path, read_rows(path, names), names, counts_as
-            )
-        )
+            if counts_as is None and sorted(class_names(own)) == sorted(names):  # by name, whatever their order
+                counts_as = [class_names(own).index(name) for name in names]
+            names = class_names(own)
+        name = stem if stems.count(stem) == 1 and stem not in ("dev", "test") else path
+        sets.append(DataSet(name, read_rows(path, own), names, counts_as))
     return sets
 
 
@@ -185,16 +203,6 @@ def for_each(args: argparse.Namespace, name: str) -> list:
     """The option's values, one for each --ood file: one may serve for all, none is None for all."""
     given = getattr(args, name) or [None]
     return given * len(args.ood) if len(given) == 1 else given
-
-
-def tokenized(args: argparse.Namespace, rows: Sequence[Row], tokenizer: Tokenizer, found: FineTuned) -> list[Row]:
-    """The rows with their ids, as in training."""
-    question = question_of(found.label_names, args.pooling) if found.head == "prompt" else None
-    context = found.config.max_seq_len
-    done, cut = tokenize_rows(rows, tokenizer, context, question=question, max_sentence_len=args.max_sentence_len)
-    if cut:
-        report(f"warning: {cut} sentences were cut; the model's context has room for {context} tokens a row")
-    return done
 
 
 def shown_score(evaluation: Evaluation) -> str:
@@ -208,17 +216,12 @@ def write_curve(args: argparse.Namespace, sets: list[DataSet], accuracies: list[
         writer.writerow(["alpha", *(one.name for one in sets)])
         for alpha, scores in zip(args.alphas, accuracies, strict=True):
             writer.writerow([f"{alpha:g}", *("" if score is None else f"{score:.6f}" for score in scores)])
-    curves = {
-        one.name: [(a, score) for a, row in zip(args.alphas, accuracies, strict=True) if (score := row[i]) is not None]
-        for i, one in enumerate(sets)
-    }
-    levels = {f"chance, {n} classes": 1 / n for n in sorted({len(one.names) for one in sets})}
-    picture = line_plot(
-        {name: curve for name, curve in curves.items() if curve},
-        levels,
-        title="WiSE-FT: accuracy of the mixed weights",
-        x_label="alpha (0: the base model, 1: the fine-tuned one)",
-        y_label="accuracy",
-    )
+    lines = []
+    for i, one in enumerate(sets):
+        points = [(a, score) for a, row in zip(args.alphas, accuracies, strict=True) if (score := row[i]) is not None]
+        lines.append((one.name, points, colour(i)))
+    for i, n in enumerate(sorted({len(one.names) for one in sets}), start=1):
+        lines.append((f"chance, {n} classes ({1 / n:.3g})", [(0.0, 1 / n), (1.0, 1 / n)], colour(-i, dashed=True)))
+    picture = chart("WiSE-FT: accuracy of the mixed weights", "alpha (0: the base model, 1: the fine-tuned one)", lines)
     with atomic_file(curve_picture(args)) as file:
-        file.write(picture)
+        file.write(document("WiSE-FT", [picture]))

@@ -8,6 +8,7 @@ mask: pads are attended to and the last column is read, whatever it holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import FineTuned
-from dataset import prompt_question
+from dataset import word_ids
 from llama import Llama, last_positions, load_pretrained
 from lora import apply_lora, lora_layers, merge_lora_weights, remove_lora
 from tokenizer import Tokenizer
@@ -41,19 +42,12 @@ def _read_config(config: Any) -> tuple[Llama, str]:
     return llama, pooling
 
 
-def question_of(label_names: Sequence[str], pooling: str) -> str:
-    """What is asked after a sentence. A label's first piece brings its own space, so the question ends without one; not
-    so in the course's reading.
-    """
-    question = prompt_question(label_names)
-    return question.rstrip() if pooling == "last_token" else question
-
-
 class LlamaZeroShotClassifier(nn.Module):
-    """Scores each label by the log-probability of its own tokens as the continuation of the input.
+    """Scores each label by the log-probability of its own tokens as the continuation of the input; once calibrated, by
+    how much more probable the input makes it than inputs without content do.
 
-    config: pretrained_model_path, num_labels; see `_read_config`. Raises ValueError if num_labels is not the number of
-    names.
+    config: pretrained_model_path, num_labels; see `_read_config`. label_names: the words that stand for the labels.
+    Raises ValueError if num_labels is not their number.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
@@ -62,14 +56,39 @@ class LlamaZeroShotClassifier(nn.Module):
             raise ValueError(f"num_labels is {config.num_labels}, but there are {len(label_names)} label names")
         self.num_labels = config.num_labels
         self.llama, self.pooling = _read_config(config)
-        # A text's first piece carries the space before it ("▁good"), which is how the label follows the prompt.
-        self.label_name_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+        # The first piece carries the space before it ("▁good"), which is how the label follows the prompt.
+        self.label_name_ids = [word_ids(tokenizer, name) for name in label_names]
         # How long an input may be: all of a label but its last token has to fit behind it.
         self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
+        self.log_prior: Tensor
+        self.register_buffer("log_prior", torch.zeros(self.num_labels), persistent=False)
+
+    @torch.no_grad()
+    def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """From now on the score of a label y after an input x is
+
+            log p(y | x) - log mean_c p(y | c)
+
+        over the inputs c without content given here, ids (C, T) and mask as for `forward`; returns the second term
+        (num_labels,).
+
+        Contextual calibration (arXiv 2102.09690: W = diag(p_cf)^-1, b = 0) has for c the prompt filled with
+        "N/A", "[MASK]" and the empty string. It divides probabilities that are normalised over the labels, and takes a
+        softmax of the quotients: factors and a function that keep the order of the labels, so left out here.
+        Domain-conditional PMI (arXiv 2104.08315) subtracts log p(y | domain premise), the prompt without a
+        sentence. So for this scoring the two differ in the set of c alone: PMI's is the empty string.
+        """
+        self.log_prior = self._scores(input_ids, attention_mask).logsumexp(0) - math.log(len(input_ids))
+        return self.log_prior
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T), padding on either side -> log-probabilities of the labels (B, num_labels),
-        float32.
+        float32, less those that `calibrate` found.
+        """
+        return self._scores(input_ids, attention_mask) - self.log_prior
+
+    def _scores(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Log-probabilities of the labels (B, num_labels), float32.
 
         A label of several tokens has log p(first | input) + log p(second | input, first) + ...: not normalised over the
         labels, since the model may prefer yet other words.
@@ -140,21 +159,21 @@ class LlamaPromptClassifier(nn.Module):
     the row is a sentence and a question. The output projection is the head, so there is no weight that is not
     pretrained; before training, this is what the zero-shot classifier says of labels of one token.
 
-    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. A label's word is the first token of its
-    name. Raises ValueError if two labels have the same one.
+    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. words: what stands for the labels, each by
+    its first token. Raises ValueError if two of them have the same one.
     """
 
-    def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
+    def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, words: Sequence[str]) -> None:
         super().__init__()
-        self.label_ids = [tokenizer.encode(name, bos=False, eos=False)[0] for name in label_names]
+        self.label_ids = [word_ids(tokenizer, word)[0] for word in words]
         for i, first in enumerate(self.label_ids):
             if (j := self.label_ids.index(first)) < i:
                 raise ValueError(
-                    f"the labels {label_names[j]!r} and {label_names[i]!r} begin with the same token, "
-                    f"{tokenizer.decode([first])!r}, and could not be told apart; name one of them otherwise in "
-                    "--label-names, or give --head linear"
+                    f"the labels {words[j]!r} and {words[i]!r} begin with the same token, "
+                    f"{tokenizer.decode([first])!r}, and could not be told apart; give other --label_words, or "
+                    "--head linear"
                 )
-        self.num_labels = len(label_names)
+        self.num_labels = len(words)
         self.llama, self.pooling = _read_config(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -209,7 +228,7 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
         )
         model: LlamaEmbeddingClassifier | LlamaPromptClassifier
         if found.head == "prompt":
-            model = LlamaPromptClassifier(config, tokenizer, found.label_names)
+            model = LlamaPromptClassifier(config, tokenizer, found.words)
         else:
             model = LlamaEmbeddingClassifier(config)
         if any(name.endswith(".lora_A") for name in found.state):

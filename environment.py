@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from checkpoint import Checkpoint
     from config import LlamaConfig
+    from dataset import Row
     from llama import Llama
     from tokenizer import Tokenizer
     from training import Settings
@@ -89,7 +90,7 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
                 setattr(args, name, None)
         return
     if "pretrained_model_path" not in typed and not Path(args.pretrained_model_path).exists():
-        if args.option not in ("pretrain", "tokenizer"):
+        if args.option not in ("pretrain", "tokenizer", "report"):
             report(
                 f"{args.pretrained_model_path} is not here (python fetch_data.py brings it); "
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
@@ -169,6 +170,28 @@ def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -
     report(f"its tokenizer is {beside}")
 
 
+def tokenize_data(
+    args: argparse.Namespace,
+    data: dict[str, list[Row]],
+    tokenizer: Tokenizer,
+    context: int,
+    before: str = "",
+    question: str | None = None,
+) -> dict[str, list[Row]]:
+    """The rows of each split with their ids; one warning if sentences had to be cut to the model's context."""
+    from dataset import tokenize_rows
+
+    done, cut = {}, 0
+    for split, rows in data.items():
+        done[split], cut_here = tokenize_rows(
+            rows, tokenizer, context, before=before, question=question, max_sentence_len=args.max_sentence_len
+        )
+        cut += cut_here
+    if cut:
+        report(f"warning: {cut} sentences were cut; the model's context has room for {context} tokens a row")
+    return done
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the model against its checkpoint."""
     causal = None if args.attention is None else args.attention == "causal"
@@ -228,7 +251,10 @@ def print_header(
         f"heads, vocabulary {config.vocab_size}, context {config.max_seq_len}"
     )
     report(f"convention  {config.convention}")
-    report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
+    products = f"matrix products in {str(dtype).removeprefix('torch.')}"
+    if args.quantize is not None:
+        products = "weights of 8 bits, matrix products in bfloat16"
+    report(f"device      {device}, {products}")
     if args.adapter is not None:
         report(f"adapter     {args.adapter}")
     report(f"tokenizer   {tokenizer.path} ({tokenizer.kind})")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,19 @@ COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert", "wise_ft")
+COURSE_TEMPLATE = "{sentence} Is this movie {labels}? This movie is "
+OPTIONS = (
+    "generate",
+    "prompt",
+    "finetune",
+    "lora",
+    "pretrain",
+    "perplexity",
+    "tokenizer",
+    "convert",
+    "wise_ft",
+    "report",
+)
 TRAINING = ("finetune", "lora", "pretrain")
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
@@ -32,11 +47,27 @@ PRETRAINING_DEFAULTS = {
     "held_out": 0.01,
 }
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
+SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
+DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
+# What may differ between runs, and when one is resumed: it changes no number.
+MAY_DIFFER = (
+    "config",
+    "resume",
+    "run_dir",
+    "save_every",
+    "dev_out",
+    "test_out",
+    "model_out",
+    "tokens_dir",
+    "device",
+    "use_gpu",
+)
 CORPUS_ENDINGS = (".txt", ".tokens")
 OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
 
@@ -55,6 +86,7 @@ examples:
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
   python run_llama.py --option wise_ft --finetuned finetune-5-2e-05.pt --ood other.txt --ood_classes 0,0,-1,1,1
+  python run_llama.py --option report --runs runs
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
@@ -87,7 +119,15 @@ COUNTS_AS = numbers(
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def words(text: str) -> list[str]:
+    """An argparse type: words with commas between."""
+    found = [word.strip() for word in text.split(",")]
+    if len(found) < 2 or not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be two words or more, each once, as in a,b")
+    return found
+
+
+def build_parser() -> OneLineParser:
     """The options, grouped; every default is written here and nowhere else."""
     parser = OneLineParser(
         prog="run_llama.py",
@@ -102,9 +142,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
         "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
         "predicts a text; make a tokenizer from text; write a checkpoint in another format; mix a fine-tuned model "
-        "with the one it came from (default: %(default)s)",
+        "with the one it came from; gather runs into one page (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
+    add(
+        "--config",
+        metavar="FILE",
+        help='options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; '
+        "what is on the command line overrides it (default: none; examples/ has some)",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -161,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=NOT_NEGATIVE,
         metavar="T",
         help="0 takes the likeliest token, 1 samples as the model thinks. Prints one continuation and writes no file "
-        "(default: one at 0 and one at 1, each written to its file)",
+        "(default: one at 0 and one at 1, each written to its file; 1 where another option asks for something else)",
     )
     add(
         "--epsilon",
@@ -169,6 +215,77 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.05,
         metavar="E",
         help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s)",
+    )
+    add("--eta", type=FRACTION, metavar="E", help="like --epsilon, but lower where many tokens are likely; try 0.002")
+    add("--top_k", type=COUNT, metavar="K", help="sample only the K likeliest tokens (contrastive: 4)")
+    add(
+        "--top_p",
+        type=SHARE,
+        metavar="P",
+        help="sample only the likeliest tokens, as few as have probability P together",
+    )
+    add("--min_p", type=SHARE, metavar="P", help="sample only tokens at least P times as likely as the likeliest")
+    add(
+        "--typical_p",
+        type=SHARE,
+        metavar="P",
+        help="sample only the tokens whose surprise is nearest to what is expected, as few as have P together",
+    )
+    add(
+        "--repetition_penalty",
+        type=POSITIVE,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens that occurred before less likely (default: %(default)s)",
+    )
+    add(
+        "--decoder",
+        choices=DECODERS,
+        default="sample",
+        help="sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens "
+        "that are unlike what was said; lookup draws as sample does, but guesses ahead from the text so far and checks "
+        "the guesses together, which is faster where text repeats itself (default: %(default)s)",
+    )
+    add("--beams", type=COUNT, default=4, metavar="N", help="beam: beginnings kept at each step (default: %(default)s)")
+    add(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        metavar="L",
+        help="beam: above 0 favours longer texts, below 0 shorter ones (default: %(default)s)",
+    )
+    add(
+        "--contrast",
+        type=SHARE_OR_ZERO,
+        default=0.6,
+        metavar="A",
+        help="contrastive: weight of being unlike, from 0 to 1 (default: %(default)s)",
+    )
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="end where one of these comes up, without it")
+    add("--num_samples", type=COUNT, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="continue every line of a file, --batch_size of them at a time, instead of --prompt",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="ask for one prompt after the other, with --chat in one conversation; Ctrl-C stops an answer, Ctrl-D ends",
+    )
+    add("--json", action="store_true", help="print a JSON object a line for each continuation, for programs")
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="PAGE.html",
+        help="show for each token which candidates the filters kept and which they cut, as a table in the terminal, "
+        "and as a page if one is named",
+    )
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="keep the weights in 8 bits, also for perplexity: smaller and faster, a little less exact (default: no)",
     )
     add(
         "--generated_sentence_low_temp_out",
@@ -183,14 +300,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="(default: %(default)s)",
     )
 
-    add = parser.add_argument_group("data of prompt, finetune and lora (lines of `label ||| sentence`)").add_argument
+    add = parser.add_argument_group(
+        "data of prompt, finetune and lora",
+        "A data file has lines of `label ||| sentence`; or it is a .csv of label and texts, as AG News\n"
+        "has them; or a .tsv of label and text, and maybe more columns: the text is the longest, the\n"
+        "first of the others the fold. PATH#fold=PATTERN takes only the rows whose fold matches, as in\n"
+        '"reviews.tsv#fold=cv[0-8]*".',
+    ).add_argument
     for split in ("train", "dev", "test"):
         add(f"--{split}", default=f"data/cfimdb-{split}.txt", metavar="FILE", help="(default: %(default)s)")
     add(
         "--label-names",
         default="data/cfimdb-label-mapping.json",
         metavar="FILE",
-        help="class names, a JSON list (default: %(default)s)",
+        help="JSON: a list of class names, those of the labels 0, 1, ...; or an object from the labels of the data to "
+        'class names, as in {"0": "bad", "1": null, "2": "good"}, where null leaves rows out. Class ids go by first '
+        "mention (default: %(default)s)",
     )
     add(
         "--max_sentence_len",
@@ -219,6 +344,28 @@ def build_parser() -> argparse.ArgumentParser:
         "column, padding and all (default: %(default)s)",
     )
 
+    add = parser.add_argument_group("prompt, and --head prompt of finetune and lora").add_argument
+    add(
+        "--template",
+        default=COURSE_TEMPLATE,
+        metavar="TEXT",
+        help="what the model reads of a row: {sentence} is the row's, {labels} a list such as `bad, average, or good`. "
+        "The label follows after a space. A row too long loses the end of its sentence (default: %(default)r)",
+    )
+    add(
+        "--label_words",
+        type=words,
+        metavar="W1,W2,...",
+        help="what stands for each class in the prompt, in the order of the class ids (default: the class names)",
+    )
+    add(
+        "--calibrate",
+        choices=("none", "contextual", "pmi"),
+        default="none",
+        help="prompt: divide a label's probability by that after a prompt without content: contextual, the mean of "
+        'those with "N/A", "[MASK]" and nothing for a sentence; pmi, that with nothing (default: %(default)s)',
+    )
+
     add = parser.add_argument_group("training (finetune, lora, pretrain)").add_argument
     add(
         "--adam_beta2",
@@ -234,8 +381,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("linear", "prompt"),
         default="linear",
         help="what finetune and lora train beside the model: a linear layer on each sentence's last token; or nothing "
-        "new: the model is asked as in --option prompt, and trained to answer with the label's word, its name's first "
-        "token (default: %(default)s)",
+        "new: the model is asked as in --option prompt, by --template, and trained to answer with the label's word, "
+        "of which the first token counts (default: %(default)s)",
     )
     add(
         "--hidden_dropout_prob",
@@ -413,7 +560,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="A,A,...",
         help="1 alone judges the fine-tuned model as it is (default: %(default)s)",
     )
-    add("--ood", nargs="+", default=[], metavar="FILE", help="labelled data from elsewhere, each scored by itself")
+    add(
+        "--ood",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="labelled data from elsewhere, as for --dev; each scored by itself",
+    )
     add(
         "--ood_classes",
         nargs="+",
@@ -429,13 +582,14 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="class names of the --ood files, one for all or one for each (default: the model's)",
+        help="label files of the --ood files, one for all or one for each; their classes are the model's by name, or "
+        "where names differ, by number (default: the labels that the model was trained with)",
     )
     add(
         "--curve_out",
         default="wise-ft-curve.csv",
         metavar="FILE.csv",
-        help="where the accuracies go; beside it their picture, as .svg (default: %(default)s)",
+        help="where the accuracies go; beside it their picture, a page of HTML (default: %(default)s)",
     )
 
     add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
@@ -463,22 +617,91 @@ def build_parser() -> argparse.ArgumentParser:
         help="shard the model over the processes that torchrun starts, instead of a copy in each",
     )
     add("--compile", action="store_true", help="compile the model with torch.compile: slow to start")
+
+    add = parser.add_argument_group("report").add_argument
+    add(
+        "--runs",
+        nargs="+",
+        default=[RUNS],
+        metavar="DIR",
+        help=f"folders of runs, or folders that hold some (default: {RUNS})",
+    )
+    add("--report_out", default="report.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    add(
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="FILE.csv",
+        help="tables of accuracy between two sets of weights: a column alpha, then one a data set (default: none)",
+    )
     return parser
 
 
 def parse_options(
     argv: list[str] | None, saved: dict[str, Any] | None = None
 ) -> tuple[argparse.Namespace, frozenset[str]]:
-    """The options, and the names of those that were typed. `saved`: the defaults of a run that goes on."""
+    """The options, and the names of those that were typed, be it into the file of --config. `saved`: the defaults of a
+    run that goes on.
+    """
     parser = build_parser()
-    absent = object()
     names = vars(parser.parse_args([]))
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-    given = {name: value for name, value in vars(typed).items() if value is not absent}
+    given = given_options(parser, argv)
+    if given.get("config") is not None:
+        given = read_config(parser, given["config"]) | given
     defaults = PRETRAINING_DEFAULTS if given.get("option") == "pretrain" else {}
     # What pretraining starts from: a checkpoint that was named, or random weights.
     derived = {"continued": "pretrained_model_path" in given}
     return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """The options that `argv` has, without those left to their defaults."""
+    absent = object()
+    names = dict.fromkeys(vars(parser.parse_args([])), absent)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**names)))
+    return {name: value for name, value in given.items() if value is not absent}
+
+
+def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
+    """The options in a configuration file, checked by the parser as if they were typed; what it complains of, in one
+    line, names the file.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    parser.source = f"--config {path}: "
+    try:
+        # Numbers stay as they are written, as on a command line; a tuple is an object, which may name a thing twice.
+        content = json.loads(
+            Path(path).read_bytes(), object_pairs_hook=tuple, parse_int=str, parse_float=str, parse_constant=str
+        )
+    except OSError as error:
+        parser.error(f"cannot be read ({error.strerror})")
+    except (ValueError, RecursionError) as error:
+        parser.error(f"is no JSON ({error})")
+    if not isinstance(content, tuple):
+        parser.error('must hold a JSON object, such as {"option": "lora", "lr": 3e-3}')
+    # By how many values an option takes.
+    kinds: dict[Any, tuple[type, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
+    argv, seen, off = [], set(), {}
+    for key, value in content:
+        name, shown = key.replace("-", "_"), json.dumps(key)
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
+            parser.error(f'there is no option {shown}; the nearest is "{near}"')
+        if name in seen:
+            parser.error(f"{shown} is there twice; give it once")
+        seen.add(name)
+        option = actions[name].option_strings[0]
+        kind, allowed = kinds.get(actions[name].nargs, (list, 'a list of texts that begin with no "-"'))
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or any(not isinstance(one, str) or one[:1] == "-" for one in items):
+            parser.error(f"{shown} is {json.dumps(value)[:60]}; it must be {allowed}")
+        if value is False:
+            off[name] = False
+        else:
+            argv += [option, *items] if kind is not str else [f"{option}={value}"]
+    given = given_options(parser, argv) | off
+    parser.source = ""
+    return given
 
 
 def flag(name: str) -> str:
@@ -517,12 +740,19 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    if args.quantize is not None and args.option not in ("generate", "perplexity"):
+        raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
+    if args.option == "report":
+        if not args.report_out.endswith(".html"):
+            raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
+        return
     if args.option == "convert":
         if args.to == "peft" and args.adapter is None:
             raise ValueError("--to peft writes an adapter; say which with --adapter")
         return
+    check_prompt(args)
     if args.option == "wise_ft":
         check_wise_ft(args)
         return
@@ -538,6 +768,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
+        check_generation(args)
         low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
         if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
             raise ValueError(f"both generated sentences would go to {low}; give two files")
@@ -580,14 +811,78 @@ def check_wise_ft(args: argparse.Namespace) -> None:
         raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
 
 
+def writes_two_files(args: argparse.Namespace) -> bool:
+    """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
+    other = (args.prompt_file, args.interactive, args.json, args.num_samples > 1, args.explain is not None)
+    return args.temperature is None and args.decoder == "sample" and not any(other)
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of generate that contradict each other."""
+    if args.interactive:
+        for name in ("prompt_file", "json", "explain"):
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"--interactive asks for prompts and prints answers as they come; leave out --{name}")
+        if args.num_samples > 1:
+            raise ValueError("--interactive gives one answer to each prompt; leave out --num_samples")
+    if args.explain is not None:
+        if args.json or args.prompt_file or args.num_samples > 1 or args.decoder != "sample":
+            raise ValueError(
+                "--explain shows how one text was sampled; leave out --json, --prompt_file, --num_samples, --decoder"
+            )
+        if args.explain and not args.explain.endswith(".html"):
+            raise ValueError(f"--explain {args.explain}: the page's name must end in .html")
+    if "" in args.stop:
+        raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
+    if args.decoder == "sample":
+        return
+    filters = ("eta", "top_p", "min_p", "typical_p", *(() if args.decoder == "contrastive" else ("top_k",)))
+    if args.decoder == "lookup":
+        if args.repetition_penalty != 1.0:
+            raise ValueError("--decoder lookup has no --repetition_penalty; leave one of them out")
+        return
+    for name in filters:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--decoder {args.decoder} draws nothing, so that --{name} has no effect; leave it out")
+    if args.temperature or args.repetition_penalty != 1.0 or args.num_samples > 1:
+        raise ValueError(
+            f"--decoder {args.decoder} draws nothing: leave out --temperature, --repetition_penalty, --num_samples"
+        )
+
+
+def check_prompt(args: argparse.Namespace) -> None:
+    """Raises ValueError for a template that cannot be filled, or options of prompt where they have no meaning."""
+    asks = args.option == "prompt" or (args.option in ("finetune", "lora") and args.head == "prompt")
+    given = {
+        "template": args.template != COURSE_TEMPLATE,
+        "label_words": args.label_words is not None,
+        "calibrate": args.calibrate != "none",
+    }
+    for name in given:
+        if given[name] and not (args.option == "prompt" if name == "calibrate" else asks):
+            also = "" if name == "calibrate" else " and to --head prompt of finetune and lora"
+            raise ValueError(f"--{name} belongs to --option prompt{also}; leave it out for {args.option}")
+    if given["calibrate"] and args.pooling == "last_column":
+        raise ValueError(
+            "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave "
+            f"out --calibrate {args.calibrate}, or --pooling"
+        )
+    fields = re.findall(r"\{\w*\}", args.template)
+    if unknown := set(fields) - {"{sentence}", "{labels}"}:
+        raise ValueError(f"--template has {min(unknown)}; it takes {{sentence}} and {{labels}}")
+    if fields.count("{sentence}") != 1:
+        raise ValueError(f"--template {args.template!r} must have {{sentence}} once, where a row's sentence goes")
+
+
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
+    named = [args.tokenizer, args.adapter, args.prompt_file, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
-        named += [args.train, args.dev, args.test, args.label_names]
+        named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
     if args.option == "wise_ft":
-        named += [args.finetuned, args.dev, args.test, args.label_names, *args.ood, *args.ood_label_names]
+        named += [path_and_fold(path)[0] for path in (args.dev, args.test, *args.ood) if path]
+        named += [args.finetuned, args.label_names, *args.ood_label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
 
 
@@ -595,7 +890,7 @@ def output_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run will write, beside its folder."""
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-        return both if args.temperature is None else []
+        return both if writes_two_files(args) else [args.explain] if args.explain else []
     if args.option in ("pretrain", "tokenizer", "convert"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")
@@ -612,6 +907,8 @@ def output_files(args: argparse.Namespace) -> list[str]:
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
         )
         return [args.model_out, *([] if stays else [beside])]
+    if args.option == "report":
+        return [args.report_out]
     if args.option == "perplexity":
         return []
     if args.option == "wise_ft":
@@ -624,7 +921,7 @@ def output_files(args: argparse.Namespace) -> list[str]:
 
 def curve_picture(args: argparse.Namespace) -> str:
     """Where the picture of wise_ft's curve goes."""
-    return str(Path(args.curve_out).with_suffix(".svg"))
+    return str(Path(args.curve_out).with_suffix(".html"))
 
 
 def tokenizer_beside(model: str) -> str:
@@ -645,6 +942,16 @@ def text_and_weight(text: str) -> tuple[str, float]:
         return path, POSITIVE(weight)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--corpus {text}: the weight {error}") from error
+
+
+def path_and_fold(text: str) -> tuple[str, str | None]:
+    """The path of a data file, and the pattern behind its `#fold=`. Raises ValueError if one of them is missing."""
+    path, sign, pattern = text.rpartition("#fold=")
+    if not sign or Path(text).exists():
+        return text, None
+    if not path or not pattern:
+        raise ValueError(f'{text!r} names no file and fold; give them as in "reviews.tsv#fold=cv9*"')
+    return path, pattern
 
 
 def best_model_path(args: argparse.Namespace) -> str:

@@ -73,13 +73,14 @@ def test_at_1_it_judges_the_fine_tuned_model_and_needs_no_base(command, option, 
     assert (
         f"dev accuracy {accuracy:.3f}" in out
         and "test accuracy" in out
-        and (command.folder / "wise-ft-curve.svg").exists()
+        and (command.folder / "wise-ft-curve.html").exists()
     )
 
 
-def test_at_0_a_prompt_head_is_the_zero_shot_classifier(command):
-    fine_tuned(command, "finetune", "prompt")
-    assert command("prompt", "--dtype", "fp32")[0] == 0
+@pytest.mark.parametrize("more", [[], ["--template", "So: {sentence} It ", "--label_words", "to,it"]])
+def test_at_0_a_prompt_head_is_the_zero_shot_classifier(command, more):
+    fine_tuned(command, "finetune", "prompt", *more)
+    assert command("prompt", "--dtype", "fp32", *more)[0] == 0
     code, _, err = wise_ft(command, "--alphas", "0", "--dev_out", "d.txt", "--test_out", "t.txt")
     assert code == 0, err
     assert same_files(command, ["d.txt", "t.txt"], outputs("prompt"))
@@ -164,8 +165,55 @@ def test_sets_from_elsewhere_may_have_their_own_classes(command):
     found = curve(command.folder)
     assert list(found[0]) == ["alpha", "dev", "two", "train"]
     assert [line["train"] for line in found] == [line["dev"] for line in found]
-    picture = (command.folder / "wise-ft-curve.svg").read_text(encoding="utf-8")
+    picture = (command.folder / "wise-ft-curve.html").read_text(encoding="utf-8")
     assert "chance, 2 classes (0.5)" in picture and "chance, 3 classes (0.333)" in picture
+
+
+def test_data_files_of_other_forms_are_read_as_in_training(command):
+    def tab(name, labels, folds=("a1", "b1")):
+        lines = [
+            f"{labels[i % 2]}\t{folds[i // 2 % 2]}\t{('a bad dull film', 'one good day')[i % 2]} {i}" for i in range(16)
+        ]
+        text(name, "\n".join(lines) + "\n")(command.folder)
+
+    tab("data.tsv", ("neg", "pos"))
+    tab("same.tsv", ("no", "yes"))
+    text("map.json", '{"neg": "in", "pos": "of", "so": null}')(command.folder)
+    text("turned.json", '{"yes": "of", "no": "in"}')(command.folder)
+    data = [
+        "--train",
+        "data.tsv",
+        "--dev",
+        "data.tsv#fold=b*",
+        "--test",
+        "data.tsv#fold=a*",
+        "--label-names",
+        "map.json",
+    ]
+    fine_tuned(command, "finetune", "prompt", *data)
+    more = ["--ood", "data.tsv#fold=b*", "same.tsv#fold=b*", "--ood_label_names", "map.json", "turned.json"]
+    (command.folder / "map.json").rename(command.folder / "elsewhere.json")
+    more[-2] = "elsewhere.json"
+    code, out, err = wise_ft(command, "--alphas", "0,0.4,1", *more)
+    assert code == 0 and "(8 rows)" in out, err
+    found = curve(command.folder)
+    assert list(found[0]) == ["alpha", "dev", "data", "same"]
+    assert all(line["dev"] == line["data"] == line["same"] for line in found)
+    code, _, err = wise_ft(command, "--alphas", "1", "--ood", "data.tsv#fold=b*", "--curve_out", "data.tsv")
+    assert code == 2 and "data.tsv is to be read and to be written" in err
+
+
+def test_the_curve_is_one_that_the_report_shows(command):
+    from run_llama import main
+
+    fine_tuned(command)
+    assert wise_ft(command, "--alphas", "0,0.5,1", "--ood", "test.txt")[0] == 0
+    assert main(["--option", "report", "--runs", "run", "--curves", "wise-ft-curve.csv"]) == 0
+    page = (command.folder / "report.html").read_text(encoding="utf-8")
+    section = page.partition("wise-ft-curve.csv")[2].partition("<section")[0]
+    assert section.count("<polyline") == 2
+    for line in curve(command.folder):
+        assert f"dev: {line['dev']:.4f}" in section and f"test.txt: {line['test.txt']:.4f}" in section
 
 
 def another_base(folder):
@@ -186,6 +234,7 @@ BAD = [
         another_base,
         "other.pt has n_layers 1, run/best.pt has 2",
     ),
+    ("a template", ["--template", "{sentence} So"], None, "--template belongs to --option prompt and to --head prompt"),
     ("alphas beyond", ["--alphas", "0,1.5"], None, "'0,1.5' is not allowed; it must be numbers from 0 to 1"),
     ("alphas of no number", ["--alphas", "half"], None, "'half' is not allowed"),
     ("classes left out", ["--ood", "dev.txt", "--ood_classes", "0,2"], None, "'0,2' is not allowed"),
@@ -201,7 +250,7 @@ BAD = [
     ("one label alone", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("dev of one label", ["--dev", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is to be read and to be"),
-    ("one file twice", ["--curve_out", "a.svg"], None, "two of a.svg, a.svg are one file"),
+    ("one file twice", ["--curve_out", "a.html"], None, "two of a.html, a.html are one file"),
     ("no folder", ["--curve_out", "none/a.csv"], None, "there is no folder none"),
 ]
 
@@ -222,7 +271,21 @@ def test_bad_input_gets_one_line_and_touches_nothing(command):
             (command.folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["head", "label_names", "options", "model", "model_args", "NaN", "format_version"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "head",
+        "label_names",
+        "labels",
+        "template",
+        "label_words",
+        "options",
+        "model",
+        "model_args",
+        "NaN",
+        "format_version",
+    ],
+)
 def test_a_damaged_file_is_told_in_one_line(command, damage):
     path = fine_tuned(command)
     content = torch.load(path, weights_only=True)
@@ -230,8 +293,16 @@ def test_a_damaged_file_is_told_in_one_line(command, damage):
         content["model"]["classifier_head.bias"][0] = torch.nan
     elif damage == "model":
         del content["model"]["classifier_head.bias"]
+    elif damage in ("template", "label_words"):
+        content["options"][damage] = {"template": "{sentence} or {sentence}", "label_words": ["a", 1]}[damage]
     else:
-        content[damage] = {"head": "other", "label_names": ["a"], "options": None, "model_args": {}}.get(damage, 9)
+        content[damage] = {
+            "head": "other",
+            "labels": {"0": "in"},
+            "label_names": ["a"],
+            "options": None,
+            "model_args": {},
+        }.get(damage, 9)
     torch.save(content, path)
     code, out, err = wise_ft(command, "--alphas", "1")
     assert code == 2 and out == "" and err.count("run/best.pt") == 1 and "Traceback" not in err

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import copy
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
-from conftest import CONFORMANCE, tiny_llama
-from dataset import Row, cut_in_batches, pad, to_batch
+from conftest import CONFORMANCE, ROOT, tiny_llama
+from dataset import Row, cut_in_batches, pad, read_rows, to_batch, tokenize_rows
+from llama import load_pretrained
 from lora import apply_lora
+from tokenizer import Tokenizer
 
 NAMES = ["x", "yx", "yz", "yxz"]
 PIECES = {"x": [10], "yx": [11, 10], "yz": [11, 12], "yxz": [11, 10, 12]}
@@ -109,6 +113,67 @@ def test_a_label_of_several_tokens_has_the_product_of_their_probabilities(causal
 
 
 @torch.no_grad()
+def brute_force(llama, prompts, labels, content_free=()):
+    """In float64, a loop over rows and labels with a whole pass for every token: log p(label | prompt), less the log of
+    its mean probability after the prompts without content."""
+    wide = copy.deepcopy(llama).double()
+
+    def probability(prompt, label):
+        product = 1.0
+        for n, piece in enumerate(label):
+            logits, _ = wide(torch.tensor([[*prompt, *label[:n]]]))
+            product *= logits[0, -1].softmax(-1)[piece].item()
+        return product
+
+    wanted = [[math.log(probability(prompt, label)) for label in labels] for prompt in prompts]
+    if content_free:
+        means = [sum(probability(c, label) for c in content_free) / len(content_free) for label in labels]
+        wanted = [[score - math.log(mean) for score, mean in zip(row, means, strict=True)] for row in wanted]
+    return torch.tensor(wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[4], [3, 9, 5], []])
+def test_calibration_is_the_brute_force_one(causal, lengths):
+    llama = tiny_llama(causal=causal)
+    model, rows, without = zero_shot(llama), rows_of_lengths([2, 9, 5, 14]), rows_of_lengths(lengths, seed=1)
+    plain = scores(model, rows, 4)
+    labels = [PIECES[name] for name in NAMES]
+    prompts, content_free = ([row.ids for row in some] for some in (rows, without))
+    if without:
+        for _ in range(2):  # a second time changes nothing
+            model.calibrate(*pad(content_free, 3))
+    wanted = brute_force(llama, prompts, labels, content_free)
+    torch.testing.assert_close(scores(model, rows, 4), wanted, atol=1e-5, rtol=1e-5)
+    assert (plain.argmax(-1) != wanted.argmax(-1)).any() or not without  # it matters
+
+
+@torch.no_grad()
+def test_the_bundled_model_scores_real_prompts_as_brute_force_does():
+    """From the text on: what is scored is the text's own tokens behind the prompt's."""
+    tokenizer = Tokenizer(tokenizer_model=ROOT / "data" / "mini-llama.model")
+    llama = load_pretrained(ROOT / "data" / "mini-llama.safetensors").eval()
+    words = ["bad", "so-so", "very good"]
+    before, behind = 'A review: "', '" All in all, it was'
+    rows = read_rows(ROOT / "data" / "demo-dev.txt", list("01234"))[:2]
+    config = SimpleNamespace(llama=llama, num_labels=3)
+    model = LlamaZeroShotClassifier(config, tokenizer, words).eval()
+    fill = lambda some: tokenize_rows(some, tokenizer, model.max_input_len, before=before, question=behind)[0]  # noqa: E731
+    without = [Row(0, text) for text in ("N/A", "[MASK]", "")]
+    model.calibrate(*pad([row.ids for row in fill(without)], tokenizer.pad_id))
+
+    def ids(text):
+        return tokenizer.encode(text, bos=True, eos=False)
+
+    prompts, content_free = ([ids(before + row.sentence + behind) for row in some] for some in (rows, without))
+    labels = [ids(f"{before}x{behind} {word}")[len(ids(f"{before}x{behind}")) :] for word in words]
+    assert sorted(map(len, labels)) != [1, 1, 1]
+    wanted = brute_force(llama, prompts, labels, content_free)
+    torch.testing.assert_close(scores(model, fill(rows), 2), wanted, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_the_courses_reading_sums_a_labels_pieces_at_the_last_column():
     llama = tiny_llama()
     ids, mask = pad([[5, 6, 7], [8]], 3)
@@ -173,7 +238,7 @@ def test_answering_trains_the_models_weights_and_no_others(option):
 
 
 def test_labels_that_begin_alike_have_no_words_to_answer_with():
-    message = "the labels 'yx' and 'yz' begin with the same token, '<11>', .*--label-names, or give --head linear"
+    message = "the labels 'yx' and 'yz' begin with the same token, '<11>', .*give other --label_words, or --head linear"
     with pytest.raises(ValueError, match=message):
         answering(tiny_llama(), names=("x", "yx", "yz"))
 

@@ -186,6 +186,45 @@ BAD = [
         None,
         "--r_drop compares two dropout masks",
     ),
+    ("a template without a sentence", "prompt", ["--template", "It was"], None, "must have {sentence} once"),
+    ("a template of two", "prompt", ["--template", "{sentence} {sentence}"], None, "must have {sentence} once"),
+    (
+        "a template with a slip",
+        "prompt",
+        ["--template", "{sentence} {label}"],
+        None,
+        "--template has {label}; it takes",
+    ),
+    ("a template too long", "prompt", ["--template", "{sentence}" + " so" * 99], None, "no room for a sentence"),
+    ("one label word", "prompt", ["--label_words", "good"], None, "argument --label_words: 'good' is not allowed"),
+    ("an empty label word", "prompt", ["--label_words", "good,,bad"], None, "'good,,bad' is not allowed"),
+    ("a label word twice", "prompt", ["--label_words", "good, good"], None, "'good, good' is not allowed"),
+    (
+        "words for other classes",
+        "prompt",
+        ["--label_words", "a,b,c"],
+        None,
+        "has 3 words, names.json 2 classes (bad, g",
+    ),
+    ("no such calibration", "prompt", ["--calibrate", "yes"], None, "invalid choice: 'yes'"),
+    (
+        "calibrated padding",
+        "prompt",
+        ["--calibrate", "pmi", "--pooling", "last_column"],
+        None,
+        "leave out --calibrate pmi, or --pooling",
+    ),
+    *(
+        (f"{flag} of {option}", option, [flag, value, *more], None, f"{flag} belongs to --option prompt{also}; leave")
+        for option in ("finetune", "generate")
+        for flag, value, also, more in (
+            ("--calibrate", "pmi", "", ["--head", "prompt"]),
+            ("--template", "{sentence} so", " and to --head prompt of finetune and lora", []),
+            ("--label_words", "a,b", " and to --head prompt of finetune and lora", []),
+        )
+    ),
+    ("a fold of no file", "prompt", ["--dev", "#fold=3"], None, "'#fold=3' names no file and fold"),
+    ("a fold of a text file", "prompt", ["--dev", "dev.txt#fold=3"], None, "dev.txt has no column beside label and"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
     ("labels that begin alike", "lora", ["--head", "prompt"], text("names.json", '["awful", "average"]'), "same token"),
@@ -301,6 +340,8 @@ def test_an_option_prints_scores_and_writes_predictions(command, option, pooling
     best = {"prompt": set(), "finetune": {"finetune-1-0.001.pt"}, "lora": {"lora-1-0.001.pt"}}[option]
     assert code == 0 and set(command.files()) - before == set(outputs(option)) | best
     scores = r"accuracy [01]\.\d{3}, macro-F1 [01]\.\d{3} \(12 rows\)"
+    if option == "prompt":
+        scores += r"; 95 % interval 0\.\d{3} to [01]\.\d{3}, chance 0\.500, commonest class 0\.500"
     assert re.fullmatch(rf"dev {scores}\ntest {scores}\n", out)
     for split, name in zip(("dev", "test"), outputs(option), strict=True):
         lines = (command.folder / name).read_text(encoding="utf-8").splitlines()
@@ -367,6 +408,29 @@ def test_a_test_set_without_gold_labels_is_predicted_and_not_scored(command):
     code, out, _ = command("prompt")
     assert code == 0 and "test has no gold labels" in out and "dev accuracy" in out
     assert len((command.folder / outputs("prompt")[1]).read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_prompts_take_a_template_words_and_calibration(command):
+    answers = {}
+    for more in ([], ["--calibrate", "pmi"], ["--calibrate", "contextual"], ["--pooling", "last_column"]):
+        code, out, err = command("prompt", "--template", "So: {sentence} It was ", "--label_words", "day, film", *more)
+        assert code == 0 and "prompt      So: {sentence} It was" in err
+        assert ("without content, of these words: day " in err) == ("--calibrate" in more)
+        answers[" ".join(more)] = out + (command.folder / outputs("prompt")[0]).read_text(encoding="utf-8")
+    assert len(set(answers.values())) > 1
+
+
+def test_tables_with_folds_and_words_for_labels_are_read_by_every_option(command):
+    lines = [f"{'neg' if i % 2 else 'pos'}\tf{i % 3}\t{'a bad film' if i % 2 else 'a good day'} {i}" for i in range(18)]
+    text("all.tsv", "\n".join(lines))(command.folder)
+    text("names.json", '{"neg": "bad", "pos": "good"}')(command.folder)
+    files = ["--train", "all.tsv#fold=f[01]", "--dev", "all.tsv#fold=f2", "--test", "all.tsv#fold=f2"]
+    for option in OPTIONS:
+        code, out, err = command(option, *files)
+        assert code == 0 and out.count("(6 rows)") == 2
+    written = (command.folder / outputs("lora")[0]).read_text(encoding="utf-8").splitlines()
+    assert [line[1:] for line in written] == [" ||| " + line.split("\t")[2] for line in lines[2::3]]
+    assert command("finetune", *files, "--dev_out", "all.tsv")[0] == 2
 
 
 def test_prompt_reads_no_training_data(command):

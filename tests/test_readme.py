@@ -116,17 +116,20 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
         shutil.copy(ROOT / "data" / "mini-llama.model", "mine.model")
     if "--finetuned" in command:  # which a command before makes
         write_fine_tuned(course_folder / command[command.index("--finetuned") + 1])
+    if "report" in command:  # which gathers the runs of the commands before
+        run(next(other for other in OURS if "pretrain" in other and "further.safetensors" in other))
     before = {path.name for path in course_folder.iterdir()}
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
     option = command[command.index("--option") + 1]
-    if option in ("perplexity", "tokenizer", "pretrain", "convert", "wise_ft"):
+    if option in ("report", "perplexity", "tokenizer", "pretrain", "convert", "wise_ft"):
         wanted = {
+            "report": {"report.html"},
             "perplexity": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
             "convert": {"stories260K-hf"},
-            "wise_ft": {"wise-ft-curve.csv", "wise-ft-curve.svg"},
+            "wise_ft": {"wise-ft-curve.csv", "wise-ft-curve.html"},
         }
         made.discard("runs")
         assert made <= wanted[option] and (made or option == "perplexity")
@@ -159,7 +162,7 @@ def test_the_table_of_files_names_every_module_and_nothing_else():
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"data/{name}.md" for name in ("README", "MODEL_CARD"))]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/results.md"])
+@pytest.mark.parametrize("page", [*PAGES, "examples/README.md", "docs/architecture.md", "docs/results.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
