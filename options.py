@@ -714,7 +714,13 @@ def check_prompt(args: argparse.Namespace) -> None:
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [args.tokenizer, args.adapter, args.prompt_file, *([] if new else [args.pretrained_model_path])]
+    named = [
+        args.config,
+        args.tokenizer,
+        args.adapter,
+        args.prompt_file,
+        *([] if new else [args.pretrained_model_path]),
+    ]
     if args.option in OUTPUT_ENDINGS:
         named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
