@@ -16,6 +16,13 @@ COURSE_PROMPT = (
 )
 OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
 TRAINING = ("finetune", "lora", "pretrain")
+# What --lora_targets takes: the names of a layer's Linears, and these for several of them.
+LORA_TARGETS = {
+    "attention": ("compute_query", "compute_key", "compute_value", "compute_output"),
+    "mlp": ("w1", "w2", "w3"),
+}
+LORA_TARGETS["all"] = (*LORA_TARGETS["attention"], *LORA_TARGETS["mlp"])
+LORA_VARIANTS = ("rslora", "lora_plus", "dora", "lora_targets")  # options of --option lora alone
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
     "lr": 1e-3,
@@ -252,6 +259,24 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="A",
         help="the update counts alpha / rank (default: %(default)s)",
     )
+    add("--rslora", action="store_true", help="the update counts alpha / sqrt(rank), for high ranks (rsLoRA)")
+    add(
+        "--lora_plus",
+        type=POSITIVE,
+        default=1.0,
+        metavar="RATIO",
+        help="learning rate of every lora_B, as a multiple of --lr; LoRA+ suggests 16 (default: %(default)s)",
+    )
+    add("--dora", action="store_true", help="train the length of each weight row apart from its direction (DoRA)")
+    add(
+        "--lora_targets",
+        nargs="+",
+        choices=(*LORA_TARGETS, *LORA_TARGETS["all"]),
+        default=["attention"],
+        metavar="NAME",
+        help=f"what to adapt: {', '.join(LORA_TARGETS)}, or some of {', '.join(LORA_TARGETS['all'])} "
+        "(default: attention)",
+    )
 
     add = parser.add_argument_group(
         "language models (pretrain, perplexity, tokenizer)",
@@ -400,6 +425,10 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    if args.option != "lora":
+        for name in LORA_VARIANTS:
+            if getattr(args, name) != build_parser().get_default(name):
+                raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "convert":
@@ -434,6 +463,11 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is {path}; for --option {args.option} its name must end in {split}-{ending}")
     if Path(args.dev_out).resolve() == Path(args.test_out).resolve():
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
+
+
+def lora_targets(args: argparse.Namespace) -> list[str]:
+    """The names of the Linears that --lora_targets asks for."""
+    return [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]
 
 
 def input_files(args: argparse.Namespace) -> list[str]:

@@ -26,12 +26,20 @@ def all_logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def adapted(rank: int = 3, alpha: float = 7.0, targets=ATTENTION_PROJECTIONS) -> Llama:
-    model = apply_lora(tiny_llama(norm="rmsnorm", causal=True), rank, alpha, targets)
+def adapted(rank: int = 3, alpha: float = 7.0, targets=ATTENTION_PROJECTIONS, **variant: bool) -> Llama:
+    model = apply_lora(tiny_llama(norm="rmsnorm", causal=True), rank, alpha, targets, **variant)
     with torch.no_grad():
         for _, layer in lora_layers(model):
             layer.lora_B.normal_()
+            if layer.lora_magnitude is not None:
+                layer.lora_magnitude.mul_(torch.rand_like(layer.lora_magnitude) + 0.5)
     return model
+
+
+def written(folder: Path, model: Llama, base: str = "base", **variant: bool) -> Path:
+    """The adapter of a model of `adapted`, as peft's folder."""
+    write_peft(folder, Adapter(lora_state_dict(model), 3, 7.0, {}, **variant), model.config, base)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +55,16 @@ def their_base(base: Path) -> torch.nn.Module:
     return pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(base)
 
 
+VARIANTS = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}]
+
+
 @pytest.mark.parametrize("targets", [ATTENTION_PROJECTIONS, ("compute_key", "w1", "w2", "w3")])
-def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, base, targets):
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, base, targets, variant):
     peft = pytest.importorskip("peft")
-    model = adapted(targets=targets)
-    write_peft(tmp_path, Adapter(lora_state_dict(model), 3, 7.0, {}), model.config, str(base))
+    model = adapted(targets=targets, **variant)
+    written(tmp_path, model, str(base), rslora=variant.get("rslora", False))
+    assert {name: peft.LoraConfig.from_pretrained(tmp_path).to_dict()[f"use_{name}"] for name in variant} == variant
     theirs = peft.PeftModel.from_pretrained(their_base(base), tmp_path)
     torch.testing.assert_close(all_logits(theirs), all_logits(model), rtol=1e-5, atol=1e-5)
     assert (all_logits(model) - all_logits(load_pretrained(base))).abs().max() > 0.1
@@ -59,19 +72,22 @@ def test_our_adapter_gives_the_same_logits_in_peft(tmp_path, base, targets):
     torch.testing.assert_close(all_logits(merged), all_logits(merge_lora_weights(model)), rtol=1e-5, atol=1e-5)
     again = load_pretrained(base)
     read_adapter(tmp_path, again.config).apply(again)
-    assert torch.equal(all_logits(again), all_logits(adapted(targets=targets)))
+    assert torch.equal(all_logits(again), all_logits(adapted(targets=targets, **variant)))
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_an_adapter_of_peft_gives_the_same_logits_here(tmp_path, base, use_rslora):
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_an_adapter_of_peft_gives_the_same_logits_here(tmp_path, base, variant):
     peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=THEIR_TARGETS, use_rslora=use_rslora)
+    used = {f"use_{name}": True for name in variant}
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=THEIR_TARGETS, **used)
     theirs = peft.get_peft_model(their_base(base), settings).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(generator=generator)
+            elif "lora_magnitude" in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
     theirs.save_pretrained(tmp_path)
     ours = load_pretrained(base)
     read_adapter(tmp_path, ours.config).apply(ours)
@@ -104,8 +120,7 @@ def test_the_file_of_a_fine_tuned_classifier_holds_an_adapter(tmp_path):
 
 def peft_folder(folder: Path, **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
-    model = adapted()
-    write_peft(folder, Adapter(lora_state_dict(model), 3, 7.0, {}), model.config, "base")
+    written(folder, adapted())
     content = json.loads((folder / "adapter_config.json").read_text()) | changes
     (folder / "adapter_config.json").write_text(json.dumps(content))
     return folder
@@ -115,7 +130,9 @@ def peft_folder(folder: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; this program applies 'LORA' only"),
-        ({"use_dora": True}, "use_dora is True; this program applies False only"),
+        ({"use_dora": True}, "use_dora is True, but adapter_model.safetensors has no magnitudes"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; this program applies False only"),
+        ({"use_rslora": 2}, "use_rslora is 2; this program applies False only"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is {'q_proj': 8}"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is .'lm_head'."),
