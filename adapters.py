@@ -7,12 +7,13 @@ the rows of Hugging Face's query and key stand in split halves, so do the rows o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from checkpoint import fits_float32
+from checkpoint import fits_float32, write_checkpoint
 from config import LlamaConfig, parameter_shapes, shown
 from files import read_json, read_safetensors, read_torch, weights_of, write_json, write_safetensors_file
 from formats import renamed, rotary_heads, to_pairs, to_split_halves
@@ -87,6 +88,12 @@ def _read_ours(path: Path) -> Adapter:
         raise ValueError(f"{path} holds a model without LoRA; --adapter takes a file of --option lora")
     head = {name: tensor for name, tensor in state.items() if name.startswith("classifier_head.")}
     return Adapter(adapter, rank, float(alpha), head, rslora)
+
+
+def write_adapter(path: str | PathLike[str], adapter: Adapter, config: LlamaConfig) -> None:
+    """Writes what a file of `--option lora` holds, without the base model: the adapter, its head, and what it is."""
+    options = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora, "dora": adapter.dora}
+    write_checkpoint(path, adapter.state | adapter.head, config, kind="adapter", options=options)
 
 
 def is_alpha(value: object) -> TypeGuard[float]:

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): a frozen Linear plus a trainable update of low rank, W x + scaling * B A x.
 
-scaling is alpha / rank; rank-stabilized (rsLoRA, arXiv 2312.03732) alpha / sqrt(rank), so that a high rank learns as fast
-as a low one. DoRA (arXiv 2402.09353) trains the length of each row apart from its direction: with V = W + scaling * B A
-and a trained magnitude m, which starts as the row norms ||W||, the weight is m V / ||V||.
+scaling is alpha / rank; rank-stabilized (rsLoRA, arXiv 2312.03732) alpha / sqrt(rank), so that a high rank learns as
+fast as a low one. DoRA (arXiv 2402.09353) trains the length of each row apart from its direction: with
+V = W + scaling * B A and a trained magnitude m, which starts as the row norms ||W||, the weight is m V / ||V||.
 
 B starts at zero, so a freshly wrapped model computes what it computed before. Weights change only by the explicit verbs
 `merge` and `unmerge`, never as a side effect of train() or eval(). Works on any module that holds `nn.Linear`s.

@@ -38,6 +38,7 @@ PRETRAINING_DEFAULTS = {
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
+ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
@@ -340,10 +341,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("convert").add_argument
     add(
         "--to",
-        choices=(*FILE_FORMATS, *FOLDER_FORMATS),
+        choices=(*FILE_FORMATS, *FOLDER_FORMATS, "adapter"),
         default="safetensors",
         help="what --model_out becomes: a file of ours, of llama2.c (v2: int8) or of llama.cpp, or a folder of "
-        "transformers, or, for an --adapter, of peft (default: %(default)s)",
+        "transformers, or, for an --adapter by itself, a file of ours or a folder of peft (default: %(default)s)",
     )
 
     add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
@@ -432,8 +433,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "convert":
-        if args.to == "peft" and args.adapter is None:
-            raise ValueError("--to peft writes an adapter; say which with --adapter")
+        if args.to in ADAPTER_FORMATS and args.adapter is None:
+            raise ValueError(f"--to {args.to} writes an adapter; say which with --adapter")
         return
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")

@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import Adapter, read_adapter, write_peft
+from adapters import Adapter, read_adapter, write_adapter, write_peft
 from checkpoint import write_checkpoint
 from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
 from formats import write_huggingface
 from llama import Llama, load_pretrained
-from lora import ATTENTION_PROJECTIONS, apply_lora, lora_layers, lora_state_dict, merge_lora_weights
+from lora import (
+    ATTENTION_PROJECTIONS,
+    apply_lora,
+    get_lora_optimizer_params,
+    lora_layers,
+    lora_state_dict,
+    merge_lora_weights,
+    remove_lora,
+    unmerge_lora_weights,
+)
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 THEIR_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -30,7 +39,7 @@ def adapted(rank: int = 3, alpha: float = 7.0, targets=ATTENTION_PROJECTIONS, **
     model = apply_lora(tiny_llama(norm="rmsnorm", causal=True), rank, alpha, targets, **variant)
     with torch.no_grad():
         for _, layer in lora_layers(model):
-            layer.lora_B.normal_()
+            layer.lora_B.normal_(std=0.5)
             if layer.lora_magnitude is not None:
                 layer.lora_magnitude.mul_(torch.rand_like(layer.lora_magnitude) + 0.5)
     return model
@@ -96,16 +105,17 @@ def test_an_adapter_of_peft_gives_the_same_logits_here(tmp_path, base, variant):
     torch.testing.assert_close(all_logits(merged), all_logits(theirs.merge_and_unload()), rtol=1e-5, atol=1e-5)
 
 
-def test_the_file_of_a_fine_tuned_classifier_holds_an_adapter(tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+def test_the_file_of_a_fine_tuned_classifier_holds_an_adapter(tmp_path, variant):
     from types import SimpleNamespace
 
     backbone = tiny_llama(norm="rmsnorm", causal=True)
     config = SimpleNamespace(llama=backbone, num_labels=3, hidden_dropout_prob=0.0, option="lora", pooling="last_token")
-    model = apply_lora(LlamaEmbeddingClassifier(config), 2, 5.0)
+    model = apply_lora(LlamaEmbeddingClassifier(config), 2, 5.0, **variant)
     with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_B.normal_()
-    options = {"lora_rank": 2, "lora_alpha": 5.0}
+        for parameter in get_lora_optimizer_params(model):
+            parameter.normal_()
+    options = {"lora_rank": 2, "lora_alpha": 5.0, **variant}
     path = tmp_path / "lora.pt"
     write_checkpoint(path, model.state_dict(), backbone.config, kind="classifier", options=options)
     plain = tiny_llama(norm="rmsnorm", causal=True)
@@ -113,9 +123,50 @@ def test_the_file_of_a_fine_tuned_classifier_holds_an_adapter(tmp_path):
     adapter.apply(plain)
     assert torch.equal(all_logits(plain), all_logits(model.llama))
     assert set(adapter.head) == {"classifier_head.weight", "classifier_head.bias"}
+    write_adapter(tmp_path / "alone.pt", adapter, plain.config)
+    alone = read_adapter(tmp_path / "alone.pt", plain.config)
+    assert (alone.rank, alone.alpha, alone.rslora, alone.dora) == (2, 5.0, adapter.rslora, adapter.dora)
+    for read, wanted in ((alone.state, adapter.state), (alone.head, adapter.head)):
+        assert read.keys() == wanted.keys() and all(torch.equal(read[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="alone.pt is a fine-tuned adapter, not a language model; give its base"):
+        load_pretrained(tmp_path / "alone.pt")
     write_peft(tmp_path, adapter, plain.config, "base")
     assert (tmp_path / "classifier_head.safetensors").is_file()
-    assert read_adapter(tmp_path, plain.config).state.keys() == adapter.state.keys()
+    again = read_adapter(tmp_path, plain.config)
+    assert again.state.keys() == adapter.state.keys()
+    assert (again.rslora, again.dora) == (variant.get("rslora", False), variant.get("dora", False))
+
+
+def test_adapters_of_any_rank_and_kind_are_switched_without_a_copy_of_the_base():
+    made = {"a": (4, ATTENTION_PROJECTIONS, {}), "b": (2, ("w1", "compute_key"), {"dora": True, "rslora": True})}
+    adapters, wanted = {}, {}
+    for name, (rank, targets, variant) in made.items():
+        source = adapted(rank, 7.0, targets, **variant)
+        adapters[name] = Adapter(lora_state_dict(source), rank, 7.0, {}, variant.get("rslora", False))
+        wanted[name] = all_logits(source)
+    model = tiny_llama(norm="rmsnorm", causal=True)
+    base = {tensor.data_ptr() for tensor in model.parameters()}
+    before = all_logits(model)
+    for name in "abaab":
+        adapters[name].apply(model)
+        assert torch.equal(all_logits(model), wanted[name])
+        assert base <= {tensor.data_ptr() for tensor in model.parameters()}
+        if name == "b":
+            merge_lora_weights(model)  # which the next one takes out again
+    remove_lora(unmerge_lora_weights(model))
+    assert torch.equal(all_logits(model), before) and not torch.equal(wanted["a"], wanted["b"])
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_one_before():
+    model, other = tiny_llama(norm="rmsnorm", causal=True), adapted(2)
+    Adapter(lora_state_dict(adapted()), 3, 7.0, {}).apply(model)
+    for state, message in (
+        ({"layers.0.attention.q_proj.lora_A": torch.ones(2, 32)}, "no Linear is named q_proj"),
+        (dict(list(lora_state_dict(other).items())[2:]), "does not fit the model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Adapter(state, 2, 7.0, {}).apply(model)
+        assert torch.equal(all_logits(model), all_logits(adapted()))
 
 
 def peft_folder(folder: Path, **changes: object) -> Path:
