@@ -25,7 +25,17 @@ from environment import (
     report,
     settings_of,
 )
-from options import MAY_DIFFER, RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
+from options import (
+    MAY_DIFFER,
+    RUNS,
+    TRAINING,
+    best_model_path,
+    check_options,
+    flag,
+    lora_targets,
+    output_files,
+    parse_options,
+)
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -198,7 +208,9 @@ def classify(args: argparse.Namespace) -> None:
             if args.option == "lora":
                 if args.lora_rank > llama.config.dim:
                     raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {llama.config.dim} wide")
-                apply_lora(head, args.lora_rank, args.lora_alpha)
+                apply_lora(
+                    head, args.lora_rank, args.lora_alpha, lora_targets(args), rslora=args.rslora, dora=args.dora
+                )
                 adapters, total, percent = count_lora_parameters(head)
                 report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %), beside the head")
             model, log = fine_tune(args, head.to(device), data, label_names, dtype, tokenizer.pad_id, processes)
