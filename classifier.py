@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters import adapter_of
 from checkpoint import FineTuned
 from dataset import word_ids
 from llama import Llama, last_positions, load_pretrained
-from lora import apply_lora, lora_layers, merge_lora_weights, remove_lora
+from lora import merge_lora_weights, remove_lora
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")
@@ -217,7 +218,8 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
     not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it anew")
     if found.config.n_layers > len(found.state):
         raise not_its_own
-    rank, alpha = found.options.get("lora_rank"), found.options.get("lora_alpha")
+    with_lora = any(name.endswith(".lora_A") for name in found.state)
+    adapter = adapter_of(found.path, found.state, found.options) if with_lora else None
     with torch.device("meta"):  # sizes without memory, for the tensors are there
         config = SimpleNamespace(
             llama=Llama(found.config),
@@ -231,16 +233,17 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
             model = LlamaPromptClassifier(config, tokenizer, found.words)
         else:
             model = LlamaEmbeddingClassifier(config)
-        if any(name.endswith(".lora_A") for name in found.state):
-            if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not 0 < alpha < 1e30:
-                raise ValueError(f"{found.path} does not say the rank and alpha of its LoRA")
-            apply_lora(model, rank, alpha)
-    state = {name: tensor.float() for name, tensor in found.state.items()}
+    state = {
+        name.replace(".original_layer.", "."): tensor.float()
+        for name, tensor in found.state.items()
+        if adapter is None or name.removeprefix("llama.") not in adapter.state
+    }
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise not_its_own from error
     model.llama.tie_weights()
-    if next(lora_layers(model), None) is not None:
+    if adapter is not None:
+        adapter.apply(model.llama)
         remove_lora(merge_lora_weights(model))
     return model.eval()

@@ -291,6 +291,7 @@ def settings_of(args: argparse.Namespace, dtype: torch.dtype) -> Settings:
         schedule=args.schedule,
         warmup_steps=args.warmup_steps,
         min_lr=args.min_lr,
+        lr_multipliers={"lora_B": args.lora_plus},
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         patience=args.patience,

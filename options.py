@@ -34,6 +34,13 @@ OPTIONS = (
     "report",
 )
 TRAINING = ("finetune", "lora", "pretrain")
+# What --lora_targets takes: the names of a layer's Linears, and these for several of them.
+LORA_TARGETS = {
+    "attention": ("compute_query", "compute_key", "compute_value", "compute_output"),
+    "mlp": ("w1", "w2", "w3"),
+}
+LORA_TARGETS["all"] = (*LORA_TARGETS["attention"], *LORA_TARGETS["mlp"])
+LORA_VARIANTS = ("rslora", "lora_plus", "dora", "lora_targets")  # options of --option lora alone
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
     "lr": 1e-3,
@@ -52,6 +59,7 @@ SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
 DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
+ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
@@ -475,6 +483,24 @@ def build_parser() -> OneLineParser:
         metavar="A",
         help="the update counts alpha / rank (default: %(default)s)",
     )
+    add("--rslora", action="store_true", help="the update counts alpha / sqrt(rank), for high ranks (rsLoRA)")
+    add(
+        "--lora_plus",
+        type=POSITIVE,
+        default=1.0,
+        metavar="RATIO",
+        help="learning rate of every lora_B, as a multiple of --lr; LoRA+ suggests 16 (default: %(default)s)",
+    )
+    add("--dora", action="store_true", help="train the length of each weight row apart from its direction (DoRA)")
+    add(
+        "--lora_targets",
+        nargs="+",
+        choices=(*LORA_TARGETS, *LORA_TARGETS["all"]),
+        default=["attention"],
+        metavar="NAME",
+        help=f"what to adapt: {', '.join(LORA_TARGETS)}, or some of {', '.join(LORA_TARGETS['all'])} "
+        "(default: attention)",
+    )
 
     add = parser.add_argument_group(
         "language models (pretrain, perplexity, tokenizer)",
@@ -538,10 +564,10 @@ def build_parser() -> OneLineParser:
     add = parser.add_argument_group("convert").add_argument
     add(
         "--to",
-        choices=(*FILE_FORMATS, *FOLDER_FORMATS),
+        choices=(*FILE_FORMATS, *FOLDER_FORMATS, "adapter"),
         default="safetensors",
         help="what --model_out becomes: a file of ours, of llama2.c (v2: int8) or of llama.cpp, or a folder of "
-        "transformers, or, for an --adapter, of peft (default: %(default)s)",
+        "transformers, or, for an --adapter by itself, a file of ours or a folder of peft (default: %(default)s)",
     )
 
     add = parser.add_argument_group(
@@ -742,6 +768,10 @@ def check_options(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
+    if args.option != "lora":
+        for name in LORA_VARIANTS:
+            if getattr(args, name) != build_parser().get_default(name):
+                raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "report":
@@ -749,8 +779,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
         return
     if args.option == "convert":
-        if args.to == "peft" and args.adapter is None:
-            raise ValueError("--to peft writes an adapter; say which with --adapter")
+        if args.to in ADAPTER_FORMATS and args.adapter is None:
+            raise ValueError(f"--to {args.to} writes an adapter; say which with --adapter")
         return
     check_prompt(args)
     if args.option == "wise_ft":
@@ -874,10 +904,21 @@ def check_prompt(args: argparse.Namespace) -> None:
         raise ValueError(f"--template {args.template!r} must have {{sentence}} once, where a row's sentence goes")
 
 
+def lora_targets(args: argparse.Namespace) -> list[str]:
+    """The names of the Linears that --lora_targets asks for."""
+    return [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]
+
+
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [args.tokenizer, args.adapter, args.prompt_file, *([] if new else [args.pretrained_model_path])]
+    named = [
+        args.config,
+        args.tokenizer,
+        args.adapter,
+        args.prompt_file,
+        *([] if new else [args.pretrained_model_path]),
+    ]
     if args.option in OUTPUT_ENDINGS:
         named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
     if args.option == "wise_ft":

@@ -26,7 +26,17 @@ from environment import (
     settings_of,
     tokenize_data,
 )
-from options import MAY_DIFFER, RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
+from options import (
+    MAY_DIFFER,
+    RUNS,
+    TRAINING,
+    best_model_path,
+    check_options,
+    flag,
+    lora_targets,
+    output_files,
+    parse_options,
+)
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -180,7 +190,9 @@ def classify(args: argparse.Namespace) -> None:
             if args.option == "lora":
                 if args.lora_rank > llama.config.dim:
                     raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {llama.config.dim} wide")
-                apply_lora(head, args.lora_rank, args.lora_alpha)
+                apply_lora(
+                    head, args.lora_rank, args.lora_alpha, lora_targets(args), rslora=args.rslora, dora=args.dora
+                )
                 adapters, total, percent = count_lora_parameters(head)
                 beside = "" if asked else ", beside the head"
                 report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from distributed import Processes
 from files import read_torch
-from optimizer import AdamW, decay_groups, learning_rate, local
+from optimizer import AdamW, decay_groups, learning_rate, local, set_learning_rate
 from run_directory import RunDirectory
 from tasks import Score, Task
 
@@ -45,6 +45,7 @@ class Settings:
     schedule: str = "constant"  # or "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
+    lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     patience: int | None = None  # epochs without a better score, after which to stop
@@ -161,7 +162,7 @@ class Training:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if task.average is not None:
             task.average.start(model)
-        groups = decay_groups(self.model.named_parameters(), settings.weight_decay)
+        groups = decay_groups(self.model.named_parameters(), settings.weight_decay, settings.lr_multipliers)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
         # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
@@ -360,8 +361,7 @@ class Training:
         if settings.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.task.average is not None:

@@ -60,10 +60,18 @@ def same_files(command, names, others):
     )
 
 
-@pytest.mark.parametrize("head", ["linear", "prompt"])
-@pytest.mark.parametrize("option", ["finetune", "lora"])
-def test_at_1_it_judges_the_fine_tuned_model_and_needs_no_base(command, option, head):
-    fine_tuned(command, option, head)
+@pytest.mark.parametrize(
+    "option, head, more",
+    [
+        ("finetune", "linear", []),
+        ("finetune", "prompt", []),
+        ("lora", "linear", []),
+        ("lora", "prompt", []),
+        ("lora", "linear", ["--dora", "--rslora", "--lora_targets", "mlp"]),
+    ],
+)
+def test_at_1_it_judges_the_fine_tuned_model_and_needs_no_base(command, option, head, more):
+    fine_tuned(command, option, head, *more)
     (command.folder / "model.pt").unlink()
     code, out, err = wise_ft(command, "--alphas", "1", "--dev_out", "d.txt", "--test_out", "t.txt")
     assert code == 0, err

