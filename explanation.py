@@ -4,7 +4,7 @@ terminal and as a page of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -85,18 +85,30 @@ class Explanation:
         text = self.tokenizer.decode([*context, token])[len(self.tokenizer.decode(context)) :]
         if token in self.tokenizer.stop_ids:
             text = "<end>"
-        return Candidate(text or f"<{token}>", float(before[token]), float(after[token]))
+        if not text or "\ufffd" in text:  # a part of a character
+            text = f"<{token}>"
+        return Candidate(text, float(before[token]), float(after[token]))
 
     @property
     def settings(self) -> str:
         """Temperature and filters in words."""
         filters = (
             f"{kept.func.__name__.removesuffix('_filter').replace('_', '-')} {value:g}"
-            for kept in self.filters
+            for kept in (self.filters if self.temperature > 0 else ())
             if isinstance(kept, partial)
             for value in kept.keywords.values()
         )
         return ", ".join((f"Temperature {self.temperature:g}", *filters))
+
+    def _pieces(self) -> Iterator[str]:
+        """What each token added to the text; a character of several tokens comes with the last of them."""
+        before = self.prompt
+        start = len(self.ids) - len(self.steps)
+        for end in range(start + 1, len(self.ids) + 1):
+            text = self.tokenizer.decode(self.ids[:end])
+            if not text.endswith("\ufffd") or end == len(self.ids):
+                yield text[len(before) :]
+                before = text
 
     def table(self) -> str:
         """A line for each token: itself, its probability before and after, and some of what was kept and cut."""
@@ -118,7 +130,7 @@ class Explanation:
             f"{step.cut_mass:.3f} of the probability</h3>{bars(step.cut, None)}</div></div></section>"
             for step in self.steps
         )
-        text = "".join(f"<span>{escape(step.chosen.text)}</span>" for step in self.steps)
+        text = "".join(f"<span>{escape(piece)}</span>" for piece in self._pieces())
         return (
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
