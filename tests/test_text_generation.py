@@ -342,7 +342,7 @@ def test_a_conversation_remembers_and_forgets_its_oldest_turns(command, monkeypa
     assert asked.prompts[0] == ids("hi") and asked.prompts[1] == ids("hi", answers[0].strip(), "me")
     assert all(len(prompt) + 4 <= 128 for prompt in asked.prompts)
     assert asked.prompts[-1] != ids("hi", answers[0].strip(), "me", answers[1].strip(), LONG, answers[2].strip(), "he")
-    assert asked.prompts[-1][-len(ids("he")) // 3 :] == ids("he")[-len(ids("he")) // 3 :]
+    assert asked.prompts[-1][-5:] == ids("he")[-5:]
 
 
 def test_a_line_that_cannot_be_a_prompt_does_not_end_the_conversation(command, monkeypatch):
