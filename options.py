@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from config import NORMS, PRESETS
+from config import NORMS, POSITIONS, PRESETS
 
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
@@ -35,6 +35,7 @@ DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
+NEW_MODEL = ("position", "sliding_window", "differential")  # beside its sizes; a checkpoint says them itself
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
 CORPUS_ENDINGS = (".txt", ".tokens")
@@ -359,6 +360,23 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         add(f"--{name}", type=COUNT, metavar="N", help=f"{what} of a new model (default: the preset's)")
     add(
+        "--position",
+        choices=POSITIONS,
+        help="how a new model knows positions: rotary turns queries and keys, alibi takes off what is far (default: "
+        "rotary)",
+    )
+    add(
+        "--sliding_window",
+        type=COUNT,
+        metavar="N",
+        help="a token of a new model sees itself and the N - 1 before it (default: all before it)",
+    )
+    add(
+        "--differential",
+        action="store_true",
+        help="differential attention in a new model: the difference of two softmaxes, from pairs of heads",
+    )
+    add(
         "--window",
         type=COUNT,
         metavar="N",
@@ -474,6 +492,11 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    for name in NEW_MODEL:
+        if getattr(args, name) and args.option != "pretrain":
+            raise ValueError(
+                f"--{name} is of a new model, --option pretrain; a checkpoint says it itself; leave it out"
+            )
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):

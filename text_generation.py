@@ -23,7 +23,7 @@ from environment import ready, report
 from explanation import Explanation
 from files import atomic_file
 from generation import Filter, LanguageModel
-from inference import InferenceLlama
+from inference import for_running
 from options import writes_two_files
 from tokenizer import Tokenizer
 
@@ -273,7 +273,7 @@ def generate(args: argparse.Namespace) -> None:
         raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
     if not causal:
         report("notice: attention is bidirectional here, so that each new token changes those before it: no cache")
-    writer = Writer(args, InferenceLlama(llama, dtype, args.quantize), tokenizer, device)
+    writer = Writer(args, for_running(llama, dtype, args.quantize), tokenizer, device)
     draws = args.decoder in ("sample", "lookup")
     temperature = args.temperature if args.temperature is not None else 1.0 if draws else 0.0
     if args.interactive:
