@@ -495,7 +495,7 @@ def check_options(args: argparse.Namespace) -> None:
     for name in NEW_MODEL:
         if getattr(args, name) and args.option != "pretrain":
             raise ValueError(
-                f"--{name} is of a new model, --option pretrain; a checkpoint says it itself; leave it out"
+                f"--{name} is of a new model, and a checkpoint says its own; leave it out for --option {args.option}"
             )
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
