@@ -104,9 +104,9 @@ class LlamaConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be one of {', '.join(allowed)}")
         if not self.causal and self.position_embedding_type == "alibi":
-            raise ValueError("ALiBi knows distances to what came before only: it needs causal attention")
+            raise ValueError("ALiBi is of what came before: it needs causal attention (--attention causal)")
         if not self.causal and self.sliding_window is not None:
-            raise ValueError("a sliding window is of what came before: it needs causal attention")
+            raise ValueError("a sliding window is of what came before: it needs causal attention (--attention causal)")
         if self.attention_type == "differential" and (self.n_heads % 2 or self.kv_heads % 2):
             raise ValueError(
                 f"n_heads is {self.n_heads}, n_kv_heads {self.kv_heads}; differential attention takes heads in pairs, "

@@ -359,10 +359,11 @@ def test_a_run_does_not_go_on_with_another_text(command, document):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("choice", [[], ["--differential", "--n_kv_heads", "2"]], ids=["softmax", "differential"])
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
-def test_two_processes_equal_one(command, more):
+def test_two_processes_equal_one(command, more, choice):
     """With batches that do not divide evenly, in micro-batches of one row."""
-    fixed = ["--batch_size", "5", "--micro_batch_size", "1"]
+    fixed = ["--batch_size", "5", "--micro_batch_size", "1", *choice]
     assert command.pretrain(*fixed)[0] == 0
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "run_llama.py")]
     arguments = ["--option", "pretrain", "--corpus", "stories.txt", "--dtype", "fp32", "--lr", "0.01", "--tokenizer"]
