@@ -147,18 +147,27 @@ def test_a_sliding_window_is_mistrals(window):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@torch.no_grad()
-def test_differential_attention_is_that_of_diffllama(kv_heads):
+def test_differential_attention_is_that_of_diffllama_and_so_are_its_gradients(kv_heads):
     transformers = pytest.importorskip("transformers")
     model = tiny_llama(causal=True, norm="rmsnorm", n_kv_heads=kv_heads, n_layers=3, **DIFFERENTIAL)
     for layer in model.layers:
-        layer.attention.head_norm.weight.fill_(1.0)  # theirs has no weight
+        torch.nn.init.ones_(layer.attention.head_norm.weight)  # theirs has no weight
     settings = transformers.DiffLlamaConfig(**their_settings(model.config))
     theirs = transformers.DiffLlamaForCausalLM(settings).eval()
     missing, unexpected = theirs.load_state_dict(their_state(model), strict=False)
     assert not missing and all("head_norm" in name for name in unexpected)
     ids = random_ids(2, 12)
-    torch.testing.assert_close(model(ids, ids)[0], theirs(ids, use_cache=False).logits, rtol=0, atol=1e-4)
+    ours, wanted = model(ids, ids)[0], theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+    for logits in (ours, wanted):
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    grown = copy.deepcopy(model)
+    grown.load_state_dict({name: p.grad for name, p in model.named_parameters()}, strict=False)
+    for name, gradient in their_state(grown).items():
+        if "head_norm" not in name and "lm_head" not in name:  # the latter is tied
+            found = theirs.get_parameter(name).grad
+            assert found is not None and found.abs().max() > 1e-3, name
+            torch.testing.assert_close(gradient, found, rtol=1e-3, atol=1e-4)
 
 
 # The cache, and running
