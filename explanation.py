@@ -63,7 +63,7 @@ class Explanation:
         self.steps.append(
             Step(
                 self._candidate(int(chosen), before, after),
-                self._likeliest(before * ~cut, before, after),
+                self._likeliest(before * ~cut, before, after, int(chosen)),
                 self._likeliest(before * cut, before, after),
                 int((after > 0).sum()),
                 int(cut.sum()),
@@ -72,13 +72,11 @@ class Explanation:
         )
         self.ids.append(int(chosen))
 
-    def _likeliest(self, among: Tensor, before: Tensor, after: Tensor) -> list[Candidate]:
-        best = among.topk(min(SHOWN, len(among)))
-        return [
-            self._candidate(token, before, after)
-            for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            if value > 0
-        ]
+    def _likeliest(self, among: Tensor, before: Tensor, after: Tensor, chosen: int | None = None) -> list[Candidate]:
+        """The likeliest tokens, and the chosen one at the end if it is none of them."""
+        best = among.topk(min(SHOWN, len(among))).indices.tolist()
+        best += [chosen] if chosen is not None and chosen not in best else []
+        return [self._candidate(token, before, after) for token in best if among[token] > 0]
 
     def _candidate(self, token: int, before: Tensor, after: Tensor) -> Candidate:
         context = self.ids[-8:]  # what a token's text is depends on what it follows: a space, the rest of a character
@@ -137,7 +135,7 @@ class Explanation:
             f"<h1>What each token was chosen from</h1>\n<p class=text>{escape(self.prompt)}{text}</p>\n"
             f"<p>{escape(self.settings)}. Each bar is a candidate's probability: the pale one before the "
             f"filters, the dark one after them, when what was cut has been shared out among the rest. The {SHOWN} "
-            f" likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
+            f"likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
         )
 
 

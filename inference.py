@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import KVCache, Llama, at_least_float32, attention_of_one, last_real, visible_to
+from evaluation import precision
+from generation import LanguageModel
+from llama import KVCache, Llama, at_least_float32, attention_of_one, last_real, of_kernel, visible_to
 from rope import rotary_rows, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
@@ -111,6 +113,11 @@ class InferenceLlama:
     def __init__(self, llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> None:
         if quantize not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
+        if llama.config.attention_type != "softmax":
+            raise ValueError(
+                f"a model with {llama.config.attention_type} attention has no copy for running only, so none in 8 "
+                "bits; leave out --quantize"
+            )
         self.config = llama.config
 
         def product(*linears: nn.Linear) -> Product:
@@ -149,22 +156,25 @@ class InferenceLlama:
         H, K = config.n_heads, config.kv_heads
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        visible = visible_to(tokens, attention_mask, cache, config.causal)
-        table = rotary_rows(
-            start,
-            start + T,
-            config.head_dim,
-            config.max_seq_len,
-            config.rope_theta,
-            tokens.device,
-            config.rope_scaling,
-        )
         x = at_least_float32(self.tok_embeddings(tokens))  # (B, T, D)
+        visible = visible_to(tokens, attention_mask, cache, config, x.dtype)
+        table = None  # ALiBi is in what is visible
+        if config.position_embedding_type == "rotary":
+            table = rotary_rows(
+                start,
+                start + T,
+                config.head_dim,
+                config.max_seq_len,
+                config.rope_theta,
+                tokens.device,
+                config.rope_scaling,
+            )
         for layer_id, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
             if heads.device.type == "cpu":
                 heads = at_least_float32(heads)  # the kernels for attention in half precision are slow there
-            turned = rotate(heads[:, :, : H + K], table).transpose(1, 2)  # (B, H + K, T, hd)
+            turned = heads[:, :, : H + K] if table is None else rotate(heads[:, :, : H + K], table)
+            turned = turned.transpose(1, 2)  # (B, H + K, T, hd)
             query, key, value = turned[:, :H], turned[:, H:], heads[:, :, H + K :].transpose(1, 2)
             if cache is not None:
                 key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
@@ -175,7 +185,7 @@ class InferenceLlama:
                     query,
                     key,
                     value,
-                    attn_mask=visible,
+                    attn_mask=of_kernel(visible, query.dtype),
                     is_causal=config.causal and visible is None,
                     enable_gqa=True,
                 )  # (B, H, T, hd)
@@ -190,3 +200,15 @@ class InferenceLlama:
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
         """As `Llama.new_cache`."""
         return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
+
+
+def for_running(llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> LanguageModel:
+    """The fastest there is to run a model with: an `InferenceLlama`, or for what that does not compute, differential
+    attention, the Llama itself, its products in dtype (default: the weights'). Either way the one that is given is used
+    up. Raises ValueError for `quantize` where only the Llama will do.
+    """
+    if llama.config.attention_type == "softmax" or quantize is not None:
+        return InferenceLlama(llama, dtype, quantize)
+    weight = llama.tok_embeddings.weight
+    llama.forward = precision(weight.device, dtype or weight.dtype)(llama.forward)  # type: ignore
+    return llama.eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from config import NORMS, PRESETS
+from config import NORMS, POSITIONS, PRESETS
 
 # What --option wise_ft takes from the run that made the fine-tuned model, where it is not typed.
 ADOPTED = ("pretrained_model_path", "tokenizer", "dev", "test", "max_sentence_len", "pooling")
@@ -67,6 +67,7 @@ FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
 ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
+NEW_MODEL = ("position", "sliding_window", "differential")  # beside its sizes; a checkpoint says them itself
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
 # What may differ between runs, and when one is resumed: it changes no number.
@@ -542,6 +543,23 @@ def build_parser() -> OneLineParser:
     ):
         add(f"--{name}", type=COUNT, metavar="N", help=f"{what} of a new model (default: the preset's)")
     add(
+        "--position",
+        choices=POSITIONS,
+        help="how a new model knows positions: rotary turns queries and keys, alibi takes off what is far (default: "
+        "rotary)",
+    )
+    add(
+        "--sliding_window",
+        type=COUNT,
+        metavar="N",
+        help="a token of a new model sees itself and the N - 1 before it (default: all before it)",
+    )
+    add(
+        "--differential",
+        action="store_true",
+        help="differential attention in a new model: the difference of two softmaxes, from pairs of heads",
+    )
+    add(
         "--window",
         type=COUNT,
         metavar="N",
@@ -777,6 +795,11 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    for name in NEW_MODEL:
+        if getattr(args, name) and args.option != "pretrain":
+            raise ValueError(
+                f"--{name} is of a new model, and a checkpoint says its own; leave it out for --option {args.option}"
+            )
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     parser = build_parser()

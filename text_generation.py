@@ -23,7 +23,7 @@ from environment import ready, report
 from explanation import Explanation
 from files import atomic_file
 from generation import Filter, LanguageModel
-from inference import InferenceLlama
+from inference import for_running
 from options import writes_two_files
 from tokenizer import Tokenizer
 
@@ -205,7 +205,8 @@ class Writer:
                     bar.update(1)
             if all(ended):
                 break
-        return [self.continuation(prompt, iter(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
+        echo = not self.args.chat
+        return [self.continuation(prompt, iter(ids), echo=echo) for prompt, ids in zip(prompts, rows, strict=True)]
 
     def stopped(self, prompt: list[int], ids: list[int]) -> bool:
         """Whether a text of --stop has come up."""
@@ -255,13 +256,15 @@ def show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def prompts_of(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of each prompt asked for."""
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """The prompts asked for."""
     texts = [args.prompt]
     if args.prompt_file is not None:
         lines = LINE_END.split(read_text(args.prompt_file, "file of prompts, one a line"))
         texts = [line for line in lines if line.strip()]
-    return [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        if skipped := len(lines) - len(texts) - (lines[-1] == ""):
+            report(f"warning: {skipped} empty lines of {args.prompt_file} are skipped")
+    return texts
 
 
 def encode(args: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -276,19 +279,20 @@ def generate(args: argparse.Namespace) -> None:
     """generate: continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
     llama, tokenizer, device, dtype = ready(args)
     context, causal = llama.config.max_seq_len, llama.config.causal
-    prompts = [] if args.interactive else prompts_of(args, tokenizer)
+    texts = [] if args.interactive else prompts_of(args)
+    prompts = [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
     warn_of_length(max(map(len, prompts), default=0), args.max_new_tokens, context)
     if args.decoder == "lookup" and not causal:
         raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
     if not causal:
         report("notice: attention is bidirectional here, so that each new token changes those before it: no cache")
-    writer = Writer(args, InferenceLlama(llama, dtype, args.quantize), tokenizer, device)
+    writer = Writer(args, for_running(llama, dtype, args.quantize), tokenizer, device)
     draws = args.decoder in ("sample", "lookup")
     temperature = args.temperature if args.temperature is not None else 1.0 if draws else 0.0
     if args.interactive:
         converse(writer, temperature)
     elif args.json or args.prompt_file or args.num_samples > 1:
-        write_many(writer, [prompt for prompt in prompts for _ in range(args.num_samples)], temperature)
+        write_many(writer, texts, prompts, temperature)
     elif args.explain is not None:
         explain(writer, prompts[0], temperature)
     elif not writes_two_files(args):
@@ -311,9 +315,13 @@ def warn_of_length(prompt: int, new: int, context: int) -> None:
         )
 
 
-def write_many(writer: Writer, prompts: list[list[int]], temperature: float) -> None:
-    """Continues all prompts, in batches of --batch_size, and prints each continuation when its batch is done."""
+def write_many(writer: Writer, texts: list[str], prompts: list[list[int]], temperature: float) -> None:
+    """Continues all prompts, --num_samples times each, in batches of --batch_size, and prints each continuation when
+    its batch is done.
+    """
     args, speed = writer.args, Speed()
+    texts = [text for text in texts for _ in range(args.num_samples)]
+    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     size = args.batch_size if args.decoder == "sample" else 1
     most = len(prompts) * args.max_new_tokens
     with tqdm(total=most, desc="generating", unit="token", leave=False, disable=None) as bar:
@@ -322,15 +330,17 @@ def write_many(writer: Writer, prompts: list[list[int]], temperature: float) -> 
             if args.decoder == "sample":
                 made = writer.batch(some, temperature, bar)
             else:
-                made = [writer.continuation(prompt, writer.ids(prompt, temperature)) for prompt in some]
+                made = [
+                    writer.continuation(prompt, writer.ids(prompt, temperature), echo=not args.chat) for prompt in some
+                ]
             speed.count(sum(one.tokens for one in made))
             bar.update(max(0, min(len(prompts), start + size) * args.max_new_tokens - bar.n))  # what ended early
             bar.clear()
-            for one in made:
+            for one, text in zip(made, texts[start:], strict=False):
                 if args.json:
-                    print(json.dumps(asdict(one), ensure_ascii=False))
+                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=False))
                 else:
-                    print(("" if args.chat else one.prompt) + one.text, end="\n\n")
+                    print(one.prompt + one.text, end="\n\n")
             sys.stdout.flush()
     report(f"{speed.tokens} tokens in {time.perf_counter() - speed.start:.2f} s")
 
@@ -397,9 +407,12 @@ def converse(writer: Writer, temperature: float) -> None:
         try:
             said = [*before, {"role": "user", "content": line}]
             prompt = encode(args, writer.tokenizer, said)
+            turns = len(said)
             while len(prompt) + args.max_new_tokens > context and len(said) > 2:
                 said = said[2:]
                 prompt = encode(args, writer.tokenizer, said)
+            if len(said) < turns:
+                report("the oldest turns no longer fit into the model's context and are left out")
             warn_of_length(len(prompt), args.max_new_tokens, context)
             writer.one(prompt, temperature, tell, echo=not args.chat)
         except KeyboardInterrupt:
