@@ -14,8 +14,8 @@ COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "perplexity", "tokenizer", "convert")
-TRAINING = ("finetune", "lora", "pretrain")
+OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "sft", "perplexity", "tokenizer", "convert")
+TRAINING = ("finetune", "lora", "pretrain", "sft")
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
     "lr": 1e-3,
@@ -28,6 +28,23 @@ PRETRAINING_DEFAULTS = {
     "epochs": 1,
     "held_out": 0.01,
 }
+# And where supervised fine-tuning does. No data named: the demo data; no rank given: all weights are trained.
+SFT_DEFAULTS = {
+    "lr": 1e-3,
+    "batch_size": 16,
+    "schedule": "cosine",
+    "warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "max_new_tokens": 32,
+    "epochs": 8,
+    "lora_rank": None,
+    "train": None,
+    "dev": None,
+    "test": None,
+    "dev_out": "sft-dev-answers.jsonl",
+    "test_out": "sft-test-answers.jsonl",
+}
+OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"pretrain": PRETRAINING_DEFAULTS, "sft": SFT_DEFAULTS}
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
@@ -49,6 +66,7 @@ examples:
   python run_llama.py --option tokenizer --corpus stories/ --vocab_size 4096 --model_out mine.model
   python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --tokenizer mine.model \\
       --model_out mine.safetensors
+  python run_llama.py --option sft --train train.jsonl --dev dev.jsonl --model_out answers.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
@@ -69,8 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=OPTIONS,
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
-        "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
-        "predicts a text; make a tokenizer from text; write a checkpoint in another format (default: %(default)s)",
+        "a classifier head; train LoRA adapters and a head; train a language model on text; train one to answer "
+        "prompts; tell how well a model predicts a text; make a tokenizer from text; write a checkpoint in another "
+        "format (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
 
@@ -187,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         "column, padding and all (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("training (finetune, lora, pretrain)").add_argument
+    add = parser.add_argument_group("training (finetune, lora, pretrain, sft)").add_argument
     add(
         "--adam_beta2",
         type=FRACTION,
@@ -312,6 +331,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the model or tokenizer goes; a safetensors file gets its tokenizer beside it",
     )
 
+    own = ", ".join(f"--{name} {value}" for name, value in SFT_DEFAULTS.items() if value is not None)
+    add = parser.add_argument_group(
+        "supervised fine-tuning (sft)",
+        'Trains on --train and --dev, and answers --test if there is one: lines of {"prompt": "...", "answer": "..."} '
+        "(default: the demo data, data/demo-qa-*). All weights, or with --lora_rank LoRA's, merged in at the end; "
+        f"examples are packed into rows of --window tokens. It has defaults of its own: {own}.",
+    ).add_argument
+    add(
+        "--answer_rows",
+        type=COUNT_OR_ZERO,
+        default=200,
+        metavar="N",
+        help="rows of dev, evenly spread, that are answered after each epoch, to keep the best by token F1; 0: to keep "
+        "the best by dev loss (default: %(default)s)",
+    )
+
     add = parser.add_argument_group("convert").add_argument
     add(
         "--to",
@@ -321,7 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
         "transformers, or, for an --adapter, of peft (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
+    add = parser.add_argument_group("the run (finetune, lora, pretrain, sft)").add_argument
     add(
         "--run_dir",
         metavar="DIR",
@@ -358,7 +393,7 @@ def parse_options(
     names = vars(parser.parse_args([]))
     typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
     given = {name: value for name, value in vars(typed).items() if value is not absent}
-    defaults = PRETRAINING_DEFAULTS if given.get("option") == "pretrain" else {}
+    defaults = OPTION_DEFAULTS.get(given.get("option", ""), {})
     # What pretraining starts from: a checkpoint that was named, or random weights.
     derived = {"continued": "pretrained_model_path" in given}
     return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
@@ -428,6 +463,14 @@ def check_options(args: argparse.Namespace) -> None:
         if args.option != "pretrain" and any(text_and_weight(text)[1] != 1.0 for text in args.corpus):
             raise ValueError(f"--option {args.option} reads each text once; leave out the weights of --corpus")
         return
+    if args.option == "sft":
+        if not (args.train and args.dev):
+            raise ValueError(
+                f"--train is {args.train} and --dev {args.dev}; --option sft needs both, or none for the demo"
+            )
+        if args.test and Path(args.dev_out).resolve() == Path(args.test_out).resolve():
+            raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
+        return
     ending = OUTPUT_ENDINGS[args.option]
     for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
         if not path.endswith(f"{split}-{ending}"):
@@ -442,6 +485,8 @@ def input_files(args: argparse.Namespace) -> list[str]:
     named = [args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
     if args.option in OUTPUT_ENDINGS:
         named += [args.train, args.dev, args.test, args.label_names]
+    if args.option == "sft":
+        named += [args.train, args.dev, args.test]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
 
 
@@ -450,7 +495,7 @@ def output_files(args: argparse.Namespace) -> list[str]:
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
         return both if args.temperature is None else []
-    if args.option in ("pretrain", "tokenizer", "convert"):
+    if args.option in ("pretrain", "sft", "tokenizer", "convert"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")
         if args.option == "convert" and args.to in FOLDER_FORMATS:
@@ -465,7 +510,8 @@ def output_files(args: argparse.Namespace) -> list[str]:
         stays = args.option == "tokenizer" or (
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
         )
-        return [args.model_out, *([] if stays else [beside])]
+        answers = [args.dev_out, *([args.test_out] if args.test else [])] if args.option == "sft" else []
+        return [args.model_out, *([] if stays else [beside]), *answers]
     if args.option == "perplexity":
         return []
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]

@@ -1,5 +1,5 @@
-"""The command line: generate text, classify by prompting, fine-tune, also with LoRA, and by way of pretraining.py make
-and measure language models. `--help` says how.
+"""The command line: generate text, classify by prompting, fine-tune, also with LoRA, and by way of pretraining.py and
+instruction.py make and measure language models. `--help` says how.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from environment import (
     IS_MAIN,
     PROCESSES,
+    add_lora,
     choose_device,
     choose_dtype,
     fall_back,
@@ -161,7 +162,6 @@ def classify(args: argparse.Namespace) -> None:
     from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
     from dataset import prompt_question, read_label_names
     from distributed import started
-    from lora import apply_lora, count_lora_parameters
 
     label_names = read_label_names(args.label_names)
     splits = ("dev", "test") if args.option == "prompt" else ("train", "dev", "test")
@@ -194,11 +194,7 @@ def classify(args: argparse.Namespace) -> None:
             data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
             head = LlamaEmbeddingClassifier(config)
             if args.option == "lora":
-                if args.lora_rank > llama.config.dim:
-                    raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {llama.config.dim} wide")
-                apply_lora(head, args.lora_rank, args.lora_alpha)
-                adapters, total, percent = count_lora_parameters(head)
-                report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %), beside the head")
+                add_lora(args, head, ", beside the head")
             model, log = fine_tune(args, head.to(device), data, label_names, dtype, tokenizer.pad_id, processes)
         predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
 
@@ -307,6 +303,10 @@ def run_option(args: argparse.Namespace) -> None:
         from conversion import convert
 
         convert(args)
+    elif args.option == "sft":
+        from instruction import instruct
+
+        instruct(args)
     else:
         import pretraining
 
