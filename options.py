@@ -468,8 +468,9 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--train is {args.train} and --dev {args.dev}; --option sft needs both, or none for the demo"
             )
-        if args.test and Path(args.dev_out).resolve() == Path(args.test_out).resolve():
-            raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
+        paths = output_files(args)
+        if twice := [path for path in paths if [Path(one).resolve() for one in paths].count(Path(path).resolve()) > 1]:
+            raise ValueError(f"{twice[0]} would be written twice; give two files")
         return
     ending = OUTPUT_ENDINGS[args.option]
     for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):

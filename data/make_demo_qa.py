@@ -22,35 +22,37 @@ from command_line import OneLineParser  # noqa: E402
 
 Rows = dict[str, list[dict[str, str]]]  # {"prompt": ..., "answer": ...} by split
 
-STORIES = {"train": 480, "dev": 75, "test": 75}
+STORIES = {"train": 700, "dev": 75, "test": 75}
 QUESTIONS = 2  # of each story
 
 # Fillers, parted by "/". What follows "//" is kept out of the training set.
 FILLERS = {
-    "girl": "Lily / Mia / Anna / Lucy / Sara / Emma / Molly / Sue / Amy // Jane / Daisy / Ella",
-    "boy": "Tom / Ben / Tim / Max / Sam / Jack / Leo / Bob / Jim // Peter / Fred / Billy",
-    "toy": "ball / kite / car / doll / hat / boat / balloon / book / truck / drum / cup / bike / bag / bell // "
-    "train / robot / plane",
-    "colour": "red / blue / green / yellow / pink / purple / orange / white / black // brown / gold",
+    "girl": "Lily / Mia / Anna / Lucy / Sara / Emma / Molly / Sue / Amy / Kitty / Rosie / Bella / Lola / Nina / Ruby / "
+    "Tina // Jane / Daisy / Ella",
+    "boy": "Tom / Ben / Tim / Max / Sam / Jack / Leo / Bob / Jim / Joe / Dan / Nick / Mark / Jake / Alex / Josh // "
+    "Peter / Fred / Billy",
+    "toy": "ball / kite / car / doll / hat / boat / balloon / book / truck / drum / cup / bike / bag / bell / coat / "
+    "shirt / ring / flag / pen / block / rope / dress / ribbon / spoon / lamp // train / robot / plane",
+    "colour": "red / blue / green / yellow / pink / purple / orange / white / black / silver // brown / gold",
     "place": "the park / the beach / the zoo / the garden / the farm / the forest / the lake / the shop / the hill / "
-    "school // the river / the library",
+    "school / the pond / the market / the playground / the castle / the village // the river / the library",
     "spot": "under the bed / behind a tree / in a box / on a chair / under a big rock / near the door / in the grass / "
-    "behind the house / on the roof / in the mud // under a bush / in a basket / on a shelf",
-    "feeling": "happy / sad / scared / angry / proud / tired / excited / surprised / sleepy / hungry // lonely / brave",
-    "animal": "dog / cat / bird / frog / rabbit / duck / bear / mouse / fox / hen // horse / squirrel / owl",
-    "food": "an apple / a cookie / some cake / soup / some bread / a banana / ice cream / a carrot / some cheese // "
-    "a pear / some rice",
-    "family": "mom / dad / grandma / grandpa / aunt // sister",
+    "behind the house / on the roof / in the mud / under the table / on the bed / in the kitchen / near the window "
+    "// under a bush / in a basket / on a shelf",
+    "feeling": "happy / sad / scared / angry / proud / tired / excited / surprised / sleepy / hungry / worried / "
+    "sick / cold / shy / bored // lonely / brave",
+    "animal": "dog / cat / bird / frog / rabbit / duck / bear / mouse / fox / hen / pig / cow / sheep / turtle / "
+    "lion / monkey / bee / snake / goat / puppy // horse / squirrel / owl",
+    "food": "an apple / a cookie / some cake / soup / some bread / a banana / ice cream / a carrot / some cheese / "
+    "a pie / pizza / a sandwich / an egg / some honey / candy // a pear / some rice",
 }
 
-# What happens, in this order, though not all of it in every story. X and Y are the two children in either order; each
+# What happens, in this order, though only some of it in a story. X and Y are the two children in either order; each
 # line is a way to tell it. A question and its answer follow "?".
 EVENTS = [
     """
     {X} had a {colour_X} {toy_X}. {Y} had a {colour_Y} {toy_Y}.
-    {X} liked to play with a {colour_X} {toy_X}, and {Y} had a {toy_Y} that was {colour_Y}.
-    There was a {colour_X} {toy_X} in {X}'s room. In {Y}'s room there was a {colour_Y} {toy_Y}.
-    {X} got a {colour_X} {toy_X} from {his_X} {family_X}, and {Y} got a {colour_Y} {toy_Y} from {his_Y} {family_Y}.
+    {X} got a {colour_X} {toy_X} from {his_X} mom, and {Y} got a {colour_Y} {toy_Y} from {his_Y} dad.
     {X}'s {toy_X} was {colour_X}. {Y}'s {toy_Y} was {colour_Y}.
     ? What colour was the {toy_X}? {colour_X}
     ? What colour was {X}'s {toy_X}? {colour_X}
@@ -62,43 +64,38 @@ EVENTS = [
     One day {X} went to {place_X}, and {Y} went to {place_Y}.
     {X} walked to {place_X}. {Y} wanted to go to {place_Y} and ran there.
     In the morning {X} was at {place_X}, but {Y} was at {place_Y}.
-    {Y} went to {place_Y} with {his_Y} {family_Y}. {X} played at {place_X} that day.
     ? Where did {X} go? {place_X}
     ? Where was {X}? {place_X}
     ? Who went to {place_X}? {X}
     """,
     """
-    {X} lost the {toy_X}. {Y} found it {spot_X}.
-    Then the {toy_X} was gone. {X} looked and looked, but it was {Y} who saw it {spot_X}.
-    {Y} hid the {toy_X} {spot_X}. {X} could not find it for a long time.
+    {X} lost the {toy_X}, but {Y} found it {spot_X}.
     {X} left the {toy_X} {spot_X}, and {Y} left the {toy_Y} {spot_Y}.
-    The {toy_Y} was {spot_Y}, and the {toy_X} was {spot_X}.
+    The {toy_X} was {spot_X}, and the {toy_Y} was {spot_Y}.
     ? Where was the {toy_X}? {spot_X}
     """,
     """
     {X} saw a {animal_X} there. {Y} saw a {animal_Y}.
-    A {animal_X} came to {X} and wanted to play. {Y} ran after a {animal_Y}.
+    {X} met a {animal_X} and wanted to play. {Y} ran after a {animal_Y}.
     "Look, a {animal_X}!" said {X}. "I see a {animal_Y}," said {Y}.
     ? What did {X} see? a {animal_X}
     ? Who saw a {animal_X}? {X}
     """,
     """
     Then {X} ate {food_X}, and {Y} ate {food_Y}.
-    For lunch there was {food_X} for {X} and {food_Y} for {Y}.
-    {Y}'s {family_Y} gave {him_Y} {food_Y}, and {X} ate {food_X}.
+    For lunch {X} had {food_X}. {Y} wanted {food_Y} and ate it all up.
     ? What did {X} eat? {food_X}
     ? Who ate {food_X}? {X}
     """,
     """
     {X} felt {feeling_X}, but {Y} felt {feeling_Y}.
     At the end of the day {X} was {feeling_X}. {Y} was {feeling_Y}.
-    {X} was very {feeling_X}. "I am {feeling_Y}," said {Y}.
-    {X} went home and was {feeling_X}, and {Y} was so {feeling_Y}.
+    {X} went home and was very {feeling_X}, and {Y} was so {feeling_Y}.
     ? How did {X} feel? {feeling_X}
     ? Who was {feeling_X}? {X}
     """,
 ]
-EVENTS_OF_A_STORY = 3
+EVENTS_OF_A_STORY = 2
 
 
 def items(text: str, held_out: bool) -> list[str]:
@@ -112,9 +109,8 @@ def make_story(draw: random.Random, held_out: bool) -> tuple[str, list[tuple[str
     children = [(name, kind) for kind in ("girl", "boy") for name in fillers[kind]]
     chosen: dict[str, str] = {}
     for child, (name, sex) in zip("AB", draw.sample(children, 2), strict=True):
-        he, his, him = ("she", "her", "her") if sex == "girl" else ("he", "his", "him")
-        chosen |= {child: name, f"he_{child}": he, f"his_{child}": his, f"him_{child}": him}
-    for kind in fillers.keys() - {"girl", "boy"}:
+        chosen |= {child: name, f"his_{child}": "her" if sex == "girl" else "his"}
+    for kind in list(fillers)[2:]:
         chosen |= {f"{kind}_{child}": one for child, one in zip("AB", draw.sample(fillers[kind], 2), strict=True)}
     story, asked = [], []
     for event in sorted(draw.sample(range(len(EVENTS)), EVENTS_OF_A_STORY)):

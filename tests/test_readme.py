@@ -101,12 +101,13 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
     option = command[command.index("--option") + 1]
-    if option in ("perplexity", "tokenizer", "pretrain", "convert"):
+    if option in ("perplexity", "tokenizer", "pretrain", "sft", "convert"):
         wanted = {
             "perplexity": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
             "convert": {"stories260K-hf"},
+            "sft": {"answers.safetensors", "answers.model", "sft-dev-answers.jsonl", "sft-test-answers.jsonl"},
         }
         made.discard("runs")
         assert made <= wanted[option] and (made or option == "perplexity")
