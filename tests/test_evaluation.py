@@ -183,6 +183,7 @@ def test_bf16_is_native_where_the_processor_says_so(monkeypatch, capabilities, n
         ("ball", "red ball", 0, 2 / 3),  # precision 1, recall 1/2
         ("under the big bed", "under bed", 0, 4 / 5),  # precision 2/3, recall 1
         ("no no no", "no", 0, 1 / 2),  # one in common: precision 1/3, recall 1
+        ("no no yes", "no no maybe", 0, 2 / 3),  # two of three in common
         ("tom", "mia", 0, 0),
         ("", "mia", 0, 0),
         ("The", "a", 1, 1),  # nothing is left of either
