@@ -30,7 +30,7 @@ PRETRAINING_DEFAULTS = {
 }
 # And where supervised fine-tuning does. No data named: the demo data; no rank given: all weights are trained.
 SFT_DEFAULTS = {
-    "lr": 1e-3,
+    "lr": 5e-4,
     "batch_size": 16,
     "schedule": "cosine",
     "warmup_steps": 20,

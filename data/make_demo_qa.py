@@ -1,7 +1,7 @@
 """Writes the demo questions: short stories about two children, each with questions that the story answers.
 
-Whatever is asked for, the story tells of both children: two names, two toys of two colours, two feelings. So the
-answer is neither the most frequent one nor the only one of its kind, and who reads only the question does not know it.
+An answer stands in the story and is as likely in any other, so who does not read does not know it. What a child had,
+saw or ate is the only such thing in its story; to tell which child it was, one has to know who did what.
 All wording is the project's own and in the public domain.
 """
 
@@ -22,78 +22,70 @@ from command_line import OneLineParser  # noqa: E402
 
 Rows = dict[str, list[dict[str, str]]]  # {"prompt": ..., "answer": ...} by split
 
-STORIES = {"train": 680, "dev": 75, "test": 75}
+STORIES = {"train": 850, "dev": 75, "test": 75}
 QUESTIONS = 2  # of each story
 
 # Fillers, parted by "/". What follows "//" is kept out of the training set.
 FILLERS = {
-    "girl": "Lily / Mia / Anna / Lucy / Sara / Emma / Molly / Sue / Amy / Kitty / Rosie / Bella / Lola / Nina / Ruby / "
-    "Tina // Jane / Daisy / Ella",
-    "boy": "Tom / Ben / Tim / Max / Sam / Jack / Leo / Bob / Jim / Joe / Dan / Nick / Mark / Jake / Alex / Josh // "
-    "Peter / Fred / Billy",
-    "toy": "ball / kite / car / doll / hat / boat / balloon / book / truck / drum / cup / bike / bag / bell / coat / "
-    "shirt / ring / flag / pen / block / rope / dress / ribbon / spoon / lamp // train / robot / plane",
-    "colour": "red / blue / green / yellow / pink / purple / orange / white / black / silver // brown / gold",
-    "place": "the park / the beach / the zoo / the garden / the farm / the forest / the lake / the shop / the hill / "
-    "school / the pond / the market / the playground / the castle / the village // the river / the library",
-    "spot": "under the bed / behind a tree / in a box / on a chair / under a big rock / near the door / in the grass / "
-    "behind the house / on the roof / in the mud / under the table / on the bed / in the kitchen / near the window "
-    "// under a bush / in a basket / on a shelf",
-    "feeling": "happy / sad / scared / angry / proud / tired / excited / surprised / sleepy / hungry / worried / "
-    "sick / cold / shy / bored // lonely / brave",
-    "animal": "dog / cat / bird / frog / rabbit / duck / bear / mouse / fox / hen / pig / cow / sheep / turtle / "
-    "lion / monkey / bee / snake / goat / puppy // horse / squirrel / owl",
-    "food": "an apple / a cookie / some cake / soup / some bread / a banana / ice cream / a carrot / some cheese / "
-    "a pie / pizza / a sandwich / an egg / some honey / candy // a pear / some rice",
+    "girl": "Lily / Mia / Anna / Lucy / Sara / Emma / Molly / Sue / Amy / Kitty // Daisy",
+    "boy": "Tom / Ben / Tim / Max / Sam / Jack / Leo / Bob / Jim / Joe // Peter",
+    "toy": "ball / kite / car / doll / hat / boat / balloon / book / truck / drum / cup / bike // train / robot",
+    "colour": "red / blue / green / yellow / pink / purple / white / black",
+    "place": "the park / the beach / the zoo / the garden / the farm / the forest / the lake / the shop",
+    "spot": "under the bed / behind a tree / in a box / on a chair / near the door / in the grass / on the roof / "
+    "in the mud",
+    "feeling": "happy / sad / scared / angry / proud / tired / excited / sick",
+    "animal": "dog / cat / bird / frog / rabbit / duck / bear / mouse / fox / hen // owl",
+    "food": "an apple / a cookie / some cake / some soup / some bread / a banana / a carrot / some cheese",
 }
 
-# What happens, in this order, though only some of it in a story. X and Y are the two children in either order; each
-# line is a way to tell it. A question and its answer follow "?"; what stands in brackets, the story must have told.
+# What happens, in this order, though only some of it in a story. X is one of the two children; each line is a way to
+# tell it. A question and its answer follow "?".
 EVENTS = [
     """
-    {X} had a {colour_X} {toy_X}. {Y} had a {colour_Y} {toy_Y}.
-    {X} had a {toy_X}, and {Y} had a {toy_Y}. The {toy_X} was {colour_X}. The {toy_Y} was {colour_Y}.
-    {X}'s {toy_X} was {colour_X}. {Y}'s {toy_Y} was {colour_Y}.
-    ? What colour was the {toy_X}? The {toy_X} was [{colour_X}].
-    ? What did {X} have? {X} had [a {colour_X} {toy_X}].
-    ? Who had the {colour_X} {toy_X}? [{X}].
+    {X} had a {colour} {toy}.
+    {X} got a {colour} {toy} from {his} mom.
+    {X} had a {toy}. It was {colour}.
+    ? What colour was the {toy}? {colour}
+    ? What did {X} have? a {colour} {toy}
+    ? Who had a {toy}? {X}
     """,
     """
-    One day {X} went to {place_X}, and {Y} went to {place_Y}.
-    {X} went to {place_X} with {his_X} mom. {Y} wanted to go to {place_Y} and ran there.
-    In the morning {X} was at {place_X}, but {Y} was at {place_Y}.
-    ? Where did {X} go? {X} went to [{place_X}].
-    ? Where was {X}? {X} was at [{place_X}].
-    ? Who went to {place_X}? [{X}].
+    One day {X} went to {place}.
+    {X} ran to {place} in the morning.
+    {X} wanted to play and went to {place}.
+    ? Where did {X} go? {place}
+    ? Who went to {place}? {X}
     """,
     """
-    {X} lost the {toy_X}, but {Y} found it {spot_X}.
-    {X} left the {toy_X} {spot_X}, and {Y} left the {toy_Y} {spot_Y}.
-    The {toy_X} was {spot_X}, and the {toy_Y} was {spot_Y}.
-    ? Where was the {toy_X}? The {toy_X} was [{spot_X}].
+    {X} left the {toy} {spot}.
+    {X} hid the {toy} {spot}.
+    {X} put the {toy} {spot} and forgot it.
+    ? Where was the {toy}? {spot}
     """,
     """
-    {X} saw a {animal_X} there. {Y} saw a {animal_Y}.
-    {X} saw a {animal_X} and wanted to play. {Y} ran after a {animal_Y}.
-    "Look, a {animal_X}!" said {X}. "I see a {animal_Y}," said {Y}.
-    ? What did {X} see? {X} saw [a {animal_X}].
-    ? Who saw a {animal_X}? [{X}].
+    {X} saw a {animal}.
+    {X} saw a {animal} and ran after it.
+    "Look, a {animal}!" said {X}.
+    ? What did {X} see? a {animal}
+    ? Who saw a {animal}? {X}
     """,
     """
-    Then {X} ate {food_X}, and {Y} ate {food_Y}.
-    For lunch {X} had {food_X}. {Y} wanted {food_Y} and ate it all up.
-    ? What did {X} eat? {X} ate [{food_X}].
-    ? Who ate {food_X}? [{X}].
+    Then {X} ate {food}.
+    For lunch {X} had {food}.
+    {X} wanted {food} and ate it all up.
+    ? What did {X} eat? {food}
+    ? Who ate {food}? {X}
     """,
     """
-    {X} felt {feeling_X}, but {Y} felt {feeling_Y}.
-    At the end of the day {X} was {feeling_X}. {Y} was {feeling_Y}.
-    {X} went home and was very {feeling_X}, and {Y} was so {feeling_Y}.
-    ? How did {X} feel? {X} felt [{feeling_X}].
-    ? Who was {feeling_X}? [{X}].
+    {X} felt very {feeling}.
+    At the end of the day {X} was {feeling}.
+    "I am so {feeling}," said {X}.
+    ? How did {X} feel? {feeling}
+    ? Who was {feeling}? {X}
     """,
 ]
-EVENTS_OF_A_STORY = 2
+EVENTS_OF_A_STORY = 3
 
 
 def items(text: str, held_out: bool) -> list[str]:
@@ -102,35 +94,29 @@ def items(text: str, held_out: bool) -> list[str]:
 
 
 def make_story(draw: random.Random, held_out: bool) -> tuple[str, list[tuple[str, str]]]:
-    """A story and all questions on it, with their answers."""
+    """A story of two children and all questions on it, with their answers."""
     fillers = {kind: items(text, held_out) for kind, text in FILLERS.items()}
-    children = [(name, kind) for kind in ("girl", "boy") for name in fillers[kind]]
-    chosen: dict[str, str] = {}
-    for child, (name, sex) in zip("AB", draw.sample(children, 2), strict=True):
-        chosen |= {child: name, f"his_{child}": "her" if sex == "girl" else "his"}
-    for kind in list(fillers)[2:]:
-        chosen |= {f"{kind}_{child}": one for child, one in zip("AB", draw.sample(fillers[kind], 2), strict=True)}
+    her = dict.fromkeys(fillers.pop("girl"), "her") | dict.fromkeys(fillers.pop("boy"), "his")
+    children = draw.sample(list(her), 2)
+    acting = [*children, *draw.choices(children, k=EVENTS_OF_A_STORY - 2)]
+    draw.shuffle(acting)
+    chosen = {kind: draw.choice(found) for kind, found in fillers.items()}
     story, asked = [], []
-    for event in sorted(draw.sample(range(len(EVENTS)), EVENTS_OF_A_STORY)):
+    for event, child in zip(sorted(draw.sample(range(len(EVENTS)), EVENTS_OF_A_STORY)), acting, strict=True):
+        slots = chosen | {"X": child, "his": her[child]}
         lines = [line.strip() for line in EVENTS[event].strip().split("\n")]
-        first, second = draw.sample("AB", 2)
-        telling = draw.choice([line for line in lines if line[0] != "?"])
-        story.append(filled(telling, first, second, chosen))
+        story.append(filled(draw.choice([line for line in lines if line[0] != "?"]), slots))
         for line in lines:
-            question, mark, answer = line.removeprefix("? ").partition("? ")
-            for one, other in ("AB", "BA") if line[0] == "?" else ():
-                asked.append(tuple(filled(text, one, other, chosen) for text in (question + mark.strip(), answer)))
+            if line[0] == "?":
+                question, mark, answer = filled(line.removeprefix("? "), slots).partition("? ")
+                asked.append((question + mark.strip(), answer))
     text = " ".join(story)
-    # Only what is told: not every telling says where both toys were.
-    known = [(question, answer) for question, answer in asked if answer.split("[")[1].split("]")[0] in text]
-    return text, [(question, re.sub(r"[][]", "", answer)) for question, answer in known]
+    return text, [(question, answer) for question, answer in asked if answer in text]
 
 
-def filled(template: str, first: str, second: str, chosen: dict[str, str]) -> str:
-    """The template with its fillers, X being the child `first` and Y `second`."""
-    names = {"X": first, "Y": second}
-    text = re.sub(r"\{(\w*?)([XY])\}", lambda slot: chosen[slot[1] + names[slot[2]]], template)
-    return re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", text)
+def filled(template: str, slots: dict[str, str]) -> str:
+    """The template with its fillers, and "an" for "a" where it has to be."""
+    return re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", template.format_map(slots))
 
 
 def make_rows(seed: int = 0) -> Rows:
