@@ -33,8 +33,10 @@ from tokenizer import Tokenizer
 from training import train
 
 
-def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> dict[str, list[Example]]:
-    """The examples of each split that was named, with their ids; one warning if prompts had to be cut."""
+def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> tuple[dict[str, list[Example]], int]:
+    """The examples of each split that was named, with their ids, and the tokens of a row: `window` where the options
+    say it, else as many as the longest example has. One warning if prompts had to be cut to the window.
+    """
     data, cut = {}, 0
     for split in ("train", "dev", "test"):
         if path := getattr(args, split):
@@ -47,13 +49,14 @@ def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> di
         )
     train = data["train"]
     size, targets = (
-        sum(numbers) / len(train) for numbers in zip(*((len(one.ids), one.targets) for one in train), strict=True)
+        sum(numbers) / len(train) for numbers in zip(*((len(e.ids), e.targets) for e in train), strict=True)
     )
+    width = args.window or max(len(example.ids) - 1 for example in (*train, *data["dev"]))
     report(
-        f"examples    {', '.join(f'{len(examples):,} {split}' for split, examples in data.items())}; of "
-        f"{size:.0f} tokens, {targets:.1f} of them to be learnt; in rows of {window}"
+        f"examples    {', '.join(f'{len(examples):,} {split}' for split, examples in data.items())}; of {size:.0f} "
+        f"tokens, {targets:.1f} of them to be learnt; in rows of {width}"
     )
-    return data
+    return data, width
 
 
 def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor]) -> None:
@@ -83,7 +86,7 @@ def instruct(args: argparse.Namespace) -> None:
         window = args.window or config.max_seq_len
         if window > config.max_seq_len:
             raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
-        data = read_data(args, tokenizer, window)
+        data, width = read_data(args, tokenizer, window)
         if args.lora_rank:
             add_lora(args, llama)
         run = RunDirectory(args.run_dir, writes=processes.is_main)
@@ -101,7 +104,7 @@ def instruct(args: argparse.Namespace) -> None:
             tokenizer,
             epochs=args.epochs,
             batch_size=args.batch_size,
-            window=window,
+            window=width,
             seed=args.seed,
             max_new_tokens=args.max_new_tokens,
             answer_rows=args.answer_rows,

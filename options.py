@@ -36,7 +36,7 @@ SFT_DEFAULTS = {
     "warmup_steps": 20,
     "max_grad_norm": 1.0,
     "max_new_tokens": 32,
-    "epochs": 8,
+    "epochs": 4,
     "lora_rank": None,
     "train": None,
     "dev": None,
@@ -307,7 +307,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--window",
         type=COUNT,
         metavar="N",
-        help="tokens of one row; in training one document follows another in it (default: the model's context)",
+        help="tokens of one row; in training one document follows another in it (default: the model's context; sft: "
+        "what its longest example takes)",
     )
     add("--stride", type=COUNT, metavar="N", help="perplexity: tokens between windows (default: half the window)")
     add("--max_steps", type=COUNT, metavar="N", help="stop after N steps (default: --epochs passes over the corpus)")
@@ -336,7 +337,8 @@ def build_parser() -> argparse.ArgumentParser:
         "supervised fine-tuning (sft)",
         'Trains on --train and --dev, and answers --test if there is one: lines of {"prompt": "...", "answer": "..."} '
         "(default: the demo data, data/demo-qa-*). All weights, or with --lora_rank LoRA's, merged in at the end; "
-        f"examples are packed into rows of --window tokens. It has defaults of its own: {own}.",
+        "examples that fit share a row of --window tokens, and do not see each other. It has defaults of its own: "
+        f"{own}.",
     ).add_argument
     add(
         "--answer_rows",
