@@ -12,6 +12,7 @@ import shutil
 import pytest
 import torch
 
+import environment
 import sanity_check
 import tokenizer
 from checkpoint import write_checkpoint
@@ -56,6 +57,10 @@ def course_folder(asset, tmp_path, monkeypatch):
             (tmp_path / "data" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name in ("README.md", "docs", "data/mini-llama.safetensors", "data/mini-llama.model"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    for split in ("train", "dev", "test"):
+        lines = (ROOT / "data" / f"demo-qa-{split}.jsonl").read_text(encoding="utf-8").split("\n")[:24]
+        (tmp_path / "data" / f"demo-qa-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setattr(environment, "HERE", tmp_path)
     (tmp_path / "data" / "stories260K").mkdir()
     for name in ("stories260K/stories260K_v1.bin", "stories260K/tok512.model"):
         shutil.copy(asset(name), tmp_path / "data" / name)
