@@ -1,50 +1,69 @@
 """LoRA adapters by themselves: ours, out of the file of a fine-tuned model, and peft's folders, read and written.
 
-peft names an adapter's matrices after Hugging Face's layers and keeps W x + scale * B A x as this program does. Since
-the rows of Hugging Face's query and key stand in split halves, so do the rows of their B.
+peft names an adapter's tensors after Hugging Face's layers and computes what lora.py does, rsLoRA and DoRA too. Since
+the rows of Hugging Face's query and key stand in split halves, so do the rows of their B and their magnitudes.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from checkpoint import fits_float32
+from checkpoint import fits_float32, write_checkpoint
 from config import LlamaConfig, parameter_shapes, shown
 from files import read_json, read_safetensors, read_torch, weights_of, write_json, write_safetensors_file
 from formats import renamed, rotary_heads, to_pairs, to_split_halves
-from lora import apply_lora, load_lora_state_dict
+from lora import apply_lora, load_lora_state_dict, lora_layers, put_modules, remove_lora, unmerge_lora_weights
 
 PEFT_PREFIX = "base_model.model."
-MATRICES = ("lora_A", "lora_B")
+# The endings of an adapter's tensors, ours and peft's.
+ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
 @dataclass
 class Adapter:
-    """What a LoRA adapter is: its matrices by our names, "layers.0.attention.compute_query.lora_A", and their scale."""
+    """What a LoRA adapter is: its tensors by our names, "layers.0.attention.compute_query.lora_A", and their scale."""
 
     state: dict[str, Tensor]
     rank: int
     alpha: float
     head: dict[str, Tensor]  # of a classifier that was trained with it
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         for name, tensor in self.state.items():
-            wanted = 0 if name.endswith("lora_A") else 1
-            if tensor.dim() != 2 or tensor.shape[wanted] != self.rank:
+            if name.endswith("lora_magnitude"):
+                fits = tensor.dim() == 1
+            else:
+                fits = tensor.dim() == 2 and tensor.shape[0 if name.endswith("lora_A") else 1] == self.rank
+            if not fits:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is none of rank {self.rank}")
             if not fits_float32(tensor):
                 raise ValueError(f"{name} holds NaN or infinity; the adapter is damaged")
 
+    @property
+    def dora(self) -> bool:
+        """Whether it has trained magnitudes."""
+        return any(name.endswith("lora_magnitude") for name in self.state)
+
     def apply(self, model: nn.Module) -> None:
-        """Wraps the model's Linears and gives them the adapter. Raises ValueError if it does not fit."""
+        """Puts the adapter on the model's Linears, in the place of the one that may be there, whatever its rank and
+        kind; the Linears themselves are the same ones. Raises ValueError if it does not fit; the one before stays then.
+        """
+        before = dict(lora_layers(unmerge_lora_weights(model)))
         targets = {name.split(".")[-2] for name in self.state}
-        apply_lora(model, self.rank, self.alpha, sorted(targets), keep_trainable=())
-        load_lora_state_dict(model, self.state)
+        try:
+            apply_lora(
+                remove_lora(model), self.rank, self.alpha, sorted(targets), (), rslora=self.rslora, dora=self.dora
+            )
+            load_lora_state_dict(model, self.state)
+        except ValueError:
+            put_modules(remove_lora(model), before)
+            raise
 
 
 def read_adapter(path: Path, config: LlamaConfig) -> Adapter:
@@ -62,13 +81,25 @@ def _read_ours(path: Path) -> Adapter:
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is no file of --option lora; --adapter takes one, or a peft folder")
-    state = weights_of(path, content["model"])
-    adapter = {name.removeprefix("llama."): t for name, t in state.items() if name.rpartition(".")[2] in MATRICES}
-    rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
-    if not adapter or type(rank) is not int or not is_alpha(alpha):
+    return adapter_of(path, weights_of(path, content["model"]), options)
+
+
+def adapter_of(path: Path, state: dict[str, Tensor], options: dict[str, Any]) -> Adapter:
+    """The adapter among the tensors of a file of `--option lora`, which the options describe. Raises ValueError if they
+    do not.
+    """
+    adapter = {name.removeprefix("llama."): t for name, t in state.items() if name.rpartition(".")[2] in ENDINGS}
+    rank, alpha, rslora = options.get("lora_rank"), options.get("lora_alpha"), options.get("rslora", False)
+    if not adapter or type(rank) is not int or not is_alpha(alpha) or type(rslora) is not bool:
         raise ValueError(f"{path} holds a model without LoRA; --adapter takes a file of --option lora")
     head = {name: tensor for name, tensor in state.items() if name.startswith("classifier_head.")}
-    return Adapter(adapter, rank, float(alpha), head)
+    return Adapter(adapter, rank, float(alpha), head, rslora)
+
+
+def write_adapter(path: str | PathLike[str], adapter: Adapter, config: LlamaConfig) -> None:
+    """Writes what a file of `--option lora` holds, without the base model: the adapter, its head, and what it is."""
+    options = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora, "dora": adapter.dora}
+    write_checkpoint(path, adapter.state | adapter.head, config, kind="adapter", options=options)
 
 
 def is_alpha(value: object) -> TypeGuard[float]:
@@ -80,7 +111,8 @@ def is_alpha(value: object) -> TypeGuard[float]:
 PEFT_MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
+    "use_dora": (False, None, True),
+    "use_rslora": (False, None, True),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
@@ -107,33 +139,36 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not is_alpha(alpha):
         raise ValueError(f"{path}: r is {shown(rank)} and lora_alpha {shown(alpha)}; both must be numbers above 0")
-    if settings.get("use_rslora"):
-        alpha *= math.sqrt(rank)  # alpha / sqrt(rank) is that over rank
     state = {}
     theirs = weights_of(weights, read_safetensors(weights))
     ours = renamed([_without(name, weights) for name in theirs], "huggingface", "ours")
     layers = known_layers(config)
     for (name, tensor), target in zip(theirs.items(), ours.values(), strict=True):
-        layer, _, matrix = target.rpartition(".")
-        if matrix not in MATRICES or layer not in layers:
+        layer, _, ending = target.rpartition(".")
+        if layer not in layers:
             raise ValueError(f"{weights} holds {shown(name)}, which is no LoRA matrix of a Llama of this size")
         if layer == "output" and config.tie_embeddings:
             raise ValueError(f"{weights} changes the output, which in this model is the embedding, too; untie the base")
         heads = rotary_heads(f"{layer}.", config)
-        if heads is not None and matrix == "lora_B":
+        if heads is not None and ending != "lora_A":
             rows = tensor.shape[0] if tensor.dim() else 0
             if rows != heads * config.head_dim:
                 raise ValueError(f"{weights}: {name} has {rows} rows, the model {heads * config.head_dim}")
             tensor = to_pairs(tensor, heads)
         state[target] = tensor
-    return Adapter(state, rank, float(alpha), {})
+    adapter = Adapter(state, rank, float(alpha), {}, bool(settings.get("use_rslora")))
+    if adapter.dora != bool(settings.get("use_dora")):
+        found = "has" if adapter.dora else "has no"
+        raise ValueError(f"{path}: use_dora is {settings.get('use_dora')}, but {weights.name} {found} magnitudes")
+    return adapter
 
 
 def _without(name: str, weights: Path) -> str:
     """peft's "base_model.model.LAYER.lora_A.weight" as "LAYER.lora_A"."""
-    if not name.startswith(PEFT_PREFIX) or not name.endswith(".weight"):
-        raise ValueError(f"{weights} holds {shown(name)}; an adapter's tensors are named {PEFT_PREFIX}...lora_A.weight")
-    return name.removeprefix(PEFT_PREFIX).removesuffix(".weight")
+    for ours, theirs in ENDINGS.items():
+        if name.startswith(PEFT_PREFIX) and name.endswith(f".{theirs}"):
+            return name.removeprefix(PEFT_PREFIX).removesuffix(theirs) + ours
+    raise ValueError(f"{weights} holds {shown(name)}; an adapter's tensors are named {PEFT_PREFIX}...lora_A.weight")
 
 
 def known_layers(config: LlamaConfig) -> set[str]:
@@ -149,8 +184,10 @@ def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -
     tensors = {}
     names = renamed(adapter.state, "ours", "huggingface")
     for name, tensor in adapter.state.items():
-        heads = rotary_heads(name, config) if name.endswith("lora_B") else None
-        tensors[f"{PEFT_PREFIX}{names[name]}.weight"] = tensor if heads is None else to_split_halves(tensor, heads)
+        layer, _, ending = names[name].rpartition(".")
+        heads = rotary_heads(name, config) if ending != "lora_A" else None
+        reordered = tensor if heads is None else to_split_halves(tensor, heads)
+        tensors[f"{PEFT_PREFIX}{layer}.{ENDINGS[ending]}"] = reordered
     targets = sorted({name.split(".")[-2] for name in names.values()})
     write_safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     if adapter.head:
@@ -161,6 +198,8 @@ def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
         "lora_dropout": 0.0,
         "target_modules": targets,
         "bias": "none",

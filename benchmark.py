@@ -5,6 +5,7 @@ examples:
   python benchmark.py train --lora                             LoRA, against peft
   python benchmark.py train --train data/cfimdb-train.txt --dev data/cfimdb-dev.txt \\
       --label-names data/cfimdb-label-mapping.json --batch_size 10 --rows 200
+  python benchmark.py generate                                 text generation, float32, bfloat16 and int8
   python benchmark.py words                                    the accuracy of counting words on SST
 
 train compares, each in a process of its own and in turns:
@@ -13,6 +14,9 @@ train compares, each in a process of its own and in turns:
                 batches and the same precision
   course        the course's procedure: float32, random batches padded to their longest row, attention and norms written
                 out, a Python loop over the parameters, the training set evaluated again after the epoch
+generate compares, on the same weights and each in a process of its own, ours and transformers' generate: a prompt of
+512 tokens read, tokens decoded one after the other, 1 and 16 rows at once, the first token from the start of the
+process, and how much of the memory's bandwidth is used, measured by reading 256 MB.
 words tells how far counting words gets: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
 
 Prints a table for people and, as the last line, a JSON object.
@@ -28,11 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import decoding_speed
 from command_line import COUNT, SEED, OneLineParser
 
 if TYPE_CHECKING:
@@ -49,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = OneLineParser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
-    add("what", choices=("train", "words"), help="what to measure")
+    add("what", choices=("train", "generate", "words"), help="what to measure")
     add("--lora", action="store_true", help="train LoRA adapters instead of all weights")
     add("--train", default="data/sst-train.txt", metavar="FILE", help="(default: %(default)s)")
     add("--dev", default="data/sst-dev.txt", metavar="FILE", help="(default: %(default)s)")
@@ -64,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=COUNT, default=3, metavar="N", help="times each is measured (default: %(default)s)")
     add("--without", choices=CONTENDERS[1:], nargs="*", default=[], metavar="NAME", help="leave a contender out")
     add("--seed", type=SEED, default=1337, help="(default: %(default)s)")
-    add("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # measure this one only, in this process
+    add(
+        "--contender", choices=(*CONTENDERS, *decoding_speed.CONTENDERS), help=argparse.SUPPRESS
+    )  # measure this one only, in this process
     return parser
 
 
@@ -75,24 +82,24 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """One epoch of one contender: seconds for its training steps and for its evaluations, and its peak memory."""
     import torch
 
-    from dataset import read_label_names, read_rows, shuffled_batches, tokenize_rows
+    from dataset import class_names, read_labels, read_rows, shuffled_batches, tokenize_rows
     from evaluation import DTYPES
     from llama import Llama, LlamaConfig, load_pretrained
     from tokenizer import Tokenizer
 
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
-    names = read_label_names(args.label_names)
+    labels = read_labels(args.label_names)
     llama = load_pretrained(args.pretrained_model_path) if args.pretrained_model_path else Llama(LlamaConfig())
     limit = {"train": args.rows, "dev": -(-args.rows // 8)}  # SST's dev set is an eighth of its training set
     rows = {
-        split: tokenize_rows(read_rows(path, names)[: limit[split]], tokenizer, llama.config.max_seq_len)[0]
+        split: tokenize_rows(read_rows(path, labels)[: limit[split]], tokenizer, llama.config.max_seq_len)[0]
         for split, path in (("train", args.train), ("dev", args.dev))
     }
     dtype = torch.float32 if args.contender == "course" else DTYPES[args.dtype]
     plan = shuffled_batches(rows["train"], args.batch_size, args.seed, 1, bucketed=args.contender != "course")
     make = {"ours": ours, "transformers": transformers, "course": course}[args.contender]
-    step, evaluations = make(args, llama, rows, len(names), dtype, tokenizer.pad_id)
+    step, evaluations = make(args, llama, rows, len(class_names(labels)), dtype, tokenizer.pad_id)
 
     def synchronized() -> float:
         if args.device != "cpu":
@@ -291,20 +298,38 @@ def course(
 # In the process that compares
 
 
-def compare(args: argparse.Namespace, argv: list[str]) -> None:
-    """Measures each contender `rounds` times, in turns, and prints how they compare."""
+def in_turns(names: Sequence[str], rounds: int, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """What each contender measured, `rounds` times, each time in a process of its own."""
     from tqdm import tqdm
 
-    names = [name for name in CONTENDERS if name not in args.without]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for _, name in tqdm(
-        [(i, n) for i in range(args.rounds) for n in names], desc="measuring", leave=False, disable=None
-    ):
+    turns = [(i, name) for i in range(rounds) for name in names]
+    for _, name in tqdm(turns, desc="measuring", leave=False, disable=None):
         command = [sys.executable, str(Path(__file__).resolve()), *argv, "--contender", name]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if process.returncode != 0:
             sys.exit(process.returncode)  # it said why
         found[name].append(json.loads(process.stdout.splitlines()[-1]))
+    return found
+
+
+def compare_generation(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measures each way to generate in turns, on the same weights, and prints how they compare."""
+    names = [name for name in decoding_speed.CONTENDERS if name.partition("-")[0] not in args.without]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.pretrained_model_path is None:
+            decoding_speed.write_random_model(Path(folder), args.seed)
+            argv = [*argv, "--pretrained-model-path", folder]
+        found = in_turns(names, args.rounds, argv)
+    table, ratios = decoding_speed.summary(found)
+    decoding_speed.print_summary(table, ratios)
+    print(json.dumps({"options": vars(args), "table": table, "ratios": ratios, "rounds": found}))
+
+
+def compare(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measures each contender `rounds` times, in turns, and prints how they compare."""
+    names = [name for name in CONTENDERS if name not in args.without]
+    found = in_turns(names, args.rounds, argv)
 
     def median(name: str, value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(map(value, found[name]))
@@ -347,11 +372,11 @@ def compare(args: argparse.Namespace, argv: list[str]) -> None:
 
 def words(args: argparse.Namespace) -> None:
     """How far counting words gets on these files."""
-    from dataset import read_label_names, read_rows
+    from dataset import read_labels, read_rows
     from evaluation import counting_words
 
-    names = read_label_names(args.label_names)
-    rows = {split: read_rows(getattr(args, split), names) for split in ("train", "dev", "test")}
+    labels = read_labels(args.label_names)
+    rows = {split: read_rows(getattr(args, split), labels) for split in ("train", "dev", "test")}
     found = {f"1- to {n}-grams": counting_words(rows, n) for n in (1, 2)}
     for name, scores in found.items():
         accuracies = (
@@ -366,7 +391,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     try:
-        if args.contender:
+        if args.contender and args.what == "generate":
+            print(json.dumps(decoding_speed.measured(args)))
+        elif args.what == "generate":
+            compare_generation(args, argv)
+        elif args.contender:
             print(json.dumps(measured(args)))
         elif args.what == "words":
             words(args)

@@ -32,6 +32,7 @@ from files import (
     write_torch,
 )
 from formats import is_meta, is_tied, meta_state, read_huggingface, read_llama2c, read_meta
+from options import COURSE_TEMPLATE
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mini-llama"  # of our part of a safetensors file's metadata
@@ -190,6 +191,63 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
         raise ValueError(f"{path}: {error}") from error
     extra = {name: value for name, value in content.items() if name not in ("model", "model_args")}
     return Checkpoint(path, origin, config, state, extra)
+
+
+@dataclass
+class FineTuned:
+    """The file of a fine-tuned classifier: what finetune, lora and wise_ft write."""
+
+    path: Path
+    config: LlamaConfig  # of the model in it
+    state: dict[str, Tensor]  # of the whole classifier, by its own names
+    head: str  # "linear" or "prompt"
+    label_names: list[str]
+    labels: dict[str, str | None]  # the class of each label in the data files, None for those left out
+    template: str  # of the prompt, and what stands for the classes in it; the prompt head's
+    words: list[str]
+    options: dict[str, Any]  # of the run that made it
+
+
+def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
+    """Raises FileNotFoundError if there is no such file, ValueError if it is damaged or anything else."""
+    path = Path(path)
+    wanted = "give the best.pt of a run, or the finetune-...pt or lora-...pt that it wrote"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; {wanted}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; {wanted}")
+    content = read_torch(path)
+    if not isinstance(content, dict) or content.get("kind") != "classifier":
+        raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {shown(content.get('format_version'))}; this program reads 1")
+    state, arguments, options, names = (content.get(n, {}) for n in ("model", "model_args", "options", "label_names"))
+    head = content.get("head", "linear")  # the first versions had no other
+    whole = isinstance(state, dict) and isinstance(arguments, dict) and isinstance(options, dict)
+    if not whole or not is_label_names(names) or head not in ("linear", "prompt"):
+        raise ValueError(f"{path} does not say all of model, model_args, head, label_names and options; {wanted}")
+    labels = content.get("labels", {str(n): name for n, name in enumerate(names)})  # nor other labels
+    classes = dict.fromkeys(name for name in labels.values() if name is not None) if isinstance(labels, dict) else {}
+    if list(classes) != names or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: its labels are not those of its label_names; train it anew")
+    template, words = options.get("template", COURSE_TEMPLATE), options.get("label_words") or names
+    if not isinstance(template, str) or template.count("{sentence}") != 1:
+        raise ValueError(f"{path} says of template {shown(template)}; it must have {{sentence}} once")
+    if not is_label_names(words) or len(words) != len(names):
+        raise ValueError(f"{path} says of label_words {shown(words)}; there must be one for each class")
+    try:
+        config = LlamaConfig.from_dict(arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name, tensor in weights_of(path, state).items():
+        if not fits_float32(tensor):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; train it anew")
+    return FineTuned(path, config, state, head, names, labels, template, words, options)
+
+
+def is_label_names(value: Any) -> bool:
+    """Whether a value from a file can be the names of a classifier's classes."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(name, str) and name for name in value)
 
 
 def write_checkpoint(

@@ -1,12 +1,14 @@
-"""Two classifiers on a Llama: one asks it which label's words come next, the other trains a head on its last state.
+"""Classifiers on a Llama: one asks it which label's words come next, one trains a head on its last state, and one
+trains the model to answer the question.
 
-Both read each row's last real token under a padding mask, so a row's answer does not depend on its batch. Without a
+All read each row's last real token under a padding mask, so a row's answer does not depend on its batch. Without a
 mask every token is real. `config.pooling = "last_column"` reproduces the course's reading instead, which ignores the
 mask: pads are attended to and the last column is read, whatever it holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters import adapter_of
+from checkpoint import FineTuned
+from dataset import word_ids
 from llama import Llama, last_positions, load_pretrained
+from lora import merge_lora_weights, remove_lora
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")
@@ -38,10 +44,11 @@ def _read_config(config: Any) -> tuple[Llama, str]:
 
 
 class LlamaZeroShotClassifier(nn.Module):
-    """Scores each label by the log-probability of its own tokens as the continuation of the input.
+    """Scores each label by the log-probability of its own tokens as the continuation of the input; once calibrated, by
+    how much more probable the input makes it than inputs without content do.
 
-    config: pretrained_model_path, num_labels; see `_read_config`. Raises ValueError if num_labels is not the number of
-    names.
+    config: pretrained_model_path, num_labels; see `_read_config`. label_names: the words that stand for the labels.
+    Raises ValueError if num_labels is not their number.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
@@ -50,14 +57,39 @@ class LlamaZeroShotClassifier(nn.Module):
             raise ValueError(f"num_labels is {config.num_labels}, but there are {len(label_names)} label names")
         self.num_labels = config.num_labels
         self.llama, self.pooling = _read_config(config)
-        # A text's first piece carries the space before it ("▁good"), which is how the label follows the prompt.
-        self.label_name_ids = [tokenizer.encode(name, bos=False, eos=False) for name in label_names]
+        # The first piece carries the space before it ("▁good"), which is how the label follows the prompt.
+        self.label_name_ids = [word_ids(tokenizer, name) for name in label_names]
         # How long an input may be: all of a label but its last token has to fit behind it.
         self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
+        self.log_prior: Tensor
+        self.register_buffer("log_prior", torch.zeros(self.num_labels), persistent=False)
+
+    @torch.no_grad()
+    def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """From now on the score of a label y after an input x is
+
+            log p(y | x) - log mean_c p(y | c)
+
+        over the inputs c without content given here, ids (C, T) and mask as for `forward`; returns the second term
+        (num_labels,).
+
+        Contextual calibration (arXiv 2102.09690: W = diag(p_cf)^-1, b = 0) has for c the prompt filled with
+        "N/A", "[MASK]" and the empty string. It divides probabilities that are normalised over the labels, and takes a
+        softmax of the quotients: factors and a function that keep the order of the labels, so left out here.
+        Domain-conditional PMI (arXiv 2104.08315) subtracts log p(y | domain premise), the prompt without a
+        sentence. So for this scoring the two differ in the set of c alone: PMI's is the empty string.
+        """
+        self.log_prior = self._scores(input_ids, attention_mask).logsumexp(0) - math.log(len(input_ids))
+        return self.log_prior
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T), padding on either side -> log-probabilities of the labels (B, num_labels),
-        float32.
+        float32, less those that `calibrate` found.
+        """
+        return self._scores(input_ids, attention_mask) - self.log_prior
+
+    def _scores(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Log-probabilities of the labels (B, num_labels), float32.
 
         A label of several tokens has log p(first | input) + log p(second | input, first) + ...: not normalised over the
         labels, since the model may prefer yet other words.
@@ -120,7 +152,98 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), float32 or wider."""
-        if self.pooling == "last_column":
-            attention_mask = None
-        logits = self.classifier_head(self.dropout(self.llama.last_hidden(input_ids, attention_mask)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return _log_probs(self.classifier_head(_pooled(self, input_ids, attention_mask)))
+
+
+class LlamaPromptClassifier(nn.Module):
+    """Prompt-based fine-tuning (LM-BFF, arXiv 2012.15723): the label words' logits at each row's last real token, where
+    the row is a sentence and a question. The output projection is the head, so there is no weight that is not
+    pretrained; before training, this is what the zero-shot classifier says of labels of one token.
+
+    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. words: what stands for the labels, each by
+    its first token. Raises ValueError if two of them have the same one.
+    """
+
+    def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, words: Sequence[str]) -> None:
+        super().__init__()
+        self.label_ids = [word_ids(tokenizer, word)[0] for word in words]
+        for i, first in enumerate(self.label_ids):
+            if (j := self.label_ids.index(first)) < i:
+                raise ValueError(
+                    f"the labels {words[j]!r} and {words[i]!r} begin with the same token, "
+                    f"{tokenizer.decode([first])!r}, and could not be told apart; give other --label_words, or "
+                    "--head linear"
+                )
+        self.num_labels = len(words)
+        self.llama, self.pooling = _read_config(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), of the labels alone, float32 or wider."""
+        return _log_probs(self.llama.output(_pooled(self, input_ids, attention_mask))[:, self.label_ids])
+
+
+def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The hidden state (B, D) that a head reads of each row, after dropout."""
+    return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+class MergedClasses(nn.Module):
+    """A classifier for a data set of other, fewer classes: the probability of each is the sum of those of the model's
+    classes that count as it.
+
+    counts_as: for each of the model's classes the number of the data set's, or -1 for none.
+    """
+
+    def __init__(self, model: nn.Module, counts_as: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.members = [[i for i, k in enumerate(counts_as) if k == one] for one in range(max(counts_as) + 1)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """ids (B, T), mask bool (B, T) -> log-probabilities (B, the data set's classes)."""
+        log_probs = self.model(input_ids, attention_mask)
+        return torch.stack([log_probs[:, members].logsumexp(-1) for members in self.members], dim=-1)
+
+
+def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClassifier | LlamaPromptClassifier:
+    """The classifier that a file holds, in float32 and evaluation mode, on the CPU; LoRA's updates merged.
+
+    Raises ValueError if its tensors are not those of such a classifier.
+    """
+    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it anew")
+    if found.config.n_layers > len(found.state):
+        raise not_its_own
+    with_lora = any(name.endswith(".lora_A") for name in found.state)
+    adapter = adapter_of(found.path, found.state, found.options) if with_lora else None
+    with torch.device("meta"):  # sizes without memory, for the tensors are there
+        config = SimpleNamespace(
+            llama=Llama(found.config),
+            num_labels=len(found.label_names),
+            hidden_dropout_prob=0.0,
+            option="finetune",
+            pooling=found.options.get("pooling", "last_token"),
+        )
+        model: LlamaEmbeddingClassifier | LlamaPromptClassifier
+        if found.head == "prompt":
+            model = LlamaPromptClassifier(config, tokenizer, found.words)
+        else:
+            model = LlamaEmbeddingClassifier(config)
+    state = {
+        name.replace(".original_layer.", "."): tensor.float()
+        for name, tensor in found.state.items()
+        if adapter is None or name.removeprefix("llama.") not in adapter.state
+    }
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise not_its_own from error
+    model.llama.tie_weights()
+    if adapter is not None:
+        adapter.apply(model.llama)
+        remove_lora(merge_lora_weights(model))
+    return model.eval()

@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that complains in one line and exits with status 2; its help keeps the text as laid out."""
 
+    source = ""  # where arguments come from that were not typed, for what is said of them
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see python {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{message}; see python {self.prog} --help\n")
 
 
 def number(kind: type, allowed: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters import read_adapter, write_peft
+from adapters import read_adapter, write_adapter, write_peft
 from checkpoint import Checkpoint, fits_float32, read_checkpoint, write_safetensors
 from config import LlamaConfig, parameter_shapes
 from environment import check_alone, check_vocabulary, load_tokenizer, overrides, put_tokenizer_beside, report
@@ -24,7 +24,7 @@ from files import atomic_file, atomic_folder, check_free, raw_bytes
 from formats import check_rmsnorm, renamed, write_huggingface, write_llama2c
 from llama import llama_from_checkpoint
 from lora import merge_lora_weights, remove_lora
-from options import FOLDER_FORMATS
+from options import ADAPTER_FORMATS, FOLDER_FORMATS
 from rope import rotary_frequencies, scaled
 from tokenizer import BytePairModel, Tokenizer
 from tokenizer_files import byte_pair_parts, sentencepiece_parts, space_flags, write_huggingface_tokenizer
@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 
 
 def convert(args: argparse.Namespace) -> None:
-    """convert: reads a checkpoint and writes it as --to says; with --adapter, merged, or with --to peft that alone."""
+    """convert: reads a checkpoint and writes it as --to says; with --adapter, merged, or that alone."""
     check_alone(args)
     if args.to in FOLDER_FORMATS:
         check_free(args.model_out)
@@ -41,8 +41,10 @@ def convert(args: argparse.Namespace) -> None:
     config = replace(checkpoint.config, **overrides(args))
     report(f"model       {args.pretrained_model_path} ({checkpoint.kind}), {config.convention}")
     if args.adapter is not None:
-        report(f"adapter     {args.adapter}{'' if args.to == 'peft' else ', merged into the model'}")
-    if args.to == "peft":
+        report(f"adapter     {args.adapter}{'' if args.to in ADAPTER_FORMATS else ', merged into the model'}")
+    if args.to == "adapter":
+        write_adapter(args.model_out, read_adapter(Path(args.adapter), config), config)
+    elif args.to == "peft":
         check_rmsnorm(config, "the base of a peft adapter")
         adapter = read_adapter(Path(args.adapter), config)
         with atomic_folder(args.model_out) as folder:

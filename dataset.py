@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from config import shown
 from files import atomic_file
+from options import COURSE_TEMPLATE, path_and_fold
 from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "
@@ -80,49 +84,161 @@ def read_text(path: str | PathLike[str], what: str) -> str:
     return text
 
 
-def read_label_names(path: str | PathLike[str]) -> list[str]:
-    """The class names, in the order of their ids, from a JSON list. Raises ValueError unless they are 2 or more,
-    distinct.
+def read_labels(path: str | PathLike[str]) -> dict[str, str | None]:
+    """The class of each label that a data file may have, None for a label whose rows are left out.
+
+    The file is a JSON object of just that, or a JSON list: the names of the labels 0, 1, ... Raises ValueError unless
+    there are two classes or more, if a list has a name twice, or an object a label.
     """
-    text = read_text(path, "label file (a JSON list of class names)")
+    wanted = 'a JSON list of names such as ["bad", "good"], or an object such as {"neg": "bad", "pos": "good"}'
+    text = read_text(path, "label file (a JSON list of class names, or an object from label to name)")
     try:
-        names = json.loads(text)
+        found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide that a label is there twice
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f'{path} is not JSON ({error}); it should be a list of names such as ["bad", "good"]'
-        ) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f'{path} should be a JSON list of names such as ["bad", "good"]')
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"{path} names {names}; a classifier needs at least two names, each once")
-    return names
+        raise ValueError(f"{path} is not JSON ({error}); it should be {wanted}") from error
+    is_list = isinstance(found, list)
+    if not is_list and not isinstance(found, tuple):
+        raise ValueError(f"{path} should be {wanted}")
+    pairs = [(str(n), name) for n, name in enumerate(found)] if is_list else [(k.strip(), name) for k, name in found]
+    names = [name for _, name in pairs if is_list or name is not None]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"{path} should be {wanted}")
+    if len(set(names)) < (max(2, len(names)) if is_list else 2):
+        raise ValueError(f"{path} names {names}; a classifier needs at least two names, each once in a list")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{path} has a label twice; give each label one class")
+    return dict(pairs)
 
 
-def read_rows(path: str | PathLike[str], label_names: Sequence[str]) -> list[Row]:
-    """The rows of a file of `label ||| sentence` lines, not yet tokenized.
+def class_names(labels: Mapping[str, str | None]) -> list[str]:
+    """The classes, in the order of their ids: that in which the labels name them first."""
+    return list(dict.fromkeys(name for name in labels.values() if name is not None))
 
-    Raises ValueError, naming file and line, if a line has no separator, no sentence, or a label that is not the id of
-    one of `label_names`.
-    """
-    rows = []
-    text = read_text(path, "data file of `label ||| sentence` lines").rstrip()
-    allowed = f"0 to {len(label_names) - 1} ({', '.join(label_names)})"
+
+def read_label_names(path: str | PathLike[str]) -> list[str]:
+    """The class names of a label file, in the order of their ids. Raises like `read_labels`."""
+    return class_names(read_labels(path))
+
+
+class Record(NamedTuple):
+    """What a data file says of one row; fold: what the row is marked with beside its label, for choosing rows by."""
+
+    line: int
+    label: str
+    text: str
+    fold: str | None = None
+
+
+def _separated_records(path: Path, text: str) -> Iterator[Record]:
+    """Lines of `label ||| text`."""
     for number, line in enumerate(LINE_END.split(text), start=1):
-        where = f"{path}, line {number}"
         label, separator, sentence = line.partition(SEPARATOR.rstrip())
         if not separator or not f"{sentence} ".startswith(" "):
-            raise ValueError(f'{where}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`')
-        label = label.strip()
-        if not re.fullmatch(r"-?[0-9]+", label):
-            raise ValueError(f"{where}: label {label[:60]!r} is no whole number; it must be one of {allowed}")
-        if len(label) > 20 or not 0 <= int(label) < len(label_names):  # int refuses a number of thousands of digits
             raise ValueError(
-                f"{where}: label {label[:60]} is none of {allowed}; give the --label-names that belong to this file"
+                f'{path}, line {number}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`'
             )
+        yield Record(number, label, sentence)
+
+
+def _csv_records(path: Path, text: str) -> Iterator[Record]:
+    """Records of `"label","title","description"`, as AG News and its kin are published (arXiv 1509.01626); what follows
+    the label is the text, joined by spaces. A backslash stands for a line break in them.
+    """
+    lines = csv.reader(io.StringIO(LINE_END.sub("\n", text), newline=""), strict=True)
+    width, number = 0, 1  # of the line that the record begins on
+    try:
+        for cells in lines:
+            width = width or len(cells)
+            if len(cells) != width or width < 2:
+                raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; a record is `label,text` or more")
+            yield Record(number, cells[0], re.sub(r"[\\\n]", " ", " ".join(cell.strip() for cell in cells[1:])))
+            number = lines.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number}: no CSV ({error}); fields are in double quotes") from error
+
+
+def _tab_records(path: Path, text: str) -> Iterator[Record]:
+    """Lines of label, tab, text, and maybe more columns before or after the text: the text is the column with the most
+    characters in the whole file, and the first of the others is the fold.
+    """
+    lines = [line.split("\t") for line in LINE_END.split(text)]
+    width = len(lines[0])
+    for number, cells in enumerate(lines, start=1):
+        if len(cells) != width or width < 2:
+            raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; a line is `label TAB text` or more")
+    sizes = [sum(len(cells[n]) for cells in lines) for n in range(1, width)]
+    text_at = 1 + sizes.index(max(sizes))
+    fold_at = next((n for n in range(1, width) if n != text_at), None)
+    for number, cells in enumerate(lines, start=1):
+        yield Record(number, cells[0], cells[text_at], None if fold_at is None else cells[fold_at])
+
+
+def _columns(cells: list[str], width: int) -> str:
+    return f"{len(cells)} column{'s' * (len(cells) != 1)}" + (f", not {width} as above" if width != len(cells) else "")
+
+
+# The kinds of data files, by what their names end in.
+KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
+    ".csv": ("data file of `label,text` records", _csv_records),
+    ".tsv": ("data file of `label TAB text` lines", _tab_records),
+    "": ("data file of `label ||| sentence` lines", _separated_records),
+}
+
+
+def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[str, str | None]) -> list[Row]:
+    """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv. `#fold=PATTERN`
+    behind the path takes those rows alone whose fold matches, as file names do in a shell.
+
+    label_names: the class of each label (`read_labels`), or the names of the labels 0, 1, ...; a row's label is its
+    class's position in `class_names`. Raises ValueError, naming file and line, if a line has no separator, no
+    sentence, or another label, or if no row is left.
+    """
+    name, pattern = path_and_fold(str(path))
+    file = Path(name)
+    what, records = KINDS.get(file.suffix.lower(), KINDS[""])
+    labels = label_names if isinstance(label_names, Mapping) else {str(n): c for n, c in enumerate(label_names)}
+    ids = {name: number for number, name in enumerate(class_names(labels))}
+    rows = []
+    folds = set()
+    for number, label, sentence, fold in records(file, read_text(file, what).rstrip()):
+        if pattern is not None:
+            if fold is None:
+                raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
+            folds.add(fold)
+            if not fnmatchcase(fold, pattern):
+                continue
+        where = f"{file}, line {number}"
+        found = _class_of(label.strip(), labels, where)
+        if found is None:
+            continue
         if not sentence.strip():
             raise ValueError(f"{where}: the sentence is empty; write one, or take the line out")
-        rows.append(Row(int(label), sentence.strip()))
+        rows.append(Row(ids[found], sentence.strip()))
+    if not rows:
+        some = f"; its folds are such as {', '.join(sorted(folds)[:5])}" if folds else ""
+        raise ValueError(f"{path}: no row is left of it{some}")
     return rows
+
+
+def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str | None:
+    """The class of a label, None if its rows are left out. A number may be written in several ways: 00 is 0. Raises
+    ValueError if the label is unknown.
+    """
+    if label in labels:
+        return labels[label]
+    is_number = re.fullmatch(r"-?[0-9]{1,20}", label) is not None  # int refuses thousands of digits
+    if is_number and str(int(label)) in labels:
+        return labels[str(int(label))]
+    classes = ["left out" if name is None else name for name in labels.values()]
+    allowed = ", ".join(f"{known} ({name})" for known, name in zip(labels, classes, strict=True))
+    numbers = all(re.fullmatch("[0-9]+", known) for known in labels)
+    if list(labels) == [str(n) for n in range(len(labels))]:
+        allowed = f"0 to {len(labels) - 1} ({', '.join(classes)})"
+    if numbers and not re.fullmatch(r"-?[0-9]+", label):
+        raise ValueError(f"{where}: label {label[:60]!r} is no whole number; it must be one of {allowed}")
+    raise ValueError(
+        f"{where}: label {label[:60]} is none of {allowed}; give the --label-names that belong to this file"
+    )
 
 
 def has_gold_labels(rows: Sequence[Row]) -> bool:
@@ -144,11 +260,23 @@ def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names:
     return [name for label, name in enumerate(label_names) if label not in found]
 
 
+def listed(words: Sequence[str]) -> str:
+    """`bad, average, or good`."""
+    *first, last = words
+    return f"{first[0]} or {last}" if len(first) == 1 else f"{', '.join(first)}, or {last}"
+
+
+def prompt_parts(template: str, words: Sequence[str], pooling: str = "last_token") -> tuple[str, str]:
+    """What stands before and behind the sentence in a template, with `words` in the place of {labels}. A word's first
+    piece brings its own space, so the prompt ends without one; not so in the course's reading, "last_column".
+    """
+    before, _, behind = (part.replace("{labels}", listed(words)) for part in template.partition("{sentence}"))
+    return before, behind if pooling == "last_column" else behind.rstrip(" ")
+
+
 def prompt_question(label_names: Sequence[str]) -> str:
     """What follows a sentence to ask for its class: ` Is this movie bad, average, or good? This movie is `."""
-    *first, last = label_names
-    choices = f"{first[0]} or {last}" if len(first) == 1 else f"{', '.join(first)}, or {last}"
-    return f" Is this movie {choices}? This movie is "
+    return prompt_parts(COURSE_TEMPLATE, label_names, "last_column")[1]
 
 
 def tokenize_rows(
@@ -156,29 +284,65 @@ def tokenize_rows(
     tokenizer: Tokenizer,
     context: int,
     *,
+    before: str = "",
     question: str | None = None,
     max_sentence_len: int | None = None,
 ) -> tuple[list[Row], int]:
-    """The rows with their ids, each text tokenized once, and how many sentences had to be cut to fit `context`.
+    """The rows with their ids, and how many sentences had to be cut to fit `context`.
 
-    Without a question a row is <s> sentence </s>. With one it is <s> sentence question, left open for a continuation;
-    a row too long for the context loses the end of its sentence, never of the question. `max_sentence_len` cuts
-    sentences first. Raises ValueError if the question alone does not fit.
+    Without a question a row is <s> sentence </s>. With one it is <s> before sentence question, left open for a
+    continuation; a row too long for the context loses the end of its sentence, never of what is around it.
+    `max_sentence_len` cuts sentences first. Raises ValueError if a long row has no room for its sentence.
     """
-    # No piece of the vocabulary reaches from one word's end into the next, so the question is the same pieces after any
-    # sentence, and the two parts may be tokenized apart.
-    tail = [tokenizer.eos_id] if question is None else tokenizer.encode(question.lstrip(), bos=False, eos=False)
-    room = context - 1 - len(tail)
-    if room < 1:
-        raise ValueError(
-            f"the model's context of {context} tokens has no room for a sentence beside {len(tail)} of prompt"
-        )
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, bos=False, eos=False)
+
+    end = [tokenizer.eos_id] if question is None else []
+    behind = question or ""
     done, cut = [], 0
     for row in rows:
-        ids = tokenizer.encode(row.sentence, bos=False, eos=False)[:max_sentence_len]
-        cut += len(ids) > room
-        done.append(Row(row.label, row.sentence, (tokenizer.bos_id, *ids[:room], *tail)))
+        # An empty sentence leaves one space, not two, between its neighbours, and none at the beginning.
+        text = before + row.sentence + behind if row.sentence else (before.rstrip(" ") + behind).lstrip(" ")
+        ids = encode(text)
+        # The text is tokenized as a whole, for what a part begins with depends on what precedes it: a line break or a
+        # quotation mark has no space behind it, and a piece may reach over the seam. Such a piece counts as the
+        # question's, and is never cut.
+        if max_sentence_len is not None or 1 + len(ids) + len(end) > context:
+            start = _shared(ids, encode(before)) if before else 0
+            stop = _shared(ids, encode(before + row.sentence)) if behind else len(ids)
+            sentence, question_ids = ids[start:stop][:max_sentence_len], ids[stop:]
+            room = context - 1 - start - len(question_ids) - len(end)
+            if room < 1:
+                raise ValueError(
+                    f"the model's context of {context} tokens has no room for a sentence beside "
+                    f"{start + len(question_ids) + len(end)} of prompt"
+                )
+            cut += len(sentence) > room
+            ids = ids[:start] + sentence[:room] + question_ids
+        done.append(Row(row.label, row.sentence, (tokenizer.bos_id, *ids, *end)))
     return done, cut
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def word_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that follows a word, with the space between them, whatever the word.
+
+    The space belongs to the text: pieces of Llama's vocabularies begin with it and none ends in one. So a prompt has
+    the same ids with a text behind it as without, which is how it is seen when it is to be continued. Raises ValueError
+    for a vocabulary of which that is not true.
+    """
+    if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":  # puts that space before any text
+        return tokenizer.encode(text, bos=False, eos=False)
+    before = tokenizer.encode(".", bos=False, eos=False)
+    both = tokenizer.encode(f". {text}", bos=False, eos=False)
+    if both[: len(before)] != before:
+        raise ValueError(f"{tokenizer.path} makes one token of the end of a prompt and the beginning of {text[:40]!r}")
+    return both[len(before) :]
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor | None]:
@@ -262,21 +426,6 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
     return examples
 
 
-def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
-    """The ids of an answer as it follows a word and a space, whatever the word.
-
-    The space belongs to the answer: pieces of Llama's vocabularies begin with it and none ends in one. So a prompt has
-    the same ids with an answer behind it as without, which is how it is seen when it is to be answered.
-    """
-    before = tokenizer.encode(".", bos=False, eos=False)
-    both = tokenizer.encode(f". {answer}", bos=False, eos=False)
-    if both[: len(before)] != before:
-        raise ValueError(
-            f"{tokenizer.path} makes one token of the end of a prompt and the beginning of {answer[:40]!r}"
-        )
-    return both[len(before) :]
-
-
 def tokenize_examples(
     path: str | PathLike[str], examples: Iterable[Example], tokenizer: Tokenizer, window: int, new_tokens: int
 ) -> tuple[list[Example], int]:
@@ -289,7 +438,7 @@ def tokenize_examples(
     for number, example in enumerate(examples, start=1):
         try:
             prompt = tokenizer.encode(example.prompt, bos=False, eos=False)
-            answer = answer_ids(tokenizer, example.answer)
+            answer = word_ids(tokenizer, example.answer)
             room = window - 1 - max(len(answer), new_tokens)
             if room < 1:
                 raise ValueError(

@@ -9,7 +9,16 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
+from options import (
+    ADOPTED,
+    DEFAULT_PRESET,
+    OUTPUT_ENDINGS,
+    TRAINING,
+    flag,
+    lora_settings,
+    output_files,
+    tokenizer_beside,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +26,7 @@ if TYPE_CHECKING:
 
     from checkpoint import Checkpoint
     from config import LlamaConfig
+    from dataset import Row
     from llama import Llama
     from tokenizer import Tokenizer
     from training import Settings
@@ -81,9 +91,16 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
 
 
 def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
-    """Puts what ships in the place of a default file that is not here, and says so. What was typed stays."""
+    """Puts what ships in the place of a default file that is not here, and says so. What was typed stays. For wise_ft
+    what was not typed is None: the file of the fine-tuned model will say it.
+    """
+    if args.option == "wise_ft":
+        for name in (*ADOPTED, "label_names", "dev_out", "test_out"):
+            if name not in typed:
+                setattr(args, name, None)
+        return
     if "pretrained_model_path" not in typed and not Path(args.pretrained_model_path).exists():
-        if args.option not in ("pretrain", "tokenizer"):
+        if args.option not in ("pretrain", "tokenizer", "report"):
             report(
                 f"{args.pretrained_model_path} is not here (python fetch_data.py brings it); "
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
@@ -167,6 +184,28 @@ def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -
     report(f"its tokenizer is {beside}")
 
 
+def tokenize_data(
+    args: argparse.Namespace,
+    data: dict[str, list[Row]],
+    tokenizer: Tokenizer,
+    context: int,
+    before: str = "",
+    question: str | None = None,
+) -> dict[str, list[Row]]:
+    """The rows of each split with their ids; one warning if sentences had to be cut to the model's context."""
+    from dataset import tokenize_rows
+
+    done, cut = {}, 0
+    for split, rows in data.items():
+        done[split], cut_here = tokenize_rows(
+            rows, tokenizer, context, before=before, question=question, max_sentence_len=args.max_sentence_len
+        )
+        cut += cut_here
+    if cut:
+        report(f"warning: {cut} sentences were cut; the model's context has room for {context} tokens a row")
+    return done
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the model against its checkpoint."""
     causal = None if args.attention is None else args.attention == "causal"
@@ -226,7 +265,10 @@ def print_header(
         f"heads, vocabulary {config.vocab_size}, context {config.max_seq_len}"
     )
     report(f"convention  {config.convention}")
-    report(f"device      {device}, matrix products in {str(dtype).removeprefix('torch.')}")
+    products = f"matrix products in {str(dtype).removeprefix('torch.')}"
+    if args.quantize is not None:
+        products = "weights of 8 bits, matrix products in bfloat16"
+    report(f"device      {device}, {products}")
     if args.adapter is not None:
         report(f"adapter     {args.adapter}")
     report(f"tokenizer   {tokenizer.path} ({tokenizer.kind})")
@@ -251,7 +293,7 @@ def check_causal(llama: Llama) -> None:
 
 
 def add_lora(args: argparse.Namespace, model: nn.Module, beside: str = "") -> None:
-    """Freezes the model and adds LoRA layers of --lora_rank and --lora_alpha. Raises ValueError if the rank is above
+    """Freezes the model and adds the LoRA layers that the options ask for. Raises ValueError if the rank is above
     the model's width. beside: what else is trained, for the line that tells of it.
     """
     from lora import apply_lora, count_lora_parameters
@@ -259,7 +301,7 @@ def add_lora(args: argparse.Namespace, model: nn.Module, beside: str = "") -> No
     width = getattr(model, "llama", model).config.dim  # type: ignore[union-attr]
     if args.lora_rank > width:
         raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {width} wide")
-    apply_lora(model, args.lora_rank, args.lora_alpha)
+    apply_lora(model, **lora_settings(args))
     adapters, total, percent = count_lora_parameters(model)
     report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")
 
@@ -288,6 +330,7 @@ def settings_of(args: argparse.Namespace, dtype: torch.dtype) -> Settings:
         schedule=args.schedule,
         warmup_steps=args.warmup_steps,
         min_lr=args.min_lr,
+        lr_multipliers={"lora_B": args.lora_plus},
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         patience=args.patience,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -106,6 +106,8 @@ def evaluate(
     predictions = [found[i] for i in range(len(rows))]
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
+    from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
+
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
     return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
@@ -198,12 +200,13 @@ def describe_answers(answers: Sequence[str], examples: Sequence[Example]) -> str
 
 @torch.no_grad()
 def score_documents(
-    model: nn.Module,
+    model: Callable[..., tuple[Tensor, Tensor]],
     documents: Sequence[Sequence[int]],
     window: int,
     stride: int,
     dtype: torch.dtype = torch.float32,
     tokens_at_once: int = 8192,
+    device: torch.device | None = None,
 ) -> tuple[float, int]:
     """How well a causal language model predicts documents (ids, <s> first): the summed loss in nats of every token but
     the first of each, and the number of these tokens.
@@ -211,7 +214,7 @@ def score_documents(
     A document longer than `window` is read in windows that begin `stride` tokens after one another; each scores what
     the one before did not reach, with at least window - stride tokens before it.
     """
-    device = next(model.parameters()).device
+    device = device or torch.device("cpu")
     windows: list[tuple[Sequence[int], int]] = []  # (ids, how many of the last ones are scored)
     for ids in documents:
         done, start = 1, 0
@@ -268,8 +271,32 @@ def describe(evaluation: Evaluation) -> str:
     return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}"
 
 
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Between what shares the true accuracy lies with 95 % confidence, when `right` of `count` rows are right: Wilson's
+    score interval (J. Am. Stat. Assoc. 22, 1927), (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+    """
+    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+    p, w = right / count, z * z / count
+    half = math.sqrt(w * p * (1 - p) + w * w / 4)
+    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
+
+
+def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
+    """What the accuracy is to be held against: its confidence interval, the accuracy of guessing, and that of naming
+    the commonest class always; "" where there are no gold labels.
+    """
+    if evaluation.accuracy is None:
+        return ""
+    gold = [row.label for row in rows]
+    low, high = wilson_interval(round(evaluation.accuracy * len(rows)), len(rows))
+    common = max(map(gold.count, set(gold))) / len(rows)
+    return f"95 % interval {low:.3f} to {high:.3f}, chance {1 / classes:.3f}, commonest class {common:.3f}"
+
+
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
     """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
     if evaluation.accuracy is None:
         return ""
     gold, classes = [row.label for row in rows], range(len(label_names))

@@ -126,7 +126,7 @@ def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) 
 
 def check_finite(logits: Tensor) -> None:
     """Raises ValueError if the logits are not finite."""
-    if not torch.isfinite(logits).all():
+    if not logits.sum(dtype=torch.float32).isfinite():  # NaN and infinity, of either sign or both, stay in a sum
         raise ValueError(
             f"the model's logits ({logits.dtype}) hold NaN or infinity; damaged weights, or try --dtype fp32"
         )
@@ -224,13 +224,15 @@ def stream(
     eos_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """The tokens (B,) that follow the prompts of idx (B, T), one step after the other, as they are chosen.
 
     attention_mask: bool (B, T), True for real tokens; prompts of unequal length are padded on the left, so that each
     row's continuation follows its prompt (rotary positions are relative: a shift changes nothing). eos_ids: a row that
     produced one of them goes on with the first, and the stream ends once every row did. Past the model's context the
-    window slides. Draws come from `generator` (on idx's device), else from torch's default one.
+    window slides. Draws come from `generator` (on idx's device), else from torch's default one. watch: is told of each
+    step the logits (B, V), after the repetition penalty, and what was chosen (B,).
 
     Raises ValueError for an empty or right-padded prompt and for settings out of range.
     """
@@ -250,6 +252,8 @@ def stream(
             check_finite(logits)
             logits = repetition_penalised(logits, tokens[:, :end], repetition_penalty)
         chosen = next_token(logits, temperature, epsilon, generator, filters)
+        if watch is not None:
+            watch(logits, chosen)
         if len(ends):
             chosen = torch.where(finished, ends[0], chosen)
             finished |= torch.isin(chosen, ends)

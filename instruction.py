@@ -27,6 +27,7 @@ from evaluation import DTYPES, answer_prompts, describe_answers
 from files import read_torch
 from llama import Llama
 from lora import apply_lora, merge_lora_weights, remove_lora
+from options import lora_settings
 from run_directory import RunDirectory
 from tasks import Instruction, Score
 from tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> tu
 def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor]) -> None:
     """Writes the model that was trained, of which `state` is the best; LoRA layers are merged into what they wrap."""
     if args.lora_rank:
-        apply_lora(llama, args.lora_rank, args.lora_alpha)
+        apply_lora(llama, **lora_settings(args))
     llama.load_state_dict(state)
     remove_lora(merge_lora_weights(llama))
     write_safetensors(args.model_out, llama.state_dict(), llama.config, DTYPES[args.out_dtype or "fp32"])

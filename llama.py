@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import generation
 from checkpoint import Checkpoint, read_checkpoint
@@ -54,10 +55,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def by_formula(self, x: Tensor) -> Tensor:
+        """The readable path; `forward` is the same by torch's kernel."""
         wide = at_least_float32(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
@@ -73,6 +79,14 @@ def narrowed(x: Tensor) -> Tensor:
 def widened(x: Tensor) -> Tensor:
     """x in float32, where autocast is on: what adds up over the layers stays wide, whatever the weights are kept in."""
     return at_least_float32(x) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def attention_of_one(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """What a single new token, (B, H, 1, hd), takes from all keys and values, (B, K, S, hd) -> (B, H, 1, hd): the heads
+    of a group are rows of one product, so that each key is read once. visible: bool (B, 1, 1, S).
+    """
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (B, K, H / K, hd)
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=visible).view_as(query)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -176,6 +190,18 @@ class KVCache:
         return seen
 
 
+def visible_to(tokens: Tensor, attention_mask: Tensor | None, cache: KVCache | None, causal: bool) -> Tensor | None:
+    """Which keys each of tokens (B, T) may see: bool (B or 1, 1, T, S); None where `causal` says all of it, for the
+    kernels know the plain causal mask. Raises ValueError if the tokens do not fit into the cache.
+    """
+    B, T = tokens.shape
+    mask = None if attention_mask is None else attention_mask.to(torch.bool)
+    if cache is not None:
+        cache.room_for(T)
+        return None if cache.length == 0 and mask is None else cache.visible(mask, B, T, tokens.device)
+    return None if mask is None else visible_positions(mask, T, causal, tokens.device)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
@@ -230,17 +256,6 @@ class Attention(nn.Module):
         ]
         return torch.cat(mixed)
 
-    def attention_of_one(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """What a single new token, (B, H, 1, hd), takes from all keys and values, (B, K, S, hd) -> (B, H, 1, hd): the
-        heads of a group are rows of one product, so that each key is read once. visible: bool (B, 1, 1, S).
-        """
-        B, H, _, hd = query.shape
-        grouped = (query / math.sqrt(hd)).view(B, key.shape[1], -1, hd)  # (B, K, H / K, hd)
-        scores = grouped @ key.transpose(-2, -1)  # (B, K, H / K, S)
-        if visible is not None:
-            scores = scores.masked_fill_(~visible, -math.inf)
-        return (scores.softmax(-1).to(value.dtype) @ value).view(B, H, 1, hd)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         """The path that the config asks for, or the fastest: torch's kernel, but in half precision on the CPU, where
         that takes up to five times as long as the matrix products of pieces (docs/results.md).
@@ -282,7 +297,7 @@ class Attention(nn.Module):
             key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
 
         if cache is not None and T == 1:
-            mixed = self.attention_of_one(query, key, value, visible)  # (B, H, 1, hd)
+            mixed = attention_of_one(query, key, value, visible)  # (B, H, 1, hd)
         else:
             group = config.n_heads // config.kv_heads  # query heads that share one key/value head
             if group > 1:
@@ -407,15 +422,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
-        visible = None  # the kernels know the plain causal mask; they build it themselves
-        mask = None if attention_mask is None else attention_mask.to(torch.bool)
-        if cache is not None:
-            cache.room_for(tokens.shape[1])
-            first = cache.length == 0 and mask is None
-            if not first:
-                visible = cache.visible(mask, tokens.shape[0], tokens.shape[1], tokens.device)
-        elif mask is not None:
-            visible = visible_positions(mask, tokens.shape[1], self.config.causal, tokens.device)
+        visible = visible_to(tokens, attention_mask, cache, self.config.causal)
         x = self.dropout(widened(self.tok_embeddings(tokens)))  # (B, T, D)
         *others, last_layer = self.layers
         for layer in others:
@@ -466,13 +473,24 @@ def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     return at_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
 
 
+class Uninitialised(TorchFunctionMode):
+    """Within it, modules do not initialise their parameters. (To draw what has no memory, torch would import its
+    compiler, which takes a second.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
     """Builds the model of a checkpoint that was read. dtype: of the weights; None keeps the file's, and what is in it
     already is not copied. overrides: fields of the config that are to be other than the checkpoint says.
     """
     config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
-    with torch.device("meta"):  # sizes without memory, for the tensors are there
+    with torch.device("meta"), Uninitialised():  # sizes without memory, for the tensors are there
         model = Llama(config)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()

@@ -1,4 +1,8 @@
-"""LoRA (arXiv 2106.09685): a frozen Linear plus a trainable update of low rank, W x + (alpha / rank) B A x.
+"""LoRA (arXiv 2106.09685): a frozen Linear plus a trainable update of low rank, W x + scaling * B A x.
+
+scaling is alpha / rank; rank-stabilized (rsLoRA, arXiv 2312.03732) alpha / sqrt(rank), so that a high rank learns as
+fast as a low one. DoRA (arXiv 2402.09353) trains the length of each row apart from its direction: with
+V = W + scaling * B A and a trained magnitude m, which starts as the row norms ||W||, the weight is m V / ||V||.
 
 B starts at zero, so a freshly wrapped model computes what it computed before. Weights change only by the explicit verbs
 `merge` and `unmerge`, never as a side effect of train() or eval(). Works on any module that holds `nn.Linear`s.
@@ -7,7 +11,7 @@ B starts at zero, so a freshly wrapped model computes what it computed before. W
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +22,17 @@ ATTENTION_PROJECTIONS = ("compute_query", "compute_key", "compute_value", "compu
 
 
 class LoRALayer(nn.Module):
-    """Wraps a Linear: (..., in) -> (..., out). `original_layer` is frozen, `lora_A` and `lora_B` are trained.
+    """Wraps a Linear: (..., in) -> (..., out). `original_layer` is frozen, `lora_A` and `lora_B` are trained, and with
+    `dora` `lora_magnitude` (out,), which else is None.
 
     Raises ValueError if rank or alpha are not above 0.
     """
 
-    def __init__(self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0) -> None:
+    lora_magnitude: nn.Parameter | None
+
+    def __init__(
+        self, original_layer: nn.Linear, rank: int = 4, alpha: float = 1.0, rslora: bool = False, dora: bool = False
+    ) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"LoRA rank is {rank}; it must be 1 or more")
@@ -34,11 +43,12 @@ class LoRALayer(nn.Module):
         self.original_layer = original_layer.requires_grad_(False)
         self.rank = rank
         self.alpha = alpha
-        self.scaling = alpha / rank
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, original_layer.in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(original_layer.out_features, rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self._before_merge: tuple[Tensor, Tensor] | None = None  # (weight, lora_B), kept so that unmerging is exact
+        self.lora_magnitude = nn.Parameter(self._row_norms()) if dora else None
+        self._before_merge: dict[str, Tensor] | None = None  # the parameters, kept so that unmerging is exact
 
     @property
     def merged(self) -> bool:
@@ -49,8 +59,22 @@ class LoRALayer(nn.Module):
         base = self.original_layer(x)
         if self.merged:
             return base
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return base + (update * self.scaling).to(base.dtype)
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
+        if self.lora_magnitude is not None:  # as an addition to W x, so that half precision rounds only what is added
+            gain = self.lora_magnitude / self._row_norms()
+            bias = self.original_layer.bias
+            update = gain * update + (gain - 1) * (base if bias is None else base - bias)
+        return base + update.to(base.dtype)
+
+    def _updated_weight(self, dtype: torch.dtype) -> Tensor:
+        """V = W + scaling * B A (out, in), computed in `dtype`."""
+        return self.original_layer.weight.to(dtype) + self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    @torch.no_grad()  # DoRA takes the norm for a constant (section 4.3): it cheapens the gradient, and costs nothing
+    def _row_norms(self) -> Tensor:
+        """||V|| of each output (out,), float32 or wider even under autocast; never 0, to be divided by."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return row_norms(self._updated_weight(self.lora_A.dtype))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._before_merge = None  # what is loaded replaces the weight and the update both
@@ -58,27 +82,33 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds the update into the weight, in float32, cast once. Merging a merged layer does nothing.
+        """Folds the update into the weight, in float64, cast once. Merging a merged layer does nothing.
 
-        lora_B is zero meanwhile, so that a state dict saved now stands for the same function wherever it is loaded.
+        lora_B is zero meanwhile, and lora_magnitude the merged rows' norms, so that a state dict saved now stands for
+        the same function wherever it is loaded.
         """
         if self.merged:
             return
-        weight = self.original_layer.weight
-        self._before_merge = (weight.clone(), self.lora_B.clone())
-        update = self.scaling * (self.lora_B.double() @ self.lora_A.double())
-        weight.copy_((weight.double() + update).to(weight.dtype))
+        self._before_merge = {name: parameter.clone() for name, parameter in self.named_parameters()}
+        weight = self._updated_weight(torch.float64)
+        if self.lora_magnitude is not None:
+            weight *= (self.lora_magnitude.double() / row_norms(weight))[:, None]
+        self.original_layer.weight.copy_(weight)
         self.lora_B.zero_()
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(self._row_norms())
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restores weight and update as they were before `merge`, bit for bit. Does nothing to an unmerged layer."""
-        if self._before_merge is None:
-            return
-        weight, lora_B = self._before_merge
-        self.original_layer.weight.copy_(weight)
-        self.lora_B.copy_(lora_B)
+        for name, kept in (self._before_merge or {}).items():
+            self.get_parameter(name).copy_(kept)
         self._before_merge = None
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The 2-norm of each row, never 0."""
+    return weight.norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def apply_lora(
@@ -87,10 +117,13 @@ def apply_lora(
     alpha: float = 1.0,
     targets: Iterable[str] = ATTENTION_PROJECTIONS,
     keep_trainable: Iterable[str] = ("classifier_head",),
+    rslora: bool = False,
+    dora: bool = False,
 ) -> nn.Module:
     """Freezes `model` and wraps, in place, every Linear whose own name is among `targets`; returns the same model.
 
     keep_trainable: names of submodules that have no pretrained weight to keep and go on training beside the adapters.
+    rslora, dora: see `LoRALayer`.
 
     Raises ValueError, naming the Linears there are, if a target matches nothing or is wrapped already.
     """
@@ -101,14 +134,23 @@ def apply_lora(
     own_names = {name.rpartition(".")[2] for name, _ in linears}
     if missing := [target for target in targets if target not in own_names]:
         raise ValueError(f"no Linear is named {', '.join(missing)}; the model's are {', '.join(sorted(own_names))}")
-    wrapped = {name: LoRALayer(linear, rank, alpha) for name, linear in linears if name.rpartition(".")[2] in targets}
+    wrapped = {
+        name: LoRALayer(linear, rank, alpha, rslora, dora)
+        for name, linear in linears
+        if name.rpartition(".")[2] in targets
+    }
     for name, parameter in model.named_parameters():
         if not any(part in keep_trainable for part in name.split(".")):
             parameter.requires_grad_(False)
-    for name, layer in wrapped.items():
-        parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, layer)
+    put_modules(model, wrapped)
     return model
+
+
+def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts each module where its dotted name says, in the place of what is there."""
+    for name, module in modules.items():
+        parent, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, module)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -117,8 +159,15 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 def get_lora_optimizer_params(model: nn.Module) -> list[nn.Parameter]:
-    """Every lora_A and lora_B of `model`, for an optimizer."""
-    return [parameter for _, layer in lora_layers(model) for parameter in (layer.lora_A, layer.lora_B)]
+    """Every lora_A, lora_B and lora_magnitude of `model`, for an optimizer."""
+    return [parameter for _, parameter in lora_parameters(model)]
+
+
+def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same with their dotted names."""
+    for name, layer in lora_layers(model):
+        for own_name, parameter in layer.named_parameters(recurse=False):
+            yield f"{name}.{own_name}", parameter
 
 
 def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
@@ -150,42 +199,36 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
     The state dict then has the plain model's keys again.
     """
-    for name, layer in list(lora_layers(model)):
-        parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, layer.original_layer)
+    put_modules(model, {name: layer.original_layer for name, layer in lora_layers(model)})
     return model
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone: {"...compute_query.lora_A": (rank, in), "...lora_B": (out, rank), ...}, a copy.
+    """The adapter alone: {"...compute_query.lora_A": (rank, in), "...lora_B": (out, rank), ...}, a copy; with DoRA
+    "...lora_magnitude": (out,), too.
 
     Raises ValueError while the adapter is merged, for then B is zero.
     """
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the adapter is merged into the weights; call unmerge_lora_weights before saving it")
-    return {
-        f"{name}.{matrix}": getattr(layer, matrix).detach().clone()
-        for name, layer in lora_layers(model)
-        for matrix in ("lora_A", "lora_B")
-    }
+    return {name: parameter.detach().clone() for name, parameter in lora_parameters(model)}
 
 
 def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     """Sets the adapter of a wrapped model. Raises ValueError, before changing anything, unless names and shapes
     match.
     """
-    own = dict(model.named_parameters())
-    expected = {f"{name}.{matrix}" for name, _ in lora_layers(model) for matrix in ("lora_A", "lora_B")}
-    if wrong := sorted(expected ^ set(adapter)):
+    own = dict(lora_parameters(model))
+    if wrong := sorted(set(own) ^ set(adapter)):
         raise ValueError(
             f"the adapter does not fit the model: {wrong[0]} and {len(wrong) - 1} more names are in one only"
         )
-    if wrong := [name for name in sorted(expected) if own[name].shape != adapter[name].shape]:
+    if wrong := [name for name in sorted(own) if own[name].shape != adapter[name].shape]:
         name = wrong[0]
         raise ValueError(
             f"{name} is {tuple(adapter[name].shape)}, the model's is {tuple(own[name].shape)}; another rank?"
         )
     unmerge_lora_weights(model)
     with torch.no_grad():
-        for name in expected:
-            own[name].copy_(adapter[name])
+        for name, parameter in own.items():
+            parameter.copy_(adapter[name])

@@ -1,4 +1,5 @@
-"""AdamW (arXiv 1711.05101, Algorithm 2), as the course states it; decay groups; the learning rate of a step.
+"""AdamW (arXiv 1711.05101, Algorithm 2), as the course states it; decay groups; the learning rate of a step
+and of a group.
 
 Convention: the gradient step comes first, then the weight decay p -= lr * weight_decay * p, with the learning rate in
 it. torch.optim.AdamW decays first; and it adds eps to sqrt(v / (1 - b2^t)), where here eps is added to sqrt(v) and
@@ -10,7 +11,7 @@ the bias correction stands in the step size, as in the efficient variant of Adam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -143,16 +144,30 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    lr_multipliers: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
     """Groups for an optimizer: matrices decay, vectors (norms' weights, biases) do not. Frozen parameters are left
-    out.
+    out. lr_multipliers: by the last part of a parameter's name, what its group is to multiply the learning rate by
+    ("lr_multiplier", which `set_learning_rate` minds).
     """
-    trained = [p for _, p in named_parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in named_parameters:
+        if p.requires_grad:
+            multiplier = (lr_multipliers or {}).get(name.rpartition(".")[2], 1.0)
+            groups.setdefault((p.dim() < 2, multiplier), []).append(p)
+    return [
+        {"params": params, "weight_decay": 0.0 if is_vector else weight_decay, "lr_multiplier": multiplier}
+        for (is_vector, multiplier), params in sorted(groups.items(), key=lambda group: group[0][0])
     ]
-    return [group for group in groups if group["params"]]
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Gives every group the learning rate, times the group's own multiplier (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_multiplier", 1.0)
 
 
 def learning_rate(

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from config import NORMS, PRESETS
 
+# What --option wise_ft takes from the run that made the fine-tuned model, where it is not typed.
+ADOPTED = ("pretrained_model_path", "tokenizer", "dev", "test", "max_sentence_len", "pooling")
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
 )
-OPTIONS = ("generate", "prompt", "finetune", "lora", "pretrain", "sft", "perplexity", "tokenizer", "convert")
+COURSE_TEMPLATE = "{sentence} Is this movie {labels}? This movie is "
+OPTIONS = (
+    "generate",
+    "prompt",
+    "finetune",
+    "lora",
+    "pretrain",
+    "sft",
+    "perplexity",
+    "tokenizer",
+    "convert",
+    "wise_ft",
+    "report",
+)
 TRAINING = ("finetune", "lora", "pretrain", "sft")
+# What --lora_targets takes: the names of a layer's Linears, and these for several of them.
+LORA_TARGETS = {
+    "attention": ("compute_query", "compute_key", "compute_value", "compute_output"),
+    "mlp": ("w1", "w2", "w3"),
+}
+LORA_TARGETS["all"] = (*LORA_TARGETS["attention"], *LORA_TARGETS["mlp"])
+LORA_VARIANTS = ("rslora", "lora_plus", "dora", "lora_targets")  # options of LoRA alone
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
     "lr": 1e-3,
@@ -46,11 +72,28 @@ SFT_DEFAULTS = {
 }
 OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"pretrain": PRETRAINING_DEFAULTS, "sft": SFT_DEFAULTS}
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
+SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
+DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
+ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
+# What may differ between runs, and when one is resumed: it changes no number.
+MAY_DIFFER = (
+    "config",
+    "resume",
+    "run_dir",
+    "save_every",
+    "dev_out",
+    "test_out",
+    "model_out",
+    "tokens_dir",
+    "device",
+    "use_gpu",
+)
 CORPUS_ENDINGS = (".txt", ".tokens")
 OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
 
@@ -69,12 +112,49 @@ examples:
   python run_llama.py --option sft --train train.jsonl --dev dev.jsonl --model_out answers.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
+  python run_llama.py --option wise_ft --finetuned finetune-5-2e-05.pt --ood other.txt --ood_classes 0,0,-1,1,1
+  python run_llama.py --option report --runs runs
   python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
       --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def numbers(kind: type, allowed: str, accepts: Callable[[list[Any]], bool]) -> Callable[[str], list[Any]]:
+    """An argparse type: numbers with commas between, refused unless `accepts` takes all of them."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or not accepts(values):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {allowed}")
+        return values
+
+    return parse
+
+
+ALPHAS = numbers(
+    float,
+    "numbers from 0 to 1, rising, with commas between",
+    lambda values: values == sorted(set(values)) and 0 <= values[0] and values[-1] <= 1,
+)
+COUNTS_AS = numbers(
+    int,
+    "a class number or -1 for each class of the model, with commas between; 0, 1 and so on, none left out",
+    lambda values: max(values) >= 1 and set(values) - {-1} == set(range(max(values) + 1)),
+)
+
+
+def words(text: str) -> list[str]:
+    """An argparse type: words with commas between."""
+    found = [word.strip() for word in text.split(",")]
+    if len(found) < 2 or not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be two words or more, each once, as in a,b")
+    return found
+
+
+def build_parser() -> OneLineParser:
     """The options, grouped; every default is written here and nowhere else."""
     parser = OneLineParser(
         prog="run_llama.py",
@@ -89,9 +169,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
         "a classifier head; train LoRA adapters and a head; train a language model on text; train one to answer "
         "prompts; tell how well a model predicts a text; make a tokenizer from text; write a checkpoint in another "
-        "format (default: %(default)s)",
+        "format; mix a fine-tuned model with the one it came from; gather runs into one page (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
+    add(
+        "--config",
+        metavar="FILE",
+        help='options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; '
+        "what is on the command line overrides it (default: none; examples/ has some)",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add(
@@ -148,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=NOT_NEGATIVE,
         metavar="T",
         help="0 takes the likeliest token, 1 samples as the model thinks. Prints one continuation and writes no file "
-        "(default: one at 0 and one at 1, each written to its file)",
+        "(default: one at 0 and one at 1, each written to its file; 1 where another option asks for something else)",
     )
     add(
         "--epsilon",
@@ -156,6 +242,77 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.05,
         metavar="E",
         help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s)",
+    )
+    add("--eta", type=FRACTION, metavar="E", help="like --epsilon, but lower where many tokens are likely; try 0.002")
+    add("--top_k", type=COUNT, metavar="K", help="sample only the K likeliest tokens (contrastive: 4)")
+    add(
+        "--top_p",
+        type=SHARE,
+        metavar="P",
+        help="sample only the likeliest tokens, as few as have probability P together",
+    )
+    add("--min_p", type=SHARE, metavar="P", help="sample only tokens at least P times as likely as the likeliest")
+    add(
+        "--typical_p",
+        type=SHARE,
+        metavar="P",
+        help="sample only the tokens whose surprise is nearest to what is expected, as few as have P together",
+    )
+    add(
+        "--repetition_penalty",
+        type=POSITIVE,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens that occurred before less likely (default: %(default)s)",
+    )
+    add(
+        "--decoder",
+        choices=DECODERS,
+        default="sample",
+        help="sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens "
+        "that are unlike what was said; lookup draws as sample does, but guesses ahead from the text so far and checks "
+        "the guesses together, which is faster where text repeats itself (default: %(default)s)",
+    )
+    add("--beams", type=COUNT, default=4, metavar="N", help="beam: beginnings kept at each step (default: %(default)s)")
+    add(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        metavar="L",
+        help="beam: above 0 favours longer texts, below 0 shorter ones (default: %(default)s)",
+    )
+    add(
+        "--contrast",
+        type=SHARE_OR_ZERO,
+        default=0.6,
+        metavar="A",
+        help="contrastive: weight of being unlike, from 0 to 1 (default: %(default)s)",
+    )
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="end where one of these comes up, without it")
+    add("--num_samples", type=COUNT, default=1, metavar="N", help="continuations of each prompt (default: %(default)s)")
+    add(
+        "--prompt_file",
+        metavar="FILE",
+        help="continue every line of a file, --batch_size of them at a time, instead of --prompt",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="ask for one prompt after the other, with --chat in one conversation; Ctrl-C stops an answer, Ctrl-D ends",
+    )
+    add("--json", action="store_true", help="print a JSON object a line for each continuation, for programs")
+    add(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="PAGE.html",
+        help="show for each token which candidates the filters kept and which they cut, as a table in the terminal, "
+        "and as a page if one is named",
+    )
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="keep the weights in 8 bits, also for perplexity: smaller and faster, a little less exact (default: no)",
     )
     add(
         "--generated_sentence_low_temp_out",
@@ -170,14 +327,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="(default: %(default)s)",
     )
 
-    add = parser.add_argument_group("data of prompt, finetune and lora (lines of `label ||| sentence`)").add_argument
+    add = parser.add_argument_group(
+        "data of prompt, finetune and lora",
+        "A data file has lines of `label ||| sentence`; or it is a .csv of label and texts, as AG News\n"
+        "has them; or a .tsv of label and text, and maybe more columns: the text is the longest, the\n"
+        "first of the others the fold. PATH#fold=PATTERN takes only the rows whose fold matches, as in\n"
+        '"reviews.tsv#fold=cv[0-8]*".',
+    ).add_argument
     for split in ("train", "dev", "test"):
         add(f"--{split}", default=f"data/cfimdb-{split}.txt", metavar="FILE", help="(default: %(default)s)")
     add(
         "--label-names",
         default="data/cfimdb-label-mapping.json",
         metavar="FILE",
-        help="class names, a JSON list (default: %(default)s)",
+        help="JSON: a list of class names, those of the labels 0, 1, ...; or an object from the labels of the data to "
+        'class names, as in {"0": "bad", "1": null, "2": "good"}, where null leaves rows out. Class ids go by first '
+        "mention (default: %(default)s)",
     )
     add(
         "--max_sentence_len",
@@ -206,6 +371,28 @@ def build_parser() -> argparse.ArgumentParser:
         "column, padding and all (default: %(default)s)",
     )
 
+    add = parser.add_argument_group("prompt, and --head prompt of finetune and lora").add_argument
+    add(
+        "--template",
+        default=COURSE_TEMPLATE,
+        metavar="TEXT",
+        help="what the model reads of a row: {sentence} is the row's, {labels} a list such as `bad, average, or good`. "
+        "The label follows after a space. A row too long loses the end of its sentence (default: %(default)r)",
+    )
+    add(
+        "--label_words",
+        type=words,
+        metavar="W1,W2,...",
+        help="what stands for each class in the prompt, in the order of the class ids (default: the class names)",
+    )
+    add(
+        "--calibrate",
+        choices=("none", "contextual", "pmi"),
+        default="none",
+        help="prompt: divide a label's probability by that after a prompt without content: contextual, the mean of "
+        'those with "N/A", "[MASK]" and nothing for a sentence; pmi, that with nothing (default: %(default)s)',
+    )
+
     add = parser.add_argument_group("training (finetune, lora, pretrain, sft)").add_argument
     add(
         "--adam_beta2",
@@ -216,6 +403,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--epochs", type=COUNT, default=5, metavar="N", help="passes over the training set (default: %(default)s)")
     add("--lr", type=POSITIVE, default=2e-5, help="learning rate; LoRA likes ten times more (default: %(default)s)")
+    add(
+        "--head",
+        choices=("linear", "prompt"),
+        default="linear",
+        help="what finetune and lora train beside the model: a linear layer on each sentence's last token; or nothing "
+        "new: the model is asked as in --option prompt, by --template, and trained to answer with the label's word, "
+        "of which the first token counts (default: %(default)s)",
+    )
     add(
         "--hidden_dropout_prob",
         type=FRACTION,
@@ -261,6 +456,42 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="spread S of each label over all classes (default: %(default)s)",
     )
+    add(
+        "--smart",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="L",
+        help="finetune and lora: add L times how much the class distribution changes at worst, in symmetric KL, when "
+        "the embeddings move a little (SMART; 1 to 5 usual, a step takes three to five times as long; default: off)",
+    )
+    for name, value, what in (
+        ("eps", 1e-5, "how far each number of an embedding may move; what --smart adds grows with its square"),
+        ("step", 1e-3, "the step towards the worst move, for the gradient's largest number"),
+        ("noise", 1e-5, "standard deviation of the noise that it starts from"),
+    ):
+        add(f"--smart_{name}", type=POSITIVE, default=value, metavar="X", help=f"{what} (default: %(default)s)")
+    add(
+        "--bregman",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="MU",
+        help="finetune and lora: add MU times the symmetric KL between the class distributions of the model and of a "
+        "moving average of its weights (SMART's other half; 1 usual; default: off)",
+    )
+    add(
+        "--bregman_beta",
+        type=FRACTION,
+        metavar="B",
+        help="how much of that average stays at each step (default: 0.99 in the first tenth of the steps, then 0.999)",
+    )
+    add(
+        "--r_drop",
+        type=NOT_NEGATIVE,
+        default=0.0,
+        metavar="A",
+        help="finetune and lora: read each row twice, under two dropout masks, and add A times half their symmetric KL "
+        "(R-Drop; 1 to 5 usual, a step takes twice as long; default: off)",
+    )
     add("--patience", type=COUNT, metavar="N", help="stop after N epochs without a better dev (default: never)")
     add("--eval_train", action="store_true", help="score the whole training set after each epoch, too")
     add("--lora_rank", type=COUNT, default=4, metavar="R", help="rank of the LoRA update (default: %(default)s)")
@@ -270,6 +501,24 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         metavar="A",
         help="the update counts alpha / rank (default: %(default)s)",
+    )
+    add("--rslora", action="store_true", help="the update counts alpha / sqrt(rank), for high ranks (rsLoRA)")
+    add(
+        "--lora_plus",
+        type=POSITIVE,
+        default=1.0,
+        metavar="RATIO",
+        help="learning rate of every lora_B, as a multiple of --lr; LoRA+ suggests 16 (default: %(default)s)",
+    )
+    add("--dora", action="store_true", help="train the length of each weight row apart from its direction (DoRA)")
+    add(
+        "--lora_targets",
+        nargs="+",
+        choices=(*LORA_TARGETS, *LORA_TARGETS["all"]),
+        default=["attention"],
+        metavar="NAME",
+        help=f"what to adapt: {', '.join(LORA_TARGETS)}, or some of {', '.join(LORA_TARGETS['all'])} "
+        "(default: attention)",
     )
 
     add = parser.add_argument_group(
@@ -336,8 +585,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group(
         "supervised fine-tuning (sft)",
         'Trains on --train and --dev, and answers --test if there is one: lines of {"prompt": "...", "answer": "..."} '
-        "(default: the demo data, data/demo-qa-*). All weights, or with --lora_rank LoRA's, merged in at the end; "
-        "examples that fit share a row of --window tokens, and do not see each other. It has defaults of its own: "
+        "(default: the demo data, data/demo-qa-*). All weights, or with --lora_rank LoRA's or a variant's, merged in "
+        "at the end; examples that fit share a row of --window tokens, and do not see each other. It has defaults of "
+        "its own: "
         f"{own}.",
     ).add_argument
     add(
@@ -352,10 +602,58 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("convert").add_argument
     add(
         "--to",
-        choices=(*FILE_FORMATS, *FOLDER_FORMATS),
+        choices=(*FILE_FORMATS, *FOLDER_FORMATS, "adapter"),
         default="safetensors",
         help="what --model_out becomes: a file of ours, of llama2.c (v2: int8) or of llama.cpp, or a folder of "
-        "transformers, or, for an --adapter, of peft (default: %(default)s)",
+        "transformers, or, for an --adapter by itself, a file of ours or a folder of peft (default: %(default)s)",
+    )
+
+    add = parser.add_argument_group(
+        "wise_ft",
+        "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT), and judges each mixture on dev and "
+        "--ood, test only at the alpha that is best on dev. "
+        "The base, tokenizer, dev and test are those of the run that made "
+        "the file, unless typed. Predictions are written only where --dev_out and --test_out are typed. --model_out "
+        "takes the model at the best alpha, a fine-tuned model like any other.",
+    ).add_argument
+    add("--finetuned", metavar="FILE", help="the best.pt of a run, or the .pt that finetune or lora wrote")
+    add(
+        "--alphas",
+        type=ALPHAS,
+        default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
+        metavar="A,A,...",
+        help="1 alone judges the fine-tuned model as it is (default: %(default)s)",
+    )
+    add(
+        "--ood",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="labelled data from elsewhere, as for --dev; each scored by itself",
+    )
+    add(
+        "--ood_classes",
+        nargs="+",
+        type=COUNTS_AS,
+        default=[],
+        metavar="K,K,...",
+        help="which class of the --ood file each class of the model counts as, -1 for none, as 0,0,-1,1,1: their "
+        "probabilities are added. One for all files, or one for each (default: the classes are the same). Where "
+        "-1 comes first, write --ood_classes=-1,...",
+    )
+    add(
+        "--ood_label_names",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="label files of the --ood files, one for all or one for each; their classes are the model's by name, or "
+        "where names differ, by number (default: the labels that the model was trained with)",
+    )
+    add(
+        "--curve_out",
+        default="wise-ft-curve.csv",
+        metavar="FILE.csv",
+        help="where the accuracies go; beside it their picture, a page of HTML (default: %(default)s)",
     )
 
     add = parser.add_argument_group("the run (finetune, lora, pretrain, sft)").add_argument
@@ -383,22 +681,91 @@ def build_parser() -> argparse.ArgumentParser:
         help="shard the model over the processes that torchrun starts, instead of a copy in each",
     )
     add("--compile", action="store_true", help="compile the model with torch.compile: slow to start")
+
+    add = parser.add_argument_group("report").add_argument
+    add(
+        "--runs",
+        nargs="+",
+        default=[RUNS],
+        metavar="DIR",
+        help=f"folders of runs, or folders that hold some (default: {RUNS})",
+    )
+    add("--report_out", default="report.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    add(
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="FILE.csv",
+        help="tables of accuracy between two sets of weights: a column alpha, then one a data set (default: none)",
+    )
     return parser
 
 
 def parse_options(
     argv: list[str] | None, saved: dict[str, Any] | None = None
 ) -> tuple[argparse.Namespace, frozenset[str]]:
-    """The options, and the names of those that were typed. `saved`: the defaults of a run that goes on."""
+    """The options, and the names of those that were typed, be it into the file of --config. `saved`: the defaults of a
+    run that goes on.
+    """
     parser = build_parser()
-    absent = object()
     names = vars(parser.parse_args([]))
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-    given = {name: value for name, value in vars(typed).items() if value is not absent}
+    given = given_options(parser, argv)
+    if given.get("config") is not None:
+        given = read_config(parser, given["config"]) | given
     defaults = OPTION_DEFAULTS.get(given.get("option", ""), {})
     # What pretraining starts from: a checkpoint that was named, or random weights.
     derived = {"continued": "pretrained_model_path" in given}
     return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """The options that `argv` has, without those left to their defaults."""
+    absent = object()
+    names = dict.fromkeys(vars(parser.parse_args([])), absent)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**names)))
+    return {name: value for name, value in given.items() if value is not absent}
+
+
+def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
+    """The options in a configuration file, checked by the parser as if they were typed; what it complains of, in one
+    line, names the file.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    parser.source = f"--config {path}: "
+    try:
+        # Numbers stay as they are written, as on a command line; a tuple is an object, which may name a thing twice.
+        content = json.loads(
+            Path(path).read_bytes(), object_pairs_hook=tuple, parse_int=str, parse_float=str, parse_constant=str
+        )
+    except OSError as error:
+        parser.error(f"cannot be read ({error.strerror})")
+    except (ValueError, RecursionError) as error:
+        parser.error(f"is no JSON ({error})")
+    if not isinstance(content, tuple):
+        parser.error('must hold a JSON object, such as {"option": "lora", "lr": 3e-3}')
+    # By how many values an option takes.
+    kinds: dict[Any, tuple[type, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
+    argv, seen, off = [], set(), {}
+    for key, value in content:
+        name, shown = key.replace("-", "_"), json.dumps(key)
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
+            parser.error(f'there is no option {shown}; the nearest is "{near}"')
+        if name in seen:
+            parser.error(f"{shown} is there twice; give it once")
+        seen.add(name)
+        option = actions[name].option_strings[0]
+        kind, allowed = kinds.get(actions[name].nargs, (list, 'a list of texts that begin with no "-"'))
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or any(not isinstance(one, str) or one[:1] == "-" for one in items):
+            parser.error(f"{shown} is {json.dumps(value)[:60]}; it must be {allowed}")
+        if value is False:
+            off[name] = False
+        else:
+            argv += [option, *items] if kind is not str else [f"{option}={value}"]
+    given = given_options(parser, argv) | off
+    parser.source = ""
+    return given
 
 
 def flag(name: str) -> str:
@@ -437,15 +804,41 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
-    if args.adapter is not None and args.option in (*TRAINING, "tokenizer"):
+    if args.quantize is not None and args.option not in ("generate", "perplexity"):
+        raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
+    if args.option != "lora" and not (args.option == "sft" and args.lora_rank):
+        for name in LORA_VARIANTS:
+            if getattr(args, name) != build_parser().get_default(name):
+                if args.option == "sft":
+                    raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
+                raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
+    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
-    if args.option == "convert":
-        if args.to == "peft" and args.adapter is None:
-            raise ValueError("--to peft writes an adapter; say which with --adapter")
+    if args.option == "report":
+        if not args.report_out.endswith(".html"):
+            raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
         return
+    if args.option == "convert":
+        if args.to in ADAPTER_FORMATS and args.adapter is None:
+            raise ValueError(f"--to {args.to} writes an adapter; say which with --adapter")
+        return
+    check_prompt(args)
+    if args.option == "wise_ft":
+        check_wise_ft(args)
+        return
+    if args.option not in ("finetune", "lora"):
+        if given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
+            raise ValueError(f"--{given[0]} belongs to --option finetune, lora; leave it out for {args.option}")
+    elif given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
+        if args.fsdp or args.compile:
+            other = "fsdp" if args.fsdp else "compile"
+            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
+        if "r_drop" in given and args.dropout == 0 and args.hidden_dropout_prob == 0:
+            raise ValueError("--r_drop compares two dropout masks, and --dropout and --hidden_dropout_prob are both 0")
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
+        check_generation(args)
         low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
         if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
             raise ValueError(f"both generated sentences would go to {low}; give two files")
@@ -470,9 +863,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--train is {args.train} and --dev {args.dev}; --option sft needs both, or none for the demo"
             )
-        paths = output_files(args)
-        if twice := [path for path in paths if [Path(one).resolve() for one in paths].count(Path(path).resolve()) > 1]:
-            raise ValueError(f"{twice[0]} would be written twice; give two files")
+        check_outputs_differ(args)
         return
     ending = OUTPUT_ENDINGS[args.option]
     for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
@@ -482,14 +873,118 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
 
 
+def check_wise_ft(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of wise_ft that contradict each other."""
+    for name in ("ood_classes", "ood_label_names"):
+        if len(getattr(args, name)) not in (0, 1, len(args.ood)) or (getattr(args, name) and not args.ood):
+            raise ValueError(
+                f"--{name} has {len(getattr(args, name))} values for {len(args.ood)} files of --ood; give one for "
+                "all, or one for each"
+            )
+    if args.norm is not None or args.attention is not None:
+        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
+    check_outputs_differ(args)
+
+
+def check_outputs_differ(args: argparse.Namespace) -> None:
+    """Raises ValueError if a file would be written twice."""
+    files = [Path(path).resolve() for path in output_files(args)]
+    if len(set(files)) < len(files):
+        raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
+
+
+def writes_two_files(args: argparse.Namespace) -> bool:
+    """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
+    other = (args.prompt_file, args.interactive, args.json, args.num_samples > 1, args.explain is not None)
+    return args.temperature is None and args.decoder == "sample" and not any(other)
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of generate that contradict each other."""
+    if args.interactive:
+        for name in ("prompt_file", "json", "explain"):
+            if getattr(args, name) not in (None, False):
+                raise ValueError(f"--interactive asks for prompts and prints answers as they come; leave out --{name}")
+        if args.num_samples > 1:
+            raise ValueError("--interactive gives one answer to each prompt; leave out --num_samples")
+    if args.explain is not None:
+        if args.json or args.prompt_file or args.num_samples > 1 or args.decoder != "sample":
+            raise ValueError(
+                "--explain shows how one text was sampled; leave out --json, --prompt_file, --num_samples, --decoder"
+            )
+        if args.explain and not args.explain.endswith(".html"):
+            raise ValueError(f"--explain {args.explain}: the page's name must end in .html")
+    if "" in args.stop:
+        raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
+    if args.decoder == "sample":
+        return
+    filters = ("eta", "top_p", "min_p", "typical_p", *(() if args.decoder == "contrastive" else ("top_k",)))
+    if args.decoder == "lookup":
+        if args.repetition_penalty != 1.0:
+            raise ValueError("--decoder lookup has no --repetition_penalty; leave one of them out")
+        return
+    for name in filters:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--decoder {args.decoder} draws nothing, so that --{name} has no effect; leave it out")
+    if args.temperature or args.repetition_penalty != 1.0 or args.num_samples > 1:
+        raise ValueError(
+            f"--decoder {args.decoder} draws nothing: leave out --temperature, --repetition_penalty, --num_samples"
+        )
+
+
+def check_prompt(args: argparse.Namespace) -> None:
+    """Raises ValueError for a template that cannot be filled, or options of prompt where they have no meaning."""
+    asks = args.option == "prompt" or (args.option in ("finetune", "lora") and args.head == "prompt")
+    given = {
+        "template": args.template != COURSE_TEMPLATE,
+        "label_words": args.label_words is not None,
+        "calibrate": args.calibrate != "none",
+    }
+    for name in given:
+        if given[name] and not (args.option == "prompt" if name == "calibrate" else asks):
+            also = "" if name == "calibrate" else " and to --head prompt of finetune and lora"
+            raise ValueError(f"--{name} belongs to --option prompt{also}; leave it out for {args.option}")
+    if given["calibrate"] and args.pooling == "last_column":
+        raise ValueError(
+            "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave "
+            f"out --calibrate {args.calibrate}, or --pooling"
+        )
+    fields = re.findall(r"\{\w*\}", args.template)
+    if unknown := set(fields) - {"{sentence}", "{labels}"}:
+        raise ValueError(f"--template has {min(unknown)}; it takes {{sentence}} and {{labels}}")
+    if fields.count("{sentence}") != 1:
+        raise ValueError(f"--template {args.template!r} must have {{sentence}} once, where a row's sentence goes")
+
+
+def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `lora.apply_lora` that the options ask for."""
+    targets = [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]
+    return {
+        "rank": args.lora_rank,
+        "alpha": args.lora_alpha,
+        "targets": targets,
+        "rslora": args.rslora,
+        "dora": args.dora,
+    }
+
+
 def input_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run reads, as far as the options tell."""
     new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [args.tokenizer, args.adapter, *([] if new else [args.pretrained_model_path])]
+    named = [
+        args.config,
+        args.tokenizer,
+        args.adapter,
+        args.prompt_file,
+        *([] if new else [args.pretrained_model_path]),
+    ]
     if args.option in OUTPUT_ENDINGS:
-        named += [args.train, args.dev, args.test, args.label_names]
+        named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
     if args.option == "sft":
         named += [args.train, args.dev, args.test]
+    if args.option == "wise_ft":
+        named += [path_and_fold(path)[0] for path in (args.dev, args.test, *args.ood) if path]
+        named += [args.finetuned, args.label_names, *args.ood_label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
 
 
@@ -497,7 +992,7 @@ def output_files(args: argparse.Namespace) -> list[str]:
     """Every file that the run will write, beside its folder."""
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-        return both if args.temperature is None else []
+        return both if writes_two_files(args) else [args.explain] if args.explain else []
     if args.option in ("pretrain", "sft", "tokenizer", "convert"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")
@@ -515,9 +1010,21 @@ def output_files(args: argparse.Namespace) -> list[str]:
         )
         answers = [args.dev_out, *([args.test_out] if args.test else [])] if args.option == "sft" else []
         return [args.model_out, *([] if stays else [beside]), *answers]
+    if args.option == "report":
+        return [args.report_out]
     if args.option == "perplexity":
         return []
+    if args.option == "wise_ft":
+        if not args.finetuned:
+            raise ValueError("--option wise_ft needs --finetuned, the file that finetune or lora wrote")
+        named = [args.curve_out, curve_picture(args), args.model_out, args.dev_out, args.test_out]
+        return [path for path in named if path]
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]
+
+
+def curve_picture(args: argparse.Namespace) -> str:
+    """Where the picture of wise_ft's curve goes."""
+    return str(Path(args.curve_out).with_suffix(".html"))
 
 
 def tokenizer_beside(model: str) -> str:
@@ -538,6 +1045,16 @@ def text_and_weight(text: str) -> tuple[str, float]:
         return path, POSITIVE(weight)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--corpus {text}: the weight {error}") from error
+
+
+def path_and_fold(text: str) -> tuple[str, str | None]:
+    """The path of a data file, and the pattern behind its `#fold=`. Raises ValueError if one of them is missing."""
+    path, sign, pattern = text.rpartition("#fold=")
+    if not sign or Path(text).exists():
+        return text, None
+    if not path or not pattern:
+        raise ValueError(f'{text!r} names no file and fold; give them as in "reviews.tsv#fold=cv9*"')
+    return path, pattern
 
 
 def best_model_path(args: argparse.Namespace) -> str:

@@ -30,6 +30,7 @@ from environment import (
 )
 from evaluation import DTYPES, score_documents
 from files import read_torch
+from inference import InferenceLlama
 from llama import Llama
 from options import DEFAULT_PRESET, text_and_weight
 from run_directory import RunDirectory
@@ -163,8 +164,9 @@ def pretrain(args: argparse.Namespace) -> None:
 def perplexity(args: argparse.Namespace) -> None:
     """perplexity: how well the model predicts texts, document by document."""
     files = {path: text_files(path) for path, _ in map(text_and_weight, args.corpus)}
-    llama, tokenizer, _, dtype = ready(args)
+    llama, tokenizer, device, dtype = ready(args)
     check_causal(llama)
+    model = llama if args.quantize is None else InferenceLlama(llama, quantize=args.quantize)
     context = llama.config.max_seq_len
     window = args.window or context
     stride = args.stride or max(1, window // 2)
@@ -186,7 +188,7 @@ def perplexity(args: argparse.Namespace) -> None:
                 )
             documents = documents[-count:]
         ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_many(documents)]
-        nats, tokens = score_documents(llama, ids, window, stride, dtype)
+        nats, tokens = score_documents(model, ids, window, stride, dtype, device=device)
         size = sum(len(document.encode()) for document in documents)
         perplexity = math.exp(min(nats / tokens, 700.0))
         print(

@@ -54,6 +54,22 @@ def rotary_table(
         return torch.complex(angles.cos(), angles.sin())
 
 
+def rotary_rows(
+    start: int,
+    end: int,
+    head_dim: int,
+    max_seq_len: int,
+    theta: float,
+    device: torch.device,
+    scaling: Scaling | None = None,
+) -> Tensor:
+    """The table's rows for the positions from `start` to before `end`. Raises ValueError beyond max_seq_len."""
+    if end > max_seq_len:
+        raise ValueError(f"a sequence of {end} tokens is longer than the model's context of {max_seq_len}")
+    # A power of two: few tables, and none of a size that only the checkpoint's word stands for.
+    return rotary_table(head_dim, 1 << (end - 1).bit_length(), theta, device, scaling)[start:end]
+
+
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
     """Views a table (seq, features) as (1, seq, 1, features), to be multiplied with x (batch, seq, heads, features)."""
     if freqs_cis.shape != (x.shape[1], x.shape[-1]):
@@ -84,9 +100,5 @@ def apply_rotary_emb(
 
     Raises ValueError if they go beyond max_seq_len.
     """
-    end = start + query.shape[1]
-    if end > max_seq_len:
-        raise ValueError(f"a sequence of {end} tokens is longer than the model's context of {max_seq_len}")
-    # A power of two: few tables, and none of a size that only the checkpoint's word stands for.
-    table = rotary_table(head_dim, 1 << (end - 1).bit_length(), theta, query.device, scaling)[start:end]
+    table = rotary_rows(start, start + query.shape[1], head_dim, max_seq_len, theta, query.device, scaling)
     return rotate(query, table), rotate(key, table)

@@ -1,5 +1,5 @@
-"""The command line: generate text, classify by prompting, fine-tune, also with LoRA, and by way of pretraining.py and
-instruction.py make and measure language models. `--help` says how.
+"""The command line: classify by prompting, fine-tune, also with LoRA; and all else by way of text_generation.py,
+pretraining.py, instruction.py, conversion.py and others. `--help` says how.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,95 +23,47 @@ from environment import (
     load_tokenizer,
     open_checkpoint,
     print_header,
-    ready,
     report,
     settings_of,
+    tokenize_data,
 )
-from options import RUNS, TRAINING, best_model_path, check_options, flag, output_files, parse_options
+from options import (
+    MAY_DIFFER,
+    RUNS,
+    TRAINING,
+    best_model_path,
+    check_options,
+    flag,
+    output_files,
+    parse_options,
+)
 
 if TYPE_CHECKING:
+    from types import SimpleNamespace
+
     import torch
     from torch import Tensor
 
-    from classifier import LlamaEmbeddingClassifier
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
     from dataset import Row
     from distributed import Processes
     from tasks import Score
     from tokenizer import Tokenizer
 
-# What may differ when a run is resumed: it changes no number.
-MAY_DIFFER = ("resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir", "device", "use_gpu")
+# What is put in the place of a sentence to learn how probable a label is without one.
+CONTENT_FREE = {"contextual": ("N/A", "[MASK]", ""), "pmi": ("",)}
 
 
-def generate(args: argparse.Namespace) -> None:
-    """Continues the prompt: at the temperature asked for, or at 0 and at 1 into the two files."""
-    import torch
-
-    from evaluation import precision
-    from files import atomic_file
-
-    llama, tokenizer, device, dtype = ready(args)
-
-    if args.chat:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}])
-    else:
-        prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
-    if len(prompt) + args.max_new_tokens > llama.config.max_seq_len:
-        report(
-            f"warning: {len(prompt)} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of "
-            f"{llama.config.max_seq_len}; it will see only the last {llama.config.max_seq_len}"
-        )
-    runs: list[tuple[float, str | None]] = [(args.temperature, None)]
-    if args.temperature is None:
-        runs = [(0.0, args.generated_sentence_low_temp_out), (1.0, args.generated_sentence_high_temp_out)]
-    for temperature, path in runs:
-        with precision(device, dtype):
-            tokens = llama.generate(
-                torch.tensor([prompt], device=device),
-                args.max_new_tokens,
-                temperature,
-                args.epsilon,
-                eos_ids=tokenizer.stop_ids,
-                generator=torch.Generator(device).manual_seed(args.seed),
-            )
-        text = tokenizer.decode(tokens[0, len(prompt) if args.chat else 0 :].tolist())
-        if path is not None:
-            report(f"\ntemperature {temperature:g} -> {path}")
-            with atomic_file(path) as file:
-                file.write(text + "\n")
-        print(text, flush=True)
-
-
-def read_data(args: argparse.Namespace, splits: tuple[str, ...], label_names: list[str]) -> dict[str, list[Row]]:
+def read_data(
+    args: argparse.Namespace, splits: tuple[str, ...], labels: Mapping[str, str | None]
+) -> dict[str, list[Row]]:
     """The rows of each split, not yet tokenized."""
-    from dataset import missing_classes, read_rows
+    from dataset import class_names, missing_classes, read_rows
 
-    data = {split: read_rows(getattr(args, split), label_names) for split in splits}
-    if "train" in data and (missing := missing_classes(args.train, data["train"], label_names)):
+    data = {split: read_rows(getattr(args, split), labels) for split in splits}
+    if "train" in data and (missing := missing_classes(args.train, data["train"], class_names(labels))):
         report(f"warning: {args.train} has no row of {', '.join(missing)}, so that is not learnt")
     return data
-
-
-def tokenize_data(
-    args: argparse.Namespace,
-    data: dict[str, list[Row]],
-    tokenizer: Tokenizer,
-    context: int,
-    question: str | None = None,
-) -> dict[str, list[Row]]:
-    """The rows of each split with their ids; one warning if sentences had to be cut to the model's context."""
-    from dataset import tokenize_rows
-
-    done, cut = {}, 0
-    for split, rows in data.items():
-        done[split], cut_here = tokenize_rows(
-            rows, tokenizer, context, question=question, max_sentence_len=args.max_sentence_len
-        )
-        cut += cut_here
-    if cut:
-        report(f"warning: {cut} sentences were cut; the model's context has room for {context} tokens a row")
-    return done
 
 
 def predict(
@@ -126,7 +78,7 @@ def predict(
 ) -> None:
     """Classifies dev and test, prints the scores, and writes both prediction files at the end."""
     from dataset import write_predictions
-    from evaluation import describe, describe_classes, evaluate
+    from evaluation import describe, describe_chance, describe_classes, evaluate
 
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results = {}
@@ -144,7 +96,9 @@ def predict(
         )
         seconds = time.perf_counter() - start
         if processes.is_main:
-            print(f"{split} {describe(results[split])} ({len(data[split])} rows)", flush=True)
+            chance = describe_chance(results[split], data[split], len(label_names)) if args.option == "prompt" else ""
+            line = f"{split} {describe(results[split])} ({len(data[split])} rows)"
+            print(f"{line}; {chance}" if chance else line, flush=True)
         log(f"{split} took {seconds:.1f} s")
         if classes := describe_classes(results[split], data[split], label_names):
             log(f"\n{classes}\n")
@@ -153,19 +107,57 @@ def predict(
             write_predictions(path, results[split].predictions, data[split])
 
 
+def zero_shot(
+    args: argparse.Namespace,
+    config: SimpleNamespace,
+    raw: dict[str, list[Row]],
+    words: list[str],
+    prompt: tuple[str, str],
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[LlamaZeroShotClassifier, dict[str, list[Row]]]:
+    """The classifier that asks which of `words` follows `prompt`, what stands before and behind a sentence, calibrated
+    as the options say; and the tokenized prompts of each split."""
+    from classifier import LlamaZeroShotClassifier
+    from dataset import Row, pad, tokenize_rows
+    from evaluation import precision
+
+    model = LlamaZeroShotClassifier(config, tokenizer, words).to(device).eval()
+    data = tokenize_data(args, raw, tokenizer, model.max_input_len, *prompt)
+    if args.calibrate != "none":
+        empty = [Row(0, text) for text in CONTENT_FREE[args.calibrate]]
+        before, question = prompt
+        prompts, _ = tokenize_rows(empty, tokenizer, model.max_input_len, before=before, question=question)
+        ids, mask = pad([row.ids for row in prompts], tokenizer.pad_id)
+        with precision(device, dtype):
+            prior = model.calibrate(ids.to(device), None if mask is None else mask.to(device))
+        shares = prior.softmax(-1).tolist()  # without content
+        shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares, strict=True))
+        report(f"calibrated  {args.calibrate}; without content, of these words: {shown}")
+    return model, data
+
+
 def classify(args: argparse.Namespace) -> None:
     """prompt, finetune and lora: builds the classifier, trains it unless it is zero-shot, predicts dev and test."""
     from types import SimpleNamespace
 
     import torch
 
-    from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-    from dataset import prompt_question, read_label_names
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
+    from dataset import class_names, prompt_parts, read_labels
     from distributed import started
 
-    label_names = read_label_names(args.label_names)
+    labels = read_labels(args.label_names)
+    label_names = class_names(labels)
+    words = args.label_words or label_names
+    if len(words) != len(label_names):
+        raise ValueError(
+            f"--label_words has {len(words)} words, {args.label_names} {len(label_names)} classes "
+            f"({', '.join(label_names)}); give a word for each, in this order"
+        )
     splits = ("dev", "test") if args.option == "prompt" else ("train", "dev", "test")
-    raw = read_data(args, splits, label_names)
+    raw = read_data(args, splits, labels)
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
@@ -183,27 +175,28 @@ def classify(args: argparse.Namespace) -> None:
             pooling=args.pooling,
         )
         log: Callable[[str], None] = report
+        asked = args.option == "prompt" or args.head == "prompt"
+        prompt = prompt_parts(args.template, words, args.pooling)
+        if asked:
+            report(f"prompt      {'{sentence}'.join(prompt)}")
         if args.option == "prompt":
-            question = prompt_question(label_names)
-            if args.pooling == "last_token":
-                question = question.rstrip()  # a label's first piece brings its own space
-            zero_shot = LlamaZeroShotClassifier(config, tokenizer, label_names).to(device).eval()
-            data = tokenize_data(args, raw, tokenizer, zero_shot.max_input_len, question)
-            model: torch.nn.Module = zero_shot
+            model: torch.nn.Module
+            model, data = zero_shot(args, config, raw, words, prompt, tokenizer, device, dtype)
         else:
-            data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len)
-            head = LlamaEmbeddingClassifier(config)
+            data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len, *(prompt if asked else ()))
+            head: LlamaEmbeddingClassifier | LlamaPromptClassifier
+            head = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
             if args.option == "lora":
-                add_lora(args, head, ", beside the head")
-            model, log = fine_tune(args, head.to(device), data, label_names, dtype, tokenizer.pad_id, processes)
+                add_lora(args, head, "" if asked else ", beside the head")
+            model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
         predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
 
 
 def fine_tune(
     args: argparse.Namespace,
-    model: LlamaEmbeddingClassifier,
+    model: LlamaEmbeddingClassifier | LlamaPromptClassifier,
     data: dict[str, list[Row]],
-    label_names: list[str],
+    labels: dict[str, str | None],
     dtype: torch.dtype,
     pad_id: int,
     processes: Processes,
@@ -213,9 +206,11 @@ def fine_tune(
     import torch
 
     from checkpoint import write_checkpoint
+    from dataset import class_names
     from evaluation import DTYPES
     from files import link_or_copy
     from run_directory import RunDirectory
+    from smart import MovingAverage, Smart
     from tasks import Classification
     from training import train
 
@@ -233,7 +228,9 @@ def fine_tune(
             state,
             config,
             kind="classifier",
-            label_names=label_names,
+            head=args.head,
+            label_names=class_names(labels),
+            labels=labels,
             options=options,
             epoch=epoch,
             dev_accuracy=score.quality,
@@ -250,6 +247,9 @@ def fine_tune(
         bucketed=args.pooling == "last_token",
         label_smoothing=args.label_smoothing,
         evaluate_train=args.eval_train,
+        smart=Smart(args.smart, args.smart_eps, args.smart_step, args.smart_noise) if args.smart else None,
+        average=MovingAverage(args.bregman, args.bregman_beta) if args.bregman else None,
+        r_drop=args.r_drop,
     )
     if not args.resume:
         run.create(options)
@@ -296,6 +296,8 @@ def name_run(args: argparse.Namespace) -> None:
 def run_option(args: argparse.Namespace) -> None:
     """What --option names."""
     if args.option == "generate":
+        from text_generation import generate
+
         generate(args)
     elif args.option in ("prompt", "finetune", "lora"):
         classify(args)
@@ -307,6 +309,14 @@ def run_option(args: argparse.Namespace) -> None:
         from instruction import instruct
 
         instruct(args)
+    elif args.option == "wise_ft":
+        from alpha_sweep import wise_ft
+
+        wise_ft(args)
+    elif args.option == "report":
+        from report import write_report
+
+        write_report(args)
     else:
         import pretraining
 

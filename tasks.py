@@ -17,6 +17,7 @@ from corpus import Corpus, evenly, to_tensor
 from dataset import NO_TARGET, Example, Row, cut_in_batches, pack, shuffled_batches, to_batch
 from distributed import Processes
 from evaluation import answer_prompts, answer_scores, describe, describe_answers, evaluate, forward, precision
+from smart import MovingAverage, Smart, random_state, replayed, symmetric_kl
 from tokenizer import Tokenizer
 
 
@@ -46,6 +47,10 @@ class Task(Protocol):
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
+
+    @property
+    def average(self) -> MovingAverage | None:
+        """Of the weights, where the losses ask for one; the loop keeps it up to date and saves it."""
 
     def checksum(self) -> int:
         """Of all the data: a run goes on only with the same."""
@@ -89,6 +94,9 @@ class Classification:
     bucketed: bool = True  # rows of like length share a batch; else random batches, and evaluation in file order
     label_smoothing: float = 0.0
     evaluate_train: bool = False  # score the whole training set after each epoch
+    smart: Smart | None = None
+    average: MovingAverage | None = None  # the Bregman penalty's
+    r_drop: float = 0.0  # how much the divergence of two passes, under dropout, counts (arXiv 2106.14448)
 
     unit = "row"
     judged_by = "dev accuracy"
@@ -112,9 +120,29 @@ class Classification:
 
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         batch = to_batch(self.rows, positions, self.pad_id)
+        device = next(model.parameters()).device
+        compared = self.smart is not None or self.average is not None
+        before = random_state(device) if compared else []
         log_probs = forward(model, batch.ids, batch.mask, dtype)
         labels = batch.labels.to(log_probs.device)
-        return row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
+        losses, right = row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
+        bare: nn.Module = getattr(model, "module", model)  # DDP counts its own passes, and is to see one a step
+        if self.r_drop:
+            second = forward(bare, batch.ids, batch.mask, dtype)
+            losses = losses + row_losses(second, labels, self.label_smoothing)
+            losses = losses + self.r_drop / 2 * symmetric_kl(log_probs, second)
+
+        def again(model: nn.Module = bare, dtype: torch.dtype = torch.float32) -> Tensor:
+            """Another pass, under the dropout of the first."""
+            with replayed(before, device):
+                return forward(model, batch.ids, batch.mask, dtype)
+
+        if self.average is not None:
+            losses = losses + self.average.penalty(bare, lambda average: again(average, dtype), log_probs)
+        if self.smart is not None:
+            clean = log_probs if dtype == torch.float32 else again()
+            losses = losses + self.smart.penalty(bare, batch.ids.shape, again, clean)
+        return losses, right
 
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
@@ -157,6 +185,7 @@ class LanguageModelling:
     sample_tokens: int = 60
     seed: int = 0
 
+    average = None
     unit = "token"
     judged_by = "bits per byte"
     _length: int = field(init=False)
@@ -261,6 +290,7 @@ class Instruction:
     max_new_tokens: int = 32  # of an answer
     answer_rows: int = 200  # of dev, evenly spread, to be answered; 0: none
 
+    average = None
     unit = "token"
     judged_by: str = field(init=False)
 

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from distributed import Processes
 from files import read_torch
-from optimizer import AdamW, decay_groups, learning_rate, local
+from optimizer import AdamW, decay_groups, learning_rate, local, set_learning_rate
 from run_directory import RunDirectory
 from tasks import Score, Task
 
@@ -45,6 +45,7 @@ class Settings:
     schedule: str = "constant"  # or "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
+    lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     patience: int | None = None  # epochs without a better score, after which to stop
@@ -159,7 +160,9 @@ class Training:
         self.base = self._checksum(model)
         self.model = processes.wrap(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        groups = decay_groups(self.model.named_parameters(), settings.weight_decay)
+        if task.average is not None:
+            task.average.start(model)
+        groups = decay_groups(self.model.named_parameters(), settings.weight_decay, settings.lr_multipliers)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
         # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
@@ -181,8 +184,8 @@ class Training:
     # Saving and restoring
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, and every random
-        generator. The order of the rows is a function of seed and epoch.
+        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, every random
+        generator, the task's moving average. The order of the rows is a function of seed and epoch.
         """
         mine = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -191,6 +194,7 @@ class Training:
         model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
         updated = bool(self.optimizer.state)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        average = {} if self.task.average is None else {"average": self.task.average.state()}
         if not updated:
             self.optimizer.state.clear()  # torch takes a step of no size to make them, which would count as one
         return {
@@ -201,6 +205,7 @@ class Training:
             "progress": asdict(self.progress),
             "generators": self.processes.gather(mine),
             "base": self.base,
+            **average,
         }
 
     def save(self) -> None:
@@ -256,6 +261,8 @@ class Training:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if not state["updated"]:
             self.optimizer.state.clear()
+        if self.task.average is not None:
+            self.task.average.load(state["average"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         mine = state["generators"][self.processes.rank]
@@ -354,10 +361,11 @@ class Training:
         if settings.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.task.average is not None:
+            self.task.average.update(getattr(self.model, "module", self.model), self.progress.step + 1, self.task.steps)
         return loss_sum / targets, int(right)
 
     def last_good(self) -> str:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import copy
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-from conftest import CONFORMANCE, tiny_llama
-from dataset import Row, cut_in_batches, pad, to_batch
+from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
+from conftest import CONFORMANCE, ROOT, tiny_llama
+from dataset import Row, cut_in_batches, pad, read_rows, to_batch, tokenize_rows
+from llama import load_pretrained
+from lora import apply_lora
+from tokenizer import Tokenizer
 
 NAMES = ["x", "yx", "yz", "yxz"]
 PIECES = {"x": [10], "yx": [11, 10], "yz": [11, 12], "yxz": [11, 10, 12]}
@@ -19,6 +24,9 @@ class Pieces:
     def encode(self, name, bos, eos):
         assert not bos and not eos
         return PIECES[name]
+
+    def decode(self, ids):
+        return f"<{ids[0]}>"
 
 
 def zero_shot(llama, pooling="last_token"):
@@ -34,7 +42,12 @@ def embedding(llama, pooling="last_token", option="finetune", num_labels=3):
     return LlamaEmbeddingClassifier(config).eval()
 
 
-MODELS = {"prompt": zero_shot, "finetune": embedding}
+def answering(llama, pooling="last_token", names=("x", "yz")):
+    config = SimpleNamespace(llama=llama, hidden_dropout_prob=0.3, pooling=pooling)
+    return LlamaPromptClassifier(config, Pieces(), names).eval()
+
+
+MODELS = {"prompt": zero_shot, "finetune": embedding, "finetune to answer": answering}
 
 
 def rows_of_lengths(lengths, seed=0):
@@ -100,6 +113,67 @@ def test_a_label_of_several_tokens_has_the_product_of_their_probabilities(causal
 
 
 @torch.no_grad()
+def brute_force(llama, prompts, labels, content_free=()):
+    """In float64, a loop over rows and labels with a whole pass for every token: log p(label | prompt), less the log of
+    its mean probability after the prompts without content."""
+    wide = copy.deepcopy(llama).double()
+
+    def probability(prompt, label):
+        product = 1.0
+        for n, piece in enumerate(label):
+            logits, _ = wide(torch.tensor([[*prompt, *label[:n]]]))
+            product *= logits[0, -1].softmax(-1)[piece].item()
+        return product
+
+    wanted = [[math.log(probability(prompt, label)) for label in labels] for prompt in prompts]
+    if content_free:
+        means = [sum(probability(c, label) for c in content_free) / len(content_free) for label in labels]
+        wanted = [[score - math.log(mean) for score, mean in zip(row, means, strict=True)] for row in wanted]
+    return torch.tensor(wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [[4], [3, 9, 5], []])
+def test_calibration_is_the_brute_force_one(causal, lengths):
+    llama = tiny_llama(causal=causal)
+    model, rows, without = zero_shot(llama), rows_of_lengths([2, 9, 5, 14]), rows_of_lengths(lengths, seed=1)
+    plain = scores(model, rows, 4)
+    labels = [PIECES[name] for name in NAMES]
+    prompts, content_free = ([row.ids for row in some] for some in (rows, without))
+    if without:
+        for _ in range(2):  # a second time changes nothing
+            model.calibrate(*pad(content_free, 3))
+    wanted = brute_force(llama, prompts, labels, content_free)
+    torch.testing.assert_close(scores(model, rows, 4), wanted, atol=1e-5, rtol=1e-5)
+    assert (plain.argmax(-1) != wanted.argmax(-1)).any() or not without  # it matters
+
+
+@torch.no_grad()
+def test_the_bundled_model_scores_real_prompts_as_brute_force_does():
+    """From the text on: what is scored is the text's own tokens behind the prompt's."""
+    tokenizer = Tokenizer(tokenizer_model=ROOT / "data" / "mini-llama.model")
+    llama = load_pretrained(ROOT / "data" / "mini-llama.safetensors").eval()
+    words = ["bad", "so-so", "very good"]
+    before, behind = 'A review: "', '" All in all, it was'
+    rows = read_rows(ROOT / "data" / "demo-dev.txt", list("01234"))[:2]
+    config = SimpleNamespace(llama=llama, num_labels=3)
+    model = LlamaZeroShotClassifier(config, tokenizer, words).eval()
+    fill = lambda some: tokenize_rows(some, tokenizer, model.max_input_len, before=before, question=behind)[0]  # noqa: E731
+    without = [Row(0, text) for text in ("N/A", "[MASK]", "")]
+    model.calibrate(*pad([row.ids for row in fill(without)], tokenizer.pad_id))
+
+    def ids(text):
+        return tokenizer.encode(text, bos=True, eos=False)
+
+    prompts, content_free = ([ids(before + row.sentence + behind) for row in some] for some in (rows, without))
+    labels = [ids(f"{before}x{behind} {word}")[len(ids(f"{before}x{behind}")) :] for word in words]
+    assert sorted(map(len, labels)) != [1, 1, 1]
+    wanted = brute_force(llama, prompts, labels, content_free)
+    torch.testing.assert_close(scores(model, fill(rows), 2), wanted, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_the_courses_reading_sums_a_labels_pieces_at_the_last_column():
     llama = tiny_llama()
     ids, mask = pad([[5, 6, 7], [8]], 3)
@@ -131,8 +205,47 @@ def test_the_head_reads_the_last_real_state_of_each_row():
         torch.testing.assert_close(line, wanted, atol=1e-5, rtol=0)
 
 
-def test_dropout_acts_in_training_only():
-    model = embedding(tiny_llama())
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_answers_logits_are_the_label_words_among_the_models_own(tied):
+    llama = tiny_llama(causal=False, tie_embeddings=tied)
+    rows = rows_of_lengths([4, 11, 7])
+    got = scores(answering(llama), rows, 3)
+    for row, line in zip(rows, got, strict=True):
+        logits, _ = llama(torch.tensor([row.ids]))
+        torch.testing.assert_close(line, logits[0, -1, [10, 11]].log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_before_training_an_answer_is_what_the_zero_shot_classifier_says_of_labels_of_one_token(monkeypatch):
+    monkeypatch.setitem(PIECES, "yz", [12])
+    llama, rows, names = tiny_llama(), rows_of_lengths([4, 11]), ["x", "yz"]
+    config = SimpleNamespace(llama=llama, num_labels=2)
+    wanted = scores(LlamaZeroShotClassifier(config, Pieces(), names).eval(), rows, 2).log_softmax(-1)
+    torch.testing.assert_close(scores(answering(llama), rows, 2), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+def test_answering_trains_the_models_weights_and_no_others(option):
+    llama = tiny_llama()
+    own = {f"llama.{name}" for name, _ in llama.named_parameters()}
+    model = answering(llama)
+    assert {name for name, _ in model.named_parameters()} == own == set(model.state_dict()) - {"llama.output.weight"}
+    if option == "lora":
+        apply_lora(model, 2, 4.0)
+    model(torch.randint(4, 64, (3, 6)))[:, 0].sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == ({name for name, _ in model.named_parameters() if "lora_" in name} if option == "lora" else own)
+
+
+def test_labels_that_begin_alike_have_no_words_to_answer_with():
+    message = "the labels 'yx' and 'yz' begin with the same token, '<11>', .*give other --label_words, or --head linear"
+    with pytest.raises(ValueError, match=message):
+        answering(tiny_llama(), names=("x", "yx", "yz"))
+
+
+@pytest.mark.parametrize("classifier", [embedding, answering])
+def test_dropout_acts_in_training_only(classifier):
+    model = classifier(tiny_llama())
     ids = torch.randint(4, 64, (3, 6))
     assert torch.equal(model(ids), model(ids))
     model.train()

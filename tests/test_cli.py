@@ -18,9 +18,14 @@ import torch
 
 import evaluation
 import tasks
+import training
+from adapters import read_adapter
 from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, tiny_llama
+from llama import load_pretrained
+from lora import lora_layers
 from run_llama import main
+from smart import Smart
 
 OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
 BEFORE = "from an earlier run\n"
@@ -157,6 +162,7 @@ BAD = [
             ("--batch_size", "prompt", ("0", "-3", "2.5")),
             ("--lora_rank", "lora", ("0", "-1")),
             ("--lora_alpha", "lora", ("0", "-1")),
+            ("--lora_plus", "lora", ("0", "-16", "inf")),
             ("--epochs", "finetune", ("0", "-1", "x")),
             ("--lr", "finetune", ("0", "-0.001", "nan", "inf")),
             ("--hidden_dropout_prob", "finetune", ("1", "-0.1")),
@@ -167,6 +173,17 @@ BAD = [
     ),
     ("an unknown option", "guess", [], None, "invalid choice: 'guess'"),
     ("an unknown flag", "generate", ["--temprature", "1"], None, "--temprature"),
+    ("an unknown target", "lora", ["--lora_targets", "q_proj"], None, "--lora_targets: invalid choice: 'q_proj'"),
+    ("no target", "lora", ["--lora_targets"], None, "argument --lora_targets: expected at least one argument"),
+    *(
+        (f"{flags[0]} without LoRA", option, flags, None, f"{flags[0]} belongs to --option lora; leave it out")
+        for option, *flags in (
+            ("finetune", "--dora"),
+            ("generate", "--rslora"),
+            ("prompt", "--lora_plus", "16"),
+            ("finetune", "--lora_targets", "all"),
+        )
+    ),
     ("an unknown dtype", "generate", ["--dtype", "int8"], None, "invalid choice: 'int8'"),
     ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
     ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
@@ -174,8 +191,58 @@ BAD = [
     ("a file for a run", "lora", ["--run_dir", "train.txt"], None, "train.txt is a file; --run_dir takes a folder"),
     ("shards in fp16", "lora", ["--fsdp", "--dtype", "fp16"], None, "--fsdp does not go with --dtype fp16"),
     ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),
+    ("a regularizer of shards", "lora", ["--smart", "1", "--fsdp"], None, "--smart does not go with --fsdp"),
+    ("a regularizer compiled", "finetune", ["--r_drop", "1", "--compile"], None, "--r_drop does not go with --compile"),
+    ("a regularizer of nothing", "prompt", ["--bregman", "1"], None, "--bregman belongs to --option finetune, lora"),
+    (
+        "two masks of no dropout",
+        "finetune",
+        ["--r_drop", "1", "--dropout", "0", "--hidden_dropout_prob", "0"],
+        None,
+        "--r_drop compares two dropout masks",
+    ),
+    ("a template without a sentence", "prompt", ["--template", "It was"], None, "must have {sentence} once"),
+    ("a template of two", "prompt", ["--template", "{sentence} {sentence}"], None, "must have {sentence} once"),
+    (
+        "a template with a slip",
+        "prompt",
+        ["--template", "{sentence} {label}"],
+        None,
+        "--template has {label}; it takes",
+    ),
+    ("a template too long", "prompt", ["--template", "{sentence}" + " so" * 99], None, "no room for a sentence"),
+    ("one label word", "prompt", ["--label_words", "good"], None, "argument --label_words: 'good' is not allowed"),
+    ("an empty label word", "prompt", ["--label_words", "good,,bad"], None, "'good,,bad' is not allowed"),
+    ("a label word twice", "prompt", ["--label_words", "good, good"], None, "'good, good' is not allowed"),
+    (
+        "words for other classes",
+        "prompt",
+        ["--label_words", "a,b,c"],
+        None,
+        "has 3 words, names.json 2 classes (bad, g",
+    ),
+    ("no such calibration", "prompt", ["--calibrate", "yes"], None, "invalid choice: 'yes'"),
+    (
+        "calibrated padding",
+        "prompt",
+        ["--calibrate", "pmi", "--pooling", "last_column"],
+        None,
+        "leave out --calibrate pmi, or --pooling",
+    ),
+    *(
+        (f"{flag} of {option}", option, [flag, value, *more], None, f"{flag} belongs to --option prompt{also}; leave")
+        for option in ("finetune", "generate")
+        for flag, value, also, more in (
+            ("--calibrate", "pmi", "", ["--head", "prompt"]),
+            ("--template", "{sentence} so", " and to --head prompt of finetune and lora", []),
+            ("--label_words", "a,b", " and to --head prompt of finetune and lora", []),
+        )
+    ),
+    ("a fold of no file", "prompt", ["--dev", "#fold=3"], None, "'#fold=3' names no file and fold"),
+    ("a fold of a text file", "prompt", ["--dev", "dev.txt#fold=3"], None, "dev.txt has no column beside label and"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
+    ("labels that begin alike", "lora", ["--head", "prompt"], text("names.json", '["awful", "average"]'), "same token"),
     ("one file for both", "prompt", ["--test_out", "./dev-prompting-output.txt"], None, "test-prompting-output.txt"),
     *(
         (f"{option} {flag} {name}", option, [flag, name], None, f"{flag} is {name}; for --option {option}")
@@ -288,6 +355,8 @@ def test_an_option_prints_scores_and_writes_predictions(command, option, pooling
     best = {"prompt": set(), "finetune": {"finetune-1-0.001.pt"}, "lora": {"lora-1-0.001.pt"}}[option]
     assert code == 0 and set(command.files()) - before == set(outputs(option)) | best
     scores = r"accuracy [01]\.\d{3}, macro-F1 [01]\.\d{3} \(12 rows\)"
+    if option == "prompt":
+        scores += r"; 95 % interval 0\.\d{3} to [01]\.\d{3}, chance 0\.500, commonest class 0\.500"
     assert re.fullmatch(rf"dev {scores}\ntest {scores}\n", out)
     for split, name in zip(("dev", "test"), outputs(option), strict=True):
         lines = (command.folder / name).read_text(encoding="utf-8").splitlines()
@@ -306,12 +375,77 @@ def test_fine_tuning_learns_and_predicts_with_the_best_model(command):
     assert code == 2 and "is a fine-tuned classifier" in err
 
 
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+def test_the_prompt_head_starts_as_the_zero_shot_classifier_and_learns(command, option):
+    """With steps of no size it predicts what --option prompt does, for labels of one token."""
+    text("names.json", '["in", "of"]')(command.folder)
+    assert command("prompt", "--dtype", "fp32")[0] == 0
+    zero_shot = [(command.folder / name).read_bytes() for name in outputs("prompt")]
+    assert len({line[:1] for line in zero_shot[0].splitlines()}) == 2  # it does tell rows apart
+    code, _, err = command(option, "--head", "prompt", "--lr", "1e-30", "--dtype", "fp32")
+    assert code == 0 and "beside the head" not in err
+    assert [(command.folder / name).read_bytes() for name in outputs(option)] == zero_shot
+
+    rate = "3e-3" if option == "finetune" else "0.05"
+    code, out, _ = command(option, "--head", "prompt", "--epochs", "6", "--lr", rate, "--hidden_dropout_prob", "0")
+    assert code == 0 and "dev accuracy 1.000" in out
+    saved = torch.load(command.folder / f"{option}-6-{float(rate)}.pt", weights_only=True)
+    assert saved["head"] == "prompt" and not any("classifier_head" in name for name in saved["model"])
+    assert command(option)[0] == 0
+    assert torch.load(command.folder / f"{option}-1-0.001.pt", weights_only=True)["head"] == "linear"
+
+
+def test_regularizers_are_asked_for_by_option(command, monkeypatch):
+    seen = []
+
+    def train(model, task, *more, **settings):
+        seen.append((task.smart, task.average and (task.average.weight, task.average.beta), task.r_drop))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(training, "train", train)
+    for option in ("finetune", "lora"):
+        command(option)
+        command(option, "--smart", "3", "--smart_eps", "1e-6", "--smart_step", "0.1", "--smart_noise", "1e-4")
+        command(option, "--smart", "1", "--bregman", "2", "--r_drop", "5")
+        command(option, "--bregman", "2", "--bregman_beta", "0.5")
+    wanted = [
+        (None, None, 0.0),
+        (Smart(3.0, 1e-6, 0.1, 1e-4), None, 0.0),
+        (Smart(1.0, 1e-5, 1e-3, 1e-5), (2.0, None), 5.0),
+        (None, (2.0, 0.5), 0.0),
+    ]
+    assert seen == wanted * 2
+
+
 def test_a_test_set_without_gold_labels_is_predicted_and_not_scored(command):
     path = command.folder / "test.txt"
     path.write_text(re.sub(r"^1", "0", path.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
     code, out, _ = command("prompt")
     assert code == 0 and "test has no gold labels" in out and "dev accuracy" in out
     assert len((command.folder / outputs("prompt")[1]).read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_prompts_take_a_template_words_and_calibration(command):
+    answers = {}
+    for more in ([], ["--calibrate", "pmi"], ["--calibrate", "contextual"], ["--pooling", "last_column"]):
+        code, out, err = command("prompt", "--template", "So: {sentence} It was ", "--label_words", "day, film", *more)
+        assert code == 0 and "prompt      So: {sentence} It was" in err
+        assert ("without content, of these words: day " in err) == ("--calibrate" in more)
+        answers[" ".join(more)] = out + (command.folder / outputs("prompt")[0]).read_text(encoding="utf-8")
+    assert len(set(answers.values())) > 1
+
+
+def test_tables_with_folds_and_words_for_labels_are_read_by_every_option(command):
+    lines = [f"{'neg' if i % 2 else 'pos'}\tf{i % 3}\t{'a bad film' if i % 2 else 'a good day'} {i}" for i in range(18)]
+    text("all.tsv", "\n".join(lines))(command.folder)
+    text("names.json", '{"neg": "bad", "pos": "good"}')(command.folder)
+    files = ["--train", "all.tsv#fold=f[01]", "--dev", "all.tsv#fold=f2", "--test", "all.tsv#fold=f2"]
+    for option in OPTIONS:
+        code, out, err = command(option, *files)
+        assert code == 0 and out.count("(6 rows)") == 2
+    written = (command.folder / outputs("lora")[0]).read_text(encoding="utf-8").splitlines()
+    assert [line[1:] for line in written] == [" ||| " + line.split("\t")[2] for line in lines[2::3]]
+    assert command("finetune", *files, "--dev_out", "all.tsv")[0] == 2
 
 
 def test_prompt_reads_no_training_data(command):
@@ -419,6 +553,25 @@ def test_a_run_leaves_options_metrics_log_and_checkpoints(command):
     code, _, err = command("lora", "--run_dir", "runs/a")
     assert code == 2 and "runs/a holds a run; add --resume" in err
     assert (command.folder / "lora-2-0.001.pt").read_bytes() == best
+
+
+def test_a_lora_run_of_any_kind_leaves_an_adapter_that_is_read_as_what_it_was(command):
+    kind = ["--rslora", "--dora", "--lora_plus", "16", "--lora_targets", "mlp", "compute_key", "--lora_rank", "3"]
+    assert command("lora", *kind)[0] == 0
+    content = torch.load(command.folder / "lora-1-0.001.pt", weights_only=True)
+    base = load_pretrained(command.folder / "model.pt")
+    adapter = read_adapter(command.folder / "lora-1-0.001.pt", base.config)
+    assert (adapter.rank, adapter.alpha, adapter.rslora, adapter.dora) == (3, 1.0, True, True)
+    assert {name.split(".")[-2] for name in adapter.state} == {"w1", "w2", "w3", "compute_key"}
+    assert len(adapter.state) == 2 * 4 * 3
+    assert all(torch.equal(tensor, content["model"][f"llama.{name}"]) for name, tensor in adapter.state.items())
+    adapter.apply(base)
+    name, layer = next(lora_layers(base))
+    magnitude = layer.original_layer.weight.norm(dim=1)
+    assert not torch.equal(layer.lora_magnitude, magnitude) and layer.lora_B.any()
+    assert layer.scaling == pytest.approx(1 / 3**0.5)
+    code, out, _ = command("generate", "--adapter", "lora-1-0.001.pt", "--temperature", "0")
+    assert code == 0 and out
 
 
 def test_a_resumed_run_needs_no_option_twice_and_ends_the_same(command, monkeypatch):

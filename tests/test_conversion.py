@@ -158,10 +158,11 @@ def test_an_adapter_is_merged_or_written_by_itself(folder, tmp_path, capsys):
     from lora import apply_lora, lora_layers, lora_state_dict, merge_lora_weights
 
     model = load_pretrained(folder / "model.safetensors")
+    torch.manual_seed(0)
     apply_lora(model, 3, 6.0)
     with torch.no_grad():
         for _, layer in lora_layers(model):
-            layer.lora_B.normal_()
+            layer.lora_B.normal_(std=0.5)
     (tmp_path / "adapter").mkdir()
     write_peft(tmp_path / "adapter", Adapter(lora_state_dict(model), 3, 6.0, {}), model.config, "base")
     adapter = ["--adapter", str(tmp_path / "adapter")]
@@ -174,6 +175,10 @@ def test_an_adapter_is_merged_or_written_by_itself(folder, tmp_path, capsys):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         old, new = ((tmp_path / at / name).read_bytes() for at in ("adapter", "again"))
         assert old == new or name.endswith("json")
+    assert convert(folder, "adapter", tmp_path / "ours.pt", *adapter) == 0
+    alone = ["--adapter", str(tmp_path / "ours.pt")]
+    assert convert(folder, "safetensors", tmp_path / "too.safetensors", *alone, "--out_dtype", "fp32") == 0
+    assert (tmp_path / "too.safetensors").read_bytes() == (tmp_path / "merged.safetensors").read_bytes()
     assert convert(folder, "peft", tmp_path / "without") == 2
     assert "--to peft writes an adapter; say which with --adapter" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,22 +11,25 @@ from dataset import (
     NO_TARGET,
     Example,
     Row,
-    answer_ids,
     by_length,
+    class_names,
     cut_in_batches,
     has_gold_labels,
     missing_classes,
     pack,
     pad,
+    prompt_parts,
     prompt_question,
     read_examples,
     read_label_names,
+    read_labels,
     read_rows,
     shared_rows,
     shuffled_batches,
     to_batch,
     tokenize_examples,
     tokenize_rows,
+    word_ids,
     write_predictions,
 )
 from tokenizer import Tokenizer
@@ -72,13 +76,17 @@ def test_the_courses_sentences_have_the_published_lengths(asset, llama_tokenizer
 
 
 @pytest.mark.parametrize("corpus", ["sst", "cfimdb"])
-def test_sentence_and_question_tokenized_apart_are_the_same_ids_as_together(asset, llama_tokenizer, corpus):
+@pytest.mark.parametrize("context", [1024, 45])
+def test_the_courses_question_is_the_same_ids_behind_any_sentence(asset, llama_tokenizer, corpus, context):
     rows = read_rows(asset(f"course/data/{corpus}-dev.txt"), NAMES[corpus])
     question = prompt_question(NAMES[corpus])
     for asked in (question, question.rstrip()):
-        done, _ = tokenize_rows(rows, llama_tokenizer, 1024, question=asked)
+        tail = llama_tokenizer.encode(asked.lstrip(), bos=False, eos=False)
+        done, cut = tokenize_rows(rows, llama_tokenizer, context, question=asked)
+        assert (cut > 100) == (context == 45)
         for row in done:
-            assert list(row.ids) == llama_tokenizer.encode(row.sentence + asked, bos=True, eos=False)
+            sentence = llama_tokenizer.encode(row.sentence, bos=True, eos=False)
+            assert list(row.ids) == sentence[: context - len(tail)] + tail
 
 
 def test_the_question_is_the_courses_word_for_word(llama_tokenizer):
@@ -199,6 +207,130 @@ def test_label_names_are_a_list_of_distinct_names(tmp_path, content, message):
     assert read_label_names(path) == SST
 
 
+# Other files, other labels
+
+
+def named(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return path
+
+
+def mapping(tmp_path, content):
+    return read_labels(named(tmp_path, "mapping.json", content if isinstance(content, str) else json.dumps(content)))
+
+
+def test_ag_news_is_read_as_it_is_published(asset):
+    """Against another way to take it apart: in this file each record is one line, and all its fields are quoted."""
+    path = asset("agnews/test.csv")
+    names = asset("agnews/classes.txt").read_text(encoding="utf-8").split("\n")[:4]
+    labels = read_labels(ROOT / "data" / "agnews-label-mapping.json")
+    assert class_names(labels) == names
+    rows = read_rows(path, labels)
+    assert Counter(row.label for row in rows) == dict.fromkeys(range(4), 1900)
+    for row, line in zip(rows, path.read_text(encoding="utf-8").split("\n"), strict=False):
+        label, title, description = line.removeprefix('"').removesuffix('"').split('","')
+        text = f"{title.strip()} {description.strip()}".replace('""', '"').replace("\\", " ").strip()
+        assert (row.label, row.sentence) == (int(label) - 1, text)
+
+
+def test_the_text_of_a_tab_separated_file_is_its_longest_column(asset):
+    ag_news = read_labels(ROOT / "data" / "agnews-label-mapping.json")
+    path = asset("agnews/train_subset.tsv")
+    assert len(read_rows(path, ag_news)) == 8690
+    balanced = read_rows(f"{path}#fold=lst*", ag_news)
+    assert len(balanced) == 4925 and max(Counter(row.label for row in balanced).values()) < 1260
+    assert balanced[0].sentence.startswith("BEA buzzing") and balanced[0].sentence.endswith("by Eclipse.")
+    for name, count in (("product_reviews_sentences", 3734), ("subjectivity_10000", 10000)):
+        rows = read_rows(asset(f"reviews/{name}.tsv"), CFIMDB)
+        assert len(rows) == count and {row.label for row in rows} == {0, 1}
+
+
+def test_folds_of_the_film_reviews(asset):
+    path = asset("reviews/movie_reviews_2000.tsv")
+    folds = [read_rows(f"{path}#fold=cv{n}*", CFIMDB) for n in ("9", "[0-8]", "")]
+    assert [len(rows) for rows in folds] == [200, 1800, 2000]
+    assert all(Counter(row.label for row in rows) == dict.fromkeys((0, 1), len(rows) // 2) for rows in folds)
+    wanted = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line[1:].startswith("\tcv9")]
+    assert [(row.label, row.sentence) for row in folds[0]] == [(int(label), text) for label, _, text in wanted]
+    assert folds[2] == read_rows(path, CFIMDB)
+
+
+@pytest.mark.parametrize("split, count", [("train", 6920), ("dev", 872), ("test", 1821)])
+def test_two_classes_made_of_five_are_the_published_sst_2(asset, split, count):
+    path = asset(f"course/data/sst-{split}.txt")
+    rows = read_rows(path, read_labels(ROOT / "data" / "sst-binary-label-mapping.json"))
+    assert len(rows) == count
+    assert [row for row in read_rows(path, SST) if row.label == 3][0].sentence in {r.sentence for r in rows if r.label}
+
+
+def test_class_ids_go_by_first_mention_and_null_leaves_rows_out(tmp_path):
+    labels = mapping(tmp_path, {"pos": "good", "meh": None, "neg": "bad", "very neg": "bad"})
+    assert class_names(labels) == read_label_names(tmp_path / "mapping.json") == ["good", "bad"]
+    path = named(tmp_path, "a.tsv", "neg\tone\nmeh\ttwo\npos\tthree\nvery neg\tfour\n")
+    assert read_rows(path, labels) == [Row(1, "one"), Row(0, "three"), Row(1, "four")]
+    assert mapping(tmp_path, ["bad", "good"]) == {"0": "bad", "1": "good"}
+    one = named(tmp_path, "b.txt", "03 ||| a\n1 ||| b")
+    assert read_rows(one, mapping(tmp_path, {"3": "x", "1": "y"})) == [Row(0, "a"), Row(1, "b")]
+    with pytest.raises(ValueError, match="b.txt: no row is left"):
+        read_rows(one, {"3": None, "1": None, "2": "x", "4": "y"})
+
+
+def test_a_csv_field_may_hold_quotes_commas_and_line_breaks(tmp_path):
+    text = b'"1","a, ""b""","c\\d\r\ne"\r\n2,f,g\n'
+    assert read_rows(named(tmp_path, "a.CSV", text), {"1": "x", "2": "y"}) == [Row(0, 'a, "b" c d e'), Row(1, "f g")]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "1,a\n2,b,c\n", "a.csv, line 2: 3 columns, not 2 as above"),
+        ("a.csv", '1,"a\nb"\n2,b\n3,c', r"a.csv, line 4: label 3 is none of 1 \(bad\), 2 \(good\)"),
+        ("a.csv", '1,a\n2,"b\n', "a.csv, line 2: no CSV"),
+        ("a.csv", '1,a\n2,"b"c\n', "a.csv, line 2: no CSV"),
+        ("a.csv", "1,a\n\n2,c\n", "a.csv, line 2: 0 columns, not 2"),
+        ("a.csv", "1 a\n", "a.csv, line 1: 1 column; a record is `label,text`"),
+        ("a.csv", "1,a\n2,\n1,x", "a.csv, line 2: the sentence is empty"),
+        ("a.csv", "", "a.csv is empty; it should be a data file of `label,text` records"),
+        ("a.tsv", "1\ta\n2 b\n", "a.tsv, line 2: 1 column, not 2 as above"),
+        ("a.tsv", "1\ta\nx\tb\n", "a.tsv, line 2: label 'x' is no whole number; it must be one of 1"),
+        ("a.tsv", "1 ||| a\n", "a.tsv, line 1: 1 column; a line is `label TAB text`"),
+        ("a.tsv#fold=1", "1\ta\n", "a.tsv has no column beside label and text; leave out #fold=1"),
+        ("a.tsv#fold=d*", "1\tc0\ta good film\n", r"a.tsv#fold=d\*: no row is left of it; its folds are such as c0"),
+        ("a.tsv#fold=", "1\ta\n", "names no file and fold"),
+        ("b.tsv#fold=1", "1\ta\n", "b.tsv: no such data file"),
+    ],
+)
+def test_a_bad_line_of_any_kind_of_file_is_named(tmp_path, name, text, message):
+    named(tmp_path, name.partition("#")[0].replace("b", "a"), text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_rows(f"{tmp_path}/{name}", {"1": "bad", "2": "good"})
+
+
+def test_a_file_may_have_a_number_sign_in_its_name(tmp_path):
+    assert read_rows(named(tmp_path, "a.tsv#fold=1", "0 ||| a"), CFIMDB) == [Row(0, "a")]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"1": "bad"}', "at least two names"),
+        ('{"1": "bad", "2": "bad", "3": null}', "at least two names"),
+        ('{"1": "bad", "2": ["good"]}', "should be a JSON list of names"),
+        ('{"1": "bad", "2": {"3": "good"}}', "or an object such as"),
+        ('{"1": "bad", "1": "good"}', "has a label twice"),
+        ('{"1": "bad", " 1": "good"}', "has a label twice"),
+        ('["bad", null, "good"]', "should be a JSON list of names"),
+        ("5", "should be a JSON list of names"),
+        ("{}", "at least two names"),
+        ("[]", "at least two names"),
+    ],
+)
+def test_a_bad_mapping_is_told(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        mapping(tmp_path, content)
+
+
 def test_training_labels_must_reach_the_last_name():
     assert missing_classes("t", [Row(0, "a"), Row(4, "b")], SST) == ["bad", "average", "good"]
     with pytest.raises(ValueError, match="t has the labels 0, 1, but --label-names has 5 names"):
@@ -230,6 +362,64 @@ def test_a_row_too_long_loses_the_end_of_its_sentence_only(llama_tokenizer):
         tokenize_rows(rows, llama_tokenizer, 8, question=question)
 
 
+TEMPLATES = [
+    "{sentence} All in all, it was",
+    "Review: {sentence} It was",
+    'They wrote "{sentence}" and meant',
+    "{sentence}\nSentiment:",
+    "A review\n\n{sentence}\n\nIs it {labels}?",
+    "{sentence}",
+    "{sentence}, so",
+    "({sentence}) is {labels}:",
+]
+
+
+TOKENIZERS = ["course/tokenizer.model", "tokenizers/gpt2_encoder.json", "bundled"]
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_tokenizer(request, asset):
+    if "gpt2" in request.param:
+        pytest.importorskip("tiktoken", reason="needs tiktoken: pip install tiktoken")
+    path = ROOT / "data" / "mini-llama.model" if request.param == "bundled" else asset(request.param)
+    return Tokenizer(tokenizer_model=path)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_is_tokenized_as_one_text_and_never_loses_a_part_of_the_template(any_tokenizer, template):
+    def encode(text):
+        return any_tokenizer.encode(text, bos=False, eos=False)
+
+    before, behind = prompt_parts(template, SST)
+    rows = [Row(0, "It's"), Row(1, "a fine, fine film about films and more " * 9 + "films.")]
+    whole, cut = tokenize_rows(rows, any_tokenizer, 1000, before=before, question=behind)
+    assert cut == 0 and [list(row.ids[1:]) for row in whole] == [encode(before + row.sentence + behind) for row in rows]
+    done, cut = tokenize_rows(rows, any_tokenizer, 50, before=before, question=behind)
+    assert cut == 1 and done[0] == whole[0] and len(done[1].ids) == 50
+    text = any_tokenizer.decode(done[1].ids[1:])
+    assert text.startswith(before + "a fine, fine film") and text.endswith(behind)
+    few, _ = tokenize_rows(rows, any_tokenizer, 1000, before=before, question=behind, max_sentence_len=4)
+    text = any_tokenizer.decode(few[1].ids[1:])
+    assert text.startswith(before + "a") and text.endswith(behind) and len(text) < len(before + behind) + 30
+
+
+def test_an_empty_sentence_leaves_no_second_space(llama_tokenizer):
+    for before, behind, text in (
+        ("", " It was", "It was"),
+        ("Review: ", " It was", "Review: It was"),
+        ('"', '" is', '"" is'),
+    ):
+        ((row,), _) = tokenize_rows([Row(0, "")], llama_tokenizer, 50, before=before, question=behind)
+        assert list(row.ids) == llama_tokenizer.encode(text, bos=True, eos=False)
+
+
+def test_a_word_is_tokenized_as_it_follows_another(any_tokenizer):
+    for text in ("good", "not so good", "Sci/Tech"):
+        whole = any_tokenizer.encode(f"This movie is {text}", bos=False, eos=False)
+        before = any_tokenizer.encode("This movie is", bos=False, eos=False)
+        assert before + word_ids(any_tokenizer, text) == whole
+
+
 def test_max_sentence_len_cuts_the_sentence_before_anything_is_added(llama_tokenizer):
     rows = [Row(0, "one good film after another good film")]
     ids = tuple(llama_tokenizer.encode(rows[0].sentence, bos=False, eos=False))
@@ -247,7 +437,7 @@ def test_each_row_is_tokenized_once(llama_tokenizer):
 
     rows = [Row(0, "a"), Row(1, "b"), Row(1, "a")]
     tokenize_rows(rows, Counting(), 50, question=" question")
-    assert sorted(Counting.texts) == ["a", "a", "b", "question"]
+    assert sorted(Counting.texts) == ["a question", "a question", "b question"]
 
 
 # Batches
@@ -335,15 +525,6 @@ def test_examples_are_read_whatever_else_is_in_a_line(tmp_path):
     assert read_examples(path) == [Example('Who\u2028 is "he"? ', "Zo\u00eb"), Example("a", "b")]
 
 
-@pytest.fixture(scope="module", params=["course/tokenizer.model", "stories260K/tok512.model", "bundled", "gpt2"])
-def any_tokenizer(request, asset):
-    if request.param == "gpt2":
-        pytest.importorskip("tiktoken")
-        return Tokenizer(tokenizer_model=asset("tokenizers/gpt2_encoder.json"))
-    bundled = ROOT / "data" / "mini-llama.model"
-    return Tokenizer(tokenizer_model=bundled if request.param == "bundled" else asset(request.param))
-
-
 PAIRS = [
     ("Where was it?", "under the bed"),
     ("The colour is", "red"),
@@ -352,6 +533,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize("any_tokenizer", [*TOKENIZERS, "stories260K/tok512.model"], indirect=True)
 @pytest.mark.parametrize("prompt, answer", PAIRS)
 def test_prompt_and_answer_are_the_pieces_of_the_text_that_they_make(any_tokenizer, prompt, answer):
     """The prompt's are those of the prompt alone, so that it looks the same when it is to be answered."""
@@ -360,7 +542,7 @@ def test_prompt_and_answer_are_the_pieces_of_the_text_that_they_make(any_tokeniz
     assert list(found.ids) == whole and cut == 0
     assert list(found.prompt_ids) == any_tokenizer.encode(prompt, bos=True, eos=False)
     assert found.targets == len(whole) - len(found.prompt_ids)
-    assert any_tokenizer.decode(answer_ids(any_tokenizer, answer)).strip() == answer
+    assert any_tokenizer.decode(word_ids(any_tokenizer, answer)).strip() == answer
 
 
 def test_a_prompt_loses_its_beginning_where_the_answer_needs_the_room(llama_tokenizer):

@@ -59,12 +59,12 @@ def metrics(folder, run):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-def assert_equals_the_run_alone(folder, run):
-    wanted, got = metrics(folder, "alone"), metrics(folder, run)
+def assert_equals_the_run_alone(folder, run, alone="alone"):
+    wanted, got = metrics(folder, alone), metrics(folder, run)
     assert len(got) == len(wanted) == 3 * 4 + 3
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
-    weights, reference = (torch.load(folder / r / "best.pt", weights_only=True)["model"] for r in (run, "alone"))
+    weights, reference = (torch.load(folder / r / "best.pt", weights_only=True)["model"] for r in (run, alone))
     assert weights.keys() == reference.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, reference[name], atol=1e-4, rtol=1e-4)
@@ -90,6 +90,18 @@ def test_two_processes_equal_one_through_a_stop_and_a_resumption(folder, more):
     assert_equals_the_run_alone(folder, run)
     for name in OUTPUTS:
         assert len((folder / name).read_text(encoding="utf-8").splitlines()) == 13
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_regularizers(folder):
+    """SMART's noise is each process's own; it changes the term by less than the tolerance."""
+    more = ["--smart", "1", "--bregman", "5", "--bregman_beta", "0.5"]
+    for run, processes in (("regularized", 1), ("two regularized", 2)):
+        process = start(folder, run, "--micro_batch_size", "2", *more, processes=processes)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert metrics(folder, "regularized")[3]["loss"] > metrics(folder, "alone")[3]["loss"] + 1e-4
+    assert_equals_the_run_alone(folder, "two regularized", "regularized")
 
 
 def test_a_run_goes_on_with_as_many_processes_as_before(folder):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
@@ -18,11 +19,13 @@ from evaluation import (
     answer_scores,
     describe,
     describe_answers,
+    describe_chance,
     describe_classes,
     evaluate,
     exact_match,
     score_documents,
     token_f1,
+    wilson_interval,
 )
 from test_training import Bag, some_rows
 
@@ -68,6 +71,19 @@ def test_classes_are_told_with_a_confusion_matrix():
     text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833), rows, ["bad", "good", "none"])
     assert "precision" in text and text.endswith("1  1  0   bad\n1  2  0   good\n0  0  0   none")
     assert describe_classes(Evaluation([0], None, None), [Row(0, "", (1,))], ["bad", "good"]) == ""
+
+
+@pytest.mark.parametrize("right, count", [(0, 1), (1, 1), (0, 12), (12, 12), (7, 12), (242, 1101), (146, 245)])
+def test_the_interval_is_wilsons(right, count):
+    wanted = binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
+    assert wilson_interval(right, count) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+
+
+def test_accuracy_is_held_against_chance_and_the_commonest_class():
+    rows = [Row(label, "", (1,)) for label in (0, 2, 2, 2, 2)]
+    text = describe_chance(Evaluation([0, 1, 1, 1, 2], 0.4, 0.5), rows, 4)
+    assert text == "95 % interval 0.118 to 0.769, chance 0.250, commonest class 0.800"
+    assert describe_chance(Evaluation([0], None, None), rows[:1], 4) == ""
 
 
 def test_scores_that_are_no_numbers_are_refused():

@@ -122,7 +122,9 @@ def test_the_best_is_kept_by_f1_or_where_nothing_is_answered_by_the_loss(command
     assert saved["scores"][name] == best(values)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_rank", "2"]], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize(
+    "more", [[], ["--lora_rank", "2"], ["--lora_rank", "2", "--dora"]], ids=["all weights", "LoRA", "DoRA"]
+)
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(command, monkeypatch, more):
     more = [*more, "--save_every", "2", "--lr", "0.01"]
     assert command.sft(*more, out="whole.safetensors", run_dir="whole")[0] == 0
@@ -164,16 +166,37 @@ def test_micro_batches_and_windows_take_the_same_steps(command):
         assert losses == pytest.approx(wanted, rel=1e-4) and len(losses) == 10
 
 
-def test_lora_trains_its_matrices_alone_and_is_merged_in_at_the_end(command):
-    code, _, err = command.sft("--lora_rank", "2", "--lora_alpha", "4", "--lr", "0.05")
-    assert code == 0 and "LoRA        896 of" in err, err
+ATTENTION = {"compute_query", "compute_key", "compute_value", "compute_output"}
+VARIANT = ["--dora", "--rslora", "--lora_plus", "16", "--lora_targets", "mlp", "compute_key"]
+
+
+@pytest.mark.parametrize("more, trained", [([], ATTENTION), (VARIANT, {"w1", "w2", "w3", "compute_key"})])
+def test_lora_trains_its_matrices_alone_and_is_merged_in_at_the_end(command, more, trained):
+    code, _, err = command.sft("--lora_rank", "2", "--lora_alpha", "4", "--lr", "0.01", *more)
+    assert code == 0 and ("LoRA        896 of" in err) == (not more), err
     before, after = (read_checkpoint(path).state for path in ("model.pt", "out.safetensors"))
     changed = {name.split(".")[-2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
-    assert changed == {"compute_query", "compute_key", "compute_value", "compute_output"}
+    assert changed == trained
+    saved = torch.load("run/best.pt", weights_only=True)["model"]
+    assert any(name.endswith("lora_magnitude") for name in saved) == ("--dora" in more)
     model = load_pretrained("model.pt")
     read_adapter(command.folder / "run/best.pt", model.config).apply(model)  # --adapter takes it, too
     remove_lora(merge_lora_weights(model))
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items() if name in after)
+
+
+def test_lora_plus_scales_the_steps_of_lora_b(command):
+    assert command.sft("--lora_rank", "2", "--lora_plus", "16", run_dir="plus")[0] == 0
+    assert command.sft("--lora_rank", "2", run_dir="plain")[0] == 0
+    losses = [[line["loss"] for line in command.metrics(name) if "loss" in line] for name in ("plus", "plain")]
+    assert losses[0][0] == losses[1][0] and losses[0][1:] != losses[1][1:]
+
+
+def test_options_may_come_from_a_file(command):
+    (command.folder / "sft.json").write_text(json.dumps({"option": "sft", "epochs": 1, "lora_rank": 2, "dora": True}))
+    assert command.sft("--config", "sft.json")[0] == 0
+    saved = json.loads((command.folder / "run" / "options.json").read_text(encoding="utf-8"))["options"]
+    assert saved["dora"] and saved["lr"] == 5e-4 and saved["epochs"] == 2  # what is typed goes before the file
 
 
 def test_without_data_the_demo_is_taken(command, monkeypatch):
@@ -245,10 +268,14 @@ BAD = [
     ("no output", ["--model_out", ""], None, "needs --model_out, the file to write"),
     ("a model for its tokenizer", ["--model_out", "out.model"], None, "its tokenizer would go"),
     ("an output that is read", ["--dev_out", "train.jsonl"], None, "train.jsonl is to be read and to be written"),
-    ("two outputs of one name", ["--test", "test.jsonl", "--dev_out", "a", "--test_out", "./a"], None, "written twice"),
-    ("an output twice", ["--dev_out", "out.safetensors"], None, "out.safetensors would be written twice"),
+    ("two outputs of one name", ["--test", "test.jsonl", "--dev_out", "a", "--test_out", "./a"], None, "are one file"),
+    ("an output twice", ["--dev_out", "out.safetensors"], None, "out.safetensors are one file"),
     ("a window too long", ["--window", "65"], None, "--window 65 is longer than the model's context of 64"),
     ("a rank too high", ["--lora_rank", "33"], None, "--lora_rank is 33; the model is 32 wide"),
+    ("a variant without LoRA", ["--dora"], None, "all weights would be trained; add --lora_rank"),
+    ("a regularizer of classes", ["--smart", "1"], None, "--smart belongs to --option finetune, lora; leave it out"),
+    ("a template", ["--template", "{sentence} So"], None, "--template belongs to --option prompt"),
+    ("8 bits", ["--quantize", "int8"], None, "--quantize is for a model that only runs; leave it out for --option sft"),
     ("a model that sees all", [], a_model(causal=False), "add --attention causal"),
     ("another vocabulary", [], a_model(vocab_size=300), "has a vocabulary of 300"),
     ("rows below none", ["--answer_rows", "-1"], None, "argument --answer_rows: '-1' is not allowed"),

@@ -21,6 +21,7 @@ from lora import (
     remove_lora,
     unmerge_lora_weights,
 )
+from options import LORA_TARGETS
 
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -38,17 +39,22 @@ class Classifier(torch.nn.Module):
 
 
 def with_random_update(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fills every lora_B, so that the adapters do something."""
+    """Fills every lora_B, and scales every magnitude, some below 0, so that the adapters do something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in lora_layers(model):
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+            if layer.lora_magnitude is not None:
+                layer.lora_magnitude.mul_(torch.rand(layer.lora_magnitude.shape, generator=generator) * 2 - 0.5)
     return model
 
 
-def adapted(rank: int = 4, alpha: float = 8.0, seed: int = 0, **changes) -> torch.nn.Module:
+def adapted(rank: int = 4, alpha: float = 8.0, seed: int = 0, **variant) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return with_random_update(apply_lora(tiny_llama(**changes), rank, alpha), seed)
+    return with_random_update(apply_lora(tiny_llama(), rank, alpha, **variant), seed)
+
+
+DORA = pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -63,11 +69,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @torch.no_grad()
+@DORA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_fresh_wrap_computes_what_the_base_computes_bit_for_bit(dtype):
+def test_a_fresh_wrap_computes_what_the_base_computes_bit_for_bit(dtype, dora):
     model = tiny_llama().to(dtype).requires_grad_(False)
     before = model(IDS, IDS)
-    apply_lora(model, 4, 8.0)
+    apply_lora(model, 4, 8.0, dora=dora)
     assert all(torch.equal(got, wanted) for got, wanted in zip(model(IDS, IDS), before, strict=True))
     assert all(layer.lora_A.abs().sum() > 0 and not layer.lora_B.any() for _, layer in lora_layers(model))
 
@@ -82,6 +89,118 @@ def test_layer_adds_alpha_over_rank_times_b_a_x():
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     wanted = x @ (base.weight + 2.0 * layer.lora_B @ layer.lora_A).T + base.bias
     torch.testing.assert_close(layer(x), wanted, atol=1e-12, rtol=0)
+
+
+def test_rank_stabilized_layers_scale_by_alpha_over_the_root_of_the_rank():
+    assert LoRALayer(torch.nn.Linear(6, 5), 16, 8.0, rslora=True).scaling == 2.0
+
+
+# DoRA
+
+
+def a_dora_layer(dtype=torch.float64, bias=True) -> LoRALayer:
+    torch.manual_seed(0)
+    layer = LoRALayer(torch.nn.Linear(6, 5, bias=bias, dtype=dtype), rank=3, alpha=6.0, dora=True)
+    torch.nn.init.normal_(layer.lora_B)
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(torch.rand(5, dtype=dtype) + 0.5)
+    return layer
+
+
+def written_out(layer: LoRALayer, x: torch.Tensor, detached: bool = True) -> torch.Tensor:
+    """m V / ||V|| x + b with V = W + scaling B A, row by row, as the paper has it (equation 5, section 4.3)."""
+    base, out = layer.original_layer, []
+    for row in range(base.out_features):
+        direction = base.weight[row] + layer.scaling * (layer.lora_B[row] @ layer.lora_A)
+        norm = (direction**2).sum().sqrt()
+        weight = layer.lora_magnitude[row] * direction / (norm.detach() if detached else norm)
+        out.append(x @ weight + (0 if base.bias is None else base.bias[row]))
+    return torch.stack(out, dim=-1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_is_the_papers_formula_with_the_norm_a_constant_in_the_gradient(bias):
+    layer = a_dora_layer(bias=bias)
+    x, weights = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    wanted_from = [x, *get_lora_optimizer_params(layer)]
+    assert len(wanted_from) == 4
+
+    def output_and_gradients(out):
+        return [out, *torch.autograd.grad((out.sin() @ weights).sum(), wanted_from)]
+
+    got = output_and_gradients(layer(x))
+    for ours, theirs in zip(got, output_and_gradients(written_out(layer, x)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    flowing = output_and_gradients(written_out(layer, x, detached=False))
+    assert (got[2] - flowing[2]).abs().max() > 0.1  # so that the test would see the difference
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_with_dora_is_pefts(dtype, use_rslora):
+    """Outputs, gradients and weights over ten steps of the same optimizer."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+
+    def base():
+        torch.manual_seed(1)
+        layers = torch.nn.Linear(6, 8, dtype=dtype), torch.nn.Tanh(), torch.nn.Linear(8, 3, bias=False, dtype=dtype)
+        return torch.nn.Sequential(*layers)
+
+    settings = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], use_dora=True, use_rslora=use_rslora)
+    theirs = peft.get_peft_model(base(), settings, autocast_adapter_dtype=False)
+    ours = apply_lora(base(), 4, 6.0, targets=("0", "2"), rslora=use_rslora, dora=True)
+    pairs = []
+    for name, layer in lora_layers(ours):
+        other = theirs.base_model.model.get_submodule(name)
+        pairs += [(layer.lora_A, other.lora_A["default"].weight), (layer.lora_B, other.lora_B["default"].weight)]
+        pairs.append((layer.lora_magnitude, other.lora_magnitude_vector["default"].weight))
+        with torch.no_grad():
+            layer.lora_A.copy_(other.lora_A["default"].weight)
+    x, y = torch.randn(16, 6, dtype=dtype), torch.randn(16, 3, dtype=dtype)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (ours, theirs)]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    start = [mine.detach().clone() for mine, _ in pairs]
+    for _ in range(10):
+        outputs = [model(x) for model in (ours, theirs)]
+        torch.testing.assert_close(*outputs, atol=tolerance, rtol=0)
+        for out, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            (out - y).square().mean().backward()
+        for mine, other in pairs:
+            torch.testing.assert_close(mine.grad, other.grad, atol=tolerance, rtol=0)
+        for optimizer in optimizers:
+            optimizer.step()
+    for (mine, other), before in zip(pairs, start, strict=True):
+        torch.testing.assert_close(mine, other, atol=tolerance, rtol=0)
+        assert (mine - before).abs().max() > 0.01
+
+
+def test_a_row_of_zeros_stays_finite_under_dora():
+    linear = torch.nn.Linear(6, 5)
+    with torch.no_grad():
+        linear.weight[2] = 0
+    x = torch.randn(3, 6)
+    before = linear(x)
+    layer = LoRALayer(linear, dora=True)
+    out = layer(x)
+    torch.testing.assert_close(out, before, rtol=0, atol=0)
+    out.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in get_lora_optimizer_params(layer))
+    layer.merge()
+    assert linear.weight.isfinite().all()
+
+
+def test_doras_norms_are_of_full_precision_under_autocast():
+    layer, x = a_dora_layer(torch.float32), torch.randn(3, 6)
+    norms = (layer.original_layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).norm(dim=1)
+    wanted = written_out(layer, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer._row_norms(), norms, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(layer(x).float(), wanted, atol=0.1, rtol=0.03)
+
+
+# What is trained
 
 
 def test_layer_freezes_what_it_wraps():
@@ -136,11 +255,20 @@ def test_gradient_reaches_only_adapters_and_head():
     assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_optimizer_params_are_every_a_and_b_once():
-    model = apply_lora(tiny_llama())
-    wanted = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+@DORA
+def test_optimizer_params_are_every_part_of_an_adapter_once(dora):
+    model = apply_lora(tiny_llama(), dora=dora)
+    wanted = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B", "lora_magnitude"))}
     got = get_lora_optimizer_params(model)
-    assert len(got) == 16 and {id(parameter) for parameter in got} == wanted
+    assert len(got) == 8 * (3 if dora else 2) and {id(parameter) for parameter in got} == wanted
+    assert count_lora_parameters(model)[0] == sum(parameter.numel() for parameter in got)
+
+
+def test_the_targets_of_the_command_line_are_the_linears_of_a_layer():
+    layer = tiny_llama().layers[0]
+    names = [n.rpartition(".")[2] for n, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert LORA_TARGETS["all"] == tuple(names) and LORA_TARGETS["attention"] == ATTENTION_PROJECTIONS
+    assert set(LORA_TARGETS["all"]) == set(LORA_TARGETS["attention"]) | set(LORA_TARGETS["mlp"])
 
 
 def test_works_on_any_module_with_named_linears():
@@ -224,8 +352,9 @@ def test_counts_of_a_model_without_parameters_are_zero():
 # Merging
 
 
-def test_merged_equals_unmerged_forward():
-    model = adapted()
+@DORA
+def test_merged_equals_unmerged_forward(dora):
+    model = adapted(dora=dora)
     logits, hidden = model(IDS, IDS)
     base = tiny_llama()(IDS, IDS)[1]
     assert (hidden - base).abs().max() > 0.1
@@ -245,8 +374,9 @@ def test_merged_weight_is_the_float64_sum_cast_once():
     assert all(torch.equal(layer.original_layer.weight, wanted[name]) for name, layer in layers.items())
 
 
-def test_merging_and_unmerging_twice_is_merging_and_unmerging_once():
-    model = adapted()
+@DORA
+def test_merging_and_unmerging_twice_is_merging_and_unmerging_once(dora):
+    model = adapted(dora=dora)
     before = snapshot(model)
     merged = snapshot(merge_lora_weights(model))
     assert same(snapshot(merge_lora_weights(model)), merged) and not same(merged, before)
@@ -258,10 +388,11 @@ def test_merging_and_unmerging_twice_is_merging_and_unmerging_once():
     assert same(snapshot(merge_lora_weights(model)), merged)
 
 
+@DORA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerging_is_exact_however_often(dtype):
+def test_unmerging_is_exact_however_often(dtype, dora):
     torch.manual_seed(0)
-    model = with_random_update(apply_lora(tiny_llama().to(dtype), 4, 30.0))
+    model = with_random_update(apply_lora(tiny_llama().to(dtype), 4, 30.0, dora=dora))
     before, logits = snapshot(model), model(IDS)[0]
     for _ in range(3):
         unmerge_lora_weights(merge_lora_weights(model))
@@ -298,9 +429,10 @@ def test_changing_the_mode_merges_nothing(mode):
     assert same(snapshot(model.train(mode)), merged)
 
 
-def test_a_state_dict_saved_while_merged_stands_for_the_same_function():
-    model = merge_lora_weights(adapted())
-    other = apply_lora(tiny_llama(seed=5), 4, 8.0)
+@DORA
+def test_a_state_dict_saved_while_merged_stands_for_the_same_function(dora):
+    model = merge_lora_weights(adapted(dora=dora))
+    other = apply_lora(tiny_llama(seed=5), 4, 8.0, dora=dora)
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(IDS)[0], model(IDS)[0], atol=1e-5, rtol=1e-5)
 
@@ -332,13 +464,15 @@ def test_removing_gives_the_plain_keys_and_the_base_or_the_merged_weights():
 # Adapters in files
 
 
-def test_an_adapter_saved_and_loaded_gives_the_same_outputs():
-    source = adapted(seed=1)
+@DORA
+def test_an_adapter_saved_and_loaded_gives_the_same_outputs(dora):
+    source = adapted(seed=1, dora=dora)
     adapter = lora_state_dict(source)
-    assert set(adapter) == {f"{name}.{matrix}" for name, _ in lora_layers(source) for matrix in ("lora_A", "lora_B")}
+    parts = ("lora_A", "lora_B", "lora_magnitude") if dora else ("lora_A", "lora_B")
+    assert set(adapter) == {f"{name}.{part}" for name, _ in lora_layers(source) for part in parts}
     file = io.BytesIO()
     torch.save(adapter, file)
-    other = adapted(seed=2)
+    other = adapted(seed=2, dora=dora)
     assert not torch.isclose(other(IDS)[0], source(IDS)[0]).all()
     load_lora_state_dict(other, torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert torch.equal(other(IDS)[0], source(IDS)[0])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer import AdamW, decay_groups, learning_rate
+from optimizer import AdamW, decay_groups, learning_rate, set_learning_rate
 
 SHAPES = ((3, 4), (5,))
 
@@ -309,6 +309,26 @@ def test_matrices_decay_and_vectors_do_not():
         {id(model[0].bias), id(model[1].weight), id(model[1].bias)},
     ]
     assert len(decay_groups(torch.nn.LayerNorm(4).named_parameters(), 0.3)) == 1
+
+
+def test_a_group_for_each_multiplier_gets_the_learning_rate_times_it():
+    model = torch.nn.ModuleDict({"b": torch.nn.LayerNorm(4), "a": torch.nn.Linear(3, 4)})
+    groups = decay_groups(model.named_parameters(), 0.3, {"bias": 8.0, "absent": 3.0})
+    optimizer = AdamW(groups)
+    set_learning_rate(optimizer, 0.5)
+    assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [
+        (0.3, 0.5),
+        (0.0, 0.5),
+        (0.0, 4.0),
+    ]
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(model["a"].weight)],
+        [id(model["b"].weight)],
+        [id(model["b"].bias), id(model["a"].bias)],
+    ]
+    plain = AdamW(model.parameters())
+    set_learning_rate(plain, 0.5)
+    assert plain.param_groups[0]["lr"] == 0.5
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine():

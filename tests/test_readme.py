@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +19,9 @@ import environment
 import sanity_check
 import tokenizer
 from checkpoint import write_checkpoint
+from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, tiny_llama
+from llama import load_pretrained
 from options import OPTIONS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -98,21 +103,39 @@ def test_the_sanity_check_prints_what_the_readme_shows(tmp_path, monkeypatch):
     assert shape(run(["sanity_check.py"])) == shape(shown)
 
 
+def write_fine_tuned(path):
+    """What finetune leaves, of the model and the SST data in the folder, with nothing learnt."""
+    llama, names = load_pretrained("stories42M.pt"), json.loads(Path("data/sst-label-mapping.json").read_text())
+    config = SimpleNamespace(llama=llama, num_labels=len(names), hidden_dropout_prob=0.0, option="finetune")
+    options = {"pretrained_model_path": "stories42M.pt", "tokenizer": None, "max_sentence_len": None}
+    options |= {"dev": "data/sst-dev.txt", "test": "data/sst-test.txt", "pooling": "last_token"}
+    state = LlamaEmbeddingClassifier(config).state_dict()
+    write_checkpoint(
+        path, state, llama.config, kind="classifier", head="linear", label_names=names, options=options, epoch=1
+    )
+
+
 @pytest.mark.parametrize("command", [c for c in OURS if "--option" in c], ids=identifier)
 def test_each_option_runs_as_the_readme_says(course_folder, command):
     if "--tokenizer" in command and "mine.model" in command:  # which the command before makes
         shutil.copy(ROOT / "data" / "mini-llama.model", "mine.model")
+    if "--finetuned" in command:  # which a command before makes
+        write_fine_tuned(course_folder / command[command.index("--finetuned") + 1])
+    if "report" in command:  # which gathers the runs of the commands before
+        run(next(other for other in OURS if "pretrain" in other and "further.safetensors" in other))
     before = {path.name for path in course_folder.iterdir()}
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
     option = command[command.index("--option") + 1]
-    if option in ("perplexity", "tokenizer", "pretrain", "sft", "convert"):
+    if option in ("report", "perplexity", "tokenizer", "pretrain", "sft", "convert", "wise_ft"):
         wanted = {
+            "report": {"report.html"},
             "perplexity": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
             "convert": {"stories260K-hf"},
             "sft": {"answers.safetensors", "answers.model", "sft-dev-answers.jsonl", "sft-test-answers.jsonl"},
+            "wise_ft": {"wise-ft-curve.csv", "wise-ft-curve.html"},
         }
         made.discard("runs")
         assert made <= wanted[option] and (made or option == "perplexity")
@@ -145,7 +168,7 @@ def test_the_table_of_files_names_every_module_and_nothing_else():
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"data/{name}.md" for name in ("README", "MODEL_CARD"))]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/results.md"])
+@pytest.mark.parametrize("page", [*PAGES, "examples/README.md", "docs/architecture.md", "docs/results.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):

@@ -131,10 +131,13 @@ def reference_loop(model, rows, chosen):
 def a_classifier(option="finetune", dropout=0.0, seed=5, classes=3):
     torch.manual_seed(seed)
     config = SimpleNamespace(
-        llama=tiny_llama(seed=seed), num_labels=classes, hidden_dropout_prob=dropout, option=option
+        llama=tiny_llama(seed=seed),
+        num_labels=classes,
+        hidden_dropout_prob=dropout,
+        option="lora" if option == "dora" else option,
     )
     model = LlamaEmbeddingClassifier(config)
-    return apply_lora(model, 2, 4.0) if option == "lora" else model
+    return model if option == "finetune" else apply_lora(model, 2, 4.0, dora=option == "dora")
 
 
 @pytest.mark.parametrize("option", ["finetune", "lora"])
@@ -286,6 +289,34 @@ def test_the_learning_rate_follows_its_schedule(fit):
     assert rates == [learning_rate(step, 9, 0.1, "cosine", 2, 0.01) for step in range(9)]
 
 
+def test_lora_plus_moves_every_b_by_its_own_rate(fit):
+    """Against the plain formula, with an optimizer of its own for the B's."""
+    rows = some_rows(12)
+    chosen = settings(epochs=2, batch_size=4, lr=1e-3, schedule="cosine", weight_decay=0.1)
+    model, plain = a_classifier("lora"), a_classifier("lora")
+    fit(model, rows, rows, settings(**vars(chosen), lr_multipliers={"lora_B": 16.0}))
+    model.load_state_dict(torch.load(fit.run("1").last_path, weights_only=True)["model"], strict=False)
+    named = [(name, p) for name, p in plain.named_parameters() if p.requires_grad]
+    kinds = [
+        (1.0, 0.1, [p for name, p in named if not name.endswith("lora_B") and p.dim() == 2]),
+        (1.0, 0.0, [p for name, p in named if p.dim() == 1]),
+        (16.0, 0.1, [p for name, p in named if name.endswith("lora_B")]),
+    ]
+    optimizers = [(times, AdamW(p, weight_decay=decay, fused=False)) for times, decay, p in kinds]
+    step = 0
+    for epoch in (1, 2):
+        for positions in shuffled_batches(rows, 4, chosen.seed, epoch):
+            plain.zero_grad()
+            for i in positions:
+                (-plain(torch.tensor([rows[i].ids]))[0, rows[i].label] / len(positions)).backward()
+            for times, optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = times * learning_rate(step, 6, 1e-3, "cosine")
+                optimizer.step()
+            step += 1
+    for (name, got), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_label_smoothing_is_torchs():
     logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
     wanted = F.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
@@ -369,11 +400,11 @@ class Crash(Exception):
     """The power goes."""
 
 
-@pytest.mark.parametrize("option, dtype", [("finetune", torch.float32), ("lora", torch.float16)])
+@pytest.mark.parametrize("option, dtype", [("finetune", torch.float32), ("dora", torch.float16)])
 def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, monkeypatch, option, dtype):
     """Crashes at the n-th of all moments at which something is computed, written, or put in place, for many n."""
     rows = some_rows(11)
-    chosen = settings(epochs=2, save_every=2, lr=1e-3, dtype=dtype)
+    chosen = settings(epochs=2, save_every=2, lr=1e-3, dtype=dtype, lr_multipliers={"lora_B": 16.0})
     moments = {"count": 0, "crash at": 0}
 
     def may_crash(function):

@@ -1,0 +1,126 @@
+"""The table and the page that show what each token was chosen from."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from explanation import Explanation, shown
+from generation import epsilon_filter, stream, top_k_filter
+
+
+class WordTokenizer:
+    """Each word a token, and a space before it unless it is the first."""
+
+    stop_ids = (9,)
+
+    def __init__(self, words):
+        self.words = words
+
+    def decode(self, ids):
+        return " ".join(self.words[i] for i in ids)
+
+
+class Fixed:
+    """A model that gives the same logits whatever it reads."""
+
+    class config:  # noqa: N801
+        max_seq_len = 64
+
+    def __init__(self, probabilities):
+        self.logits = torch.tensor(probabilities).log()
+
+    def __call__(self, tokens, attention_mask=None):
+        return self.logits.expand(len(tokens), 1, -1), tokens
+
+
+PROBABILITIES = [0.4, 0.3, 0.2, 0.06, 0.04]
+WORDS = ["the", "a", "<b>", "'&", "rare"]
+
+
+def explained(temperature, *filters, steps=20):
+    explanation = Explanation(WordTokenizer(WORDS), [0], temperature, filters)
+    idx, generator = torch.tensor([[0]]), torch.Generator().manual_seed(0)
+    settings = {"temperature": temperature, "epsilon": 0.0, "filters": filters, "generator": generator}
+    ids = [int(chosen) for chosen in stream(Fixed(PROBABILITIES), idx, steps, watch=explanation.watch, **settings)]
+    return explanation, ids
+
+
+def test_each_step_tells_what_was_kept_and_what_was_cut():
+    explanation, ids = explained(1.0, partial(epsilon_filter, epsilon=0.05), partial(top_k_filter, k=3))
+    assert len(explanation.steps) == len(ids) == 20 and len(set(ids)) == 3
+    for step, token in zip(explanation.steps, ids, strict=True):
+        assert step.chosen.text == f" {WORDS[token]}"
+        assert [one.text for one in step.kept] == [" the", " a", " <b>"] and step.kept_count == 3
+        assert [one.text for one in step.cut] == [" '&", " rare"] and step.cut_count == 2
+        assert step.cut_mass == pytest.approx(0.1)
+        assert [one.before for one in step.kept] == pytest.approx([0.4, 0.3, 0.2])
+        assert [one.after for one in step.kept] == pytest.approx([4 / 9, 3 / 9, 2 / 9])
+        assert [one.after for one in step.cut] == [0, 0]
+
+
+def test_probabilities_are_those_at_the_temperature():
+    step = explained(0.5)[0].steps[0]
+    assert step.kept[0].before == pytest.approx(0.16 / sum(p * p for p in PROBABILITIES))
+    assert step.kept[0].before == step.kept[0].after and step.cut_count == 0
+
+
+def test_at_temperature_0_the_likeliest_alone_is_kept():
+    explanation, ids = explained(0.0)
+    step = explanation.steps[0]
+    assert set(ids) == {0} and step.kept_count == 1 and step.cut_count == 4
+    assert (step.chosen.before, step.chosen.after) == (pytest.approx(0.4), 1.0)
+
+
+def test_watching_changes_no_draw():
+    ids = explained(1.0, partial(top_k_filter, k=3))[1]
+    settings = {"epsilon": 0.0, "filters": [partial(top_k_filter, k=3)], "generator": torch.Generator().manual_seed(0)}
+    assert ids == [int(chosen) for chosen in stream(Fixed(PROBABILITIES), torch.tensor([[0]]), 20, **settings)]
+
+
+def test_the_table_has_a_line_for_each_token():
+    explanation, _ = explained(1.0, partial(top_k_filter, k=3), steps=4)
+    head, *lines = explanation.table().splitlines()
+    assert head.startswith("token") and len(lines) == 4
+    for line, step in zip(lines, explanation.steps, strict=True):
+        assert line.startswith(shown(step.chosen)) and f"{step.chosen.after:7.3f}" in line
+        assert line.endswith("| 2 with 0.100: ␣'& 0.060, ␣rare 0.040")
+
+
+class Reading(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "html"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "html":
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone_and_shows_texts_as_they_are():
+    explanation, _ = explained(1.0, partial(top_k_filter, k=3))
+    page = Reading()
+    page.feed(explanation.page())
+    assert page.open == [] and "Temperature 1, top-k 3." in page.text
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert "␣<b>" in page.text and "␣'&" in page.text
+    widths = [float(made["style"][6:-1]) for tag, made in page.tags if tag == "u"]
+    assert len(widths) == 20 * 5 and math.fsum(widths) == pytest.approx(20 * 100, abs=1)
+
+
+def test_spaces_and_line_ends_are_made_visible():
+    explanation = Explanation(WordTokenizer(["a", "\n"]), [0], 1.0, [])
+    explanation.watch(torch.tensor([[0.0, 5.0]]), torch.tensor([1]))
+    assert shown(explanation.steps[0].chosen) == "␣⏎"

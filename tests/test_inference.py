@@ -1,0 +1,144 @@
+"""The model for running only against the readable one: in every convention, with and without a cache, ragged, int8."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from generation import beam_search, generate, lookup_decoding
+from inference import (
+    InferenceLlama,
+    dense_product,
+    int8_product,
+    int8_weights,
+    packed_product,
+    product_of,
+)
+
+IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(3, 9, dtype=torch.bool)
+MASK[0, :4] = MASK[1, :1] = False
+CONVENTIONS = [
+    {"causal": causal, "norm": norm, "n_kv_heads": heads, "tie_embeddings": tied}
+    for causal, norm, heads, tied in (
+        (True, "rmsnorm", 2, True),
+        (True, "layernorm", 4, False),
+        (False, "layernorm", 1, True),
+        (False, "rmsnorm", 4, False),
+    )
+]
+
+
+def both(**changes):
+    model = tiny_llama(**changes)
+    return model, InferenceLlama(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("changes", CONVENTIONS, ids=str)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "ragged"])
+@torch.no_grad()
+def test_it_computes_what_the_readable_model_does(changes, mask):
+    model, fast = both(**changes)
+    for targets in (None, IDS):
+        for ours, wanted in zip(fast(IDS, targets, mask), model(IDS, targets, mask), strict=True):
+            real = slice(None) if mask is None or wanted.shape[1] == 1 else mask
+            torch.testing.assert_close(ours[real], wanted[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(9,), (1, 8), (4, 3, 2), (1,) * 9])
+@pytest.mark.parametrize("ragged", [False, True])
+@torch.no_grad()
+def test_however_a_text_is_cut_the_cache_changes_nothing(cuts, ragged):
+    model, fast = both(causal=True)
+    mask = MASK if ragged else None
+    wanted = model(IDS, IDS, mask)[0]
+    cache, start, found = fast.new_cache(), 0, []
+    for size in cuts:
+        part = slice(start, start + size)
+        found.append(fast(IDS[:, part], IDS, None if mask is None else mask[:, part], cache=cache)[0])
+        start += size
+    real = MASK if ragged else slice(None)
+    torch.testing.assert_close(torch.cat(found, 1)[real], wanted[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_it_generates_the_same_tokens_past_the_context_too(causal):
+    model, fast = both(causal=causal, max_seq_len=12)
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "epsilon": 0.01}, {"attention_mask": MASK}):
+        drawn = [
+            generate(one, IDS, 10, generator=torch.Generator().manual_seed(1), **settings) for one in (model, fast)
+        ]
+        assert drawn[0].equal(drawn[1])
+    if causal:
+        assert beam_search(model, IDS[:1], 8)[0].equal(beam_search(fast, IDS[:1], 8)[0])
+        assert lookup_decoding(model, IDS[:1], 8).equal(lookup_decoding(fast, IDS[:1], 8))
+
+
+def test_the_weights_are_taken_over():
+    model = tiny_llama(causal=True)
+    InferenceLlama(model)
+    assert len(model.layers) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 40])
+@pytest.mark.parametrize("make", [dense_product, packed_product])
+def test_a_product_is_that_of_the_formula(make, rows, dtype):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 32).to(dtype), torch.randn(1, rows, 32)
+    wanted = x.to(dtype).double() @ weight.double().T
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2  # the sum is rounded to bfloat16
+    torch.testing.assert_close(make(weight)(x).double(), wanted, atol=tolerance, rtol=tolerance)
+    assert make(weight)(x).shape == (1, rows, 48)
+
+
+def test_whole_numbers_are_within_half_a_step_of_the_weights():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    whole, scale = int8_weights(weight)
+    assert whole.dtype == torch.int8 and whole.abs().max() == 127
+    difference = (whole * scale.float()[:, None] - weight).abs()
+    # The scale itself was rounded, so the row's largest weight may be cut by up to 127/256 of a step.
+    assert (difference <= 0.5001 * scale.float()[:, None]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 30])
+def test_an_int8_product_differs_by_no_more_than_its_roundings(rows):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 256), torch.randn(rows, 256)
+    whole, scale = int8_weights(weight)
+    wanted = x.to(torch.bfloat16).double() @ (whole.double() * scale.double()[:, None]).T
+    torch.testing.assert_close(int8_product(weight)(x).double(), wanted, atol=0.3, rtol=1e-2)
+    assert (wanted - x.double() @ weight.double().T).abs().max() < 1.0 < wanted.abs().max()
+
+
+def test_in_8_bits_the_model_says_nearly_the_same():
+    model = tiny_llama(causal=True)
+    exact = model(IDS, IDS)[0].log_softmax(-1)
+    found = InferenceLlama(model, quantize="int8")(IDS, IDS)[0].float().log_softmax(-1)
+    divergence = (exact.exp() * (exact - found)).sum(-1)  # of the random weights of a tiny model, the hardest case
+    assert 0 < divergence.mean() < 0.01
+
+
+def test_half_precision_keeps_the_stream_and_the_cache_wide():
+    model = tiny_llama(causal=True)
+    wanted = model(IDS, IDS)[0].log_softmax(-1)
+    fast = InferenceLlama(model, torch.bfloat16)
+    cache = fast.new_cache()
+    found, hidden = fast(IDS, IDS, cache=cache)
+    assert hidden.dtype == cache.keys[0].dtype == torch.float32
+    assert (wanted.exp() * (wanted - found.float().log_softmax(-1))).sum(-1).mean() < 0.02
+
+
+def test_another_quantization_is_refused():
+    with pytest.raises(ValueError, match="quantize is 'int4'; it must be one of int8"):
+        InferenceLlama(tiny_llama(), quantize="int4")
+
+
+def test_the_plain_product_stands_in_for_a_weight_that_no_kernel_packs():
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    x = torch.randn(1, 1, 6, dtype=torch.float64)
+    assert product_of(weight, None)(x).equal(torch.nn.functional.linear(x, weight))

@@ -1,0 +1,335 @@
+"""report.py and html_page.py: the page says what the runs' files say, shows any text as text, survives damaged runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dataset import Row
+from evaluation import Evaluation, describe_classes
+from html_page import chart, text, thinned, ticks
+from report import find_runs, logged_matrices, page, read_curves, read_run
+from run_llama import main
+
+NASTY = '<script>alert("1")</script> & \x00 <b>'
+NAMES = ["bad", "so <i>so</i>", "3 good"]
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; gathers the text by tag, the rows of tables, and what tags there are."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.tags, self.rows, self.texts, self.ids, self.links = [], set(), [], [], set(), set()
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        values = dict(attributes)
+        self.ids |= {values["id"]} if "id" in values else set()
+        self.links |= {values["href"]} if "href" in values else set()
+        assert not any(name.startswith("on") or name == "src" for name in values)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+def options(**changes):
+    return {
+        "option": "finetune",
+        "seed": 1,
+        "pretrained_model_path": "model.pt",
+        "tokenizer": None,
+        "train": "data/sst-train.txt",
+        "dev": "dev.txt",
+        "test": "test.txt",
+        "label_names": "names.json",
+        "dev_out": "dev-finetuning-output.txt",
+        "test_out": "test-finetuning-output.txt",
+        "lr": 1e-3,
+        "epochs": 2,
+        "run_dir": "run",
+        "continued": True,
+        "processes": 1,
+    } | changes
+
+
+def a_run(folder, accuracies, log="", **changes):
+    """A run's folder as finetune leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "options.json").write_text(json.dumps({"options": options(**changes)}), encoding="utf-8")
+    lines = []
+    for epoch, value in enumerate(accuracies, start=1):
+        for step in range(10 * epoch - 9, 10 * epoch + 1):
+            lines.append({"step": step, "epoch": epoch, "loss": 1 / step, "lr": 1e-3, "seconds": 6.0})
+        scores = {"running_train_accuracy": 0.5, "dev_accuracy": value, "dev_macro_f1": value / 2}
+        lines.append({"step": 10 * epoch, "epoch": epoch, "train_loss": 0.3} | scores)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    (folder / "log.txt").write_text(log, encoding="utf-8")
+    return folder
+
+
+GOLD = [0, 0, 1, 1, 2, 2, 2, 1]
+GUESS = [0, 1, 1, 1, 2, 0, 2, 2]
+
+
+def rows(labels):
+    return [Row(label, f"sentence {i}") for i, label in enumerate(labels)]
+
+
+def classes_log(split, guess):
+    said = describe_classes(Evaluation(guess, 0.0, 0.0), rows(GOLD), NAMES)
+    return f"{split} took 1.0 s\n\n{said}\n\n"
+
+
+def with_data(folder):
+    """The data and the predictions of a run whose log has none of them, beside its folder."""
+    write = lambda name, labels: (folder / name).write_text(  # noqa: E731
+        "".join(f"{row.label} ||| {row.sentence}\n" for row in rows(labels)), encoding="utf-8"
+    )
+    (folder / "names.json").write_text(json.dumps(NAMES), encoding="utf-8")
+    for split in ("dev", "test"):
+        write(f"{split}.txt", GOLD)
+        write(f"{split}-finetuning-output.txt", GUESS)
+
+
+def shown(*folders):
+    return Page(page([read_run(path, path.name) for path in folders]))
+
+
+def test_runs_that_differ_in_seed_only_make_one_line_of_mean_and_deviation(tmp_path):
+    best = [0.5, 0.75, 0.625]
+    folders = [a_run(tmp_path / f"s{i}", [0.25, value], seed=i) for i, value in enumerate(best)]
+    other = a_run(tmp_path / "other", [0.4, 0.3], seed=1, lr=2e-3)
+    found = shown(*folders, other)
+    line = next(row for row in found.rows if "0, 1, 2" in row[0])
+    assert line[1] == f"{statistics.fmean(best):.3f} ({statistics.stdev(best):.3f})"
+    assert "lr 0.001" in line[0]  # what tells the groups apart
+    line = next(row for row in found.rows if "lr 0.002" in row[0])
+    assert line[1] == "0.400"  # the best epoch, not the last; one seed has no deviation
+    assert found.links == {"#g0", "#g1"} == {f"#{name}" for name in found.ids}
+
+
+def test_a_model_made_for_each_seed_counts_as_one_and_another_model_does_not(tmp_path):
+    folders = [a_run(tmp_path / f"s{i}", [0.5], seed=i, pretrained_model_path=f"random-{i}.pt") for i in (1, 2)]
+    folders += [a_run(tmp_path / f"t{i}", [0.5], seed=i, pretrained_model_path=f"random{i}.pt") for i in (1, 2)]
+    heads = [row[0] for row in shown(*folders).rows if row[0].startswith("finetune")]
+    assert [re.sub(r".*seed ", "", head) for head in sorted(heads)] == ["1, 2", "1", "2"]
+
+
+def test_the_numbers_of_a_run_are_those_of_its_metrics_and_its_log(tmp_path):
+    folder = a_run(tmp_path / "run", [0.625, 0.5], classes_log("dev", GUESS) + classes_log("test", GOLD))
+    line = next(row for row in shown(folder).rows if row[-1] == "run" and row[0] == "1")
+    assert line == ["1", "1 of 2", "0.625", "0.312", "1.000", "2.0", "run"]
+
+
+def test_the_confusion_matrix_of_the_log_and_of_the_predictions_is_scikit_learns(tmp_path):
+    from sklearn.metrics import confusion_matrix
+
+    wanted = confusion_matrix(GOLD, GUESS).tolist()
+    logged = a_run(tmp_path / "a" / "run", [0.625], classes_log("dev", GUESS) + classes_log("test", GUESS))
+    silent = a_run(tmp_path / "b" / "run", [0.625])
+    with_data(tmp_path / "b")
+    for folder in (logged, silent):
+        run = read_run(folder, "run")
+        assert not run.missing
+        assert run.matrices == {split: (NAMES, wanted) for split in ("dev", "test")}
+    drawn = shown(logged).rows
+    assert drawn.count(["3 good", *map(str, wanted[2])]) == 2
+
+
+def test_the_last_matrix_of_a_log_counts(tmp_path):
+    found = logged_matrices(classes_log("dev", GUESS) + "dev took 1 s\ntest took 2 s\n" + classes_log("dev", GOLD))
+    assert list(found) == ["dev"] and [found["dev"][1][i][i] for i in range(3)] == [2, 3, 3]
+
+
+def test_predictions_of_another_run_are_left_out_with_the_reason(tmp_path):
+    folder = a_run(tmp_path / "run", [0.5])
+    with_data(tmp_path)
+    run = read_run(folder, "run")
+    assert not run.matrices
+    assert "is of another run: its accuracy is 0.625" in run.missing[0] and run.missing[1].startswith("test: ")
+    assert "is of another run" in shown(folder).text
+    shutil.move(tmp_path / "dev.txt", tmp_path / "gone.txt")
+    assert "dev.txt is not there" in read_run(folder, "run").missing[0]
+
+
+def test_text_stays_text_wherever_it_comes_from(tmp_path):
+    log = f"epoch 1: loss 1.0, held-out bits per byte 2.0\n    {NASTY}\n"
+    folder = tmp_path / "run"
+    a_run(folder, [], log, option="pretrain", corpus=[NASTY], preset=NASTY, norm=NASTY, seed=NASTY, continued=False)
+    line = {"step": 3, "epoch": NASTY, "train_loss": 1.0, "bits_per_byte": 2.0, f"bits_per_byte_{NASTY}": 1.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    curve = tmp_path / "curve.csv"
+    curve.write_text(f'alpha,"{NASTY.replace(chr(34), "")}"\n0,0.5\n1,0.75\n', encoding="utf-8")
+    runs = [read_run(folder, NASTY)]
+    found = Page(page(runs, [(NASTY, *read_curves(str(curve)))]))
+    assert not found.tags & {"script", "b ", "img"}
+    assert found.text.count('<script>alert("1")</script> & \ufffd <b>') >= 8
+    assert "\x00" not in page(runs)
+
+
+def test_a_lone_surrogate_and_controls_can_be_written():
+    assert text("a\ud800\x01\u2028<é>") == "a?\ufffd\u2028&lt;é&gt;"
+
+
+def test_damaged_and_half_written_runs_get_a_line_and_the_others_are_shown(tmp_path):
+    a_run(tmp_path / "good", [0.5])
+    a_run(tmp_path / "cut", [0.25])
+    with (tmp_path / "cut" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('[1]\n{"step": NaN, "loss": 1}\n{"step": 5, "loss": NaN}\n{"step": 3, "lo')
+    for name, content in (("no", "{"), ("list", "[]"), ("odd", '{"options": {"option": 3}}'), ("bytes", "\xff")):
+        a_run(tmp_path / name, [0.125])
+        (tmp_path / name / "options.json").write_text(content, encoding="latin-1")
+    (a_run(tmp_path / "deep", [0.5]) / "metrics.jsonl").write_text("[" * 5000, encoding="utf-8")
+    (a_run(tmp_path / "new", []) / "metrics.jsonl").unlink()
+    folders = [*find_runs([str(tmp_path)]), *find_runs([str(tmp_path / "good")])]
+    (tmp_path / "empty").mkdir()
+    folders += find_runs([str(tmp_path / "empty")])
+    found = shown(*folders)
+    for line in (
+        "cut: 4 lines of metrics.jsonl, damaged",
+        *(f"{name}: options.json is damaged" for name in ("no", "list", "odd", "bytes")),
+        "deep: 1 line of metrics.jsonl",
+        "new: no metrics.jsonl",
+        "empty: no options.json; no metrics.jsonl",
+    ):
+        assert line in found.text
+    assert "good:" not in found.text
+
+
+def test_samples_and_bits_per_byte_of_pretraining_are_shown(tmp_path):
+    told = [f"epoch {i}: loss 1.0, held-out bits per byte 2.0\n    text {i}!\n" for i in range(1, 30)]
+    folder = a_run(tmp_path / "run", [], "".join(told), option="pretrain", corpus=["a.txt=2"], continued=False)
+    lines = [
+        {"step": i, "epoch": i, "train_loss": 1.0, "bits_per_byte": 2.0 - i / 8, "bits_per_byte_a": 1.0} for i in (1, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = shown(folder)
+    assert any(row[-1:] == ["1.750"] for row in found.rows)
+    assert found.text.count("!") == 6 and "text 1!" in found.text and "text 29!" in found.text
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_exact_match_and_f1_of_answers_are_shown(tmp_path, answered):
+    for seed, best in ((1, 0.5), (2, 0.7)):
+        folder = a_run(tmp_path / f"s{seed}", [], option="sft", seed=seed, train="data/demo-qa-train.jsonl", epochs=4)
+        scores = [{"dev_loss": 1.5, "dev_exact_match": 0.1, "dev_f1": 0.2}]
+        scores += [{"dev_loss": 1.25, "dev_exact_match": best, "dev_f1": best + 0.1}]
+        lines = [{"step": n, "epoch": n, "train_loss": 1.0} | score for n, score in enumerate(scores, start=1)]
+        if not answered:
+            lines = [
+                {name: value for name, value in line.items() if name[:5] not in ("dev_e", "dev_f")} for line in lines
+            ]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = shown(tmp_path / "s1", tmp_path / "s2")
+    (means,) = [row[1:] for row in found.rows if row and row[0].startswith("sft demo-qa")] or [None]
+    assert means == (["0.600 (0.141)", "0.700 (0.141)"] if answered else None)
+    scored = ["0.500", "0.600"] if answered else ["–", "–"]
+    assert ["1", "2 of 2", *scored, "1.250", "0.0", "s1"] in found.rows
+    assert "epochs" not in found.text  # 4 is sft's default
+
+
+def test_relative_folders_and_parents_are_found_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(Path("runs/a"), [0.5]), a_run(Path("runs/deeper/b"), [0.5])
+    assert [path.name for path in find_runs(["runs", "runs/a", str(tmp_path / "runs/deeper")])] == ["a", "b"]
+
+
+# Charts
+
+
+def test_a_chart_places_its_points_between_its_ticks():
+    drawn = chart('"<c>', "step", [("one", [(0, 0.0), (50, 1.0), (100, 0.5)], "c0")])
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]*)"', drawn)[1].split()]
+    (x0, bottom), (x1, top), (x2, middle) = points
+    assert x1 - x0 == pytest.approx(x2 - x1) and middle == pytest.approx((top + bottom) / 2)
+    assert 'text-anchor="end">0.2<' in drawn and "one: 1.0000" in drawn
+    assert Page(drawn).texts[0] == '"<c>' and '""<c>' not in drawn
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.41, 0.43), (1, 1), (0, 0), (-3, 5e7), (1e-9, 2e-9), (2.0, 2.0001)])
+def test_ticks_are_few_even_and_hold_the_range(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 8 and found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 * abs(high)
+    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    assert max(gaps) == pytest.approx(min(gaps)) and min(gaps) > 0
+
+
+def test_a_long_curve_keeps_its_mean():
+    points = [(float(i), i**0.5) for i in range(1200)]
+    few, size = thinned(points)
+    assert (len(few), size) == (150, 8)
+    assert statistics.fmean(y for _, y in few) == pytest.approx(statistics.fmean(y for _, y in points))
+
+
+# The command
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(Path("runs/a"), [0.5])
+    return tmp_path
+
+
+def test_the_command_writes_the_page_and_takes_a_curve(runs, capsys):
+    Path("curve.csv").write_text("alpha,sst,cfimdb\n1,0.5,0.9\n0,0.25,\n", encoding="utf-8")
+    assert main(["--option", "report", "--curves", "curve.csv"]) == 0
+    assert capsys.readouterr().err == "wrote report.html: 1 run\n"
+    found = Page(Path("report.html").read_text(encoding="utf-8"))
+    assert ["0", "0.250", "–"] in found.rows and ["1", "0.500", "0.900"] in found.rows
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--runs", "nowhere"], "--runs nowhere is not there"),
+        (["--runs", "file.txt"], "--runs file.txt is a file"),
+        (["--runs", "other"], "there is no run under other"),
+        (["--report_out", "runs/a/metrics.jsonl"], "the name of a page must end in .html"),
+        (["--report_out", "no/a.html"], "there is no folder no"),
+        (["--curves", "nowhere.csv"], "nowhere.csv"),
+        (["--curves", "file.txt"], "--curves file.txt: the head must be alpha"),
+        (["--curves", "bad.csv"], "--curves bad.csv, row 3: 'x, 0.5'; it must be 2 numbers"),
+        (["--run_dir", "runs/a"], "--run_dir belongs to"),
+    ],
+)
+def test_nonsense_gets_one_line_and_no_page(runs, capsys, arguments, message):
+    Path("file.txt").write_text("a\n1\n", encoding="utf-8")
+    Path("bad.csv").write_text("alpha,sst\n0,0.5\nx,0.5\n", encoding="utf-8")
+    Path("other/inner").mkdir(parents=True)
+    assert main(["--option", "report", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
+    assert not list(runs.rglob("*.html"))

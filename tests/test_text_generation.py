@@ -1,0 +1,224 @@
+"""--option generate as its user meets it: pieces of text, batches, a conversation, explanations, what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import pytest
+import torch
+
+import generation
+from checkpoint import read_checkpoint, write_checkpoint
+from conftest import tiny_llama
+from llama import llama_from_checkpoint
+from run_llama import main
+from text_generation import overlap, text_pieces
+from tokenizer import Tokenizer
+
+
+class Command:
+    """Runs `--option generate` in a folder with a small causal model; later options override."""
+
+    def __init__(self, folder, tokenizer, capsys):
+        self.folder, self.capsys = folder, capsys
+        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        model = tiny_llama(vocab_size=512, max_seq_len=64, causal=True)
+        write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
+
+    def __call__(self, *more):
+        """(exit code, stdout, stderr)"""
+        fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model"]
+        self.capsys.readouterr()
+        try:
+            code = main([*fixed, *more])
+        except SystemExit as exit:
+            code = exit.code
+        return code, *self.capsys.readouterr()
+
+    def files(self):
+        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
+
+
+@pytest.fixture
+def command(asset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
+
+
+def generated(command, *more, tokens="16"):
+    code, out, err = command("--prompt", "one day", "--max_new_tokens", tokens, *more)
+    assert code == 0, err
+    return out, err
+
+
+def test_a_stream_in_pieces_is_the_text_and_the_speed_is_told(command):
+    out, err = generated(command, "--temperature", "0")
+    assert re.search(r"^16 tokens in [\d.]+ s; the first after [\d.]+ s, then \d+ a second$", err, flags=re.M)
+    llama = llama_from_checkpoint(read_checkpoint(command.folder / "model.pt"))
+    tokenizer = Tokenizer(tokenizer_model=command.folder / "tokenizer.model")
+    ids = torch.tensor([tokenizer.encode("one day", bos=True, eos=False)])
+    assert out == tokenizer.decode(llama.generate(ids, 16, temperature=0.0)[0].tolist()) + "\n"
+
+
+@pytest.mark.parametrize("decoder", ["beam", "contrastive", "lookup"])
+def test_every_decoder_can_be_named(command, decoder):
+    out, _ = generated(command, "--decoder", decoder)
+    assert out.startswith("one day") and len(out) > 12
+    assert not list(command.folder.glob("generated*"))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("top_k", "1"), ("top_p", "1e-9"), ("min_p", "1"), ("typical_p", "1e-9"), ("eta", "0.999"), ("epsilon", "0.999")],
+)
+def test_each_filter_reaches_the_draw(command, option, value):
+    greedy, _ = generated(command, "--temperature", "0")
+    free, _ = generated(command, "--temperature", "1.5", "--epsilon", "0", "--seed", "3")
+    cut, _ = generated(command, "--temperature", "1.5", "--epsilon", "0", "--seed", "3", f"--{option}", value)
+    assert cut != free and (option in ("typical_p", "eta") or cut == greedy)
+
+
+def test_a_repetition_penalty_reaches_the_draw(command):
+    assert (
+        generated(command, "--temperature", "0")[0]
+        != generated(command, "--temperature", "0", "--repetition_penalty", "5")[0]
+    )
+
+
+def test_a_stop_text_ends_the_text_before_it(command):
+    text = generated(command, "--temperature", "0")[0].rstrip("\n")
+    stop = text[len("one day") + 4 : len("one day") + 7]
+    wanted = text[: text.index(stop, len("one day"))]
+    assert generated(command, "--temperature", "0", "--stop", "never comes", stop)[0] == wanted + "\n"
+    batch = [json.loads(generated(command, "--temperature", "0", "--json", "--stop", stop)[0])]
+    assert batch[0]["prompt"] + batch[0]["text"] == wanted and batch[0]["finish"] == "stop"
+
+
+def test_a_file_of_prompts_is_continued_line_by_line_as_each_would_be_alone(command):
+    (command.folder / "prompts.txt").write_text("one day\na big dog and a cat\nhe\n\nthey were\n", encoding="utf-8")
+    more = ["--prompt_file", "prompts.txt", "--json", "--temperature", "0", "--max_new_tokens", "8"]
+    code, out, _ = command(*more, "--batch_size", "3")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [one["prompt"] for one in found] == ["one day", "a big dog and a cat", "he", "they were"]
+    for one in found:
+        alone, _ = generated(command, "--prompt", one["prompt"], "--temperature", "0", tokens="8")
+        assert alone == one["prompt"] + one["text"] + "\n"
+        assert one["finish"] in ("end", "length") and one["tokens"] <= 8
+
+
+def test_samples_of_one_prompt_differ_and_come_back_with_the_seed(command):
+    more = ["--num_samples", "4", "--temperature", "2", "--epsilon", "0"]
+    out, err = generated(command, *more)
+    assert len(set(out.split("\n\n"))) == 5 and re.search(r"\d+ tokens in [\d.]+ s", err)
+    assert generated(command, *more)[0] == out
+
+
+def test_an_explanation_has_a_line_for_each_token_and_a_page(command):
+    plain, _ = generated(command, "--temperature", "0.9", "--top_k", "5")
+    out, err = generated(command, "--temperature", "0.9", "--top_k", "5", "--explain", "page.html")
+    assert out.startswith(plain) and len(out[len(plain) :].strip().splitlines()) == 1 + 16
+    assert "wrote page.html" in err
+    assert (command.folder / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_8_bits_are_told_of_and_a_bidirectional_model_too(command):
+    out, err = generated(command, "--temperature", "0", "--quantize", "int8")
+    assert "weights of 8 bits" in err and out.startswith("one day")
+    out, err = generated(command, "--temperature", "0", "--attention", "bidirectional")
+    assert "notice: attention is bidirectional here" in err
+
+
+def test_the_loop_answers_line_by_line_until_the_input_ends(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one day\n\nhe was\n"))
+    code, out, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "8")
+    alone = [
+        generated(command, "--prompt", prompt, "--temperature", "0", tokens="8")[0] for prompt in ("one day", "he was")
+    ]
+    assert code == 0 and out == "".join(alone) and "Ctrl-D ends" in err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_loop(command, monkeypatch):
+    calls = []
+    really = generation.next_token
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return really(*arguments)
+
+    monkeypatch.setattr(generation, "next_token", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one day\nhe was\n"))
+    code, out, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "8")
+    first, second = out.splitlines()[0], out.splitlines()[1]
+    assert code == 0 and first.startswith("one day") and second.startswith("he was") and "stopped" in err
+    assert len(calls) == 3 + 8
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--interactive", "--json"], "leave out --json"),
+        (["--interactive", "--num_samples", "2"], "leave out --num_samples"),
+        (["--interactive", "--prompt_file", "train.txt"], "leave out --prompt_file"),
+        (["--explain", "page.txt"], "--explain page.txt: the page's name must end in .html"),
+        (["--explain", "--decoder", "beam"], "shows how one text was sampled"),
+        (["--decoder", "beam", "--temperature", "1"], "--decoder beam draws nothing"),
+        (["--decoder", "beam", "--top_k", "3"], "--top_k has no effect"),
+        (["--decoder", "contrastive", "--top_p", "0.3"], "--top_p has no effect"),
+        (["--decoder", "lookup", "--repetition_penalty", "2"], "--decoder lookup has no --repetition_penalty"),
+        (["--decoder", "lookup", "--attention", "bidirectional"], "--decoder lookup needs causal attention"),
+        (["--stop", ""], "--stop has an empty text"),
+        (["--top_p", "0"], "'0' is not allowed; it must be above 0 and at most 1"),
+        (["--top_k", "0"], "'0' is not allowed"),
+        (["--quantize", "int4"], "invalid choice: 'int4'"),
+        (["--prompt_file", "none.txt"], "none.txt"),
+    ],
+)
+def test_what_generate_cannot_do_is_one_line(command, more, message):
+    before = command.files()
+    code, out, err = command(*more)
+    assert code == 2 and message in err.splitlines()[-1] and out == "" and command.files() == before
+
+
+def test_8_bits_are_for_models_that_run(command):
+    code, _, err = command("--option", "finetune", "--quantize", "int8")
+    assert code == 2 and "--quantize is for a model that only runs; leave it out for --option finetune" in err
+
+
+# Pieces of text
+
+
+class Letters:
+    """Each token a byte of UTF-8."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def pieces(text, stops=(), prompt="say: "):
+    return list(text_pieces(Letters(), list(prompt.encode()), iter(text.encode()), stops))
+
+
+@pytest.mark.parametrize("text", ["", "abc", "naïve — 日本 🙂 end", "🙂"])
+def test_pieces_make_the_text_and_no_piece_is_half_a_character(text):
+    found = pieces(text)
+    assert "".join(found) == "say: " + text and not any("\ufffd" in piece for piece in found)
+
+
+def test_pieces_come_as_soon_as_they_can():
+    assert pieces("abc") == ["say: ", "a", "b", "c", ""]
+
+
+def test_what_may_become_a_stop_is_held_back_and_what_did_not_is_shown():
+    assert pieces("an END", ["END", "say"]) == ["say: ", "a", "n", " ", ""]
+    assert "".join(pieces("an EN. ENE", ["END"])) == "say: an EN. ENE"
+    assert "".join(pieces("EENDx", ["END"])) == "say: E"
+    assert "".join(pieces("x\nyEND", ["\n", "END"])) == "say: x"
+
+
+@pytest.mark.parametrize("text, stop, wanted", [("abc", "cd", 1), ("abab", "abc", 2), ("abc", "x", 0), ("", "x", 0)])
+def test_overlap_counts_the_beginning_of_a_stop_at_the_end_of_a_text(text, stop, wanted):
+    assert overlap(text, stop) == wanted

@@ -1,0 +1,36 @@
+"""WiSE-FT (arXiv 2109.01903): the weights of a fine-tuned model and of the model it came from, mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def interpolate(theta_0: Mapping[str, Tensor], theta_1: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """(1 - alpha) * theta_0 + alpha * theta_1, tensor by tensor. At 0 and 1 the ends themselves, bit for bit; what is
+    equal in both is what it was, bit for bit; what shares memory in both, as a tied output does with the embedding,
+    shares it again. What is not floating point comes from theta_1.
+
+    Raises ValueError, naming the tensor, unless names and shapes are the same, or if alpha is outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must be from 0 to 1")
+    if missing := sorted(theta_0.keys() ^ theta_1.keys()):
+        raise ValueError(f"{missing[0]} is in one of the two models only")
+    if alpha in (0, 1):
+        return dict(theta_1 if alpha == 1 else theta_0)
+    mixed: dict[str, Tensor] = {}
+    made: dict[tuple[object, ...], Tensor] = {}  # by where the two tensors lie
+    for name, one in theta_1.items():
+        zero = theta_0[name]
+        if zero.shape != one.shape:
+            raise ValueError(f"{name} has shape {tuple(zero.shape)} in one model, {tuple(one.shape)} in the other")
+        if not one.is_floating_point():
+            mixed[name] = one
+            continue
+        place = (zero.data_ptr(), one.data_ptr(), zero.stride(), one.stride(), one.shape)
+        if place not in made:
+            made[place] = zero.to(one.dtype).lerp(one, alpha)
+        mixed[name] = made[place]
+    return mixed
