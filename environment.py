@@ -9,10 +9,20 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING, flag, output_files, tokenizer_beside
+from options import (
+    ADOPTED,
+    DEFAULT_PRESET,
+    OUTPUT_ENDINGS,
+    TRAINING,
+    flag,
+    lora_settings,
+    output_files,
+    tokenizer_beside,
+)
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from checkpoint import Checkpoint
     from config import LlamaConfig
@@ -96,6 +106,10 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
             )
             args.pretrained_model_path = as_typed(BUNDLED_MODEL)
+    if args.option == "sft" and not (args.train or args.dev):
+        report(f"no --train and --dev were named; taking the demo data, {as_typed(HERE / 'data')}/demo-qa-*")
+        for split in ("train", "dev", *(() if args.test else ("test",))):
+            setattr(args, split, as_typed(HERE / "data" / f"demo-qa-{split}.jsonl"))
     if args.option in OUTPUT_ENDINGS:
         needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
         missing = [getattr(args, name) for name in needed if not Path(getattr(args, name)).exists()]
@@ -261,10 +275,35 @@ def print_header(
     if args.option in OUTPUT_ENDINGS:
         files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
         report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")
+    if args.option == "sft":
+        splits = [split for split in ("train", "dev", "test") if getattr(args, split)]
+        report(f"data        {', '.join(f'{split} {getattr(args, split)}' for split in splits)}")
     for path in output_files(args):
         report(f"writes      {path}{' (in the place of what is there)' if Path(path).is_file() else ''}")
     if args.option in TRAINING:
         report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
+
+
+def check_causal(llama: Llama) -> None:
+    """Raises ValueError if a token sees what follows it."""
+    if not llama.config.causal:
+        raise ValueError(
+            "this model's attention is bidirectional: it would see what it is to predict; add --attention causal"
+        )
+
+
+def add_lora(args: argparse.Namespace, model: nn.Module, beside: str = "") -> None:
+    """Freezes the model and adds the LoRA layers that the options ask for. Raises ValueError if the rank is above
+    the model's width. beside: what else is trained, for the line that tells of it.
+    """
+    from lora import apply_lora, count_lora_parameters
+
+    width = getattr(model, "llama", model).config.dim  # type: ignore[union-attr]
+    if args.lora_rank > width:
+        raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {width} wide")
+    apply_lora(model, **lora_settings(args))
+    adapters, total, percent = count_lora_parameters(model)
+    report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")
 
 
 def ready(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device, torch.dtype]:

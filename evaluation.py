@@ -1,8 +1,11 @@
-"""What a classifier says of rows, and how right it is; the precision it computes in."""
+"""What a model says of rows, and how right it is; the precision it computes in."""
 
 from __future__ import annotations
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import Row, by_length, cut_in_batches, has_gold_labels, pad, to_batch
+import generation
+from dataset import Example, Row, by_length, cut_in_batches, has_gold_labels, pad, to_batch
 from distributed import Processes
+from tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,6 +111,91 @@ def evaluate(
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
     return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
+
+
+@torch.no_grad()
+def answer_prompts(
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes | None = None,
+    check: Callable[[], None] = lambda: None,
+    name: str = "answering",
+) -> list[str]:
+    """The likeliest answer to every prompt, token by token, up to an end mark or max_new_tokens; the prompts' own
+    answers are not looked at. check() is called before each batch.
+    """
+    processes = processes or Processes()
+    # Passes of a sharded model are taken by all processes together, so there each answers all prompts.
+    sharing = Processes() if processes.fsdp else processes
+    was_training = model.training
+    model.eval()
+    llama: Any = getattr(model, "module", model)  # as it is without DDP around it
+    device = next(llama.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_length, reverse=True)
+    found: dict[int, str] = {}
+    with tqdm(total=len(order), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
+        for positions in cut_in_batches(order, batch_size):
+            check()
+            for mine, counted in sharing.share(positions):
+                ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
+                with precision(device, dtype):
+                    made = generation.generate(
+                        llama,
+                        ids.to(device),
+                        max_new_tokens,
+                        temperature=0.0,
+                        attention_mask=None if mask is None else mask.to(device),
+                        eos_ids=tokenizer.stop_ids,
+                    )
+                for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
+                    end = next((t for t, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
+                    found[i] = tokenizer.decode(row[:end]).strip()
+            bar.update(len(positions))
+    model.train(was_training)
+    for part in sharing.gather(found):
+        found.update(part)
+    return [found[i] for i in range(len(examples))]
+
+
+def normalised(answer: str) -> list[str]:
+    """The words of an answer as SQuAD compares them (arXiv 1606.05250): lower case, no punctuation, no articles."""
+    plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def exact_match(predicted: str, gold: str) -> float:
+    """1 if the normalised answers are the same, else 0."""
+    return float(normalised(predicted) == normalised(gold))
+
+
+def token_f1(predicted: str, gold: str) -> float:
+    """The harmonic mean of precision and recall of the normalised words, each counted as often as both have it; of two
+    answers without words, 1 (as SQuAD 2.0 has it, arXiv 1806.03822).
+    """
+    ours, theirs = Counter(normalised(predicted)), Counter(normalised(gold))
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+def answer_scores(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The mean exact match and token F1."""
+    pairs = [(answer, example.answer) for answer, example in zip(answers, examples, strict=True)]
+    return {
+        name: sum(score(*pair) for pair in pairs) / len(pairs)
+        for name, score in (("exact_match", exact_match), ("f1", token_f1))
+    }
+
+
+def describe_answers(answers: Sequence[str], examples: Sequence[Example]) -> str:
+    """The scores in words."""
+    found = answer_scores(answers, examples)
+    return f"exact match {found['exact_match']:.3f}, F1 {found['f1']:.3f}"
 
 
 @torch.no_grad()

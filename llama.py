@@ -120,16 +120,16 @@ def visible_positions(
 ) -> Tensor | None:
     """Which key each query may see: bool (B or 1, 1, T, T), True = attend; None where every query sees every key.
 
-    attention_mask: bool (B, T), True for real tokens. A padding position sees itself, so that no row of the softmax is
-    empty (an empty one is NaN, and NaN times zero reaches its neighbours' gradients). window: of a causal model, see
-    `LlamaConfig.sliding_window`.
+    attention_mask: bool (B, T), True for real tokens; or (B, T, T), True where a query may see a key. A position sees
+    itself, so that no row of the softmax is empty (an empty one is NaN, and NaN times zero reaches its neighbours'
+    gradients). window: of a causal model, see `LlamaConfig.sliding_window`.
     """
     visible = None
     if causal:
         visible = causal_mask(seq_len, device, window)
     if attention_mask is not None:
         itself = torch.eye(seq_len, dtype=torch.bool, device=device)
-        real = attention_mask[:, None, None, :]
+        real = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask[:, None]
         visible = (real if visible is None else real & visible) | itself
     return visible
 
@@ -493,9 +493,10 @@ class Llama(nn.Module):
         """tokens (B, T) -> logits and hidden states (B, T, D), the latter after the final norm.
 
         Logits are (B, T, V) when `targets` is given (its values are not looked at), else (B, 1, V): those of each row's
-        last real token. attention_mask: bool (B, T), True for real tokens, padding on either side; without it every
-        token is real. cache: tokens follow those that it holds, and are added to it; their number may differ from call
-        to call. Raises ValueError if they do not fit into it.
+        last real token. attention_mask: bool (B, T), True for real tokens, padding on either side, or, with `targets`,
+        (B, T, T), True where a query may see a key; without it every token is real. cache: tokens follow those that it
+        holds, and are added to it; their number may differ from call to call. Raises ValueError if they do not fit into
+        it.
         """
         hidden = self.norm(self._through_layers(tokens, attention_mask, cache=cache))
         logits = self.output(hidden if targets is not None else last_real(hidden, attention_mask)[:, None])

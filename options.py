@@ -27,20 +27,21 @@ OPTIONS = (
     "finetune",
     "lora",
     "pretrain",
+    "sft",
     "perplexity",
     "tokenizer",
     "convert",
     "wise_ft",
     "report",
 )
-TRAINING = ("finetune", "lora", "pretrain")
+TRAINING = ("finetune", "lora", "pretrain", "sft")
 # What --lora_targets takes: the names of a layer's Linears, and these for several of them.
 LORA_TARGETS = {
     "attention": ("compute_query", "compute_key", "compute_value", "compute_output"),
     "mlp": ("w1", "w2", "w3"),
 }
 LORA_TARGETS["all"] = (*LORA_TARGETS["attention"], *LORA_TARGETS["mlp"])
-LORA_VARIANTS = ("rslora", "lora_plus", "dora", "lora_targets")  # options of --option lora alone
+LORA_VARIANTS = ("rslora", "lora_plus", "dora", "lora_targets")  # options of LoRA alone
 # Where pretraining wants another default than fine-tuning.
 PRETRAINING_DEFAULTS = {
     "lr": 1e-3,
@@ -53,6 +54,23 @@ PRETRAINING_DEFAULTS = {
     "epochs": 1,
     "held_out": 0.01,
 }
+# And where supervised fine-tuning does. No data named: the demo data; no rank given: all weights are trained.
+SFT_DEFAULTS = {
+    "lr": 5e-4,
+    "batch_size": 16,
+    "schedule": "cosine",
+    "warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "max_new_tokens": 32,
+    "epochs": 4,
+    "lora_rank": None,
+    "train": None,
+    "dev": None,
+    "test": None,
+    "dev_out": "sft-dev-answers.jsonl",
+    "test_out": "sft-test-answers.jsonl",
+}
+OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"pretrain": PRETRAINING_DEFAULTS, "sft": SFT_DEFAULTS}
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
@@ -98,6 +116,7 @@ examples:
   python run_llama.py --option tokenizer --corpus stories/ --vocab_size 4096 --model_out mine.model
   python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --tokenizer mine.model \\
       --model_out mine.safetensors
+  python run_llama.py --option sft --train train.jsonl --dev dev.jsonl --model_out answers.safetensors
   python run_llama.py --option perplexity --corpus other.txt --pretrained-model-path mine.safetensors
   python run_llama.py --option convert --to huggingface --model_out mine --pretrained-model-path mine.safetensors
   python run_llama.py --option wise_ft --finetuned finetune-5-2e-05.pt --ood other.txt --ood_classes 0,0,-1,1,1
@@ -155,9 +174,9 @@ def build_parser() -> OneLineParser:
         choices=OPTIONS,
         default="generate",
         help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
-        "a classifier head; train LoRA adapters and a head; train a language model on text; tell how well a model "
-        "predicts a text; make a tokenizer from text; write a checkpoint in another format; mix a fine-tuned model "
-        "with the one it came from; gather runs into one page (default: %(default)s)",
+        "a classifier head; train LoRA adapters and a head; train a language model on text; train one to answer "
+        "prompts; tell how well a model predicts a text; make a tokenizer from text; write a checkpoint in another "
+        "format; mix a fine-tuned model with the one it came from; gather runs into one page (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
     add(
@@ -383,7 +402,7 @@ def build_parser() -> OneLineParser:
         'those with "N/A", "[MASK]" and nothing for a sentence; pmi, that with nothing (default: %(default)s)',
     )
 
-    add = parser.add_argument_group("training (finetune, lora, pretrain)").add_argument
+    add = parser.add_argument_group("training (finetune, lora, pretrain, sft)").add_argument
     add(
         "--adam_beta2",
         type=FRACTION,
@@ -563,7 +582,8 @@ def build_parser() -> OneLineParser:
         "--window",
         type=COUNT,
         metavar="N",
-        help="tokens of one row; in training one document follows another in it (default: the model's context)",
+        help="tokens of one row; in training one document follows another in it (default: the model's context; sft: "
+        "what its longest example takes)",
     )
     add("--stride", type=COUNT, metavar="N", help="perplexity: tokens between windows (default: half the window)")
     add("--max_steps", type=COUNT, metavar="N", help="stop after N steps (default: --epochs passes over the corpus)")
@@ -585,6 +605,24 @@ def build_parser() -> OneLineParser:
         "--model_out",
         metavar="PATH",
         help="where the model or tokenizer goes; a safetensors file gets its tokenizer beside it",
+    )
+
+    own = ", ".join(f"--{name} {value}" for name, value in SFT_DEFAULTS.items() if value is not None)
+    add = parser.add_argument_group(
+        "supervised fine-tuning (sft)",
+        'Trains on --train and --dev, and answers --test if there is one: lines of {"prompt": "...", "answer": "..."} '
+        "(default: the demo data, data/demo-qa-*). All weights, or with --lora_rank LoRA's or a variant's, merged in "
+        "at the end; examples that fit share a row of --window tokens, and do not see each other. It has defaults of "
+        "its own: "
+        f"{own}.",
+    ).add_argument
+    add(
+        "--answer_rows",
+        type=COUNT_OR_ZERO,
+        default=200,
+        metavar="N",
+        help="rows of dev, evenly spread, that are answered after each epoch, to keep the best by token F1; 0: to keep "
+        "the best by dev loss (default: %(default)s)",
     )
 
     add = parser.add_argument_group("convert").add_argument
@@ -644,7 +682,7 @@ def build_parser() -> OneLineParser:
         help="where the accuracies go; beside it their picture, a page of HTML (default: %(default)s)",
     )
 
-    add = parser.add_argument_group("the run (finetune, lora, pretrain)").add_argument
+    add = parser.add_argument_group("the run (finetune, lora, pretrain, sft)").add_argument
     add(
         "--run_dir",
         metavar="DIR",
@@ -700,7 +738,7 @@ def parse_options(
     given = given_options(parser, argv)
     if given.get("config") is not None:
         given = read_config(parser, given["config"]) | given
-    defaults = PRETRAINING_DEFAULTS if given.get("option") == "pretrain" else {}
+    defaults = OPTION_DEFAULTS.get(given.get("option", ""), {})
     # What pretraining starts from: a checkpoint that was named, or random weights.
     derived: dict[str, Any] = {"continued": "pretrained_model_path" in given}
     if any(name in given for name in FILTERS):
@@ -803,9 +841,15 @@ def check_options(args: argparse.Namespace) -> None:
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     parser = build_parser()
-    for option, names in (("generate", OF_GENERATE), ("lora", LORA_VARIANTS)):
-        for name in names if args.option != option else ():
+    of_lora = args.option == "lora" or (args.option == "sft" and args.lora_rank)
+    for belongs, option, names in (
+        (args.option == "generate", "generate", OF_GENERATE),
+        (of_lora, "lora", LORA_VARIANTS),
+    ):
+        for name in names if not belongs else ():
             if getattr(args, name) != parser.get_default(name):
+                if option == "lora" and args.option == "sft":
+                    raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
                 raise ValueError(f"--{name} belongs to --option {option}; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
@@ -853,6 +897,13 @@ def check_options(args: argparse.Namespace) -> None:
         if args.option != "pretrain" and any(text_and_weight(text)[1] != 1.0 for text in args.corpus):
             raise ValueError(f"--option {args.option} reads each text once; leave out the weights of --corpus")
         return
+    if args.option == "sft":
+        if not (args.train and args.dev):
+            raise ValueError(
+                f"--train is {args.train} and --dev {args.dev}; --option sft needs both, or none for the demo"
+            )
+        check_outputs_differ(args)
+        return
     ending = OUTPUT_ENDINGS[args.option]
     for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
         if not path.endswith(f"{split}-{ending}"):
@@ -871,6 +922,11 @@ def check_wise_ft(args: argparse.Namespace) -> None:
             )
     if args.norm is not None or args.attention is not None:
         raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
+    check_outputs_differ(args)
+
+
+def check_outputs_differ(args: argparse.Namespace) -> None:
+    """Raises ValueError if a file would be written twice."""
     files = [Path(path).resolve() for path in output_files(args)]
     if len(set(files)) < len(files):
         raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
@@ -947,9 +1003,16 @@ def check_prompt(args: argparse.Namespace) -> None:
         raise ValueError(f"--template {args.template!r} must have {{sentence}} once, where a row's sentence goes")
 
 
-def lora_targets(args: argparse.Namespace) -> list[str]:
-    """The names of the Linears that --lora_targets asks for."""
-    return [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]
+def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `lora.apply_lora` that the options ask for."""
+    targets = [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]
+    return {
+        "rank": args.lora_rank,
+        "alpha": args.lora_alpha,
+        "targets": targets,
+        "rslora": args.rslora,
+        "dora": args.dora,
+    }
 
 
 def input_files(args: argparse.Namespace) -> list[str]:
@@ -964,6 +1027,8 @@ def input_files(args: argparse.Namespace) -> list[str]:
     ]
     if args.option in OUTPUT_ENDINGS:
         named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
+    if args.option == "sft":
+        named += [args.train, args.dev, args.test]
     if args.option == "wise_ft":
         named += [path_and_fold(path)[0] for path in (args.dev, args.test, *args.ood) if path]
         named += [args.finetuned, args.label_names, *args.ood_label_names]
@@ -975,7 +1040,7 @@ def output_files(args: argparse.Namespace) -> list[str]:
     if args.option == "generate":
         both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
         return both if writes_two_files(args) else [args.explain] if args.explain else []
-    if args.option in ("pretrain", "tokenizer", "convert"):
+    if args.option in ("pretrain", "sft", "tokenizer", "convert"):
         if not args.model_out:
             raise ValueError(f"--option {args.option} needs --model_out, the file to write")
         if args.option == "convert" and args.to in FOLDER_FORMATS:
@@ -990,7 +1055,8 @@ def output_files(args: argparse.Namespace) -> list[str]:
         stays = args.option == "tokenizer" or (
             args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
         )
-        return [args.model_out, *([] if stays else [beside])]
+        answers = [args.dev_out, *([args.test_out] if args.test else [])] if args.option == "sft" else []
+        return [args.model_out, *([] if stays else [beside]), *answers]
     if args.option == "report":
         return [args.report_out]
     if args.option == "perplexity":

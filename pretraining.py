@@ -16,6 +16,7 @@ from corpus import Corpus, Text, held_out_count, open_tokens, read_documents, te
 from distributed import Processes, started
 from environment import (
     check_alone,
+    check_causal,
     choose_device,
     choose_dtype,
     load_llama,
@@ -39,14 +40,6 @@ from training import train
 
 VOCAB_SIZE = 4096  # of a new tokenizer, by default
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
-
-
-def check_causal(llama: Llama) -> None:
-    """Raises ValueError if a token sees what follows it."""
-    if not llama.config.causal:
-        raise ValueError(
-            "this model's attention is bidirectional: it would see what it is to predict; add --attention causal"
-        )
 
 
 def tokenizer(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from environment import check_alone, report
 from html_page import Point, chart, colour, document, shaded, table, text, thinned
-from options import DEFAULT_PRESET, MAY_DIFFER, OUTPUT_ENDINGS, PRETRAINING_DEFAULTS, RUNS, parse_options
+from options import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, OUTPUT_ENDINGS, RUNS, parse_options
 
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
 
@@ -55,7 +55,7 @@ class Run:
 
     def best(self) -> dict[str, Any]:
         """The scores of the epoch that the run keeps: the first of the best; empty if there are none."""
-        for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1)):
+        for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1), ("dev_f1", 1), ("dev_loss", -1)):
             if scored := [line for line in self.scores if is_number(line.get(name))]:
                 return max(scored, key=lambda line: sign * line[name])
         return {}
@@ -280,9 +280,7 @@ def head_of(run: Run) -> str:
 
 def settings(run: Run) -> dict[str, str]:
     """The options that matter to what was learnt and differ from their defaults."""
-    defaults = vars(parse_options([])[0])
-    if run.options.get("option") == "pretrain":
-        defaults |= PRETRAINING_DEFAULTS
+    defaults = vars(parse_options([])[0]) | OPTION_DEFAULTS.get(run.options.get("option", ""), {})
     return {
         name: f"{value:g}" if isinstance(value, float) else str(value)
         for name, value in run.options.items()
@@ -330,7 +328,7 @@ def decimals(value: object) -> str:
 
 def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
     """A line for each group: what its runs reach, over the seeds."""
-    labels, texts = [], []
+    labels, texts, answers = [], [], []
     for i, (name, members) in enumerate(groups):
         best = [line for line in (run.best() for run in members) if line]
         seeds = ", ".join(str(run.options["seed"]) for run in members if run.options)
@@ -342,11 +340,17 @@ def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
             labels.append((name, [link, spread(dev), spread(test)]))
         elif bits:
             texts.append((name, [link, spread(bits)]))
+        elif found := [(line["dev_exact_match"], line["dev_f1"]) for line in best if "dev_f1" in line]:
+            answers.append((name, [link, *map(spread, zip(*found, strict=True))]))
     note = (
         "<p>Mean over the seeds, in brackets the standard deviation (n − 1). Of each run, the epoch that it keeps.</p>"
     )
     parts = []
-    for title, heads, rows in (("Accuracy", ["dev", "test"], labels), ("Bits per byte", ["held out"], texts)):
+    for title, heads, rows in (
+        ("Accuracy", ["dev", "test"], labels),
+        ("Bits per byte", ["held out"], texts),
+        ("Answers", ["dev, exact match", "dev, F1"], answers),
+    ):
         if rows:
             lines = [row for _, row in sorted(rows)]
             parts.append(f"<h2>{title}</h2>{note}{table(['runs that differ in their seeds only', *heads], lines)}")
@@ -355,16 +359,21 @@ def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
 
 def run_table(members: Sequence[Run]) -> str:
     """A line for each run of a group."""
-    language = any(run.curve("bits_per_byte") for run in members)
-    scores = {"bits/byte": "bits_per_byte"} if language else {"dev": "dev_accuracy", "macro-F1": "dev_macro_f1"}
+    labelled = False
+    if any(run.curve("bits_per_byte") for run in members):
+        scores = {"bits/byte": "bits_per_byte"}
+    elif any(run.curve("dev_loss") for run in members):
+        scores = {"exact match": "dev_exact_match", "F1": "dev_f1", "dev loss": "dev_loss"}
+    else:
+        labelled, scores = True, {"dev": "dev_accuracy", "macro-F1": "dev_macro_f1"}
     rows = []
     for run in members:
         best = run.best()
         epochs = f"{text(best['epoch'])} of {len(run.scores)}" if "epoch" in best else f"– of {len(run.scores)}"
-        test = [] if language else [decimals(accuracy(run.matrices["test"]) if "test" in run.matrices else None)]
+        test = [decimals(accuracy(run.matrices["test"]) if "test" in run.matrices else None)] if labelled else []
         numbers = [*(decimals(best.get(name)) for name in scores.values()), *test, f"{run.seconds / 60:.1f}"]
         rows.append([text(run.options.get("seed", "?")), epochs, *numbers, text(run.name)])
-    head = ["seed", "best epoch", *scores, *([] if language else ["test"]), "minutes", "run"]
+    head = ["seed", "best epoch", *scores, *(["test"] if labelled else []), "minutes", "run"]
     return table(head, rows, words=[len(head) - 1])
 
 
@@ -386,10 +395,16 @@ def figures(members: Sequence[Run]) -> str:
         bits = [(f"mean of {len(texts)} texts", members[0].curve("bits_per_byte"), colour(0))] + [
             (key.removeprefix("bits_per_byte_"), members[0].curve(key), colour(i)) for i, key in enumerate(texts, 1)
         ]
+    answers = [(f"{name}, F1", run.curve("dev_f1"), colour(i)) for i, name, run in named]
+    answers += [(f"{name}, exact match", run.curve("dev_exact_match"), colour(i, True)) for i, name, run in named]
     drawn = [
         chart(caption, "step", losses, dots=False),
         chart("Accuracy after each epoch", "step", [*dev, *seen]) if any(points for _, points, _ in dev) else "",
         chart("Held-out bits per byte", "step", bits),
+        chart("Answers to dev after each epoch", "step", answers),
+        chart(
+            "Loss on the answers of dev", "step", [(name, run.curve("dev_loss"), colour(i)) for i, name, run in named]
+        ),
     ]
     return f'<div class="grid">{"".join(drawn)}</div>'
 

@@ -1,5 +1,5 @@
 """The command line: classify by prompting, fine-tune, also with LoRA; and all else by way of text_generation.py,
-pretraining.py and conversion.py. `--help` says how.
+pretraining.py, instruction.py, conversion.py and others. `--help` says how.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from environment import (
     IS_MAIN,
     PROCESSES,
+    add_lora,
     choose_device,
     choose_dtype,
     fall_back,
@@ -34,7 +35,6 @@ from options import (
     best_model_path,
     check_options,
     flag,
-    lora_targets,
     output_files,
     parse_options,
 )
@@ -148,7 +148,6 @@ def classify(args: argparse.Namespace) -> None:
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
     from dataset import class_names, prompt_parts, read_labels
     from distributed import started
-    from lora import apply_lora, count_lora_parameters
 
     labels = read_labels(args.label_names)
     label_names = class_names(labels)
@@ -189,14 +188,7 @@ def classify(args: argparse.Namespace) -> None:
             head: LlamaEmbeddingClassifier | LlamaPromptClassifier
             head = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
             if args.option == "lora":
-                if args.lora_rank > llama.config.dim:
-                    raise ValueError(f"--lora_rank is {args.lora_rank}; the model is {llama.config.dim} wide")
-                apply_lora(
-                    head, args.lora_rank, args.lora_alpha, lora_targets(args), rslora=args.rslora, dora=args.dora
-                )
-                adapters, total, percent = count_lora_parameters(head)
-                beside = "" if asked else ", beside the head"
-                report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")
+                add_lora(args, head, "" if asked else ", beside the head")
             model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
         predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
 
@@ -314,6 +306,10 @@ def run_option(args: argparse.Namespace) -> None:
         from conversion import convert
 
         convert(args)
+    elif args.option == "sft":
+        from instruction import instruct
+
+        instruct(args)
     elif args.option == "wise_ft":
         from alpha_sweep import wise_ft
 

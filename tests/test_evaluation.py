@@ -11,14 +11,20 @@ from torch import nn
 
 import evaluation
 from conftest import tiny_llama
-from dataset import Row
+from dataset import Example, Row
+from distributed import Processes
 from evaluation import (
     Evaluation,
+    answer_prompts,
+    answer_scores,
     describe,
+    describe_answers,
     describe_chance,
     describe_classes,
     evaluate,
+    exact_match,
     score_documents,
+    token_f1,
     wilson_interval,
 )
 from test_training import Bag, some_rows
@@ -178,3 +184,94 @@ def test_autocast_makes_matrix_products_narrow_and_leaves_the_loss_wide():
 def test_bf16_is_native_where_the_processor_says_so(monkeypatch, capabilities, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert evaluation.bf16_is_native(torch.device("cpu")) is native
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    "predicted, gold, exact, f1",
+    [
+        ("the red ball.", "Red, ball!", 1, 1),
+        ("A  red\nball", "an red ball", 1, 1),
+        ("red ball", "ball red", 0, 1),
+        ("a blue ball", "red ball", 0, 1 / 2),
+        ("ball", "red ball", 0, 2 / 3),  # precision 1, recall 1/2
+        ("under the big bed", "under bed", 0, 4 / 5),  # precision 2/3, recall 1
+        ("no no no", "no", 0, 1 / 2),  # one in common: precision 1/3, recall 1
+        ("no no yes", "no no maybe", 0, 2 / 3),  # two of three in common
+        ("tom", "mia", 0, 0),
+        ("", "mia", 0, 0),
+        ("The", "a", 1, 1),  # nothing is left of either
+        ("theatre", "atre", 0, 0),  # an article is a word
+        ("Tom's", "toms", 1, 1),
+        ("ZO\u00cb", "zo\u00eb", 1, 1),
+    ],
+)
+def test_answers_are_compared_as_squad_does(predicted, gold, exact, f1):
+    assert exact_match(predicted, gold) == exact
+    assert token_f1(predicted, gold) == token_f1(gold, predicted) == pytest.approx(f1)
+
+
+def test_scores_are_means_over_the_answers():
+    gold = [Example("", answer) for answer in ("red ball", "Tom", "in the park")]
+    answers = ["a red ball", "Mia", "the park"]
+    assert answer_scores(answers, gold) == pytest.approx({"exact_match": 1 / 3, "f1": (1 + 0 + 2 / 3) / 3})
+    assert describe_answers(answers, gold) == "exact match 0.333, F1 0.556"
+
+
+class Letters:
+    """A tokenizer of ids for their own sake: 2 and 3 end an answer."""
+
+    pad_id, stop_ids = 0, (2, 3)
+
+    def decode(self, ids):
+        return " ".join(map(str, ids)) + " "
+
+
+def some_prompts(count=9):
+    generator = torch.Generator().manual_seed(4)
+    lengths = [1 + 5 * n % 8 for n in range(count)]
+    prompts = [torch.randint(4, 64, (n,), generator=generator).tolist() for n in lengths]
+    return [Example("", "", (*prompt, 9, 9, 2), len(prompt)) for prompt in prompts]
+
+
+def answered_by_hand(model, example, limit):
+    ids, made = list(example.ids[: example.prompt_length]), []
+    for _ in range(limit):
+        with torch.no_grad():
+            made.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+        if made[-1] in Letters.stop_ids:
+            return " ".join(map(str, made[:-1]))
+        ids.append(made[-1])
+    return " ".join(map(str, made))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_prompts_are_answered_as_each_alone_up_to_its_end_mark(batch_size):
+    model, prompts = tiny_llama(seed=2, causal=True).train(), some_prompts()
+    with torch.no_grad():
+        model.tok_embeddings.weight[2:4] *= 2  # end marks come often
+    answers = answer_prompts(model, prompts, Letters(), batch_size, 6)
+    model.eval()
+    assert answers == [answered_by_hand(model, prompt, 6) for prompt in prompts]
+    lengths = {len(answer.split()) for answer in answers}
+    assert len(lengths) > 2 and 6 in lengths
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_processes_share_the_prompts_unless_they_share_the_model(monkeypatch, fsdp):
+    model, prompts = tiny_llama(causal=True), some_prompts(5)
+    wanted = answer_prompts(model, prompts, Letters(), 4, 3)
+    parts = []
+    monkeypatch.setattr(Processes, "gather", lambda self, what: [what, *parts])
+    if fsdp:
+        assert answer_prompts(model, prompts, Letters(), 4, 3, processes=Processes(1, 2, True)) == wanted
+        return
+    monkeypatch.setattr(
+        Processes, "gather", lambda self, what: parts.append(dict(what)) or [dict.fromkeys(range(5), "")]
+    )
+    for rank in (0, 1):
+        answer_prompts(model, prompts, Letters(), 4, 3, processes=Processes(rank, 2))
+    assert not parts[0].keys() & parts[1].keys() and min(map(len, parts)) >= 2
+    assert [(parts[0] | parts[1])[i] for i in range(5)] == wanted

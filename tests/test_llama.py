@@ -621,3 +621,18 @@ def test_a_bidirectional_model_has_no_cache():
     assert model.new_cache() is None and tiny_llama(causal=True, use_cache=False).new_cache() is None
     with pytest.raises(ValueError, match="a bidirectional model has no use for a cache"):
         KVCache(model.config)
+
+
+@kernels
+@pytest.mark.parametrize("causal", [True, False])
+def test_sequences_packed_into_one_row_compute_what_each_does_alone(kernel, causal):
+    model = with_kernel(tiny_llama(causal=causal), kernel).eval()
+    sequences = [random_ids(1, length, seed=length) for length in (7, 1, 12, 5)]
+    segments = torch.cat([torch.full((length,), n) for n, length in enumerate((7, 1, 12, 5))])[None]
+    same = segments[:, :, None] == segments[:, None, :]
+    row = torch.cat(sequences, 1)
+    logits, _ = model(row, targets=row, attention_mask=same)
+    alone = torch.cat([model(ids, targets=ids)[0] for ids in sequences], 1)
+    torch.testing.assert_close(logits, alone, atol=SHIFT_TOLERANCE, rtol=SHIFT_TOLERANCE)
+    together, _ = model(row, targets=row)
+    assert (together - alone).abs().max() > 0.1

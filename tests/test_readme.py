@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import environment
 import sanity_check
 import tokenizer
 from checkpoint import write_checkpoint
@@ -61,6 +62,10 @@ def course_folder(asset, tmp_path, monkeypatch):
             (tmp_path / "data" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name in ("README.md", "docs", "data/mini-llama.safetensors", "data/mini-llama.model"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    for split in ("train", "dev", "test"):
+        lines = (ROOT / "data" / f"demo-qa-{split}.jsonl").read_text(encoding="utf-8").split("\n")[:24]
+        (tmp_path / "data" / f"demo-qa-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setattr(environment, "HERE", tmp_path)
     (tmp_path / "data" / "stories260K").mkdir()
     for name in ("stories260K/stories260K_v1.bin", "stories260K/tok512.model"):
         shutil.copy(asset(name), tmp_path / "data" / name)
@@ -122,13 +127,14 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
     out = run(command)
     made = {path.name for path in course_folder.iterdir()} - before
     option = command[command.index("--option") + 1]
-    if option in ("report", "perplexity", "tokenizer", "pretrain", "convert", "wise_ft"):
+    if option in ("report", "perplexity", "tokenizer", "pretrain", "sft", "convert", "wise_ft"):
         wanted = {
             "report": {"report.html"},
             "perplexity": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
             "convert": {"stories260K-hf"},
+            "sft": {"answers.safetensors", "answers.model", "sft-dev-answers.jsonl", "sft-test-answers.jsonl"},
             "wise_ft": {"wise-ft-curve.csv", "wise-ft-curve.html"},
         }
         made.discard("runs")

@@ -12,9 +12,10 @@ from torch import nn
 import tasks
 from conftest import ROOT, some_stories, tiny_llama
 from corpus import Corpus, Text, Tokens, evenly
+from dataset import Example, pack, tokenize_examples
 from distributed import Processes
-from evaluation import evaluate
-from tasks import Classification, LanguageModelling
+from evaluation import answer_prompts, answer_scores, evaluate
+from tasks import Classification, Instruction, LanguageModelling
 from test_training import Bag, some_rows
 from tokenizer import Tokenizer
 
@@ -41,6 +42,20 @@ def a_task(tokenizer, *, texts=2, held_out=2.0, steps=10, **changes):
     ]
     settings = {"batch_size": 4, "eval_every": 4, "seed": 3, "sample_tokens": 5} | changes
     return LanguageModelling(Corpus(found, 3), tokenizer, steps, **settings)
+
+
+def some_examples(tokenizer, count, seed=0):
+    pairs = zip(some_stories(count, seed=seed, words=12), some_stories(count, seed=seed + 1, words=6), strict=True)
+    return tokenize_examples(
+        "a.jsonl", [Example(a[: 5 + 7 * i % 40].strip(), b[: 3 + 5 * i % 20]) for i, (a, b) in enumerate(pairs)],
+        tokenizer, 32, 6,
+    )[0]  # fmt: skip
+
+
+def an_instruction(tokenizer, **changes):
+    splits = some_examples(tokenizer, 11), some_examples(tokenizer, 7, seed=5)
+    settings = {"epochs": 2, "batch_size": 4, "window": 32, "seed": 3, "max_new_tokens": 6} | changes
+    return Instruction(*splits, tokenizer, **settings)
 
 
 def a_llama(seed=0):
@@ -226,9 +241,10 @@ def test_a_classifiers_losses_and_steps_are_those_of_its_rows():
     assert sorted(i for batch in task.plan(1) for i in batch) == list(range(13))
 
 
-def test_both_tasks_are_what_the_loop_asks_for(tokenizer):
+def test_all_tasks_are_what_the_loop_asks_for(tokenizer):
     protocol = {name for name in vars(tasks.Task) if not name.startswith("_")} | set(tasks.Task.__annotations__)
-    for task in (a_task(tokenizer), Classification(some_rows(), some_rows(), epochs=1, batch_size=2, seed=0)):
+    classification = Classification(some_rows(), some_rows(), epochs=1, batch_size=2, seed=0)
+    for task in (a_task(tokenizer), classification, an_instruction(tokenizer)):
         assert all(hasattr(task, name) for name in protocol)
 
 
@@ -245,3 +261,95 @@ def test_a_model_inside_another_writes_the_sample(tokenizer):
 
     task, model = a_task(tokenizer), a_llama()
     assert judged(task, Wrapped(model)) == judged(task, model)
+
+
+# Prompts and answers
+
+
+def answer_by_hand(model, example):
+    """(summed loss of the answer and the end mark in nats, how many guessed right), token by token."""
+    nats, right = 0.0, 0
+    for t in range(example.prompt_length, len(example.ids)):
+        with torch.no_grad():
+            logits = model(torch.tensor([example.ids[:t]]))[0][0, -1].double()
+        nats -= logits.log_softmax(-1)[example.ids[t]].item()
+        right += int(logits.argmax() == example.ids[t])
+    return nats, right
+
+
+def test_the_loss_is_that_of_the_answers_given_their_own_prompts(tokenizer):
+    task, model = an_instruction(tokenizer), a_llama()
+    positions = [4, 9, 0, 7, 2]
+    losses, right = task.losses(model, positions, torch.float32)
+    wanted = [answer_by_hand(model, task.examples[i]) for i in positions]
+    assert losses.tolist() == pytest.approx([nats for nats, _ in wanted], rel=1e-5)
+    assert right.tolist() == [hits for _, hits in wanted]
+    assert task.targets(positions) == sum(len(e.ids) - e.prompt_length for e in (task.examples[i] for i in positions))
+
+
+def test_packed_examples_have_the_losses_and_gradients_that_each_has_alone(tokenizer):
+    task, model = an_instruction(tokenizer), a_llama()
+
+    def gradients(batches):
+        model.zero_grad()
+        losses = []
+        for positions in batches:
+            found, _ = task.losses(model, positions, torch.float32)
+            found.sum().backward()
+            losses += found.tolist()
+        return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    alone, wanted = gradients([[i] for i in range(11)])
+    packed, found = gradients([list(range(11))])
+    assert packed == pytest.approx(alone, rel=1e-5)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * wanted[name].abs().max().item())
+    assert len(pack(task.examples, 32).ids) < 11  # rows were shared
+
+
+def test_what_is_in_the_prompt_changes_no_target_but_is_seen(tokenizer):
+    task, model = an_instruction(tokenizer), a_llama()
+    order = sorted(range(11), key=lambda i: -len(task.examples[i].ids))  # the longest is first in its row
+    before, _ = task.losses(model, order, torch.float32)
+    first = task.examples[order[0]]
+    task.examples[order[0]] = Example("", "", (1, 50, *first.ids[2:]), first.prompt_length)
+    after, _ = task.losses(model, order, torch.float32)
+    assert after[0] != before[0]
+    torch.testing.assert_close(after[1:], before[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("answer_rows", [0, 3, 200])
+def test_answers_are_judged_by_loss_exact_match_and_f1(tokenizer, batch_size, answer_rows):
+    task, model = an_instruction(tokenizer, batch_size=batch_size, answer_rows=answer_rows), a_llama()
+    score = judged(task, model)
+    nats = sum(answer_by_hand(model, example)[0] for example in task.dev_examples)
+    loss = nats / sum(example.targets for example in task.dev_examples)
+    assert score.metrics["dev_loss"] == pytest.approx(loss, rel=1e-5)
+    if not answer_rows:
+        assert score.quality == pytest.approx(-loss, rel=1e-5) and set(score.metrics) == {"dev_loss"}
+        assert task.judged_by == "dev loss"
+        return
+    rows = task.dev_examples if answer_rows > 7 else [task.dev_examples[i] for i in (0, 3, 6)]
+    wanted = answer_scores(answer_prompts(model, rows, tokenizer, 1, 6), rows)
+    assert (score.metrics["dev_exact_match"], score.metrics["dev_f1"]) == (wanted["exact_match"], wanted["f1"])
+    assert score.quality == wanted["f1"] and task.judged_by == "dev F1" and "F1" in score.text
+
+
+def test_every_example_is_learnt_once_an_epoch_in_an_order_of_its_own(tokenizer):
+    task = an_instruction(tokenizer)
+    plans = [task.plan(epoch) for epoch in (1, 2)]
+    assert plans[0] != plans[1] and plans[0] == task.plan(1) and task.steps == 2 * 3 == sum(map(len, plans))
+    for plan in plans:
+        assert sorted(i for batch in plan for i in batch) == list(range(11))
+
+
+def test_the_checksum_is_of_both_splits_and_of_where_the_answers_begin(tokenizer):
+    whole = an_instruction(tokenizer)
+    others = []
+    for name in ("examples", "dev_examples"):
+        for change in (lambda e: Example("", "", (*e.ids, 5), e.prompt_length), lambda e: Example("", "", e.ids, 1)):
+            task = an_instruction(tokenizer)
+            getattr(task, name)[2] = change(getattr(task, name)[2])
+            others.append(task.checksum())
+    assert an_instruction(tokenizer).checksum() == whole.checksum() and len({whole.checksum(), *others}) == 5

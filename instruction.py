@@ -1,0 +1,138 @@
+"""Supervised fine-tuning: a language model learns to answer prompts as examples do."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from checkpoint import write_checkpoint, write_safetensors
+from dataset import Example, read_examples, tokenize_examples, write_answers
+from distributed import started
+from environment import (
+    add_lora,
+    check_causal,
+    choose_device,
+    choose_dtype,
+    load_llama,
+    load_tokenizer,
+    open_checkpoint,
+    print_header,
+    put_tokenizer_beside,
+    report,
+    settings_of,
+)
+from evaluation import DTYPES, answer_prompts, describe_answers
+from files import read_torch
+from llama import Llama
+from lora import apply_lora, merge_lora_weights, remove_lora
+from options import lora_settings
+from run_directory import RunDirectory
+from tasks import Instruction, Score
+from tokenizer import Tokenizer
+from training import train
+
+
+def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> tuple[dict[str, list[Example]], int]:
+    """The examples of each split that was named, with their ids, and the tokens of a row: `window` where the options
+    say it, else as many as the longest example has. One warning if prompts had to be cut to the window.
+    """
+    data, cut = {}, 0
+    for split in ("train", "dev", "test"):
+        if path := getattr(args, split):
+            data[split], cut_here = tokenize_examples(path, read_examples(path), tokenizer, window, args.max_new_tokens)
+            cut += cut_here
+    if cut:
+        report(
+            f"warning: {cut} prompts lost their beginning: a row has room for {window} tokens, of which an answer may "
+            f"take --max_new_tokens {args.max_new_tokens}"
+        )
+    train = data["train"]
+    size, targets = (
+        sum(numbers) / len(train) for numbers in zip(*((len(e.ids), e.targets) for e in train), strict=True)
+    )
+    width = args.window or max(len(example.ids) - 1 for example in (*train, *data["dev"]))
+    report(
+        f"examples    {', '.join(f'{len(examples):,} {split}' for split, examples in data.items())}; of {size:.0f} "
+        f"tokens, {targets:.1f} of them to be learnt; in rows of {width}"
+    )
+    return data, width
+
+
+def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor]) -> None:
+    """Writes the model that was trained, of which `state` is the best; LoRA layers are merged into what they wrap."""
+    if args.lora_rank:
+        apply_lora(llama, **lora_settings(args))
+    llama.load_state_dict(state)
+    remove_lora(merge_lora_weights(llama))
+    write_safetensors(args.model_out, llama.state_dict(), llama.config, DTYPES[args.out_dtype or "fp32"])
+    report(f"wrote {args.model_out}")
+
+
+def instruct(args: argparse.Namespace) -> None:
+    """sft: trains a model to answer prompts, writes it with its tokenizer, and answers dev and test with it."""
+    tokenizer = load_tokenizer(args)
+    tokenizer_content = tokenizer.path.read_bytes()  # as it is now, whatever becomes of the file during the run
+    device = choose_device(args)
+    dtype = choose_dtype(args, device)
+    with started(device, args.fsdp) as processes:
+        args.run_dir = processes.gather(args.run_dir)[0]
+        torch.manual_seed(args.seed)
+        checkpoint = open_checkpoint(args, tokenizer)
+        llama = load_llama(args, checkpoint, dtype)
+        print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
+        check_causal(llama)
+        config = llama.config
+        window = args.window or config.max_seq_len
+        if window > config.max_seq_len:
+            raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
+        data, width = read_data(args, tokenizer, window)
+        if args.lora_rank:
+            add_lora(args, llama)
+        run = RunDirectory(args.run_dir, writes=processes.is_main)
+
+        def log(line: str) -> None:
+            report(line)
+            run.log(line)
+
+        def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
+            write_checkpoint(run.best_path, state, config, options=options, epoch=epoch, scores=score.metrics)
+
+        task = Instruction(
+            data["train"],
+            data["dev"],
+            tokenizer,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            window=width,
+            seed=args.seed,
+            max_new_tokens=args.max_new_tokens,
+            answer_rows=args.answer_rows,
+        )
+        options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
+        if not args.resume:
+            run.create(options)
+        if args.compile:
+            llama.compile(dynamic=True)
+        torch.manual_seed(args.seed + processes.rank)  # dropout differs from process to process
+        settings = settings_of(args, dtype)
+        model = train(llama.to(device), task, settings, run, processes=processes, write_best=write_best, log=log)
+        if processes.is_main:  # from the file, for what was trained may be in shards
+            write_model(args, load_llama(args, checkpoint, dtype), read_torch(run.best_path)["model"])
+            put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
+        for split, path in (("dev", args.dev_out), ("test", args.test_out)):
+            if examples := data.get(split):
+                answers = answer_prompts(
+                    model,
+                    examples,
+                    tokenizer,
+                    args.batch_size,
+                    args.max_new_tokens,
+                    dtype=dtype,
+                    processes=processes,
+                    name=split,
+                )
+                if processes.is_main:
+                    print(f"{split} {describe_answers(answers, examples)} ({len(examples)} rows)", flush=True)
+                    write_answers(path, answers, examples)
