@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 NORMS = ("layernorm", "rmsnorm")
 ATTENTION_KERNELS = ("auto", "fused", "manual", "pieces")
+ATTENTION_TYPES = ("softmax", "differential")
+POSITIONS = ("rotary", "alibi")
 
 
 class RopeScaling(NamedTuple):
@@ -43,7 +45,7 @@ class LlamaConfig:
     layer_norm_eps: float = 1e-5
     multiple_of: int = 32
     hidden_dim: int | None = None  # None: derived from dim, see `feed_forward_size`
-    position_embedding_type: str = "rotary"
+    position_embedding_type: str = "rotary"  # or "alibi", see alibi.py; rope_theta and rope_scaling are rotary's
     use_cache: bool = True
     norm: str = "layernorm"
     causal: bool = False
@@ -51,6 +53,8 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = True
     attention_kernel: str = "auto"  # see `Attention.attend`; all compute the same
+    attention_type: str = "softmax"  # or "differential", see `DifferentialAttention`
+    sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it; None: all before it
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
@@ -65,15 +69,16 @@ class LlamaConfig:
             "max_seq_len",
             "multiple_of",
             "hidden_dim",
+            "sliding_window",
         ):
             value = getattr(self, name)
-            if name == "hidden_dim" and value is None:
+            if name in ("hidden_dim", "sliding_window") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 63:
                 raise ValueError(f"{name} is {shown(value)}; it must be a whole number of 1 or more, below 2^63")
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.position_embedding_type == "rotary":
             raise ValueError(
                 f"the head size dim / n_heads = {self.head_dim} is odd; rotary embeddings turn pairs of it"
             )
@@ -93,10 +98,20 @@ class LlamaConfig:
         for name, allowed in (
             ("norm", NORMS),
             ("attention_kernel", ATTENTION_KERNELS),
-            ("position_embedding_type", ("rotary",)),
+            ("position_embedding_type", POSITIONS),
+            ("attention_type", ATTENTION_TYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be one of {', '.join(allowed)}")
+        if not self.causal and self.position_embedding_type == "alibi":
+            raise ValueError("ALiBi is of what came before: it needs causal attention (--attention causal)")
+        if not self.causal and self.sliding_window is not None:
+            raise ValueError("a sliding window is of what came before: it needs causal attention (--attention causal)")
+        if self.attention_type == "differential" and (self.n_heads % 2 or self.kv_heads % 2):
+            raise ValueError(
+                f"n_heads is {self.n_heads}, n_kv_heads {self.kv_heads}; differential attention takes heads in pairs, "
+                "so both must be even"
+            )
 
     def _check_rope_scaling(self) -> None:
         if self.rope_scaling is None:
@@ -127,10 +142,17 @@ class LlamaConfig:
         return self.dim // self.n_heads
 
     @property
+    def extras(self) -> list[str]:
+        """In words, what of this model the Llamas of other programs have not."""
+        found = ["differential attention"] if self.attention_type == "differential" else []
+        found += ["ALiBi positions"] if self.position_embedding_type == "alibi" else []
+        return found + ([] if self.sliding_window is None else [f"sliding window of {self.sliding_window}"])
+
+    @property
     def convention(self) -> str:
         """The norm and the attention in words, as the header of a run prints them."""
         norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[self.norm]
-        return f"{norm}, {'causal' if self.causal else 'bidirectional'} attention"
+        return ", ".join([norm, f"{'causal' if self.causal else 'bidirectional'} attention", *self.extras])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values; `LlamaConfig.from_dict` is its inverse."""
@@ -174,6 +196,9 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             f"layers.{i}.feed_forward.w2.weight": (dim, hidden),
             f"layers.{i}.feed_forward.w3.weight": (hidden, dim),
         }
+        if config.attention_type == "differential":
+            shapes |= {f"layers.{i}.attention.lambda_{name}": (config.head_dim,) for name in ("q1", "k1", "q2", "k2")}
+            shapes[f"layers.{i}.attention.head_norm.weight"] = (2 * config.head_dim,)
         shapes |= {
             f"layers.{i}.{norm}.{part}": (dim,) for norm in ("attention_norm", "ffn_norm") for part in norm_parts
         }

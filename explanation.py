@@ -4,7 +4,7 @@ terminal and as a page of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -63,7 +63,7 @@ class Explanation:
         self.steps.append(
             Step(
                 self._candidate(int(chosen), before, after),
-                self._likeliest(before * ~cut, before, after),
+                self._likeliest(before * ~cut, before, after, int(chosen)),
                 self._likeliest(before * cut, before, after),
                 int((after > 0).sum()),
                 int(cut.sum()),
@@ -72,31 +72,41 @@ class Explanation:
         )
         self.ids.append(int(chosen))
 
-    def _likeliest(self, among: Tensor, before: Tensor, after: Tensor) -> list[Candidate]:
-        best = among.topk(min(SHOWN, len(among)))
-        return [
-            self._candidate(token, before, after)
-            for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            if value > 0
-        ]
+    def _likeliest(self, among: Tensor, before: Tensor, after: Tensor, chosen: int | None = None) -> list[Candidate]:
+        """The likeliest tokens, and the chosen one at the end if it is none of them."""
+        best = among.topk(min(SHOWN, len(among))).indices.tolist()
+        best += [chosen] if chosen is not None and chosen not in best else []
+        return [self._candidate(token, before, after) for token in best if among[token] > 0]
 
     def _candidate(self, token: int, before: Tensor, after: Tensor) -> Candidate:
         context = self.ids[-8:]  # what a token's text is depends on what it follows: a space, the rest of a character
         text = self.tokenizer.decode([*context, token])[len(self.tokenizer.decode(context)) :]
         if token in self.tokenizer.stop_ids:
             text = "<end>"
-        return Candidate(text or f"<{token}>", float(before[token]), float(after[token]))
+        if not text or "\ufffd" in text:  # a part of a character
+            text = f"<{token}>"
+        return Candidate(text, float(before[token]), float(after[token]))
 
     @property
     def settings(self) -> str:
         """Temperature and filters in words."""
         filters = (
             f"{kept.func.__name__.removesuffix('_filter').replace('_', '-')} {value:g}"
-            for kept in self.filters
+            for kept in (self.filters if self.temperature > 0 else ())
             if isinstance(kept, partial)
             for value in kept.keywords.values()
         )
         return ", ".join((f"Temperature {self.temperature:g}", *filters))
+
+    def _pieces(self) -> Iterator[str]:
+        """What each token added to the text; a character of several tokens comes with the last of them."""
+        before = self.prompt
+        start = len(self.ids) - len(self.steps)
+        for end in range(start + 1, len(self.ids) + 1):
+            text = self.tokenizer.decode(self.ids[:end])
+            if not text.endswith("\ufffd") or end == len(self.ids):
+                yield text[len(before) :]
+                before = text
 
     def table(self) -> str:
         """A line for each token: itself, its probability before and after, and some of what was kept and cut."""
@@ -118,14 +128,14 @@ class Explanation:
             f"{step.cut_mass:.3f} of the probability</h3>{bars(step.cut, None)}</div></div></section>"
             for step in self.steps
         )
-        text = "".join(f"<span>{escape(step.chosen.text)}</span>" for step in self.steps)
+        text = "".join(f"<span>{escape(piece)}</span>" for piece in self._pieces())
         return (
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
             f"<h1>What each token was chosen from</h1>\n<p class=text>{escape(self.prompt)}{text}</p>\n"
             f"<p>{escape(self.settings)}. Each bar is a candidate's probability: the pale one before the "
             f"filters, the dark one after them, when what was cut has been shared out among the rest. The {SHOWN} "
-            f" likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
+            f"likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
         )
 
 

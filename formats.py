@@ -349,6 +349,8 @@ def check_rmsnorm(config: LlamaConfig, target: str) -> None:
             f"{target} holds causal models only, and this one's attention is bidirectional; keep it as safetensors, "
             "or say --attention causal if it was trained so"
         )
+    if config.extras:
+        raise ValueError(f"{target} holds no model with {config.extras[0]}, as this one has; keep it as safetensors")
 
 
 SHARD_BYTES = 4 << 30

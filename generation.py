@@ -294,6 +294,8 @@ def beam_search(
     check_one_prompt(idx, "beam search")
     if beams < 1:
         raise ValueError(f"beams is {beams}; it must be 1 or more")
+    if not -10.0 <= length_penalty <= 10.0:
+        raise ValueError(f"length_penalty is {length_penalty}; it must be from -10 to 10")
     tokens, scores = idx, idx.new_zeros(1, dtype=torch.float32)
     ends = idx.new_tensor(list(eos_ids))
     done: list[tuple[float, Tensor]] = []

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import KVCache, Llama, attention_of_one, last_real, visible_to
+from evaluation import precision
+from generation import LanguageModel
+from llama import KVCache, Llama, at_least_float32, attention_of_one, last_real, of_kernel, visible_to
 from rope import rotary_rows, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 QUANTIZATIONS = ("int8",)
 FEW_ROWS = 4  # up to which int8 weights are multiplied as they are; for more it pays to widen them first
+INT8_WIDTH = 16  # torch's kernel for them reads past the end of rows that are no multiple of it
 
 
 def dense_product(weight: Tensor) -> Product:
@@ -57,10 +60,11 @@ def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
 def int8_product(weight: Tensor) -> Product:
     """x W^T with W in 8 bits and x in bfloat16; the sums are float32."""
     whole, scale = int8_weights(weight)
+    has_kernel = weight.device.type == "cpu" and weight.shape[1] % INT8_WIDTH == 0
 
     def product(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        if rows.device.type == "cpu" and len(rows) <= FEW_ROWS:
+        if has_kernel and len(rows) <= FEW_ROWS:
             out = torch._weight_int8pack_mm(rows, whole, scale)
         else:
             out = F.linear(rows, whole.to(torch.bfloat16)) * scale
@@ -73,8 +77,15 @@ def product_of(weight: Tensor, quantize: str | None) -> Product:
     """The fastest there is for a weight, where it is."""
     if quantize == "int8":
         return int8_product(weight)
-    packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    return packed_product(weight) if packs and hasattr(torch.ops.mkldnn, "_linear_pointwise") else dense_product(weight)
+    return packed_product(weight) if packs(weight) else dense_product(weight)
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether this torch, on this processor, has a layout of oneDNN's for the weight."""
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32
 
 
 class InferenceLayer(NamedTuple):
@@ -91,15 +102,22 @@ class InferenceLayer(NamedTuple):
 class InferenceLlama:
     """Computes what `Llama.forward` does, in evaluation mode, without gradients.
 
-    Takes the weights over layer by layer, so that they are held once: the Llama that is given is empty afterwards.
+    Takes the weights over layer by layer, so that they are held once: the Llama that is given is empty afterwards. (An
+    output tied to the embedding is held twice, as the table that is looked up and as the product needs it.)
+
     dtype: of the products (default: the weights'). quantize: "int8", or None. What adds up over the layers and, on the
-    CPU, what attention reads are float32 either way.
+    CPU, what attention reads are float32 either way, or float64 if the weights are.
     """
 
     @torch.no_grad()
     def __init__(self, llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> None:
         if quantize not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
+        if llama.config.attention_type != "softmax":
+            raise ValueError(
+                f"a model with {llama.config.attention_type} attention has no copy for running only, so none in 8 "
+                "bits; leave out --quantize"
+            )
         self.config = llama.config
 
         def product(*linears: nn.Linear) -> Product:
@@ -123,6 +141,7 @@ class InferenceLlama:
             )
         self.tok_embeddings, self.norm = llama.tok_embeddings, llama.norm
         self.output = product(llama.output)
+        llama.output = nn.Identity()  # type: ignore[assignment]
 
     @torch.no_grad()
     def __call__(
@@ -137,22 +156,25 @@ class InferenceLlama:
         H, K = config.n_heads, config.kv_heads
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        visible = visible_to(tokens, attention_mask, cache, config.causal)
-        table = rotary_rows(
-            start,
-            start + T,
-            config.head_dim,
-            config.max_seq_len,
-            config.rope_theta,
-            tokens.device,
-            config.rope_scaling,
-        )
-        x = self.tok_embeddings(tokens).float()  # (B, T, D)
+        x = at_least_float32(self.tok_embeddings(tokens))  # (B, T, D)
+        visible = visible_to(tokens, attention_mask, cache, config, x.dtype)
+        table = None  # ALiBi is in what is visible
+        if config.position_embedding_type == "rotary":
+            table = rotary_rows(
+                start,
+                start + T,
+                config.head_dim,
+                config.max_seq_len,
+                config.rope_theta,
+                tokens.device,
+                config.rope_scaling,
+            )
         for layer_id, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
             if heads.device.type == "cpu":
-                heads = heads.float()  # the kernels for attention in half precision are slow there
-            turned = rotate(heads[:, :, : H + K], table).transpose(1, 2)  # (B, H + K, T, hd)
+                heads = at_least_float32(heads)  # the kernels for attention in half precision are slow there
+            turned = heads[:, :, : H + K] if table is None else rotate(heads[:, :, : H + K], table)
+            turned = turned.transpose(1, 2)  # (B, H + K, T, hd)
             query, key, value = turned[:, :H], turned[:, H:], heads[:, :, H + K :].transpose(1, 2)
             if cache is not None:
                 key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
@@ -163,7 +185,7 @@ class InferenceLlama:
                     query,
                     key,
                     value,
-                    attn_mask=visible,
+                    attn_mask=of_kernel(visible, query.dtype),
                     is_causal=config.causal and visible is None,
                     enable_gqa=True,
                 )  # (B, H, T, hd)
@@ -178,3 +200,15 @@ class InferenceLlama:
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
         """As `Llama.new_cache`."""
         return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
+
+
+def for_running(llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> LanguageModel:
+    """The fastest there is to run a model with: an `InferenceLlama`, or for what that does not compute, differential
+    attention, the Llama itself, its products in dtype (default: the weights'). Either way the one that is given is used
+    up. Raises ValueError for `quantize` where only the Llama will do.
+    """
+    if llama.config.attention_type == "softmax" or quantize is not None:
+        return InferenceLlama(llama, dtype, quantize)
+    weight = llama.tok_embeddings.weight
+    llama.forward = precision(weight.device, dtype or weight.dtype)(llama.forward)  # type: ignore
+    return llama.eval()

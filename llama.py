@@ -1,4 +1,5 @@
-"""The Llama decoder: pre-norm blocks of rotary grouped-query attention and SwiGLU, with tied embeddings.
+"""The Llama decoder: pre-norm blocks of rotary grouped-query attention and SwiGLU, with tied embeddings. For models of
+one's own, ALiBi in the place of rotary positions, a sliding window, and differential attention.
 
 Shapes, one meaning per letter throughout:
     B  rows of the batch        D   model width (dim)             H  query heads
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import generation
+from alibi import alibi_mask, alibi_slopes
 from checkpoint import Checkpoint, read_checkpoint
 from config import LlamaConfig, feed_forward_size
 from rope import apply_rotary_emb
@@ -83,10 +85,19 @@ def widened(x: Tensor) -> Tensor:
 
 def attention_of_one(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
     """What a single new token, (B, H, 1, hd), takes from all keys and values, (B, K, S, hd) -> (B, H, 1, hd): the heads
-    of a group are rows of one product, so that each key is read once. visible: bool (B, 1, 1, S).
+    of a group are rows of one product, so that each key is read once. visible: as `visible_to` has it.
     """
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (B, K, H / K, hd)
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=visible).view_as(query)
+    B, K = key.shape[:2]
+    grouped = query.reshape(B, K, -1, query.shape[-1])  # (B, K, H / K, hd)
+    if visible is not None and visible.shape[1] > 1:  # each head has its own
+        visible = visible.reshape(len(visible), K, -1, visible.shape[-1])  # (B or 1, K, H / K, S)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=of_kernel(visible, query.dtype))
+    return mixed.reshape(*query.shape[:-1], -1)
+
+
+def of_kernel(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as torch's kernels take it: bool, or of the queries' dtype."""
+    return visible if visible is None or visible.dtype == torch.bool else visible.to(dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -95,22 +106,27 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def causal_mask(seq_len: int, device: torch.device) -> Tensor:
-    """bool (1, 1, T, T), True at and below the diagonal: a query sees itself and what came before."""
+def causal_mask(seq_len: int, device: torch.device, window: int | None = None) -> Tensor:
+    """bool (1, 1, T, T), True at and below the diagonal, for `window` diagonals: a query sees itself and what came
+    before, window tokens in all.
+    """
     with torch.inference_mode(False):  # a mask first made under inference_mode could never serve training
-        return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()[None, None]
+        mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
+        return (mask if window is None else mask.triu(1 - window))[None, None]
 
 
-def visible_positions(attention_mask: Tensor | None, seq_len: int, causal: bool, device: torch.device) -> Tensor | None:
+def visible_positions(
+    attention_mask: Tensor | None, seq_len: int, causal: bool, device: torch.device, window: int | None = None
+) -> Tensor | None:
     """Which key each query may see: bool (B or 1, 1, T, T), True = attend; None where every query sees every key.
 
     attention_mask: bool (B, T), True for real tokens; or (B, T, T), True where a query may see a key. A position sees
     itself, so that no row of the softmax is empty (an empty one is NaN, and NaN times zero reaches its neighbours'
-    gradients).
+    gradients). window: of a causal model, see `LlamaConfig.sliding_window`.
     """
     visible = None
     if causal:
-        visible = causal_mask(seq_len, device)
+        visible = causal_mask(seq_len, device, window)
     if attention_mask is not None:
         itself = torch.eye(seq_len, dtype=torch.bool, device=device)
         real = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask[:, None]
@@ -122,7 +138,8 @@ class KVCache:
     """The keys and values of what a model has read so far, so that the next tokens alone have to be computed.
 
     (B, K, capacity, hd) of each in every layer, the first `length` columns filled; K key/value heads, each stored once.
-    Memory is taken when the first tokens come, of their dtype and on their device.
+    Memory is taken when the first tokens come, of their dtype and on their device. With a sliding window, too, all are
+    kept: this saves no memory, but what is forgotten by `keep` may bring them back into sight.
 
     Raises ValueError for a bidirectional model, in which what was read changes with what follows.
     """
@@ -130,6 +147,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, capacity: int | None = None) -> None:
         if not config.causal:
             raise ValueError("a bidirectional model has no use for a cache: each token changes those before it")
+        self.window = config.sliding_window
         self.capacity = config.max_seq_len if capacity is None else min(capacity, config.max_seq_len)
         self.length = 0
         self.keys: list[Tensor | None] = [None] * config.n_layers
@@ -180,34 +198,60 @@ class KVCache:
                 self.real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
             if attention_mask is not None:
                 self.real[:, self.length : end] = attention_mask
-        if tokens == 1 and attention_mask is None:
+        narrow = self.window is not None and end > self.window
+        if tokens == 1 and attention_mask is None and not narrow:
             return None if self.real is None else self.real[:, None, None, :end]
         positions = torch.arange(end, device=device)
         queries = positions[self.length :, None]
         seen = (positions <= queries)[None, None]
+        if self.window is not None:
+            seen = seen & (positions > queries - self.window)
         if self.real is not None:  # a padding position sees itself, as in `visible_positions`
             seen = (self.real[:, None, None, :end] & seen) | (positions == queries)
         return seen
 
 
-def visible_to(tokens: Tensor, attention_mask: Tensor | None, cache: KVCache | None, causal: bool) -> Tensor | None:
-    """Which keys each of tokens (B, T) may see: bool (B or 1, 1, T, S); None where `causal` says all of it, for the
+def visible_to(
+    tokens: Tensor, attention_mask: Tensor | None, cache: KVCache | None, config: LlamaConfig, dtype: torch.dtype
+) -> Tensor | None:
+    """Which keys each of tokens (B, T) may see: bool (B or 1, 1, T, S); with ALiBi, what is added to the scores, (B or
+    1, H, T, S), -inf for what is not seen, in dtype or float32; None where `config.causal` says all of it, for the
     kernels know the plain causal mask. Raises ValueError if the tokens do not fit into the cache.
     """
     B, T = tokens.shape
+    start, window = 0 if cache is None else cache.length, config.sliding_window
     mask = None if attention_mask is None else attention_mask.to(torch.bool)
     if cache is not None:
         cache.room_for(T)
-        return None if cache.length == 0 and mask is None else cache.visible(mask, B, T, tokens.device)
-    return None if mask is None else visible_positions(mask, T, causal, tokens.device)
+    if start == 0 and mask is None and (window is None or T <= window):
+        visible = None
+    elif cache is not None:
+        visible = cache.visible(mask, B, T, tokens.device)
+    else:
+        visible = visible_positions(mask, T, config.causal, tokens.device, window)
+    return with_alibi(visible, start, start + T, config, dtype, tokens.device)
+
+
+def with_alibi(
+    visible: Tensor | None, start: int, end: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The mask with ALiBi in it, if the config says so, see `alibi_mask`."""
+    if config.position_embedding_type != "alibi":
+        return visible
+    slopes = alibi_slopes(config.n_heads)
+    if config.attention_type == "differential":
+        slopes = 2 * alibi_slopes(config.n_heads // 2)  # the two maps of a head see the same distances
+    wide = torch.promote_types(dtype, torch.float32)
+    return alibi_mask(visible, slopes, start, end, config.max_seq_len, wide, device)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions, or with what ALiBi adds to the scores."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.value_dim = config.head_dim
         self.compute_query = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.compute_key = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.compute_value = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
@@ -219,25 +263,36 @@ class Attention(nn.Module):
     ) -> Tensor:
         """softmax(query key^T / sqrt(hd)) value: three times (B, H, T, hd) -> (B, H, T, hd), the readable path.
 
-        visible: bool, broadcast to (B, H, T, T), True = attend. Without it the config decides: causal, or all.
+        visible: broadcast to (B, H, T, T); bool, True = attend, or a float that is added to the scores. Without it the
+        config decides.
         """
         if visible is None:
-            visible = visible_positions(None, query.shape[-2], self.config.causal, query.device)
+            visible = self.visible_alone(query)
         # Scaled before the product, which may overflow in float16.
         scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
-        if visible is not None:
+        if visible is not None and visible.dtype == torch.bool:
             scores = scores.masked_fill_(~visible, -math.inf)  # in place: nothing else needs the product
+        elif visible is not None:
+            scores = scores + visible
         # Whatever the dtype, torch's softmax adds up in float32.
         weights = F.dropout(scores.softmax(-1), self.config.dropout, self.training)
         return weights.to(value.dtype) @ value
 
+    def visible_alone(self, query: Tensor) -> Tensor | None:
+        """What the config has the queries (B, H, T, hd) of a text by itself see of its keys."""
+        config, T = self.config, query.shape[-2]
+        visible = visible_positions(None, T, config.causal, query.device, config.sliding_window)
+        return with_alibi(visible, 0, T, config, query.dtype, query.device)
+
     def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
         """The same as `compute_query_key_value_scores`, by torch's fused kernel."""
+        if visible is None and (self.config.sliding_window or self.config.position_embedding_type == "alibi"):
+            visible = self.visible_alone(query)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=visible,
+            attn_mask=of_kernel(visible, query.dtype),
             dropout_p=self.config.dropout if self.training else 0.0,
             is_causal=self.config.causal and visible is None,
         )
@@ -287,31 +342,71 @@ class Attention(nn.Module):
         x = narrowed(x)
         query = self.compute_query(x).view(B, T, config.n_heads, config.head_dim)  # (B, T, H, hd)
         key = self.compute_key(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
-        value = self.compute_value(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
-        start = 0 if cache is None else cache.length
-        query, key = apply_rotary_emb(
-            query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, start
-        )
+        value = self.compute_value(x).view(B, T, -1, self.value_dim)  # (B, T, K, hd)
+        if config.position_embedding_type == "rotary":
+            start = 0 if cache is None else cache.length
+            query, key = apply_rotary_emb(
+                query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, start
+            )
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H or K, T, hd)
         if cache is not None:
             key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
-
-        if cache is not None and T == 1:
-            mixed = attention_of_one(query, key, value, visible)  # (B, H, 1, hd)
-        else:
-            group = config.n_heads // config.kv_heads  # query heads that share one key/value head
-            if group > 1:
-                key = key.repeat_interleave(group, dim=1)  # (B, H, S, hd)
-                value = value.repeat_interleave(group, dim=1)  # (B, H, S, hd)
-            if only is not None:
-                if visible is None and config.causal:
-                    visible = visible_positions(None, T, True, x.device)
-                if visible is not None:
-                    visible = at_positions(visible.expand(B, -1, -1, -1), only)  # (B, 1, 1, S)
-                query = at_positions(query, only)  # (B, H, 1, hd)
-            mixed = self.attend(query, key, value, visible)  # (B, H, T, hd)
+        mixed = self.mix(query, key, value, visible, only)  # (B, H, T, hd)
         mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
         return self.residual_dropout(self.compute_output(mixed))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, only: Tensor | None) -> Tensor:
+        """What the queries (B, H, T, hd) take of the values (B, K, S, hd) by their keys: (B, H, T, hd); with `only`, or
+        one query, (B, H, 1, hd).
+        """
+        if query.shape[-2] == 1 < key.shape[-2]:
+            return attention_of_one(query, key, value, visible)
+        group = query.shape[1] // key.shape[1]  # query heads that share one key/value head
+        if group > 1:
+            key = key.repeat_interleave(group, dim=1)  # (B, H, S, hd)
+            value = value.repeat_interleave(group, dim=1)  # (B, H, S, hd)
+        if only is not None:
+            visible = self.visible_alone(query) if visible is None else visible
+            if visible is not None:
+                visible = at_positions(visible.expand(len(query), -1, -1, -1), only)  # (B, 1 or H, 1, S)
+            query = at_positions(query, only)  # (B, H, 1, hd)
+        return self.attend(query, key, value, visible)
+
+
+class DifferentialAttention(Attention):
+    """Differential attention (arXiv 2410.05258): a head weighs its values by the difference of two softmaxes,
+
+        (softmax(Q1 K1^T / sqrt(hd)) - l softmax(Q2 K2^T / sqrt(hd))) V,   l = exp(lq1 . lk1) - exp(lq2 . lk2) + l0,
+
+    so that what both maps see, noise, falls away; then RMSNorm within each head, times 1 - l0. l0 = 0.8 - 0.6 exp(-0.3
+    depth), depth the number of the layer, from 0.
+
+    Two query heads of the config make one head here, and two key/value heads one key/value head, with values twice as
+    wide: the projections keep their sizes. Of the H query heads, the first half are the Q1, the second half the Q2;
+    likewise of the keys. l's vectors belong to the layer, all its heads have them in common.
+    """
+
+    def __init__(self, config: LlamaConfig, depth: int) -> None:
+        super().__init__(config)
+        self.value_dim = 2 * config.head_dim
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)) for _ in range(4)
+        )
+        self.head_norm = RMSNorm(self.value_dim, eps=1e-5)
+
+    def balance(self) -> Tensor:
+        """l, how much of the second softmax is taken off the first: a number."""
+        q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
+        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, only: Tensor | None) -> Tensor:
+        """As `Attention.mix`, of query (B, H, T, hd), key (B, K, S, hd) and value (B, K / 2, S, 2 hd): (B, H / 2, T,
+        2 hd).
+        """
+        value = value.repeat(1, 2, 1, 1)  # (B, K, S, 2 hd): both maps weigh the same values
+        first, second = super().mix(query, key, value, visible, only).chunk(2, dim=1)
+        return (1 - self.lambda_init) * self.head_norm(first - self.balance() * second)
 
 
 class FeedForward(nn.Module):
@@ -341,7 +436,8 @@ class LlamaLayer(nn.Module):
         super().__init__()
         norm = NORM_CLASSES[config.norm]
         self.layer_id = layer_id
-        self.attention = Attention(config)
+        differential = config.attention_type == "differential"
+        self.attention = DifferentialAttention(config, layer_id) if differential else Attention(config)
         self.feed_forward = FeedForward(config.dim, config.hidden_dim, config.multiple_of, config.dropout)
         self.attention_norm = norm(config.dim, config.layer_norm_eps)
         self.ffn_norm = norm(config.dim, config.layer_norm_eps)
@@ -422,7 +518,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
-        visible = visible_to(tokens, attention_mask, cache, self.config.causal)
+        visible = visible_to(tokens, attention_mask, cache, self.config, self.tok_embeddings.weight.dtype)
         x = self.dropout(widened(self.tok_embeddings(tokens)))  # (B, T, D)
         *others, last_layer = self.layers
         for layer in others:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from config import NORMS, PRESETS
+from config import NORMS, POSITIONS, PRESETS
 
 # What --option wise_ft takes from the run that made the fine-tuned model, where it is not typed.
 ADOPTED = ("pretrained_model_path", "tokenizer", "dev", "test", "max_sentence_len", "pooling")
@@ -74,11 +74,18 @@ OPTION_DEFAULTS: dict[str, dict[str, Any]] = {"pretrain": PRETRAINING_DEFAULTS, 
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
 SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
+FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")  # beside epsilon, which is the course's
+OF_GENERATE = (
+    *FILTERS,
+    *("repetition_penalty", "decoder", "beams", "length_penalty", "contrast", "stop", "num_samples"),
+    *("prompt_file", "interactive", "json", "explain"),
+)
 DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
 ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
+NEW_MODEL = ("position", "sliding_window", "differential")  # beside its sizes; a checkpoint says them itself
 RUNS = "runs"  # where a run's folder is made
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
 # What may differ between runs, and when one is resumed: it changes no number.
@@ -241,7 +248,8 @@ def build_parser() -> OneLineParser:
         type=FRACTION,
         default=0.05,
         metavar="E",
-        help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s)",
+        help="sample only tokens of at least this probability; 0 keeps all (default: %(default)s; 0 where another "
+        "filter is given)",
     )
     add("--eta", type=FRACTION, metavar="E", help="like --epsilon, but lower where many tokens are likely; try 0.002")
     add("--top_k", type=COUNT, metavar="K", help="sample only the K likeliest tokens (contrastive: 4)")
@@ -276,7 +284,7 @@ def build_parser() -> OneLineParser:
     add("--beams", type=COUNT, default=4, metavar="N", help="beam: beginnings kept at each step (default: %(default)s)")
     add(
         "--length_penalty",
-        type=float,
+        type=number(float, "from -10 to 10", lambda value: -10 <= value <= 10),
         default=1.0,
         metavar="L",
         help="beam: above 0 favours longer texts, below 0 shorter ones (default: %(default)s)",
@@ -293,7 +301,8 @@ def build_parser() -> OneLineParser:
     add(
         "--prompt_file",
         metavar="FILE",
-        help="continue every line of a file, --batch_size of them at a time, instead of --prompt",
+        help="continue every line of a file, --batch_size of them at a time, instead of --prompt; above temperature 0 "
+        "what is drawn depends on which are together",
     )
     add(
         "--interactive",
@@ -553,6 +562,23 @@ def build_parser() -> OneLineParser:
     ):
         add(f"--{name}", type=COUNT, metavar="N", help=f"{what} of a new model (default: the preset's)")
     add(
+        "--position",
+        choices=POSITIONS,
+        help="how a new model knows positions: rotary turns queries and keys, alibi takes off what is far (default: "
+        "rotary)",
+    )
+    add(
+        "--sliding_window",
+        type=COUNT,
+        metavar="N",
+        help="a token of a new model sees itself and the N - 1 before it (default: all before it)",
+    )
+    add(
+        "--differential",
+        action="store_true",
+        help="differential attention in a new model: the difference of two softmaxes, from pairs of heads",
+    )
+    add(
         "--window",
         type=COUNT,
         metavar="N",
@@ -714,7 +740,9 @@ def parse_options(
         given = read_config(parser, given["config"]) | given
     defaults = OPTION_DEFAULTS.get(given.get("option", ""), {})
     # What pretraining starts from: a checkpoint that was named, or random weights.
-    derived = {"continued": "pretrained_model_path" in given}
+    derived: dict[str, Any] = {"continued": "pretrained_model_path" in given}
+    if any(name in given for name in FILTERS):
+        derived["epsilon"] = 0.0
     return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
 
 
@@ -744,7 +772,8 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
     if not isinstance(content, tuple):
         parser.error('must hold a JSON object, such as {"option": "lora", "lr": 3e-3}')
     # By how many values an option takes.
-    kinds: dict[Any, tuple[type, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
+    kinds: dict[Any, tuple[Any, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
+    kinds["?"] = (str | bool, "true, false or a text")
     argv, seen, off = [], set(), {}
     for key, value in content:
         name, shown = key.replace("-", "_"), json.dumps(key)
@@ -762,7 +791,7 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
         if value is False:
             off[name] = False
         else:
-            argv += [option, *items] if kind is not str else [f"{option}={value}"]
+            argv += [f"{option}={value}"] if isinstance(value, str) else [option, *items]
     given = given_options(parser, argv) | off
     parser.source = ""
     return given
@@ -804,14 +833,24 @@ def check_options(args: argparse.Namespace) -> None:
         for name in ("run_dir", "fsdp"):
             if getattr(args, name):
                 raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    for name in NEW_MODEL:
+        if getattr(args, name) and args.option != "pretrain":
+            raise ValueError(
+                f"--{name} is of a new model, and a checkpoint says its own; leave it out for --option {args.option}"
+            )
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
-    if args.option != "lora" and not (args.option == "sft" and args.lora_rank):
-        for name in LORA_VARIANTS:
-            if getattr(args, name) != build_parser().get_default(name):
-                if args.option == "sft":
+    parser = build_parser()
+    of_lora = args.option == "lora" or (args.option == "sft" and args.lora_rank)
+    for belongs, option, names in (
+        (args.option == "generate", "generate", OF_GENERATE),
+        (of_lora, "lora", LORA_VARIANTS),
+    ):
+        for name in names if not belongs else ():
+            if getattr(args, name) != parser.get_default(name):
+                if option == "lora" and args.option == "sft":
                     raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
-                raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
+                raise ValueError(f"--{name} belongs to --option {option}; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "report":
@@ -900,36 +939,44 @@ def writes_two_files(args: argparse.Namespace) -> bool:
 
 
 def check_generation(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of generate that contradict each other."""
+    """Raises ValueError for options of generate that contradict each other or would have no effect."""
+
+    def given(*names: str) -> list[str]:
+        return [name for name in names if getattr(args, name) != build_parser().get_default(name)]
+
+    def refuse(names: list[str], why: str) -> None:
+        if names:
+            raise ValueError(f"{why}; leave out --{names[0]}")
+
     if args.interactive:
-        for name in ("prompt_file", "json", "explain"):
-            if getattr(args, name) not in (None, False):
-                raise ValueError(f"--interactive asks for prompts and prints answers as they come; leave out --{name}")
-        if args.num_samples > 1:
-            raise ValueError("--interactive gives one answer to each prompt; leave out --num_samples")
+        refuse(
+            given("prompt", "prompt_file", "json", "explain", "num_samples"),
+            "--interactive asks for prompts and answers each as it comes",
+        )
+    if args.prompt_file is not None:
+        refuse(given("prompt"), "--prompt_file has the prompts")
     if args.explain is not None:
-        if args.json or args.prompt_file or args.num_samples > 1 or args.decoder != "sample":
-            raise ValueError(
-                "--explain shows how one text was sampled; leave out --json, --prompt_file, --num_samples, --decoder"
-            )
+        refuse(given("json", "prompt_file", "num_samples", "decoder"), "--explain shows how one text was sampled")
         if args.explain and not args.explain.endswith(".html"):
             raise ValueError(f"--explain {args.explain}: the page's name must end in .html")
     if "" in args.stop:
         raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
-    if args.decoder == "sample":
-        return
-    filters = ("eta", "top_p", "min_p", "typical_p", *(() if args.decoder == "contrastive" else ("top_k",)))
+    belongs = {"beams": "beam", "length_penalty": "beam", "contrast": "contrastive"}
+    for name, decoder in belongs.items():
+        if args.decoder != decoder:
+            refuse(given(name), f"--{name} is for --decoder {decoder}")
     if args.decoder == "lookup":
-        if args.repetition_penalty != 1.0:
-            raise ValueError("--decoder lookup has no --repetition_penalty; leave one of them out")
-        return
-    for name in filters:
-        if getattr(args, name) is not None:
-            raise ValueError(f"--decoder {args.decoder} draws nothing, so that --{name} has no effect; leave it out")
-    if args.temperature or args.repetition_penalty != 1.0 or args.num_samples > 1:
-        raise ValueError(
-            f"--decoder {args.decoder} draws nothing: leave out --temperature, --repetition_penalty, --num_samples"
-        )
+        refuse(given("repetition_penalty"), "--decoder lookup has no repetition penalty")
+    draws = args.temperature != 0 and args.decoder in ("sample", "lookup")
+    if not draws:
+        what = f"--decoder {args.decoder}" if args.decoder in ("beam", "contrastive") else "temperature 0"
+        allowed = {"top_k"} if args.decoder == "contrastive" else set()
+        allowed |= {"epsilon"} if args.epsilon == 0 else set()  # which cuts nothing
+        names = [name for name in (*FILTERS, "num_samples", "epsilon") if name not in allowed]
+        refuse(given(*names), f"{what} draws nothing")
+    if args.decoder in ("beam", "contrastive"):
+        refuse(given("temperature") if args.temperature else [], f"--decoder {args.decoder} draws nothing")
+        refuse(given("repetition_penalty"), f"--decoder {args.decoder} has no repetition penalty")
 
 
 def check_prompt(args: argparse.Namespace) -> None:

@@ -30,9 +30,9 @@ from environment import (
 )
 from evaluation import DTYPES, score_documents
 from files import read_torch
-from inference import InferenceLlama
+from inference import for_running
 from llama import Llama
-from options import DEFAULT_PRESET, text_and_weight
+from options import DEFAULT_PRESET, NEW_MODEL, text_and_weight
 from run_directory import RunDirectory
 from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer
@@ -60,6 +60,11 @@ def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
         sizes["norm"] = args.norm
     if args.dim is not None:
         sizes["hidden_dim"] = None  # the preset's was for its own width
+    sizes |= {
+        "position_embedding_type": args.position or "rotary",
+        "sliding_window": args.sliding_window,
+        "attention_type": "differential" if args.differential else "softmax",
+    }
     sizes |= {"vocab_size": vocab_size, "causal": args.attention != "bidirectional", "dropout": args.dropout or 0.0}
     return LlamaConfig(**sizes)
 
@@ -97,7 +102,8 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
 
 def pretrain(args: argparse.Namespace) -> None:
     """pretrain: trains a new model, or one that goes on from a checkpoint; writes it with its tokenizer."""
-    if args.continued and (sizes := [name for name in ("preset", *SIZES) if getattr(args, name) is not None]):
+    of_new = ("preset", *SIZES, *NEW_MODEL)
+    if args.continued and (sizes := [name for name in of_new if getattr(args, name) not in (None, False)]):
         raise ValueError(f"--{sizes[0]} is of a new model, but --pretrained-model-path has its own sizes; give one")
     tokenizer = load_tokenizer(args)
     tokenizer_content = tokenizer.path.read_bytes()  # as it is now, whatever becomes of the file during the run
@@ -166,7 +172,7 @@ def perplexity(args: argparse.Namespace) -> None:
     files = {path: text_files(path) for path, _ in map(text_and_weight, args.corpus)}
     llama, tokenizer, device, dtype = ready(args)
     check_causal(llama)
-    model = llama if args.quantize is None else InferenceLlama(llama, quantize=args.quantize)
+    model = llama if args.quantize is None else for_running(llama, quantize=args.quantize)
     context = llama.config.max_seq_len
     window = args.window or context
     stride = args.stride or max(1, window // 2)

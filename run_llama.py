@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -343,6 +344,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.option in TRAINING and not args.resume:
             name_run(args)
         run_option(args)
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         # From every process, for the cause may be in one of them only.
         who = "" if IS_MAIN else f" (process {os.environ['RANK']})"

@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from environment import ready, report
 from explanation import Explanation
 from files import atomic_file
 from generation import Filter, LanguageModel
-from inference import InferenceLlama
+from inference import for_running
 from options import writes_two_files
 from tokenizer import Tokenizer
 
@@ -32,7 +32,9 @@ HISTORY = Path.home() / ".mini-llama-history"  # what was typed in the interacti
 
 @dataclass
 class Continuation:
-    """One prompt's; finish says what ended it: "end" (of sequence), "stop" (a text of --stop), "length"."""
+    """One prompt's; finish says what ended it: "end" (of sequence), "stop" (a text of --stop), "length". tokens: how
+    many were made, with those of the end or the stop.
+    """
 
     prompt: str
     text: str
@@ -151,34 +153,47 @@ class Writer:
         echo: bool = True,
     ) -> Continuation:
         """Continues a prompt, handing on each piece of the text, the prompt's first if `echo`, as it is made."""
-        speed, ids = Speed(), []
-        before = self.tokenizer.decode(prompt) if echo else ""
-        shown = ""
+        speed = Speed()
 
         def counted() -> Iterator[int]:
             for token in self.ids(prompt, temperature, watch):
                 speed.count()
-                ids.append(token)
                 yield token
 
-        pieces = text_pieces(self.tokenizer, prompt if echo else [], counted(), self.args.stop)
         try:
-            for piece in pieces:
-                show(piece)
-                shown += piece
+            return self.continuation(prompt, counted(), show, echo)
         finally:
             show("\n")
             report(str(speed))
-        return Continuation(before, shown[len(before) :], len(ids), self.finish(ids))
 
-    def finish(self, ids: Sequence[int]) -> str:
-        """What ended these tokens."""
-        if ids and ids[-1] in self.tokenizer.stop_ids:
-            return "end"
-        return "length" if len(ids) >= self.args.max_new_tokens else "stop"
+    def continuation(
+        self, prompt: list[int], ids: Iterator[int], show: Callable[[str], None] = lambda piece: None, echo: bool = True
+    ) -> Continuation:
+        """The text that the ids make of a prompt, handed on piece by piece; takes no more of them than it needs."""
+        taken: list[int] = []
+        pieces: list[str] = []
+        stopped = False
+
+        def counted() -> Iterator[int]:
+            for token in ids:
+                taken.append(token)
+                yield token
+
+        def told() -> Iterator[str]:
+            nonlocal stopped
+            stopped = yield from text_pieces(self.tokenizer, prompt if echo else [], counted(), self.args.stop)
+
+        for piece in told():
+            show(piece)
+            pieces.append(piece)
+        ended = bool(taken) and taken[-1] in self.tokenizer.stop_ids
+        finish = "stop" if stopped else "end" if ended else "length"
+        return Continuation(pieces[0], "".join(pieces[1:]), len(taken), finish)
 
     def batch(self, prompts: list[list[int]], temperature: float, bar: tqdm) -> list[Continuation]:
-        """Continues prompts together, each as it would be alone."""
+        """Continues prompts together: at temperature 0 each as it would be alone, else with draws that depend on which
+        prompts are together.
+        """
         idx, mask = pad(prompts, self.tokenizer.pad_id, side="left")
         rows: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
@@ -190,12 +205,8 @@ class Writer:
                     bar.update(1)
             if all(ended):
                 break
-        found = []
-        for prompt, ids in zip(prompts, rows, strict=True):
-            before = self.tokenizer.decode(prompt)
-            text = "".join(text_pieces(self.tokenizer, prompt, iter(ids), self.args.stop))
-            found.append(Continuation(before, text[len(before) :], len(ids), self.finish(ids)))
-        return found
+        echo = not self.args.chat
+        return [self.continuation(prompt, iter(ids), echo=echo) for prompt, ids in zip(prompts, rows, strict=True)]
 
     def stopped(self, prompt: list[int], ids: list[int]) -> bool:
         """Whether a text of --stop has come up."""
@@ -205,9 +216,12 @@ class Writer:
         return any(stop in text for stop in self.args.stop)
 
 
-def text_pieces(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
-    """The text of prompt and ids in pieces, as soon as they are certain: no half of a character, and nothing that may
-    be the beginning of one of `stops`. Ends before the first of these that follows the prompt.
+def text_pieces(
+    tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], stops: Sequence[str]
+) -> Generator[str, None, bool]:
+    """The text of prompt and ids in pieces, the prompt first, each as soon as it is certain: no half of a character,
+    and nothing that may be the beginning of one of `stops`. Ends before the first of these that follows the prompt;
+    returns whether there was one.
     """
     tokens = list(prompt)
     shown = tokenizer.decode(tokens)
@@ -220,7 +234,7 @@ def text_pieces(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], sto
         found = [place for place in (text.find(stop, length) for stop in stops) if place >= 0]
         if found:
             yield text[len(shown) : min(found)]
-            return
+            return True
         certain = text.rstrip("\ufffd")
         waiting = max((overlap(certain[length:], stop) for stop in stops), default=0)
         certain = certain[: len(certain) - waiting]
@@ -228,6 +242,7 @@ def text_pieces(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], sto
             yield certain[len(shown) :]
             shown = certain
     yield text[len(shown) :]
+    return False
 
 
 def overlap(text: str, stop: str) -> int:
@@ -241,13 +256,15 @@ def show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def prompts_of(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of each prompt asked for."""
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """The prompts asked for."""
     texts = [args.prompt]
     if args.prompt_file is not None:
         lines = LINE_END.split(read_text(args.prompt_file, "file of prompts, one a line"))
         texts = [line for line in lines if line.strip()]
-    return [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        if skipped := len(lines) - len(texts) - (lines[-1] == ""):
+            report(f"warning: {skipped} empty lines of {args.prompt_file} are skipped")
+    return texts
 
 
 def encode(args: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -262,24 +279,20 @@ def generate(args: argparse.Namespace) -> None:
     """generate: continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
     llama, tokenizer, device, dtype = ready(args)
     context, causal = llama.config.max_seq_len, llama.config.causal
-    prompts = [] if args.interactive else prompts_of(args, tokenizer)
-    longest = max(map(len, prompts), default=0)
-    if longest + args.max_new_tokens > context:
-        report(
-            f"warning: {longest} tokens of prompt and {args.max_new_tokens} new ones exceed the model's context of "
-            f"{context}; it will see only the last {context}"
-        )
+    texts = [] if args.interactive else prompts_of(args)
+    prompts = [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    warn_of_length(max(map(len, prompts), default=0), args.max_new_tokens, context)
     if args.decoder == "lookup" and not causal:
         raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
     if not causal:
         report("notice: attention is bidirectional here, so that each new token changes those before it: no cache")
-    writer = Writer(args, InferenceLlama(llama, dtype, args.quantize), tokenizer, device)
+    writer = Writer(args, for_running(llama, dtype, args.quantize), tokenizer, device)
     draws = args.decoder in ("sample", "lookup")
     temperature = args.temperature if args.temperature is not None else 1.0 if draws else 0.0
     if args.interactive:
         converse(writer, temperature)
     elif args.json or args.prompt_file or args.num_samples > 1:
-        write_many(writer, [prompt for prompt in prompts for _ in range(args.num_samples)], temperature)
+        write_many(writer, texts, prompts, temperature)
     elif args.explain is not None:
         explain(writer, prompts[0], temperature)
     elif not writes_two_files(args):
@@ -293,9 +306,22 @@ def generate(args: argparse.Namespace) -> None:
                 file.write(made.prompt + made.text + "\n")
 
 
-def write_many(writer: Writer, prompts: list[list[int]], temperature: float) -> None:
-    """Continues all prompts, in batches of --batch_size, and prints each continuation when its batch is done."""
+def warn_of_length(prompt: int, new: int, context: int) -> None:
+    """Tells if a prompt and what is to follow, in tokens, do not fit into the model's context."""
+    if prompt + new > context:
+        report(
+            f"warning: {prompt} tokens of prompt and {new} new ones exceed the model's context of {context}; it will "
+            f"see only the last {context}"
+        )
+
+
+def write_many(writer: Writer, texts: list[str], prompts: list[list[int]], temperature: float) -> None:
+    """Continues all prompts, --num_samples times each, in batches of --batch_size, and prints each continuation when
+    its batch is done.
+    """
     args, speed = writer.args, Speed()
+    texts = [text for text in texts for _ in range(args.num_samples)]
+    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     size = args.batch_size if args.decoder == "sample" else 1
     most = len(prompts) * args.max_new_tokens
     with tqdm(total=most, desc="generating", unit="token", leave=False, disable=None) as bar:
@@ -304,25 +330,19 @@ def write_many(writer: Writer, prompts: list[list[int]], temperature: float) -> 
             if args.decoder == "sample":
                 made = writer.batch(some, temperature, bar)
             else:
-                made = [continued(writer, prompt, temperature) for prompt in some]
+                made = [
+                    writer.continuation(prompt, writer.ids(prompt, temperature), echo=not args.chat) for prompt in some
+                ]
             speed.count(sum(one.tokens for one in made))
             bar.update(max(0, min(len(prompts), start + size) * args.max_new_tokens - bar.n))  # what ended early
             bar.clear()
-            for one in made:
+            for one, text in zip(made, texts[start:], strict=False):
                 if args.json:
-                    print(json.dumps(asdict(one), ensure_ascii=False))
+                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=False))
                 else:
-                    print(("" if args.chat else one.prompt) + one.text, end="\n\n")
+                    print(one.prompt + one.text, end="\n\n")
             sys.stdout.flush()
     report(f"{speed.tokens} tokens in {time.perf_counter() - speed.start:.2f} s")
-
-
-def continued(writer: Writer, prompt: list[int], temperature: float) -> Continuation:
-    """One continuation by a decoder that takes one prompt at a time."""
-    ids = list(writer.ids(prompt, temperature))
-    before = writer.tokenizer.decode(prompt)
-    text = "".join(text_pieces(writer.tokenizer, prompt, iter(ids), writer.args.stop))
-    return Continuation(before, text[len(before) :], len(ids), writer.finish(ids))
 
 
 def explain(writer: Writer, prompt: list[int], temperature: float) -> None:
@@ -348,6 +368,8 @@ def lines_typed() -> Iterable[str]:
                 readline.read_history_file(HISTORY)
         except (ImportError, OSError):
             readline = None  # type: ignore[assignment]
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused by itself
     try:
         while True:
             try:
@@ -375,11 +397,7 @@ def converse(writer: Writer, temperature: float) -> None:
     for line in lines_typed():
         if not line.strip():
             continue
-        said = [*(said if args.chat else []), {"role": "user", "content": line}]
-        prompt = encode(args, writer.tokenizer, said)
-        while len(prompt) + args.max_new_tokens > context and len(said) > 2:
-            said = said[2:]
-            prompt = encode(args, writer.tokenizer, said)
+        before = said if args.chat else []
         pieces: list[str] = []
 
         def tell(piece: str, pieces: list[str] = pieces) -> None:
@@ -387,7 +405,20 @@ def converse(writer: Writer, temperature: float) -> None:
             show(piece)
 
         try:
+            said = [*before, {"role": "user", "content": line}]
+            prompt = encode(args, writer.tokenizer, said)
+            turns = len(said)
+            while len(prompt) + args.max_new_tokens > context and len(said) > 2:
+                said = said[2:]
+                prompt = encode(args, writer.tokenizer, said)
+            if len(said) < turns:
+                report("the oldest turns no longer fit into the model's context and are left out")
+            warn_of_length(len(prompt), args.max_new_tokens, context)
             writer.one(prompt, temperature, tell, echo=not args.chat)
         except KeyboardInterrupt:
             report("stopped")
+        except ValueError as error:  # what was typed cannot be a prompt
+            report(str(error))
+            said = before
+            continue
         said.append({"role": "assistant", "content": "".join(pieces).strip()})

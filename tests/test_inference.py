@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 
+import inference
+from config import RopeScaling
 from conftest import tiny_llama
 from generation import beam_search, generate, lookup_decoding
 from inference import (
@@ -15,6 +17,7 @@ from inference import (
     int8_product,
     int8_weights,
     packed_product,
+    packs,
     product_of,
 )
 
@@ -80,7 +83,7 @@ def test_it_generates_the_same_tokens_past_the_context_too(causal):
 def test_the_weights_are_taken_over():
     model = tiny_llama(causal=True)
     InferenceLlama(model)
-    assert len(model.layers) == 0
+    assert len(model.layers) == 0 and len(list(model.output.parameters())) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,3 +145,65 @@ def test_the_plain_product_stands_in_for_a_weight_that_no_kernel_packs():
     weight = torch.randn(4, 6, dtype=torch.float64)
     x = torch.randn(1, 1, 6, dtype=torch.float64)
     assert product_of(weight, None)(x).equal(torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_theta": 100.0}, {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}, {"n_kv_heads": 1, "max_seq_len": 16}],
+    ids=str,
+)
+@torch.no_grad()
+def test_positions_are_turned_as_the_config_says(changes):
+    model, fast = both(causal=True, **changes)
+    plain = tiny_llama(causal=True)
+    torch.testing.assert_close(fast(IDS, IDS)[0], model(IDS, IDS)[0], atol=1e-5, rtol=1e-5)
+    assert "rope_theta" not in changes or not torch.allclose(plain(IDS, IDS)[0], model(IDS, IDS)[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_of_a_right_padded_row_the_last_real_token_is_read():
+    model, fast = both(causal=True)
+    mask = MASK.flip(1)
+    torch.testing.assert_close(fast(IDS, None, mask)[0], model(IDS, None, mask)[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_float64_stays_float64():
+    model = tiny_llama(causal=True).double()
+    wanted = model(IDS, IDS)[0]
+    fast = InferenceLlama(model)
+    cache = fast.new_cache()
+    found = torch.cat([fast(IDS[:, part], IDS, cache=cache)[0] for part in (slice(0, 5), slice(5, 6), slice(6, 9))], 1)
+    torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_a_model_that_shall_have_no_cache_has_none():
+    assert InferenceLlama(tiny_llama(causal=True, use_cache=False)).new_cache() is None
+    assert InferenceLlama(tiny_llama(causal=False)).new_cache() is None
+
+
+@pytest.mark.parametrize("width", [4, 20, 36, 172])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_widths_that_the_int8_kernel_cannot_read_are_widened(width, rows, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", None)  # it would read past the end
+    weight, x = torch.randn(48, width), torch.randn(rows, width)
+    whole, scale = int8_weights(weight)
+    wanted = x.to(torch.bfloat16).double() @ (whole.double() * scale.double()[:, None]).T
+    torch.testing.assert_close(int8_product(weight)(x).double(), wanted, atol=0.3, rtol=1e-2)
+
+
+def test_every_product_is_of_8_bits_the_output_too(monkeypatch):
+    made = []
+    really = inference.int8_product
+    monkeypatch.setattr(inference, "int8_product", lambda weight: made.append(weight.shape) or really(weight))
+    model = tiny_llama()
+    InferenceLlama(model, quantize="int8")
+    assert len(made) == 4 * 2 + 1 and made[-1] == (64, 32)
+
+
+def test_bfloat16_is_packed_where_the_processor_can(monkeypatch):
+    weight = torch.randn(16, 16, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not packs(weight) and packs(weight.float()) and not packs(weight.half())
+    assert product_of(weight, None)(torch.ones(1, 16)).shape == (1, 16)

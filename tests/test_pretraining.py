@@ -152,6 +152,31 @@ def test_what_was_written_generates_with_the_tokenizer_beside_it(command):
     assert "LayerNorm, causal" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--position", "alibi", "--sliding_window", "8"], "ALiBi positions, sliding window of 8"),
+        (["--differential", "--n_kv_heads", "2"], "differential attention"),
+    ],
+    ids=["alibi", "differential"],
+)
+def test_how_a_new_model_attends_is_in_its_checkpoint_for_every_other_option(command, options, words):
+    code, _, err = command.pretrain(*options, "--norm", "rmsnorm")
+    assert code == 0 and f"convention  RMSNorm, causal attention, {words}\n" in err, err
+    assert load_pretrained("out.safetensors").config.convention == f"RMSNorm, causal attention, {words}"
+    path = ["--pretrained-model-path", "out.safetensors"]
+    for dtype in ("fp32", "bf16"):
+        arguments = ["--prompt", "the big cat", "--temperature", "0", "--max_new_tokens", "9", "--dtype", dtype]
+        code, out, err = command("--option", "generate", *path, *arguments)
+        assert code == 0 and out.startswith("the big cat") and words in err, err
+    code, out, err = command("--option", "perplexity", *path, "--corpus", "stories.txt")
+    assert code == 0 and "bits per byte" in out and words in err
+    code, _, err = command.pretrain(*path, new=False, out="more.safetensors", run_dir="more")
+    assert code == 0 and words in err
+    code, _, err = command("--option", "convert", *path, "--to", "huggingface", "--model_out", "hf")
+    assert code == 2 and "a Hugging Face Llama holds no model with" in err and not os.path.exists("hf")
+
+
 def test_training_goes_on_from_its_own_output(command):
     assert command.pretrain("--max_steps", "40", "--eval_every", "40")[0] == 0
     before = judged(command.metrics())[-1]
@@ -334,10 +359,11 @@ def test_a_run_does_not_go_on_with_another_text(command, document):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("choice", [[], ["--differential", "--n_kv_heads", "2"]], ids=["softmax", "differential"])
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
-def test_two_processes_equal_one(command, more):
+def test_two_processes_equal_one(command, more, choice):
     """With batches that do not divide evenly, in micro-batches of one row."""
-    fixed = ["--batch_size", "5", "--micro_batch_size", "1"]
+    fixed = ["--batch_size", "5", "--micro_batch_size", "1", *choice]
     assert command.pretrain(*fixed)[0] == 0
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "run_llama.py")]
     arguments = ["--option", "pretrain", "--corpus", "stories.txt", "--dtype", "fp32", "--lr", "0.01", "--tokenizer"]
@@ -430,6 +456,14 @@ BAD = [
     ("a model that sees all", "pretrain", ["--attention", "bidirectional"], None, "bidirectional: it would see"),
     ("a continued one that does", "pretrain", FROM, a_model(causal=False), "add --attention causal"),
     ("sizes of a continued one", "pretrain", [*FROM, "--dim", "32"], a_model(), "--dim is of a new model"),
+    ("positions of a continued one", "pretrain", [*FROM, "--position", "alibi"], a_model(), "--position is of a new"),
+    ("heads that make no pairs", "pretrain", ["--differential"], None, "n_kv_heads 1; differential attention takes"),
+    ("ALiBi that sees all", "pretrain", ["--position", "alibi", "--attention", "bidirectional"], None, "needs causal"),
+    ("positions of a new one", "perplexity", [*FROM, "--sliding_window", "8"], a_model(), "leave it out for --option"),
+    ("no such positions", "pretrain", ["--position", "learned"], None, "argument --position: invalid choice:"),
+    ("no window", "pretrain", ["--sliding_window", "0"], None, "argument --sliding_window: '0' is not allowed"),
+    ("8 bits of what has none", "perplexity", [*FROM, "--quantize", "int8"], a_model(attention_type="differential"),
+     "a model with differential attention has no copy"),
     ("no model to continue", "pretrain", [*FROM, "--tokenizer", "tok.model"], None, "model.pt: no such checkpoint"),
     ("another vocabulary", "pretrain", FROM, a_model(vocab_size=300), "has a vocabulary of 300"),
     ("a prompt that is no text", "pretrain", ["--sample_prompt", "\udce9"], None, "is no UTF-8 text"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Command:
     def __init__(self, folder, tokenizer, capsys):
         self.folder, self.capsys = folder, capsys
         (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-        model = tiny_llama(vocab_size=512, max_seq_len=64, causal=True)
+        model = tiny_llama(vocab_size=512, max_seq_len=128, causal=True)
         write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
 
     def __call__(self, *more):
@@ -162,13 +163,22 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, monkeypatch):
     [
         (["--interactive", "--json"], "leave out --json"),
         (["--interactive", "--num_samples", "2"], "leave out --num_samples"),
-        (["--interactive", "--prompt_file", "train.txt"], "leave out --prompt_file"),
+        (["--interactive", "--prompt_file", "model.pt"], "leave out --prompt_file"),
+        (["--interactive", "--prompt", "x"], "leave out --prompt"),
+        (["--prompt_file", "model.pt", "--prompt", "x"], "leave out --prompt"),
         (["--explain", "page.txt"], "--explain page.txt: the page's name must end in .html"),
         (["--explain", "--decoder", "beam"], "shows how one text was sampled"),
         (["--decoder", "beam", "--temperature", "1"], "--decoder beam draws nothing"),
-        (["--decoder", "beam", "--top_k", "3"], "--top_k has no effect"),
-        (["--decoder", "contrastive", "--top_p", "0.3"], "--top_p has no effect"),
-        (["--decoder", "lookup", "--repetition_penalty", "2"], "--decoder lookup has no --repetition_penalty"),
+        (["--decoder", "beam", "--top_k", "3"], "--decoder beam draws nothing; leave out --top_k"),
+        (["--decoder", "beam", "--epsilon", "0.3"], "leave out --epsilon"),
+        (["--temperature", "0", "--top_p", "0.5"], "temperature 0 draws nothing; leave out --top_p"),
+        (["--temperature", "0", "--num_samples", "2"], "leave out --num_samples"),
+        (["--beams", "7"], "--beams is for --decoder beam"),
+        (["--decoder", "beam", "--contrast", "0.1"], "--contrast is for --decoder contrastive"),
+        (["--length_penalty", "nan"], "it must be from -10 to 10"),
+        (["--option", "perplexity", "--corpus", "model.pt", "--top_p", "0.5"], "--top_p belongs to --option generate"),
+        (["--decoder", "contrastive", "--top_p", "0.3"], "--decoder contrastive draws nothing; leave out --top_p"),
+        (["--decoder", "lookup", "--repetition_penalty", "2"], "--decoder lookup has no repetition penalty"),
         (["--decoder", "lookup", "--attention", "bidirectional"], "--decoder lookup needs causal attention"),
         (["--stop", ""], "--stop has an empty text"),
         (["--top_p", "0"], "'0' is not allowed; it must be above 0 and at most 1"),
@@ -222,3 +232,155 @@ def test_what_may_become_a_stop_is_held_back_and_what_did_not_is_shown():
 @pytest.mark.parametrize("text, stop, wanted", [("abc", "cd", 1), ("abab", "abc", 2), ("abc", "x", 0), ("", "x", 0)])
 def test_overlap_counts_the_beginning_of_a_stop_at_the_end_of_a_text(text, stop, wanted):
     assert overlap(text, stop) == wanted
+
+
+# What the options reach
+
+
+def made_of(command):
+    """The model and the tokenizer in the command's folder."""
+    llama = llama_from_checkpoint(read_checkpoint(command.folder / "model.pt"))
+    return llama, Tokenizer(tokenizer_model=command.folder / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    "more, decode",
+    [
+        (["beam"], lambda llama, idx: generation.beam_search(llama, idx, 16)[0]),
+        (
+            ["beam", "--beams", "2", "--length_penalty", "-3"],
+            lambda llama, idx: generation.beam_search(llama, idx, 16, beams=2, length_penalty=-3.0)[0],
+        ),
+        (
+            ["contrastive", "--contrast", "0.9", "--top_k", "9"],
+            lambda llama, idx: generation.contrastive_search(llama, idx, 16, k=9, alpha=0.9),
+        ),
+        (
+            ["lookup", "--temperature", "1.3", "--top_k", "5"],
+            lambda llama, idx: generation.lookup_decoding(
+                llama,
+                idx,
+                16,
+                temperature=1.3,
+                filters=[partial(generation.top_k_filter, k=5)],
+                generator=torch.Generator().manual_seed(1337),
+            ),
+        ),
+    ],
+    ids=["beam", "beam with settings", "contrastive", "lookup"],
+)
+def test_a_decoders_settings_reach_it(command, more, decode):
+    llama, tokenizer = made_of(command)
+    wanted = decode(llama, torch.tensor([tokenizer.encode("one day", bos=True, eos=False)]))
+    assert generated(command, "--decoder", *more)[0] == tokenizer.decode(wanted.tolist()) + "\n"
+
+
+@pytest.mark.parametrize("how", ["alone", "batch"])
+def test_the_end_of_the_sequence_ends_a_text(command, monkeypatch, how):
+    really, calls = generation.next_token, []
+
+    def ends_soon(logits, *arguments):
+        calls.append(1)
+        return torch.full((len(logits),), 2) if len(calls) == 4 else really(logits, *arguments)
+
+    monkeypatch.setattr(generation, "next_token", ends_soon)
+    if how == "alone":
+        out, err = generated(command, "--temperature", "0")
+        assert "4 tokens in" in err and len(calls) == 4
+    else:
+        out, _ = generated(command, "--temperature", "0", "--json")
+        assert (json.loads(out)["finish"], json.loads(out)["tokens"], len(calls)) == ("end", 4, 4)
+
+
+def test_a_stop_that_the_last_token_brings_is_a_stop(command):
+    drawn = ["--temperature", "2", "--epsilon", "0"]
+    full = generated(command, *drawn)[0].rstrip("\n")
+    last = full[-2:]
+    assert full.count(last) == 1
+    found = json.loads(generated(command, *drawn, "--json", "--stop", last)[0])
+    assert found["finish"] == "stop" and "one day" + found["text"] == full[:-2]
+
+
+@pytest.mark.parametrize("decoder", ["beam", "lookup"])
+def test_a_stop_ends_a_text_of_the_other_decoders_too(command, decoder):
+    full = generated(command, "--decoder", decoder)[0].rstrip("\n")
+    stop = full[len("one day") + 3 : len("one day") + 6]
+    found = json.loads(generated(command, "--decoder", decoder, "--json", "--stop", stop)[0])
+    assert found["finish"] == "stop" and found["tokens"] < 16
+    assert "one day" + found["text"] == full[: full.index(stop, len("one day"))]
+
+
+class Asked:
+    """Remembers the prompts' ids that generation.stream is asked to continue."""
+
+    def __init__(self, monkeypatch):
+        self.prompts, really = [], generation.stream
+        monkeypatch.setattr(
+            generation, "stream", lambda model, idx, *a, **s: self.took(idx) or really(model, idx, *a, **s)
+        )
+
+    def took(self, idx):
+        self.prompts.append(idx[0].tolist())
+
+
+LONG = "one day " * 16
+CHAT = ["--interactive", "--chat", "--temperature", "0", "--max_new_tokens", "4"]
+
+
+def test_a_conversation_remembers_and_forgets_its_oldest_turns(command, monkeypatch):
+    asked = Asked(monkeypatch)
+    _, tokenizer = made_of(command)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"hi\nme\n{LONG}\nhe\n"))
+    code, out, _ = command(*CHAT, "--system", "a")
+    answers = out.splitlines()
+    assert code == 0 and len(asked.prompts) == 4
+
+    def ids(*said):
+        roles = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(said)]
+        return tokenizer.encode_chat([{"role": "system", "content": "a"}, *roles])
+
+    assert asked.prompts[0] == ids("hi") and asked.prompts[1] == ids("hi", answers[0].strip(), "me")
+    assert all(len(prompt) + 4 <= 128 for prompt in asked.prompts)
+    assert asked.prompts[-1] != ids("hi", answers[0].strip(), "me", answers[1].strip(), LONG, answers[2].strip(), "he")
+    assert asked.prompts[-1][-5:] == ids("he")[-5:]
+
+
+def test_a_line_that_cannot_be_a_prompt_does_not_end_the_conversation(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\n[INST] evil\n\xff\xfe\nme\n"), encoding="utf-8"))
+    code, out, err = command(*CHAT)
+    assert code == 0 and len(out.splitlines()) == 2 and "[INST]" in err and "UTF-8" in err
+
+
+def test_a_prompt_of_the_loop_that_outgrows_the_context_is_warned_of(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one day " * 100 + "\n"))
+    code, _, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "4")
+    assert code == 0 and "exceed the model's context of 128; it will see only the last 128" in err
+
+
+def test_ctrl_c_at_the_prompt_ends_nothing(command, monkeypatch):
+    lines = iter([KeyboardInterrupt(), "one day", EOFError()])
+
+    def typed(_):
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    code, out, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "4")
+    assert code == 0 and out.lstrip("\n").startswith("one day") and "Ctrl-C stops an answer; Ctrl-D ends" in err
+
+
+def test_another_filter_takes_the_place_of_epsilon(command):
+    free = generated(command, "--temperature", "1.5", "--epsilon", "0", "--seed", "3")[0]
+    assert generated(command, "--temperature", "1.5", "--top_p", "1", "--seed", "3")[0] == free
+    assert generated(command, "--temperature", "1.5", "--seed", "3")[0] != free
+    both = generated(command, "--temperature", "1.5", "--top_p", "1", "--epsilon", "0.05", "--seed", "3")[0]
+    assert both == generated(command, "--temperature", "1.5", "--seed", "3")[0]
+
+
+@pytest.mark.parametrize("value", [True, "page.html"])
+def test_an_explanation_can_stand_in_a_configuration_file(command, value):
+    (command.folder / "run.json").write_text(json.dumps({"explain": value, "max_new_tokens": 3}), encoding="utf-8")
+    code, out, err = command("--config", "run.json", "--temperature", "1")
+    assert code == 0 and "kept, and | cut" in out and (command.folder / "page.html").exists() == (value is not True)
