@@ -624,9 +624,18 @@ def test_a_bidirectional_model_has_no_cache():
 
 
 @kernels
-@pytest.mark.parametrize("causal", [True, False])
-def test_sequences_packed_into_one_row_compute_what_each_does_alone(kernel, causal):
-    model = with_kernel(tiny_llama(causal=causal), kernel).eval()
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"causal": False},
+        {"causal": True},
+        {"causal": True, "position_embedding_type": "alibi"},
+        {"causal": True, "sliding_window": 4},
+        {"causal": True, "attention_type": "differential"},
+    ],
+)
+def test_sequences_packed_into_one_row_compute_what_each_does_alone(kernel, choice):
+    model = with_kernel(tiny_llama(**choice), kernel).eval()
     sequences = [random_ids(1, length, seed=length) for length in (7, 1, 12, 5)]
     segments = torch.cat([torch.full((length,), n) for n, length in enumerate((7, 1, 12, 5))])[None]
     same = segments[:, :, None] == segments[:, None, :]

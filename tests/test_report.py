@@ -244,7 +244,7 @@ def test_samples_and_bits_per_byte_of_pretraining_are_shown(tmp_path):
 def test_exact_match_and_f1_of_answers_are_shown(tmp_path, answered):
     for seed, best in ((1, 0.5), (2, 0.7)):
         folder = a_run(tmp_path / f"s{seed}", [], option="sft", seed=seed, train="data/demo-qa-train.jsonl", epochs=4)
-        scores = [{"dev_loss": 1.5, "dev_exact_match": 0.1, "dev_f1": 0.2}]
+        scores = [{"dev_loss": 1.0, "dev_exact_match": 0.1, "dev_f1": 0.2}]
         scores += [{"dev_loss": 1.25, "dev_exact_match": best, "dev_f1": best + 0.1}]
         lines = [{"step": n, "epoch": n, "train_loss": 1.0} | score for n, score in enumerate(scores, start=1)]
         if not answered:
@@ -255,8 +255,8 @@ def test_exact_match_and_f1_of_answers_are_shown(tmp_path, answered):
     found = shown(tmp_path / "s1", tmp_path / "s2")
     (means,) = [row[1:] for row in found.rows if row and row[0].startswith("sft demo-qa")] or [None]
     assert means == (["0.600 (0.141)", "0.700 (0.141)"] if answered else None)
-    scored = ["0.500", "0.600"] if answered else ["–", "–"]
-    assert ["1", "2 of 2", *scored, "1.250", "0.0", "s1"] in found.rows
+    kept = ["2 of 2", "0.500", "0.600", "1.250"] if answered else ["1 of 2", "–", "–", "1.000"]  # by F1, else by loss
+    assert ["1", *kept, "0.0", "s1"] in found.rows
     assert "epochs" not in found.text  # 4 is sft's default
 
 
