@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -21,6 +22,18 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {self.source}{message}; see python {self.prog} --help\n")
+
+
+def into_and_seed(parser: OneLineParser, arguments: list[str] | None, here: Path) -> argparse.Namespace:
+    """The options of a script that makes data: --into, a folder that is there (default: `here`), and --seed."""
+    parser.add_argument("--into", type=Path, default=here, metavar="DIR", help="where to write (default: this folder)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0 or more; 0, the default, gives what ships")
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: it must be 0 or more")
+    if not options.into.is_dir():
+        parser.error(f"--into {options.into}: there is no such folder")
+    return options
 
 
 def number(kind: type, allowed: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:

@@ -9,6 +9,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from option_checks import output_files
 from options import (
     ADOPTED,
     DEFAULT_PRESET,
@@ -16,7 +17,6 @@ from options import (
     TRAINING,
     flag,
     lora_settings,
-    output_files,
     tokenizer_beside,
 )
 

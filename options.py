@@ -1,13 +1,12 @@
-"""The options of run_llama.py, and the checks that need no more than them. Imports no torch: `--help` stays instant."""
+"""The options of run_llama.py, and what follows from them alone. Imports no torch: `--help` stays instant."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-import os
-import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -758,7 +757,7 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
     """The options in a configuration file, checked by the parser as if they were typed; what it complains of, in one
     line, names the file.
     """
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     parser.source = f"--config {path}: "
     try:
         # Numbers stay as they are written, as on a command line; a tuple is an object, which may name a thing twice.
@@ -777,14 +776,14 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
     argv, seen, off = [], set(), {}
     for key, value in content:
         name, shown = key.replace("-", "_"), json.dumps(key)
-        if name not in actions:
-            near = difflib.get_close_matches(name, actions, n=1, cutoff=0)[0]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             parser.error(f'there is no option {shown}; the nearest is "{near}"')
         if name in seen:
             parser.error(f"{shown} is there twice; give it once")
         seen.add(name)
-        option = actions[name].option_strings[0]
-        kind, allowed = kinds.get(actions[name].nargs, (list, 'a list of texts that begin with no "-"'))
+        option = known[name].option_strings[0]
+        kind, allowed = kinds.get(known[name].nargs, (list, 'a list of texts that begin with no "-"'))
         items = value if isinstance(value, list) else []
         if not isinstance(value, kind) or any(not isinstance(one, str) or one[:1] == "-" for one in items):
             parser.error(f"{shown} is {json.dumps(value)[:60]}; it must be {allowed}")
@@ -797,210 +796,26 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
     return given
 
 
+@lru_cache(maxsize=1)
+def actions() -> dict[str, argparse.Action]:
+    """Every option of the parser, by its name in the program."""
+    return {action.dest: action for action in build_parser()._actions}
+
+
 def flag(name: str) -> str:
     """How an option is typed, from its name in the program."""
-    spellings = {action.dest: action.option_strings[0] for action in build_parser()._actions}
-    return spellings.get(name, name)
+    return actions()[name].option_strings[0] if name in actions() else name
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that contradict each other; needs no torch and touches no file."""
-    clashes = {str(Path(path).resolve()) for path in input_files(args)}
-    folders = {Path(path).resolve() for path in (args.pretrained_model_path, args.adapter, args.tokenizer) if path}
-    for path in output_files(args):
-        if around := folders & set(Path(path).resolve().parents):
-            raise ValueError(f"{path} lies in {around.pop()}, which is read; write it elsewhere")
-        if str(Path(path).resolve()) in clashes:
-            raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
-    for text in args.corpus:
-        folder = Path(text_and_weight(text)[0]).resolve()
-        for path in output_files(args):
-            inside = folder in Path(path).resolve().parents
-            if inside and Path(path).suffix in CORPUS_ENDINGS:
-                raise ValueError(f"{path} would be one of the texts of --corpus {text}; write it elsewhere")
-        if args.option == "pretrain" and folder in Path(args.run_dir or RUNS, "a").resolve().parents:
-            raise ValueError(
-                f"the run's folder, {args.run_dir or RUNS}, lies in --corpus {text}, and its log would be one of the "
-                "texts; give the texts a folder of their own, or a --run_dir elsewhere"
-            )
-    if args.run_dir is not None:
-        for path in output_files(args):
-            if Path(path).resolve().parent == Path(args.run_dir).resolve() and Path(path).name in RUN_FILES:
-                raise ValueError(f"{path} is a file of the run's own; give another name")
-    if args.use_gpu and args.device and not args.device.startswith("cuda"):
-        raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
-    if args.option not in TRAINING:
-        for name in ("run_dir", "fsdp"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
-    for name in NEW_MODEL:
-        if getattr(args, name) and args.option != "pretrain":
-            raise ValueError(
-                f"--{name} is of a new model, and a checkpoint says its own; leave it out for --option {args.option}"
-            )
-    if args.quantize is not None and args.option not in ("generate", "perplexity"):
-        raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
-    parser = build_parser()
-    of_lora = args.option == "lora" or (args.option == "sft" and args.lora_rank)
-    for belongs, option, names in (
-        (args.option == "generate", "generate", OF_GENERATE),
-        (of_lora, "lora", LORA_VARIANTS),
-    ):
-        for name in names if not belongs else ():
-            if getattr(args, name) != parser.get_default(name):
-                if option == "lora" and args.option == "sft":
-                    raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
-                raise ValueError(f"--{name} belongs to --option {option}; leave it out for {args.option}")
-    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
-        raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
-    if args.option == "report":
-        if not args.report_out.endswith(".html"):
-            raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
-        return
-    if args.option == "convert":
-        if args.to in ADAPTER_FORMATS and args.adapter is None:
-            raise ValueError(f"--to {args.to} writes an adapter; say which with --adapter")
-        return
-    check_prompt(args)
-    if args.option == "wise_ft":
-        check_wise_ft(args)
-        return
-    if args.option not in ("finetune", "lora"):
-        if given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
-            raise ValueError(f"--{given[0]} belongs to --option finetune, lora; leave it out for {args.option}")
-    elif given := [name for name in ("smart", "bregman", "r_drop") if getattr(args, name)]:
-        if args.fsdp or args.compile:
-            other = "fsdp" if args.fsdp else "compile"
-            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
-        if "r_drop" in given and args.dropout == 0 and args.hidden_dropout_prob == 0:
-            raise ValueError("--r_drop compares two dropout masks, and --dropout and --hidden_dropout_prob are both 0")
-    if args.system is not None and not args.chat:
-        raise ValueError("--system is part of a chat; add --chat")
-    if args.option == "generate":
-        check_generation(args)
-        low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
-        if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
-            raise ValueError(f"both generated sentences would go to {low}; give two files")
-        return
-    if args.pooling == "last_column" and (args.micro_batch_size or args.processes > 1):
-        raise ValueError(
-            "--pooling last_column reads the padding of a whole batch, so a batch cannot be parted: leave out "
-            "--micro_batch_size, and run one process"
-        )
-    if args.fsdp and args.dtype == "fp16":
-        raise ValueError("--fsdp does not go with --dtype fp16 (each shard would judge its scale alone); give bf16")
-    if args.min_lr > args.lr:
-        raise ValueError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}; it must not be")
-    if args.option in ("pretrain", "perplexity", "tokenizer"):
-        if not args.corpus:
-            raise ValueError(f"--option {args.option} needs --corpus: text files, or folders of them")
-        if args.option != "pretrain" and any(text_and_weight(text)[1] != 1.0 for text in args.corpus):
-            raise ValueError(f"--option {args.option} reads each text once; leave out the weights of --corpus")
-        return
-    if args.option == "sft":
-        if not (args.train and args.dev):
-            raise ValueError(
-                f"--train is {args.train} and --dev {args.dev}; --option sft needs both, or none for the demo"
-            )
-        check_outputs_differ(args)
-        return
-    ending = OUTPUT_ENDINGS[args.option]
-    for option, path, split in (("--dev_out", args.dev_out, "dev"), ("--test_out", args.test_out, "test")):
-        if not path.endswith(f"{split}-{ending}"):
-            raise ValueError(f"{option} is {path}; for --option {args.option} its name must end in {split}-{ending}")
-    if Path(args.dev_out).resolve() == Path(args.test_out).resolve():
-        raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
-
-
-def check_wise_ft(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of wise_ft that contradict each other."""
-    for name in ("ood_classes", "ood_label_names"):
-        if len(getattr(args, name)) not in (0, 1, len(args.ood)) or (getattr(args, name) and not args.ood):
-            raise ValueError(
-                f"--{name} has {len(getattr(args, name))} values for {len(args.ood)} files of --ood; give one for "
-                "all, or one for each"
-            )
-    if args.norm is not None or args.attention is not None:
-        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
-    check_outputs_differ(args)
-
-
-def check_outputs_differ(args: argparse.Namespace) -> None:
-    """Raises ValueError if a file would be written twice."""
-    files = [Path(path).resolve() for path in output_files(args)]
-    if len(set(files)) < len(files):
-        raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
+def changed(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of the options that are not as they are by default."""
+    return [name for name in names if getattr(args, name) != actions()[name].default]
 
 
 def writes_two_files(args: argparse.Namespace) -> bool:
     """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
     other = (args.prompt_file, args.interactive, args.json, args.num_samples > 1, args.explain is not None)
     return args.temperature is None and args.decoder == "sample" and not any(other)
-
-
-def check_generation(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of generate that contradict each other or would have no effect."""
-
-    def given(*names: str) -> list[str]:
-        return [name for name in names if getattr(args, name) != build_parser().get_default(name)]
-
-    def refuse(names: list[str], why: str) -> None:
-        if names:
-            raise ValueError(f"{why}; leave out --{names[0]}")
-
-    if args.interactive:
-        refuse(
-            given("prompt", "prompt_file", "json", "explain", "num_samples"),
-            "--interactive asks for prompts and answers each as it comes",
-        )
-    if args.prompt_file is not None:
-        refuse(given("prompt"), "--prompt_file has the prompts")
-    if args.explain is not None:
-        refuse(given("json", "prompt_file", "num_samples", "decoder"), "--explain shows how one text was sampled")
-        if args.explain and not args.explain.endswith(".html"):
-            raise ValueError(f"--explain {args.explain}: the page's name must end in .html")
-    if "" in args.stop:
-        raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
-    belongs = {"beams": "beam", "length_penalty": "beam", "contrast": "contrastive"}
-    for name, decoder in belongs.items():
-        if args.decoder != decoder:
-            refuse(given(name), f"--{name} is for --decoder {decoder}")
-    if args.decoder == "lookup":
-        refuse(given("repetition_penalty"), "--decoder lookup has no repetition penalty")
-    draws = args.temperature != 0 and args.decoder in ("sample", "lookup")
-    if not draws:
-        what = f"--decoder {args.decoder}" if args.decoder in ("beam", "contrastive") else "temperature 0"
-        allowed = {"top_k"} if args.decoder == "contrastive" else set()
-        allowed |= {"epsilon"} if args.epsilon == 0 else set()  # which cuts nothing
-        names = [name for name in (*FILTERS, "num_samples", "epsilon") if name not in allowed]
-        refuse(given(*names), f"{what} draws nothing")
-    if args.decoder in ("beam", "contrastive"):
-        refuse(given("temperature") if args.temperature else [], f"--decoder {args.decoder} draws nothing")
-        refuse(given("repetition_penalty"), f"--decoder {args.decoder} has no repetition penalty")
-
-
-def check_prompt(args: argparse.Namespace) -> None:
-    """Raises ValueError for a template that cannot be filled, or options of prompt where they have no meaning."""
-    asks = args.option == "prompt" or (args.option in ("finetune", "lora") and args.head == "prompt")
-    given = {
-        "template": args.template != COURSE_TEMPLATE,
-        "label_words": args.label_words is not None,
-        "calibrate": args.calibrate != "none",
-    }
-    for name in given:
-        if given[name] and not (args.option == "prompt" if name == "calibrate" else asks):
-            also = "" if name == "calibrate" else " and to --head prompt of finetune and lora"
-            raise ValueError(f"--{name} belongs to --option prompt{also}; leave it out for {args.option}")
-    if given["calibrate"] and args.pooling == "last_column":
-        raise ValueError(
-            "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave "
-            f"out --calibrate {args.calibrate}, or --pooling"
-        )
-    fields = re.findall(r"\{\w*\}", args.template)
-    if unknown := set(fields) - {"{sentence}", "{labels}"}:
-        raise ValueError(f"--template has {min(unknown)}; it takes {{sentence}} and {{labels}}")
-    if fields.count("{sentence}") != 1:
-        raise ValueError(f"--template {args.template!r} must have {{sentence}} once, where a row's sentence goes")
 
 
 def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -1013,60 +828,6 @@ def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
         "rslora": args.rslora,
         "dora": args.dora,
     }
-
-
-def input_files(args: argparse.Namespace) -> list[str]:
-    """Every file that the run reads, as far as the options tell."""
-    new = args.option == "tokenizer" or (args.option == "pretrain" and not args.continued)
-    named = [
-        args.config,
-        args.tokenizer,
-        args.adapter,
-        args.prompt_file,
-        *([] if new else [args.pretrained_model_path]),
-    ]
-    if args.option in OUTPUT_ENDINGS:
-        named += [path_and_fold(path)[0] for path in (args.train, args.dev, args.test)] + [args.label_names]
-    if args.option == "sft":
-        named += [args.train, args.dev, args.test]
-    if args.option == "wise_ft":
-        named += [path_and_fold(path)[0] for path in (args.dev, args.test, *args.ood) if path]
-        named += [args.finetuned, args.label_names, *args.ood_label_names]
-    return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
-
-
-def output_files(args: argparse.Namespace) -> list[str]:
-    """Every file that the run will write, beside its folder."""
-    if args.option == "generate":
-        both = [args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out]
-        return both if writes_two_files(args) else [args.explain] if args.explain else []
-    if args.option in ("pretrain", "sft", "tokenizer", "convert"):
-        if not args.model_out:
-            raise ValueError(f"--option {args.option} needs --model_out, the file to write")
-        if args.option == "convert" and args.to in FOLDER_FORMATS:
-            return []  # a folder, made anew
-        if args.option == "convert" and args.to != "safetensors":
-            return [args.model_out]
-        beside = tokenizer_beside(args.model_out)
-        if args.option != "tokenizer" and beside == str(Path(args.model_out)):
-            raise ValueError(
-                f"--model_out {args.model_out} is where its tokenizer would go; let it end in .safetensors"
-            )
-        stays = args.option == "tokenizer" or (
-            args.tokenizer and Path(args.tokenizer).resolve() == Path(beside).resolve()
-        )
-        answers = [args.dev_out, *([args.test_out] if args.test else [])] if args.option == "sft" else []
-        return [args.model_out, *([] if stays else [beside]), *answers]
-    if args.option == "report":
-        return [args.report_out]
-    if args.option == "perplexity":
-        return []
-    if args.option == "wise_ft":
-        if not args.finetuned:
-            raise ValueError("--option wise_ft needs --finetuned, the file that finetune or lora wrote")
-        named = [args.curve_out, curve_picture(args), args.model_out, args.dev_out, args.test_out]
-        return [path for path in named if path]
-    return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]
 
 
 def curve_picture(args: argparse.Namespace) -> str:

@@ -28,14 +28,13 @@ from environment import (
     settings_of,
     tokenize_data,
 )
+from option_checks import check_options, output_files
 from options import (
     MAY_DIFFER,
     RUNS,
     TRAINING,
     best_model_path,
-    check_options,
     flag,
-    output_files,
     parse_options,
 )
 

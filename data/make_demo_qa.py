@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser  # noqa: E402
+from command_line import OneLineParser, into_and_seed  # noqa: E402
 
 Rows = dict[str, list[dict[str, str]]]  # {"prompt": ..., "answer": ...} by split
 
@@ -189,14 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = """Writes the demo questions: short stories about two children, each with questions that the story answers.
 Then prints how often one is right without reading."""
     parser = OneLineParser(prog="make_demo_qa.py", description=about)
-    here = Path(__file__).resolve().parent
-    parser.add_argument("--into", type=Path, default=here, metavar="DIR", help="where to write (default: this folder)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0 or more; 0, the default, gives what ships")
-    options = parser.parse_args(arguments)
-    if options.seed < 0:
-        parser.error(f"--seed {options.seed}: it must be 0 or more")
-    if not options.into.is_dir():
-        parser.error(f"--into {options.into}: there is no such folder")
+    options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
     rows = make_rows(options.seed)
     try:
         write_files(options.into, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Callable
@@ -65,6 +66,32 @@ def some_stories(count: int, seed: int = 0, words: int = 40) -> list[str]:
 ADJECTIVES = "big small red happy quiet old young funny brave gentle".split()
 ANIMALS = "cat dog bird fox owl mouse bear frog horse goat".split()
 VERBS = "saw liked chased found helped met heard missed".split()
+
+
+class Program:
+    """Runs `run_llama.py` in a folder, by its main function."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)"""
+        from run_llama import main
+
+        self.capsys.readouterr()
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as exit:
+            code = exit.code
+        return code, *self.capsys.readouterr()
+
+    def metrics(self, run_dir: str = "run") -> list[dict]:
+        """What the run tells of each epoch, but for the time it took."""
+        lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import tokenizer as tokenizer_module
 from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
 from environment import as_typed, fall_back, load_tokenizer, open_checkpoint
-from options import check_options, parse_options
+from option_checks import check_options
+from options import parse_options
 from tokenizer import Tokenizer
 
 SPLITS = ("train", "dev", "test")

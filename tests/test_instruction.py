@@ -14,12 +14,11 @@ import torch
 import tasks
 from adapters import read_adapter
 from checkpoint import read_checkpoint, write_checkpoint
-from conftest import ADJECTIVES, ANIMALS, ROOT, tiny_llama
+from conftest import ADJECTIVES, ANIMALS, ROOT, Program, tiny_llama
 from dataset import read_examples, tokenize_examples
 from evaluation import answer_prompts, describe_answers
 from llama import load_pretrained
 from lora import merge_lora_weights, remove_lora
-from run_llama import main
 from test_pretraining import Crash, crashes_at_step
 from tokenizer import Tokenizer
 
@@ -40,38 +39,22 @@ def jsonl(lines):
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-class Command:
+class Command(Program):
     """A folder with examples, a model and its tokenizer; runs `run_llama.py` in it."""
 
     def __init__(self, folder, tokenizer, capsys):
-        self.folder, self.capsys = folder, capsys
+        super().__init__(folder, capsys)
         for split, count, first in (("train", 17, 0), ("dev", 6, 17), ("test", 5, 23)):
             (folder / f"{split}.jsonl").write_text(jsonl(some_lines(count, first)), encoding="utf-8")
         (folder / "model.model").write_bytes(tokenizer.read_bytes())
         model = tiny_llama(vocab_size=320, causal=True, max_seq_len=64)
         write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
 
-    def __call__(self, *arguments):
-        """(exit code, stdout, stderr)"""
-        self.capsys.readouterr()
-        try:
-            code = main(list(map(str, arguments)))
-        except SystemExit as exit:
-            code = exit.code
-        return code, *self.capsys.readouterr()
-
     def sft(self, *more, out="out.safetensors", run_dir="run"):
         """Later options override earlier ones."""
         fixed = ["--option", "sft", "--train", "train.jsonl", "--dev", "dev.jsonl", "--model_out", out]
         fixed += ["--pretrained-model-path", "model.pt", "--run_dir", run_dir, *SHORT]
         return self(*fixed, *more)
-
-    def metrics(self, run_dir="run"):
-        lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
-
-    def files(self):
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
 from environment import fall_back
-from options import build_parser, check_options, given_options, parse_options
+from option_checks import check_options
+from options import build_parser, given_options, parse_options
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))

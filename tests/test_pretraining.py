@@ -17,7 +17,7 @@ import torch
 
 import tasks
 from checkpoint import read_checkpoint, write_checkpoint
-from conftest import ROOT, some_stories, tiny_llama
+from conftest import ROOT, Program, some_stories, tiny_llama
 from corpus import DOCUMENT_END
 from llama import load_pretrained
 from run_directory import RunDirectory
@@ -31,22 +31,13 @@ STORIES = some_stories(40, words=48)
 MARK = f"\n{DOCUMENT_END}\n"
 
 
-class Command:
+class Command(Program):
     """A folder with a text and a tokenizer; runs `run_llama.py` in it."""
 
     def __init__(self, folder, tokenizer, capsys):
-        self.folder, self.capsys = folder, capsys
+        super().__init__(folder, capsys)
         (folder / "stories.txt").write_text(MARK.join(STORIES), encoding="utf-8")
         (folder / "tok.model").write_bytes(tokenizer.read_bytes())
-
-    def __call__(self, *arguments):
-        """(exit code, stdout, stderr)"""
-        self.capsys.readouterr()
-        try:
-            code = main(list(map(str, arguments)))
-        except SystemExit as exit:
-            code = exit.code
-        return code, *self.capsys.readouterr()
 
     def pretrain(self, *more, out="out.safetensors", new=True, run_dir="run"):
         """Later options override earlier ones."""
@@ -64,13 +55,6 @@ class Command:
         ]
         fixed += [*SHORT, "--run_dir", run_dir, *([*SIZES, "--tokenizer", "tok.model"] if new else [])]
         return self(*fixed, *more)
-
-    def metrics(self, run_dir="run"):
-        lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
-
-    def files(self):
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture

@@ -12,34 +12,24 @@ import torch
 
 import generation
 from checkpoint import read_checkpoint, write_checkpoint
-from conftest import tiny_llama
+from conftest import Program, tiny_llama
 from llama import llama_from_checkpoint
-from run_llama import main
 from text_generation import overlap, text_pieces
 from tokenizer import Tokenizer
 
 
-class Command:
+class Command(Program):
     """Runs `--option generate` in a folder with a small causal model; later options override."""
 
     def __init__(self, folder, tokenizer, capsys):
-        self.folder, self.capsys = folder, capsys
+        super().__init__(folder, capsys)
         (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
         model = tiny_llama(vocab_size=512, max_seq_len=128, causal=True)
         write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
 
     def __call__(self, *more):
         """(exit code, stdout, stderr)"""
-        fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model"]
-        self.capsys.readouterr()
-        try:
-            code = main([*fixed, *more])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *self.capsys.readouterr()
-
-    def files(self):
-        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        return super().__call__("--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", *more)
 
 
 @pytest.fixture
