@@ -337,6 +337,7 @@ def contrastive_search(
     k: int = 4,
     alpha: float = 0.6,
     eos_ids: Sequence[int] = (),
+    use_cache: bool = True,
 ) -> Tensor:
     """Continues one prompt, idx (1, T) -> (T + new,), each time by that of the k likeliest tokens v for which
     (1 - alpha) p(v) - alpha (the largest cosine of v's hidden state with that of any token before) is largest
@@ -347,16 +348,23 @@ def contrastive_search(
     if k < 1 or not 0.0 <= alpha <= 1.0:
         raise ValueError(f"k is {k} and alpha {alpha}; k must be 1 or more, alpha in [0, 1]")
     tokens = idx
+    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache)
+    logits, states = read(tokens)  # (1, 1, V), (1, T, D)
     for _ in range(max_new_tokens):
-        logits, hidden = model(tokens[:, -(model.config.max_seq_len - 1) :])
         check_finite(logits)
         likely = logits[0, -1].float().softmax(-1).topk(min(k, logits.shape[-1]))
         tried = torch.cat((tokens.expand(len(likely.indices), -1), likely.indices[:, None]), dim=1)
-        states = model(tried[:, -model.config.max_seq_len :])[1].float()  # (k, T, D)
-        states = torch.nn.functional.normalize(states, dim=-1)
-        likeness = (states[:, :-1] @ states[:, -1:].transpose(1, 2)).amax((1, 2))  # (k,)
-        best = ((1 - alpha) * likely.values - alpha * likeness).argmax()
-        tokens = tried[best][None]
+        if read.cache is not None:
+            read.cache.take(torch.zeros_like(likely.indices))
+        logits, found = read(tried)
+        if read.cache is not None:
+            found = torch.cat((states.expand(len(found), -1, -1), found), dim=1)  # (k, T + 1, D)
+        directions = torch.nn.functional.normalize(found.float(), dim=-1)
+        likeness = (directions[:, :-1] @ directions[:, -1:].transpose(1, 2)).amax((1, 2))  # (k,)
+        best = ((1 - alpha) * likely.values - alpha * likeness).argmax()[None]
+        tokens, logits, states = tried[best], logits[best], found[best]
+        if read.cache is not None:
+            read.cache.take(best)
         if int(tokens[0, -1]) in eos_ids:
             break
     return tokens[0]

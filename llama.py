@@ -182,8 +182,12 @@ class KVCache:
 
     def take(self, rows: Tensor) -> None:
         """Makes the rows (R,) of the batch its rows, in that order, some perhaps several times."""
-        self.keys = [None if kept is None else kept[rows] for kept in self.keys]
-        self.values = [None if kept is None else kept[rows] for kept in self.values]
+        for stored in (self.keys, self.values):
+            for layer_id, kept in enumerate(stored):
+                if kept is not None:
+                    taken = kept.new_empty(len(rows), *kept.shape[1:])
+                    taken[:, :, : self.length] = kept[rows, :, : self.length]
+                    stored[layer_id] = taken
         if self.real is not None:
             self.real = self.real[rows]
 

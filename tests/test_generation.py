@@ -468,20 +468,27 @@ def test_one_beam_is_greedy():
 
 
 @torch.no_grad()
-def test_contrastive_search_takes_the_likely_that_is_not_alike():
-    model, text = tiny_llama(causal=True), PROMPTS[0].tolist()
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("context", [64, 8])  # 8: the window slides
+def test_contrastive_search_takes_the_likely_that_is_not_alike(context, causal):
+    model, text = tiny_llama(causal=causal, max_seq_len=context), PROMPTS[0].tolist()
     for _ in range(8):
-        probabilities = model(torch.tensor([text]))[0][0, -1].softmax(-1)
+        probabilities = model(torch.tensor([text[-context:]]))[0][0, -1].softmax(-1)
         scores = {}
         for token in probabilities.topk(3).indices.tolist():
-            hidden = model(torch.tensor([text + [token]]))[1][0].double()
+            hidden = model(torch.tensor([[*text, token][-context:]]))[1][0].double()
             likeness = max(float(torch.cosine_similarity(hidden[-1], one, dim=0)) for one in hidden[:-1])
             scores[token] = 0.4 * float(probabilities[token]) - 0.6 * likeness
         text.append(max(scores, key=scores.get))
-    assert contrastive_search(model, PROMPTS[:1], 8, k=3, alpha=0.6).tolist() == text
     greedy = generate(model, PROMPTS[:1], 8, temperature=0.0)[0]
-    assert torch.equal(contrastive_search(model, PROMPTS[:1], 8, alpha=0.0), greedy)
-    assert torch.equal(contrastive_search(model, PROMPTS[:1], 8, k=1), greedy)
+    for use_cache in (True, False):
+        search = partial(contrastive_search, model, PROMPTS[:1], 8, use_cache=use_cache)
+        assert search(k=3, alpha=0.6).tolist() == text
+        assert torch.equal(search(alpha=0.0), greedy)
+        assert torch.equal(search(k=1), greedy)
+    end = text[len(PROMPTS[0]) + 3]
+    ended = contrastive_search(model, PROMPTS[:1], 8, k=3, eos_ids=(end,)).tolist()
+    assert ended == text[: text.index(end, len(PROMPTS[0])) + 1]
 
 
 @pytest.mark.parametrize("max_seq_len", [64, 20])
