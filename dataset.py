@@ -69,10 +69,9 @@ def read_text(path: str | PathLike[str], what: str) -> str:
     """The text of a UTF-8 file. Raises FileNotFoundError or ValueError, naming `what` it should have been."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such {what}; give another path, or `python fetch_data.py` brings the course's"
-        )
-    if not path.is_file():
+        brings = ", or `python fetch_data.py` brings the course's" if path.name.startswith(("sst-", "cfimdb-")) else ""
+        raise FileNotFoundError(f"{path}: no such {what}; give another path{brings}")
+    if path.is_dir():
         raise ValueError(f"{path} is not a file; it should be a {what}")
     try:
         text = path.read_bytes().decode("utf-8-sig")

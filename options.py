@@ -300,8 +300,8 @@ def build_parser() -> OneLineParser:
     add(
         "--prompt_file",
         metavar="FILE",
-        help="continue every line of a file, --batch_size of them at a time, instead of --prompt; above temperature 0 "
-        "what is drawn depends on which are together",
+        help="continue every line of a file (-: of what is piped in), --batch_size of them at a time, instead of "
+        "--prompt; above temperature 0 what is drawn depends on which are together",
     )
     add(
         "--interactive",

@@ -176,11 +176,10 @@ def perplexity(args: argparse.Namespace) -> None:
     context = llama.config.max_seq_len
     window = args.window or context
     stride = args.stride or max(1, window // 2)
-    if window > context or stride > window:
-        raise ValueError(
-            f"--window {window}, --stride {stride}: the stride must not exceed the window, nor that the context "
-            f"of {context}"
-        )
+    if window > context:
+        raise ValueError(f"--window {window}: more than the context of {context} tokens; give as many, or fewer")
+    if stride > window:
+        raise ValueError(f"--stride {stride}: windows of {window} tokens would leave some out; give as many, or fewer")
     report(f"windows     {window} tokens, one every {stride}")
     for path, found in files.items():
         documents = [document for file in found for document in read_documents(file)]

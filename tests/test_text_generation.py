@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from llama import llama_from_checkpoint
 from text_generation import overlap, text_pieces
 from tokenizer import Tokenizer
 
+RUN_LLAMA = Path(generation.__file__).with_name("run_llama.py")
+
 
 class Command(Program):
     """Runs `--option generate` in a folder with a small causal model; later options override."""
@@ -24,7 +29,7 @@ class Command(Program):
     def __init__(self, folder, tokenizer, capsys):
         super().__init__(folder, capsys)
         (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-        model = tiny_llama(vocab_size=512, max_seq_len=128, causal=True)
+        model = tiny_llama(vocab_size=320, max_seq_len=128, causal=True)
         write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
 
     def __call__(self, *more):
@@ -33,9 +38,9 @@ class Command(Program):
 
 
 @pytest.fixture
-def command(asset, tmp_path, monkeypatch, capsys):
+def command(small_tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
+    return Command(tmp_path, small_tokenizer, capsys)
 
 
 def generated(command, *more, tokens="16"):
@@ -51,6 +56,17 @@ def test_a_stream_in_pieces_is_the_text_and_the_speed_is_told(command):
     tokenizer = Tokenizer(tokenizer_model=command.folder / "tokenizer.model")
     ids = torch.tensor([tokenizer.encode("one day", bos=True, eos=False)])
     assert out == tokenizer.decode(llama.generate(ids, 16, temperature=0.0)[0].tolist()) + "\n"
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="no /dev/stdin here")
+def test_prompts_can_be_piped_in(command):
+    arguments = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", "--max_new_tokens", "8"]
+    (command.folder / "prompts.txt").write_text("one day\n\nthe cat\n")
+    greedy = [sys.executable, RUN_LLAMA, "--option", "generate", *arguments, "--temperature", "0", "--prompt_file"]
+    piped = subprocess.run([*greedy, "-"], input="one day\n\nthe cat\n", capture_output=True, text=True)
+    read = subprocess.run([*greedy, "prompts.txt"], capture_output=True, text=True)
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout == read.stdout and piped.stdout.count("\n\n") == 2
 
 
 @pytest.mark.parametrize("decoder", ["beam", "contrastive", "lookup"])
@@ -313,7 +329,7 @@ class Asked:
         self.prompts.append(idx[0].tolist())
 
 
-LONG = "one day " * 16
+LONG = "one day " * 8
 CHAT = ["--interactive", "--chat", "--temperature", "0", "--max_new_tokens", "4"]
 
 
