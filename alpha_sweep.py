@@ -31,7 +31,8 @@ from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
 from html_page import chart, colour, document
 from llama import load_pretrained
-from options import ADOPTED, curve_picture, path_and_fold
+from option_table import ADOPTED
+from options import curve_picture, path_and_fold
 from wise_ft import interpolate
 
 

@@ -31,8 +31,9 @@ from files import (
     write_safetensors_file,
     write_torch,
 )
-from formats import is_meta, is_tied, meta_state, read_huggingface, read_llama2c, read_meta
-from options import COURSE_TEMPLATE
+from formats import is_meta, is_tied, meta_state, read_huggingface, read_meta
+from llama2c import read_llama2c
+from option_table import COURSE_TEMPLATE
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mini-llama"  # of our part of a safetensors file's metadata

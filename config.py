@@ -226,3 +226,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"dim": 2048, "n_layers": 16, "n_heads": 32, "hidden_dim": 8192, "tie_embeddings": True}
     | {"max_seq_len": 131072, "rope_scaling": RopeScaling(32.0)},
 }
+
+
+def check_rmsnorm(config: LlamaConfig, target: str) -> None:
+    """Raises ValueError unless the model is of the kind that all other programs take a Llama to be."""
+    if config.norm != "rmsnorm":
+        raise ValueError(
+            f"{target} holds RMSNorm models only, and this one has LayerNorm, which computes something else; "
+            "keep it as safetensors, or pretrain one with --norm rmsnorm"
+        )
+    if not config.causal:
+        raise ValueError(
+            f"{target} holds causal models only, and this one's attention is bidirectional; keep it as safetensors, "
+            "or say --attention causal if it was trained so"
+        )
+    if config.extras:
+        raise ValueError(f"{target} holds no model with {config.extras[0]}, as this one has; keep it as safetensors")

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from adapters import read_adapter, write_adapter, write_peft
 from checkpoint import Checkpoint, fits_float32, read_checkpoint, write_safetensors
-from config import LlamaConfig, parameter_shapes
+from config import LlamaConfig, check_rmsnorm, parameter_shapes
 from environment import check_alone, check_vocabulary, load_tokenizer, overrides, put_tokenizer_beside, report
 from evaluation import DTYPES
 from files import atomic_file, atomic_folder, check_free, raw_bytes
-from formats import check_rmsnorm, renamed, write_huggingface, write_llama2c
+from formats import renamed, write_huggingface
 from llama import llama_from_checkpoint
+from llama2c import write_llama2c
 from lora import merge_lora_weights, remove_lora
-from options import ADAPTER_FORMATS, FOLDER_FORMATS
+from option_table import ADAPTER_FORMATS, FOLDER_FORMATS
 from rope import rotary_frequencies, scaled
 from tokenizer import BytePairModel, Tokenizer
 from tokenizer_files import byte_pair_parts, sentencepiece_parts, space_flags, write_huggingface_tokenizer

@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from option_checks import output_files
-from options import (
-    ADOPTED,
-    DEFAULT_PRESET,
-    OUTPUT_ENDINGS,
-    TRAINING,
-    flag,
-    lora_settings,
-    tokenizer_beside,
-)
+from option_table import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING
+from options import flag, lora_settings, tokenizer_beside
 
 if TYPE_CHECKING:
     import torch

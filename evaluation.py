@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import generation
-from dataset import Example, Row, by_length, cut_in_batches, has_gold_labels, pad, to_batch
+from dataset import Row, by_length, cut_in_batches, has_gold_labels, pad, to_batch
 from distributed import Processes
+from instruction_data import Example
 from tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from evaluation import precision
 from generation import LanguageModel
-from llama import KVCache, Llama, at_least_float32, attention_of_one, last_real, of_kernel, visible_to
+from kv_cache import KVCache, visible_to
+from llama import Llama, at_least_float32, attention_of_one, last_real, of_kernel
 from rope import rotary_rows, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from checkpoint import write_checkpoint, write_safetensors
-from dataset import Example, read_examples, tokenize_examples, write_answers
 from distributed import started
 from environment import (
     add_lora,
@@ -25,6 +24,7 @@ from environment import (
 )
 from evaluation import DTYPES, answer_prompts, describe_answers
 from files import read_torch
+from instruction_data import Example, read_examples, tokenize_examples, write_answers
 from llama import Llama
 from lora import apply_lora, merge_lora_weights, remove_lora
 from options import lora_settings

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from options import (
+from option_table import (
     ADAPTER_FORMATS,
     CORPUS_ENDINGS,
     FILTERS,
@@ -19,6 +19,8 @@ from options import (
     RUN_FILES,
     RUNS,
     TRAINING,
+)
+from options import (
     best_model_path,
     changed,
     curve_picture,

@@ -32,7 +32,8 @@ from evaluation import DTYPES, score_documents
 from files import read_torch
 from inference import for_running
 from llama import Llama
-from options import DEFAULT_PRESET, NEW_MODEL, text_and_weight
+from option_table import DEFAULT_PRESET, NEW_MODEL
+from options import text_and_weight
 from run_directory import RunDirectory
 from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer

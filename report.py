@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from environment import check_alone, report
 from html_page import Point, chart, colour, document, shaded, table, text, thinned
-from options import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, OUTPUT_ENDINGS, RUNS, parse_options
+from option_table import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, OUTPUT_ENDINGS, RUNS
+from options import parse_options
 
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
 

@@ -29,14 +29,8 @@ from environment import (
     tokenize_data,
 )
 from option_checks import check_options, output_files
-from options import (
-    MAY_DIFFER,
-    RUNS,
-    TRAINING,
-    best_model_path,
-    flag,
-    parse_options,
-)
+from option_table import MAY_DIFFER, RUNS, TRAINING
+from options import best_model_path, flag, parse_options
 
 if TYPE_CHECKING:
     from types import SimpleNamespace

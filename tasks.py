@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import generation
 from corpus import Corpus, evenly, to_tensor
-from dataset import NO_TARGET, Example, Row, cut_in_batches, pack, shuffled_batches, to_batch
+from dataset import Row, cut_in_batches, shuffled_batches, to_batch
 from distributed import Processes
 from evaluation import answer_prompts, answer_scores, describe, describe_answers, evaluate, forward, precision
+from instruction_data import NO_TARGET, Example, pack
 from smart import MovingAverage, Smart, random_state, replayed, symmetric_kl
 from tokenizer import Tokenizer
 

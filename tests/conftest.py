@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import LlamaConfig  # noqa: E402
 from llama import Llama  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 CONFORMANCE = ROOT / "tests" / "conformance"
 ASSETS = ROOT.parent / "shared" / "assets"
@@ -105,3 +106,19 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--corpus", str(folder / "text.txt"), "--vocab_size", "320", "--model_out", str(path)]
     assert main(["--option", "tokenizer", *arguments]) == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(asset: Callable[[str], Path]) -> Tokenizer:
+    return Tokenizer(tokenizer_model=asset("course/tokenizer.model"))
+
+
+TOKENIZERS = ["course/tokenizer.model", "tokenizers/gpt2_encoder.json", "bundled"]
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_tokenizer(request: pytest.FixtureRequest, asset: Callable[[str], Path]) -> Tokenizer:
+    if "gpt2" in request.param:
+        pytest.importorskip("tiktoken", reason="needs tiktoken: pip install tiktoken")
+    path = ROOT / "data" / "mini-llama.model" if request.param == "bundled" else asset(request.param)
+    return Tokenizer(tokenizer_model=path)

@@ -8,40 +8,28 @@ import torch
 
 from conftest import ROOT
 from dataset import (
-    NO_TARGET,
-    Example,
     Row,
     by_length,
     class_names,
     cut_in_batches,
     has_gold_labels,
     missing_classes,
-    pack,
     pad,
     prompt_parts,
     prompt_question,
-    read_examples,
     read_label_names,
     read_labels,
     read_rows,
-    shared_rows,
     shuffled_batches,
     to_batch,
-    tokenize_examples,
     tokenize_rows,
     word_ids,
     write_predictions,
 )
-from tokenizer import Tokenizer
 
 SST = ["awful", "bad", "average", "good", "excellent"]
 CFIMDB = ["bad", "good"]
 NAMES = {"sst": SST, "cfimdb": CFIMDB}
-
-
-@pytest.fixture(scope="module")
-def llama_tokenizer(asset):
-    return Tokenizer(tokenizer_model=asset("course/tokenizer.model"))
 
 
 def written(tmp_path, text):
@@ -374,17 +362,6 @@ TEMPLATES = [
 ]
 
 
-TOKENIZERS = ["course/tokenizer.model", "tokenizers/gpt2_encoder.json", "bundled"]
-
-
-@pytest.fixture(params=TOKENIZERS)
-def any_tokenizer(request, asset):
-    if "gpt2" in request.param:
-        pytest.importorskip("tiktoken", reason="needs tiktoken: pip install tiktoken")
-    path = ROOT / "data" / "mini-llama.model" if request.param == "bundled" else asset(request.param)
-    return Tokenizer(tokenizer_model=path)
-
-
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_prompt_is_tokenized_as_one_text_and_never_loses_a_part_of_the_template(any_tokenizer, template):
     def encode(text):
@@ -511,73 +488,3 @@ def test_predictions_are_read_back_as_rows(tmp_path):
     with pytest.raises(ValueError, match="longer"):
         write_predictions(path, [1], rows)
     assert path.read_bytes().count(b"\n") == 2
-
-
-# Prompts and answers
-
-
-def test_examples_are_read_whatever_else_is_in_a_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(
-        '{"id": 7, "prompt": "Who\u2028 is \\"he\\"? ", "answer": " Zo\u00eb\\n"}\r\n'
-        '{"answer": "b", "prompt": "a"}\n\n'.encode()
-    )
-    assert read_examples(path) == [Example('Who\u2028 is "he"? ', "Zo\u00eb"), Example("a", "b")]
-
-
-PAIRS = [
-    ("Where was it?", "under the bed"),
-    ("The colour is", "red"),
-    ("Q: who\nA:", "Zo\u00eb"),
-    ("2 + 2 =", "4, or so"),
-]
-
-
-@pytest.mark.parametrize("any_tokenizer", [*TOKENIZERS, "stories260K/tok512.model"], indirect=True)
-@pytest.mark.parametrize("prompt, answer", PAIRS)
-def test_prompt_and_answer_are_the_pieces_of_the_text_that_they_make(any_tokenizer, prompt, answer):
-    """The prompt's are those of the prompt alone, so that it looks the same when it is to be answered."""
-    whole = any_tokenizer.encode(f"{prompt} {answer}", bos=True, eos=True)
-    (found,), cut = tokenize_examples("a.jsonl", [Example(prompt, answer)], any_tokenizer, 99, 5)
-    assert list(found.ids) == whole and cut == 0
-    assert list(found.prompt_ids) == any_tokenizer.encode(prompt, bos=True, eos=False)
-    assert found.targets == len(whole) - len(found.prompt_ids)
-    assert any_tokenizer.decode(word_ids(any_tokenizer, answer)).strip() == answer
-
-
-def test_a_prompt_loses_its_beginning_where_the_answer_needs_the_room(llama_tokenizer):
-    prompt, answer = "one two three four five", "six"
-    pieces, last = (llama_tokenizer.encode(text, bos=False, eos=False) for text in (prompt, answer))
-    for window, new_tokens in ((len(pieces) + 2, 1), (6, 3), (6, 1), (3, 1)):
-        (found,), cut = tokenize_examples("a.jsonl", [Example(prompt, answer)], llama_tokenizer, window, new_tokens)
-        room = window - 1 - max(new_tokens, len(last))
-        assert found.ids == (1, *pieces[-room:], *last, 2) and cut == (room < len(pieces))
-        assert len(found.ids) - 1 <= window and found.prompt_length + new_tokens <= window
-    with pytest.raises(
-        ValueError, match="a.jsonl, line 1: an answer of 1 tokens, or --max_new_tokens 3, leaves no room"
-    ):
-        tokenize_examples("a.jsonl", [Example(prompt, answer)], llama_tokenizer, 4, 3)
-
-
-def test_sequences_share_rows_without_overflow_and_each_is_in_one():
-    generator = torch.Generator().manual_seed(0)
-    for room in (10, 17, 40):
-        lengths = torch.randint(1, 11, (50,), generator=generator).tolist()
-        rows = shared_rows(lengths, room)
-        sums = [sum(lengths[i] for i in row) for row in rows]
-        assert max(sums) <= room and sorted(i for row in rows for i in row) == list(range(50))
-        assert len(rows) <= 11 / 9 * -(-sum(lengths) // room) + 1  # what first fit of the longest promises
-    assert shared_rows([3, 5, 2], 5) == [[1], [0, 2]]
-
-
-def test_packed_examples_are_taken_apart_again():
-    examples = [
-        Example("", "", (1, 11, 12, 13, 2), 3),
-        Example("", "", (1, 21, 2), 2),
-        Example("", "", (1, 31, 32, 2), 1),
-    ]
-    packed = pack(examples, 7)
-    assert packed.ids.tolist() == [[1, 11, 12, 13, 1, 31, 32], [1, 21, 0, 0, 0, 0, 0]]
-    N = NO_TARGET
-    assert packed.targets.tolist() == [[N, N, 13, 2, 31, 32, 2], [N, 2, N, N, N, N, N]]
-    assert packed.segments.tolist() == [[1, 1, 1, 1, 3, 3, 3], [2, 2, 0, 0, 0, 0, 0]]

@@ -11,7 +11,7 @@ from torch import nn
 
 import evaluation
 from conftest import tiny_llama
-from dataset import Example, Row
+from dataset import Row
 from distributed import Processes
 from evaluation import (
     Evaluation,
@@ -27,6 +27,7 @@ from evaluation import (
     token_f1,
     wilson_interval,
 )
+from instruction_data import Example
 from test_training import Bag, some_rows
 
 

@@ -15,8 +15,8 @@ import tasks
 from adapters import read_adapter
 from checkpoint import read_checkpoint, write_checkpoint
 from conftest import ADJECTIVES, ANIMALS, ROOT, Program, tiny_llama
-from dataset import read_examples, tokenize_examples
 from evaluation import answer_prompts, describe_answers
+from instruction_data import read_examples, tokenize_examples
 from llama import load_pretrained
 from lora import merge_lora_weights, remove_lora
 from test_pretraining import Crash, crashes_at_step

@@ -13,9 +13,9 @@ import torch
 import generation
 import reference
 from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
-from config import LlamaConfig, parameter_shapes
+from config import LlamaConfig, check_rmsnorm, parameter_shapes
 from conftest import tiny_config, tiny_llama
-from formats import check_rmsnorm, renamed, to_split_halves
+from formats import renamed, to_split_halves
 from inference import InferenceLlama, for_running
 from llama import Attention, DifferentialAttention, Llama, load_pretrained
 from lora import apply_lora, merge_lora_weights

@@ -21,7 +21,7 @@ from lora import (
     remove_lora,
     unmerge_lora_weights,
 )
-from options import LORA_TARGETS
+from option_table import LORA_TARGETS
 
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 

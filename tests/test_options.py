@@ -14,7 +14,8 @@ from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
 from environment import fall_back
 from option_checks import check_options
-from options import build_parser, given_options, parse_options
+from option_table import build_parser
+from options import given_options, parse_options
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))

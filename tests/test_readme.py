@@ -22,7 +22,7 @@ from checkpoint import write_checkpoint
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, tiny_llama
 from llama import load_pretrained
-from options import OPTIONS
+from option_table import OPTIONS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)

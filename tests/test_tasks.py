@@ -12,9 +12,9 @@ from torch import nn
 import tasks
 from conftest import ROOT, some_stories, tiny_llama
 from corpus import Corpus, Text, Tokens, evenly
-from dataset import Example, pack, tokenize_examples
 from distributed import Processes
 from evaluation import answer_prompts, answer_scores, evaluate
+from instruction_data import Example, pack, tokenize_examples
 from tasks import Classification, Instruction, LanguageModelling
 from test_training import Bag, some_rows
 from tokenizer import Tokenizer
