@@ -217,6 +217,8 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
         raise FileNotFoundError(f"{path}: no such file; {wanted}")
     if not path.is_file():
         raise ValueError(f"{path} is no file; {wanted}")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds a model without a classifier; {wanted}")
     content = read_torch(path)
     if not isinstance(content, dict) or content.get("kind") != "classifier":
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")

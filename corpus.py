@@ -187,18 +187,16 @@ def tokenizer_checksum(tokenizer: Tokenizer) -> str:
 def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     """Writes the tokens of a text into `folder`, unless they are there already; returns their file.
 
-    A text that has changed is tokenized anew. Raises ValueError if the tokens there are another tokenizer's.
+    A text that has changed is tokenized anew.
     """
     if is_tokens(path):
         return path
     text_crc = _file_crc(path)
-    # Two texts may share a name: the folder's is told apart by its path.
-    target = folder / f"{path.stem}-{zlib.crc32(str(path.resolve()).encode()):08x}{TOKENS_ENDING}"
-    if target.exists():
-        header = read_header(target)
-        _check_tokenizer(target, header, tokenizer)
-        if header["text_crc32"] == text_crc:
-            return target
+    # Two texts may share a name, and two tokenizers a text.
+    origin = f"{path.resolve()}\n{tokenizer_checksum(tokenizer)}"
+    target = folder / f"{path.stem}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
+    if target.exists() and read_header(target)["text_crc32"] == text_crc:
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,6 +22,7 @@ from options import path_and_fold
 from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "
+HEADS = ("label", "class", "class index")  # what a first line says that names the columns
 # str.splitlines would also break a sentence at characters such as U+0085 or U+2028.
 LINE_END = re.compile(r"\r{0,2}\n|\r")
 
@@ -172,7 +173,8 @@ KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
 
 def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[str, str | None]) -> list[Row]:
     """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv. `#fold=PATTERN`
-    behind the path takes those rows alone whose fold matches, as file names do in a shell.
+    behind the path takes those rows alone whose fold matches, as file names do in a shell. A first line of column names
+    is no row, if it begins with one of `HEADS`.
 
     label_names: the class of each label (`read_labels`), or the names of the labels 0, 1, ...; a row's label is its
     class's position in `class_names`. Raises ValueError, naming file and line, if a line has no separator, no
@@ -193,6 +195,8 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[st
             if not fnmatchcase(fold, pattern):
                 continue
         where = f"{file}, line {number}"
+        if number == 1 and label.strip().lower() in HEADS and label.strip() not in (*labels, *labels.values()):
+            continue
         found = _class_of(label.strip(), labels, where)
         if found is None:
             continue
@@ -206,11 +210,13 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[st
 
 
 def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str | None:
-    """The class of a label, None if its rows are left out. A number may be written in several ways: 00 is 0. Raises
-    ValueError if the label is unknown.
+    """The class of a label, None if its rows are left out. A number may be written in several ways: 00 is 0; and a
+    class by its name. Raises ValueError if the label is unknown.
     """
     if label in labels:
         return labels[label]
+    if label in labels.values():  # written as the class's name
+        return label
     is_number = re.fullmatch(r"-?[0-9]{1,20}", label) is not None  # int refuses thousands of digits
     if is_number and str(int(label)) in labels:
         return labels[str(int(label))]

@@ -97,8 +97,12 @@ def check_options(args: argparse.Namespace) -> None:
         if args.fsdp or args.compile:
             other = "fsdp" if args.fsdp else "compile"
             raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
-        if "r_drop" in given and args.dropout == 0 and args.hidden_dropout_prob == 0:
-            raise ValueError("--r_drop compares two dropout masks, and --dropout and --hidden_dropout_prob are both 0")
+        if "r_drop" in given and not args.dropout and (args.hidden_dropout_prob == 0 or args.head == "prompt"):
+            raise ValueError("--r_drop compares two dropout masks, and there is no dropout; add --dropout 0.1")
+    parts = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
+    for name in changed(args, *parts):
+        if not getattr(args, parts[name]):
+            raise ValueError(f"--{name} is a part of --{parts[name]}, which is off; add --{parts[name]} 1")
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
@@ -139,6 +143,8 @@ def check_options(args: argparse.Namespace) -> None:
 
 def check_wise_ft(args: argparse.Namespace) -> None:
     """Raises ValueError for options of wise_ft that contradict each other."""
+    if not args.curve_out.endswith(".csv"):
+        raise ValueError(f"--curve_out is {args.curve_out}; the name of the table must end in .csv")
     for name in ("ood_classes", "ood_label_names"):
         if len(getattr(args, name)) not in (0, 1, len(args.ood)) or (getattr(args, name) and not args.ood):
             raise ValueError(

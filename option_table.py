@@ -163,25 +163,8 @@ def build_parser() -> OneLineParser:
         description="Runs a Llama: generates text, classifies by prompting, fine-tunes, also with LoRA, pretrains.",
         epilog=EXAMPLES,
     )
-    for group in (
-        _what_to_do,
-        _model,
-        _device,
-        _generate,
-        _decoding,
-        _data,
-        _prompting,
-        _training,
-        _regularizers,
-        _lora,
-        _language_models,
-        _supervised,
-        _convert,
-        _wise_ft,
-        _run,
-        _report,
-    ):
-        group(parser)
+    for add_group, _ in GROUPS:
+        add_group(parser)
     return parser
 
 
@@ -447,21 +430,6 @@ def _training(parser: OneLineParser) -> None:
     add("--epochs", type=COUNT, default=5, metavar="N", help="passes over the training set (default: %(default)s)")
     add("--lr", type=POSITIVE, default=2e-5, help="learning rate; LoRA likes ten times more (default: %(default)s)")
     add(
-        "--head",
-        choices=("linear", "prompt"),
-        default="linear",
-        help="what finetune and lora train beside the model: a linear layer on each sentence's last token; or nothing "
-        "new: the model is asked as in --option prompt, by --template, and trained to answer with the label's word, "
-        "of which the first token counts (default: %(default)s)",
-    )
-    add(
-        "--hidden_dropout_prob",
-        type=FRACTION,
-        default=0.3,
-        metavar="P",
-        help="dropout before the head (default: %(default)s)",
-    )
-    add(
         "--dropout",
         type=FRACTION,
         metavar="P",
@@ -492,6 +460,26 @@ def _training(parser: OneLineParser) -> None:
         help="of matrices, not of norms and biases (default: %(default)s)",
     )
     add("--max_grad_norm", type=POSITIVE, metavar="G", help="clip the gradient's norm to G (default: leave it)")
+    add("--patience", type=COUNT, metavar="N", help="stop after N epochs without a better dev (default: never)")
+
+
+def _classifier(parser: OneLineParser) -> None:
+    add = parser.add_argument_group("the classifier (finetune, lora)").add_argument
+    add(
+        "--head",
+        choices=("linear", "prompt"),
+        default="linear",
+        help="what is trained beside the model: a linear layer on each sentence's last token; or nothing "
+        "new: the model is asked as in --option prompt, by --template, and trained to answer with the label's word, "
+        "of which the first token counts (default: %(default)s)",
+    )
+    add(
+        "--hidden_dropout_prob",
+        type=FRACTION,
+        default=0.3,
+        metavar="P",
+        help="dropout before the head (default: %(default)s)",
+    )
     add(
         "--label_smoothing",
         type=FRACTION,
@@ -499,7 +487,6 @@ def _training(parser: OneLineParser) -> None:
         metavar="S",
         help="spread S of each label over all classes (default: %(default)s)",
     )
-    add("--patience", type=COUNT, metavar="N", help="stop after N epochs without a better dev (default: never)")
     add("--eval_train", action="store_true", help="score the whole training set after each epoch, too")
 
 
@@ -778,3 +765,36 @@ def _report(parser: OneLineParser) -> None:
         metavar="FILE.csv",
         help="tables of accuracy between two sets of weights: a column alpha, then one a data set (default: none)",
     )
+
+
+# The groups in the order of --help, each with the values of --option for which its options do something.
+GROUPS: tuple[tuple[Callable[[OneLineParser], None], tuple[str, ...]], ...] = (
+    (_what_to_do, OPTIONS),
+    (_model, OPTIONS),
+    (_device, OPTIONS),
+    (_generate, ("generate",)),
+    (_decoding, ("generate",)),
+    (_data, OPTIONS),
+    (_prompting, ("prompt", "finetune", "lora")),
+    (_training, TRAINING),
+    (_classifier, ("finetune", "lora")),
+    (_regularizers, ("finetune", "lora")),
+    (_lora, ("lora", "sft")),
+    (_language_models, OPTIONS),
+    (_supervised, ("sft",)),
+    (_convert, ("convert",)),
+    (_wise_ft, ("wise_ft",)),
+    (_run, TRAINING),
+    (_report, ("report",)),
+)
+ALSO_USED_BY = {"max_new_tokens": "sft", "quantize": "perplexity"}
+
+
+def used_by() -> dict[str, tuple[str, ...]]:
+    """The values of --option for which each option does something."""
+    found = {}
+    for add_group, users in GROUPS:
+        parser = OneLineParser(add_help=False)
+        add_group(parser)
+        found |= {action.dest: users for action in parser._actions}
+    return found | {name: (*found[name], other) for name, other in ALSO_USED_BY.items()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from command_line import POSITIVE, OneLineParser
-from option_table import FILTERS, LORA_TARGETS, OPTION_DEFAULTS, build_parser
+from option_table import FILTERS, LORA_TARGETS, OPTION_DEFAULTS, build_parser, used_by
 
 
 def parse_options(
@@ -87,6 +88,16 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
 def actions() -> dict[str, argparse.Action]:
     """Every option of the parser, by its name in the program."""
     return {action.dest: action for action in build_parser()._actions}
+
+
+def unused(args: argparse.Namespace, typed: Iterable[str]) -> list[str]:
+    """What was typed and changes nothing for this --option, each as it is told."""
+    users = used_by()
+    return [
+        f"{flag(name)} is for --option {', '.join(users[name])}, and changes nothing here"
+        for name in sorted(typed)
+        if args.option not in users[name]
+    ]
 
 
 def flag(name: str) -> str:

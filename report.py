@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from environment import check_alone, report
 from html_page import Point, chart, colour, document, shaded, table, text, thinned
-from option_table import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, OUTPUT_ENDINGS, RUNS
+from option_table import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, OUTPUT_ENDINGS, RUNS, used_by
 from options import parse_options
 
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
@@ -279,13 +279,21 @@ def head_of(run: Run) -> str:
     return f"{run.options['option']} {data_name(run)}, {model_name(run)}" if run.options else run.name
 
 
+def setting(value: object) -> str:
+    """A value of an option as it would be typed."""
+    if isinstance(value, list):
+        return " ".join(map(setting, value))
+    return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def settings(run: Run) -> dict[str, str]:
     """The options that matter to what was learnt and differ from their defaults."""
-    defaults = vars(parse_options([])[0]) | OPTION_DEFAULTS.get(run.options.get("option", ""), {})
+    option, users = run.options.get("option", ""), used_by()
+    defaults = vars(parse_options([])[0]) | OPTION_DEFAULTS.get(option, {})
     return {
-        name: f"{value:g}" if isinstance(value, float) else str(value)
+        name: setting(value)
         for name, value in run.options.items()
-        if name not in NOT_SETTINGS and value != defaults.get(name)
+        if name not in NOT_SETTINGS and value != defaults.get(name) and option in users.get(name, ())
     }
 
 

@@ -258,7 +258,7 @@ BAD = [
     ("one label alone", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("dev of one label", ["--dev", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is to be read and to be"),
-    ("one file twice", ["--curve_out", "a.html"], None, "two of a.html, a.html are one file"),
+    ("one file twice", ["--curve_out", "a.html"], None, "name of the table must end in .csv"),
     ("no folder", ["--curve_out", "none/a.csv"], None, "there is no folder none"),
 ]
 

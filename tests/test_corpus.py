@@ -279,10 +279,16 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path, tokenizer, asset):
     message = r"made with another tokenizer \(320 pieces\) than .*tok512.model \(512\); give that --tokenizer, or"
     with pytest.raises(ValueError, match=message):
         open_tokens(tokens.path, other)
-    with pytest.raises(ValueError, match=message):
-        tokenize_text(tmp_path / "a.txt", other, tmp_path / "tokens")
     copy = written(tmp_path / "copy.model", tokenizer.path.read_bytes())
     open_tokens(tokens.path, Tokenizer(tokenizer_model=copy))  # the same vocabulary under another name
+
+
+def test_two_tokenizers_keep_their_tokens_of_a_text_side_by_side(tmp_path, tokenizer, asset):
+    other = Tokenizer(tokenizer_model=asset("stories260K/tok512.model"))
+    mine = tokenized(tmp_path, tokenizer, ["one fox"])
+    theirs = tokenize_text(tmp_path / "a.txt", other, tmp_path / "tokens")
+    assert theirs != mine.path and open_tokens(theirs, other).ids.tolist() == other.encode("one fox", True, True)
+    assert tokenize_text(tmp_path / "a.txt", tokenizer, tmp_path / "tokens") == mine.path
 
 
 def header_with(**changes):

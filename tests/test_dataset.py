@@ -319,6 +319,21 @@ def test_a_bad_mapping_is_told(tmp_path, content, message):
         mapping(tmp_path, content)
 
 
+def test_a_label_may_be_its_classs_name_and_a_line_of_column_names_is_no_row(tmp_path):
+    names = ["happy", "sad", "angry"]
+    (tmp_path / "a.txt").write_text("sad ||| one\n0 ||| two\n")
+    assert [row.label for row in read_rows(tmp_path / "a.txt", names)] == [1, 0]
+    (tmp_path / "a.csv").write_text("Label,text\nangry,one\n")
+    (tmp_path / "a.tsv").write_text("class\tfold\ttext\n2\tx\tone\n")
+    for name in ("a.csv", "a.tsv"):
+        assert [(row.label, row.sentence) for row in read_rows(tmp_path / name, names)] == [(2, "one")]
+    (tmp_path / "b.csv").write_text("label,text\nclass,one\n")  # here they are classes
+    assert [row.label for row in read_rows(tmp_path / "b.csv", ["class", "label"])] == [1, 0]
+    (tmp_path / "c.csv").write_text("sad,one\nlabel,two\n")
+    with pytest.raises(ValueError, match="c.csv, line 2: label 'label' is no whole number"):
+        read_rows(tmp_path / "c.csv", names)
+
+
 def test_training_labels_must_reach_the_last_name():
     assert missing_classes("t", [Row(0, "a"), Row(4, "b")], SST) == ["bad", "average", "good"]
     with pytest.raises(ValueError, match="t has the labels 0, 1, but --label-names has 5 names"):

@@ -14,8 +14,8 @@ from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
 from environment import fall_back
 from option_checks import check_options
-from option_table import build_parser
-from options import given_options, parse_options
+from option_table import OPTIONS, build_parser, used_by
+from options import actions, given_options, parse_options, unused
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))
@@ -201,3 +201,22 @@ def test_each_example_says_what_a_published_command_says(path):
 def test_the_page_of_the_examples_names_each():
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     assert sorted(set(re.findall(r"`([\w-]+\.json)`", page))) == [path.name for path in EXAMPLES]
+
+
+def test_what_was_typed_and_changes_nothing_is_told():
+    args, typed = parse_options(["--option", "finetune", "--lora_rank", "3", "--lr", "1e-3", "--alphas", "0.5"])
+    assert unused(args, typed) == [
+        "--alphas is for --option wise_ft, and changes nothing here",
+        "--lora_rank is for --option lora, sft, and changes nothing here",
+    ]
+    for line in (
+        ["--option", "sft", "--lora_rank", "3", "--max_new_tokens", "9"],
+        ["--option", "lora", "--smart", "1", "--head", "prompt", "--save_every", "9"],
+        ["--option", "perplexity", "--quantize", "int8"],
+    ):
+        assert unused(*parse_options(line)) == []
+
+
+def test_every_option_says_what_it_is_used_by():
+    assert set(used_by()) == set(actions()) - {"help"}
+    assert all(set(users) <= set(OPTIONS) for users in used_by().values())

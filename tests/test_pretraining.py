@@ -21,7 +21,6 @@ from conftest import ROOT, Program, some_stories, tiny_llama
 from corpus import DOCUMENT_END
 from llama import load_pretrained
 from run_directory import RunDirectory
-from run_llama import main
 from test_evaluation import brute_force
 from tokenizer import Tokenizer
 
@@ -390,13 +389,6 @@ def a_model(name="model.pt", **changes):
     return write
 
 
-def tokens_of_another(folder):
-    """Tokens where the run will look for its own, made with another tokenizer."""
-    main(["--option", "tokenizer", "--corpus", "stories.txt", "--vocab_size", "300", "--model_out", "other.model"])
-    arguments = ["--option", "pretrain", "--corpus", "stories.txt", "--tokenizer", "other.model", *SIZES, *SHORT]
-    assert main([*arguments, "--model_out", "other.safetensors", "--run_dir", "other", "--dtype", "fp32"]) == 0
-
-
 FROM = ["--pretrained-model-path", "model.pt"]
 BAD = [
     ("a missing text", "pretrain", ["--corpus", "none.txt"], None, "none.txt: no such text"),
@@ -433,7 +425,6 @@ BAD = [
     ("an output nowhere", "pretrain", ["--model_out", "no/out.safetensors"], None, "there is no folder no"),
     ("an output that is read", "pretrain", ["--model_out", "stories.txt"], None, "is to be read and to be written"),
     ("a model for its tokenizer", "pretrain", ["--model_out", "out.model"], None, "its tokenizer would go"),
-    ("tokens of another", "pretrain", [], tokens_of_another, "was made with another tokenizer (300 pieces)"),
     ("heads that do not fit", "pretrain", ["--dim", "18", "--n_heads", "4"], None, "dim"),
     ("key heads that do not fit", "pretrain", ["--n_heads", "2", "--n_kv_heads", "3"], None, "n_kv_heads"),
     ("a size of none", "pretrain", ["--n_layers", "0"], None, "argument --n_layers: '0' is not allowed"),
