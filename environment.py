@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from option_checks import output_files
 from option_table import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING
-from options import flag, lora_settings, tokenizer_beside
+from options import flag, lora_settings, tokenizer_beside, unused
 
 if TYPE_CHECKING:
     import torch
@@ -273,6 +273,8 @@ def print_header(
         report(f"data        {', '.join(f'{split} {getattr(args, split)}' for split in splits)}")
     for path in output_files(args):
         report(f"writes      {path}{' (in the place of what is there)' if Path(path).is_file() else ''}")
+    if names := unused(args):
+        report(f"ignored     {', '.join(names)}: without effect for --option {args.option}")
     if args.option in TRAINING:
         report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
 

@@ -792,7 +792,7 @@ ALSO_USED_BY = {"max_new_tokens": "sft", "quantize": "perplexity"}
 
 def used_by() -> dict[str, tuple[str, ...]]:
     """The values of --option for which each option does something."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for add_group, users in GROUPS:
         parser = OneLineParser(add_help=False)
         add_group(parser)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -90,14 +89,16 @@ def actions() -> dict[str, argparse.Action]:
     return {action.dest: action for action in build_parser()._actions}
 
 
-def unused(args: argparse.Namespace, typed: Iterable[str]) -> list[str]:
-    """What was typed and changes nothing for this --option, each as it is told."""
+@lru_cache(maxsize=1)
+def defaults() -> dict[str, Any]:
+    """What every option is if nothing is typed."""
+    return vars(build_parser().parse_args([]))
+
+
+def unused(args: argparse.Namespace) -> list[str]:
+    """Options that are not at their defaults and change nothing for this --option, as they are typed."""
     users = used_by()
-    return [
-        f"{flag(name)} is for --option {', '.join(users[name])}, and changes nothing here"
-        for name in sorted(typed)
-        if args.option not in users[name]
-    ]
+    return [flag(name) for name in changed(args, *users) if args.option not in users[name]]
 
 
 def flag(name: str) -> str:
@@ -107,7 +108,7 @@ def flag(name: str) -> str:
 
 def changed(args: argparse.Namespace, *names: str) -> list[str]:
     """Those of the options that are not as they are by default."""
-    return [name for name in names if getattr(args, name) != actions()[name].default]
+    return [name for name in names if getattr(args, name) != defaults()[name]]
 
 
 def writes_two_files(args: argparse.Namespace) -> bool:

@@ -30,7 +30,7 @@ from environment import (
 )
 from option_checks import check_options, output_files
 from option_table import MAY_DIFFER, RUNS, TRAINING
-from options import best_model_path, flag, parse_options, unused
+from options import best_model_path, flag, parse_options
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -331,9 +331,6 @@ def main(argv: list[str] | None = None) -> int:
         else:
             fall_back(args, typed)
         check_options(args)
-        if not args.resume:
-            for line in unused(args, typed):
-                report(f"warning: {line}")
         from files import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
