@@ -243,7 +243,13 @@ class DifferentialAttention(Attention):
     Two query heads of the config make one head here, and two key/value heads one key/value head, with values twice as
     wide: the projections keep their sizes. Of the H query heads, the first half are the Q1, the second half the Q2;
     likewise of the keys. l's vectors belong to the layer, all its heads have them in common.
+
+    The norm's gain starts at 0.1, where the paper says nothing and its program has 1: a norm lifts the flat mean over
+    the context, which is all that attention gives at first, to full size, and a small model's embeddings drown in it
+    (docs/results.md).
     """
+
+    FIRST_GAIN = 0.1
 
     def __init__(self, config: LlamaConfig, depth: int) -> None:
         super().__init__(config)
@@ -253,6 +259,7 @@ class DifferentialAttention(Attention):
             nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)) for _ in range(4)
         )
         self.head_norm = RMSNorm(self.value_dim, eps=1e-5)
+        nn.init.constant_(self.head_norm.weight, self.FIRST_GAIN)
 
     def balance(self) -> Tensor:
         """l, how much of the second softmax is taken off the first: a number."""

@@ -274,7 +274,7 @@ def test_the_paths_agree_in_gradients(choice):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_differential_attention_starts_as_the_paper_has_it():
+def test_differential_attention_starts_as_the_paper_has_it_but_for_the_gain():
     torch.manual_seed(0)
     model = Llama(tiny_config(dim=1024, n_layers=3, vocab_size=8, **DIFFERENTIAL))
     for depth, wanted in enumerate((0.2, 0.8 - 0.6 * 0.7408182, 0.8 - 0.6 * 0.5488116)):
@@ -283,7 +283,7 @@ def test_differential_attention_starts_as_the_paper_has_it():
         assert attention.lambda_init == pytest.approx(wanted, abs=1e-6)
         for vector in (attention.lambda_q1, attention.lambda_k1, attention.lambda_q2, attention.lambda_k2):
             assert 0.08 < vector.std() < 0.12 and vector.mean().abs() < 0.03
-        assert torch.equal(attention.head_norm.weight, torch.ones(512)) and attention.head_norm.eps == 1e-5
+        assert torch.equal(attention.head_norm.weight, torch.full((512,), 0.1)) and attention.head_norm.eps == 1e-5
 
 
 @choices

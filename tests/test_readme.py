@@ -23,6 +23,7 @@ from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, tiny_llama
 from llama import load_pretrained
 from option_table import OPTIONS
+from options import actions
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
@@ -189,3 +190,12 @@ def test_the_architecture_page_has_the_models_sizes():
     source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("llama.py", "rope.py", "config.py"))
     missing = {name for name in names if name not in source} - {"stories42M"}
     assert not missing
+
+
+def test_the_table_of_options_has_every_option_once():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("## All options") :].partition("`--config FILE.json`")[0]
+    listed = re.findall(
+        r"`(--[\w-]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    )
+    assert sorted(listed) == sorted(action.option_strings[0] for name, action in actions().items() if name != "help")
