@@ -280,7 +280,7 @@ def test_groups_are_told_apart_by_their_settings_as_they_would_be_typed(tmp_path
     heads = sorted(row[0] for row in shown(*folders).rows if row[0].startswith("lora"))
     assert heads == [
         "lora sst, model, lr 0.0003, dora on, lora_targets mlp compute_query seed 1",
-        "lora sst, model, lora_targets mlp seed 1",
+        "lora sst, model, lr 0.001, lora_targets mlp seed 1",
     ]
 
 
