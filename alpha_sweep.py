@@ -7,14 +7,14 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import FineTuned, read_fine_tuned, write_checkpoint
+from checkpoint import FineTuned, read_checkpoint, read_fine_tuned, write_checkpoint
 from classifier import MergedClasses, classifier_of
 from config import shown
 from dataset import Row, class_names, has_gold_labels, prompt_parts, read_labels, read_rows, write_predictions
@@ -30,7 +30,7 @@ from environment import (
 from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
 from html_page import chart, colour, document
-from llama import load_pretrained
+from llama import llama_from_checkpoint
 from option_table import ADOPTED
 from options import curve_picture, path_and_fold
 from wise_ft import interpolate
@@ -71,6 +71,8 @@ def wise_ft(args: argparse.Namespace) -> None:
     report(f"finetuned   {args.finetuned} ({found.options.get('option')}, {found.head} head)")
     print_header(args, model.llama, "not read" if theta_0 is theta_1 else "its base", tokenizer, device, dtype)
     report(f"data        dev {args.dev}, test {args.test}{''.join(f', {path}' for path in args.ood)}")
+    for one in sets[1:]:
+        report(f"classes     {one.name}: {counting(one, found.label_names)}")
     prompt: tuple[str, ...] = ()
     if found.head == "prompt":
         prompt = prompt_parts(found.template, found.words, args.pooling)
@@ -156,7 +158,11 @@ def base_of(args: argparse.Namespace, found: FineTuned) -> dict[str, Tensor]:
             f"{path}: the model that {found.path} came from is not there; name it with "
             "--pretrained-model-path, or give --alphas 1 to judge the fine-tuned model alone"
         )
-    base = load_pretrained(path, found.config.norm, found.config.causal)
+    checkpoint, causal = read_checkpoint(path), found.config.causal
+    try:
+        base = llama_from_checkpoint(checkpoint, norm=found.config.norm, causal=causal)
+    except ValueError:  # of another norm, which is told below, or damaged
+        base = llama_from_checkpoint(checkpoint, causal=causal)
     for field in fields(found.config):
         ours, theirs = getattr(found.config, field.name), getattr(base.config, field.name)
         if ours != theirs and field.name not in ("dropout", "use_cache", "attention_kernel"):
@@ -204,6 +210,14 @@ def for_each(args: argparse.Namespace, name: str) -> list:
     """The option's values, one for each --ood file: one may serve for all, none is None for all."""
     given = getattr(args, name) or [None]
     return given * len(args.ood) if len(given) == 1 else given
+
+
+def counting(one: DataSet, classes: Sequence[str]) -> str:
+    """Which of the model's classes count as which of the set's names: `bad, poor -> no; good -> yes; fair left out`."""
+    counts_as = range(len(classes)) if one.counts_as is None else one.counts_as
+    members = [[n for n, k in zip(classes, counts_as, strict=True) if k == i] for i in range(-1, len(one.names))]
+    told = [f"{', '.join(some)} -> {name}" for some, name in zip(members[1:], one.names, strict=True)]
+    return "; ".join([*told, *([f"{', '.join(members[0])} left out"] if members[0] else [])])
 
 
 def shown_score(evaluation: Evaluation) -> str:

@@ -187,7 +187,7 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[st
     ids = {name: number for number, name in enumerate(class_names(labels))}
     rows = []
     folds = set()
-    for number, label, sentence, fold in records(file, read_text(file, what).rstrip()):
+    for number, label, sentence, fold in records(file, read_text(file, what).rstrip(" \r\n")):  # a tab ends a column
         if pattern is not None:
             if fold is None:
                 raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
@@ -223,13 +223,12 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
     classes = ["left out" if name is None else name for name in labels.values()]
     allowed = ", ".join(f"{known} ({name})" for known, name in zip(labels, classes, strict=True))
     numbers = all(re.fullmatch("[0-9]+", known) for known in labels)
+    hint = "give the --label-names that belong to this file (for one of --ood: --ood_label_names)"
     if list(labels) == [str(n) for n in range(len(labels))]:
         allowed = f"0 to {len(labels) - 1} ({', '.join(classes)})"
     if numbers and not re.fullmatch(r"-?[0-9]+", label):
-        raise ValueError(f"{where}: label {label[:60]!r} is no whole number; it must be one of {allowed}")
-    raise ValueError(
-        f"{where}: label {label[:60]} is none of {allowed}; give the --label-names that belong to this file"
-    )
+        raise ValueError(f"{where}: label {label[:60]!r} is no whole number; it must be one of {allowed}, or {hint}")
+    raise ValueError(f"{where}: label {label[:60]} is none of {allowed}; {hint}")
 
 
 def has_gold_labels(rows: Sequence[Row]) -> bool:

@@ -86,7 +86,7 @@ def text(value: object) -> str:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from at or below `low` to at or above `high`."""
     span = (high - low) or abs(high) or 1.0
-    size = 10 ** math.floor(math.log10(span / count))
+    size = 10 ** math.floor(math.log10(max(span / count, 1e-300)))
     step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= count)
     first = math.floor(low / step + 1e-9)
     last = max(first + 1, math.ceil(high / step - 1e-9))
@@ -101,9 +101,9 @@ def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
 
 
 def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -> str:
-    """A figure of curves with its legend; "" if there is nothing to draw."""
+    """A figure of curves with its legend; "" if no line has two points: one alone is no curve."""
     lines = [line for line in lines if line[1]]
-    if not lines:
+    if all(len(points) < 2 for _, points, _ in lines):
         return ""
     width, height, left, right, top, bottom = 400, 240, 44, 12, 10, 38
     xs = [x for _, points, _ in lines for x, _ in points]
@@ -132,7 +132,7 @@ def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -
         placed = [place(point) for point in points]
         parts.append(f'<g class="{style}"><title>{text(name)}</title>')
         parts.append(f'<polyline points="{" ".join(",".join(xy) for xy in placed)}"/>')
-        if dots and len(placed) <= 40:
+        if len(placed) == 1 or (dots and len(placed) <= 40):
             parts += [
                 f'<circle cx="{x}" cy="{y}" r="2.5"><title>{text(name)}: {value[1]:.4f}</title></circle>'
                 for (x, y), value in zip(placed, points, strict=True)

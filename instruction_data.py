@@ -66,7 +66,8 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
 def tokenize_examples(
     path: str | PathLike[str], examples: Iterable[Example], tokenizer: Tokenizer, window: int, new_tokens: int
 ) -> tuple[list[Example], int]:
-    """The examples of a file with their ids, <s> prompt answer </s>, and how many prompts had to be cut.
+    """The examples of a file with their ids, <s> prompt answer </s>, and how many prompts had to be cut. Spaces at the
+    end of a prompt are left out, as in a template (`dataset.prompt_parts`): the answer brings its own.
 
     A prompt loses its beginning (after <s>) where it would leave no room in `window` tokens for the answer, or for the
     `new_tokens` that are made in its place. Raises ValueError, naming file and line, if an answer leaves no room.
@@ -74,7 +75,7 @@ def tokenize_examples(
     done, cut = [], 0
     for number, example in enumerate(examples, start=1):
         try:
-            prompt = tokenizer.encode(example.prompt, bos=False, eos=False)
+            prompt = tokenizer.encode(example.prompt.rstrip(" "), bos=False, eos=False)
             answer = word_ids(tokenizer, example.answer)
             room = window - 1 - max(len(answer), new_tokens)
             if room < 1:

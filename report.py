@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ from options import parse_options
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
 
 MOST_SAMPLES = 6  # of what one run wrote
+NONE = "–"  # in the place of a score that there is not
 # What stands at the head of a group anyway, or is no setting.
 NOT_SETTINGS = {*MAY_DIFFER, "option", "seed", "train", "dev", "test", "label_names", "corpus", "pretrained_model_path"}
 NOT_SETTINGS |= {"continued", "processes", "tokenizer", "out_dtype"}
@@ -62,8 +63,9 @@ class Run:
         return {}
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that leaves room to reckon with: finite, as are sums and squares of a few of its size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 # Reading
@@ -96,7 +98,7 @@ def read_run(path: Path, name: str) -> Run:
     options: dict[str, Any] = {}
     try:
         saved = json.loads((path / "options.json").read_bytes())["options"]
-        if not isinstance(saved["option"], str):
+        if not isinstance(saved["option"], str) or not isinstance(saved.get("corpus"), list | None):
             raise TypeError
         # An older run lacks the options that came later: it had their defaults.
         options = vars(parse_options([], saved)[0])
@@ -143,11 +145,15 @@ def read_lines(path: Path, problems: list[str]) -> list[str]:
 
 def read_curves(path: str) -> tuple[list[str], list[list[float | None]]]:
     """The head and the rows of a table: alpha, then an accuracy for each data set, None where the field is empty.
-    Raises ValueError, naming the row, for anything else.
+    Raises ValueError for anything else, naming the row, and for a file that cannot be read.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head, *rows = [row for row in csv.reader(file) if row]
+    except OSError as error:
+        raise ValueError(
+            f"--curves {path} cannot be read ({error.strerror}); give the CSV that --option wise_ft wrote"
+        ) from error
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ValueError(f"--curves {path} is no table of comma-separated values with a head") from error
     if head[0] != "alpha" or len(head) < 2 or not rows:
@@ -200,7 +206,10 @@ def logged_matrices(log: str) -> dict[str, Matrix]:
         lines = body.partition("\nconfusion matrix (")[2].partition("\n\n")[0].split("\n")[1:]
         lines = [line for line in lines if line.strip()]
         fields = [line.split(None, len(lines)) for line in lines]
-        if fields and all(len(row) == len(fields) + 1 and all(n.isdecimal() for n in row[:-1]) for row in fields):
+        counts = [n for row in fields for n in row[:-1]]
+        whole = all(len(row) == len(fields) + 1 for row in fields)
+        # int refuses thousands of digits; and none but zeros have no accuracy.
+        if whole and all(re.fullmatch("[0-9]{1,18}", n) for n in counts) and any(n.strip("0") for n in counts):
             found[split] = [row[-1] for row in fields], [[int(n) for n in row[:-1]] for row in fields]
     return found
 
@@ -239,7 +248,7 @@ def samples(run: Run) -> list[tuple[str, str]]:
     """What the model wrote after a judgement, as its log has it: (epoch, text), at most MOST_SAMPLES evenly spread, the
     first and the last among them.
     """
-    found = dict(re.findall(r"^epoch (\d+): [^\n]*\n {4}([^\n]*)", run.log, flags=re.M))
+    found = dict(re.findall(r"^epoch ([0-9]{1,9}): [^\n]*\n {4}([^\n]*)", run.log, flags=re.M))
     told = sorted(found.items(), key=lambda one: int(one[0]))
     kept = {round(i * (len(told) - 1) / (MOST_SAMPLES - 1)) for i in range(MOST_SAMPLES)} if told else set()
     return [told[i] for i in sorted(kept)]
@@ -270,7 +279,7 @@ def model_name(run: Run) -> str:
 
 def data_name(run: Run) -> str:
     if run.options["option"] == "pretrain":
-        return " ".join(os.path.basename(str(text)) for text in run.options["corpus"])
+        return " ".join(os.path.basename(str(text)) for text in run.options["corpus"] or [])
     return Path(str(run.options["train"])).stem.removesuffix("-train")
 
 
@@ -323,34 +332,40 @@ def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 # The page
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation (of a sample: n - 1); the value alone if there is one, a dash if there is none."""
+def spread(found: Sequence[object], runs: int) -> str:
+    """Mean and standard deviation (of a sample: n - 1) of the numbers among `found`, and of how many of the `runs` they
+    are if not of all; the value alone if there is one, a dash if there is none.
+    """
+    values = [value for value in found if is_number(value)]
     if not values:
-        return "–"
+        return NONE
     deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
+    some = f", {len(values)} of {runs} runs" if len(values) < runs else ""
+    return f"{statistics.fmean(values):.3f}{deviation}{some}"
 
 
 def decimals(value: object) -> str:
-    return f"{value:.3f}" if is_number(value) else "–"
+    return f"{value:.3f}" if is_number(value) else NONE
 
 
 def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
     """A line for each group: what its runs reach, over the seeds."""
     labels, texts, answers = [], [], []
     for i, (name, members) in enumerate(groups):
-        best = [line for line in (run.best() for run in members) if line]
+        best = [run.best() for run in members]
         seeds = ", ".join(str(run.options["seed"]) for run in members if run.options)
         link = f'<a href="#g{i}">{text(name)}</a> <div class="quiet">seed {text(seeds or "unknown")}</div>'
-        dev = [line["dev_accuracy"] for line in best if "dev_accuracy" in line]
-        bits = [line["bits_per_byte"] for line in best if "bits_per_byte" in line]
-        if dev:
+        dev, bits, exact, f1 = (
+            spread([line.get(score) for line in best], len(members))
+            for score in ("dev_accuracy", "bits_per_byte", "dev_exact_match", "dev_f1")
+        )
+        if dev != NONE:
             test = [accuracy(run.matrices["test"]) for run in members if "test" in run.matrices]
-            labels.append((name, [link, spread(dev), spread(test)]))
-        elif bits:
-            texts.append((name, [link, spread(bits)]))
-        elif found := [(line["dev_exact_match"], line["dev_f1"]) for line in best if "dev_f1" in line]:
-            answers.append((name, [link, *map(spread, zip(*found, strict=True))]))
+            labels.append((name, [link, dev, spread(test, len(members))]))
+        elif bits != NONE:
+            texts.append((name, [link, bits]))
+        elif f1 != NONE:
+            answers.append((name, [link, exact, f1]))
     note = (
         "<p>Mean over the seeds, in brackets the standard deviation (n − 1). Of each run, the epoch that it keeps.</p>"
     )

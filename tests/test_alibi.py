@@ -36,6 +36,12 @@ def test_what_is_added_is_the_distance_by_the_slope_or_hides():
     assert alibi_mask(None, [0.5, 0.25], 3, 5, 5, torch.float64, CPU).equal(found[:1])
 
 
+def test_what_is_far_counts_by_its_whole_distance():
+    found = alibi_mask(None, [0.5, 2**-8], 0, 300, 300, torch.float64, CPU)
+    for h, slope in enumerate((0.5, 2**-8)):
+        assert found[0, h, 299].tolist() == [-slope * (299 - s) for s in range(300)]
+
+
 def test_beyond_the_context_it_raises():
     with pytest.raises(ValueError, match="a sequence of 6 tokens is longer than the model's context of 5"):
         alibi_mask(None, [1.0], 5, 6, 5, torch.float32, CPU)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import alpha_sweep
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, write_checkpoint
 from classifier import LlamaEmbeddingClassifier, MergedClasses
 from conftest import tiny_llama
 from dataset import read_rows, tokenize_rows
@@ -120,9 +120,11 @@ def test_between_it_judges_the_mixture_with_the_head_that_was_trained(command):
 def test_test_is_judged_once_at_the_best_alpha_on_dev_the_largest_of_equals(command, monkeypatch):
     fine_tuned(command)
     names, scores = [], {"0": 0.2, "0.25": 0.7, "0.5": 0.7, "1": 0.6}
+    weights = {}
 
     def judged(model, rows, batch_size, *, name, **settings):
         names.append(name)
+        weights[name] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         found = evaluate(model, rows, batch_size, name=name, **settings)
         return type(found)(found.predictions, scores[name.rpartition(" ")[2]], 0.5)
 
@@ -131,6 +133,14 @@ def test_test_is_judged_once_at_the_best_alpha_on_dev_the_largest_of_equals(comm
     assert code == 0 and "alpha 0.5, the best on dev" in out
     assert [name for name in names if name.startswith("test")] == ["test, alpha 0.5"]
     assert len(names) == 2 * 4 + 1
+    same = {
+        alpha: all(
+            torch.equal(tensor, weights["test, alpha 0.5"][key])
+            for key, tensor in weights[f"dev, alpha {alpha}"].items()
+        )
+        for alpha in scores
+    }
+    assert same == {"0": False, "0.25": False, "0.5": True, "1": False}
 
 
 def test_the_model_it_writes_is_a_fine_tuned_one_with_that_score(command):
@@ -173,8 +183,37 @@ def test_sets_from_elsewhere_may_have_their_own_classes(command):
     found = curve(command.folder)
     assert list(found[0]) == ["alpha", "dev", "two", "train"]
     assert [line["train"] for line in found] == [line["dev"] for line in found]
+    told = [line for line in err.splitlines() if line.startswith("classes ")]
+    assert told == ["classes     two: in -> no; so, of -> yes", "classes     train: in -> in; so -> so; of -> of"]
     picture = (command.folder / "wise-ft-curve.html").read_text(encoding="utf-8")
     assert "chance, 2 classes (0.5)" in picture and "chance, 3 classes (0.333)" in picture
+
+
+def test_classes_of_the_same_names_are_matched_by_name_and_others_by_their_order_which_is_told(command):
+    for name, labels in (("train", "012"), ("dev", "012"), ("test", "012"), ("other", "abc")):
+        lines = [f"{labels[i % 3]} ||| {('a bad dull film', 'one good day', 'so so')[i % 3]} {i}" for i in range(14)]
+        text(f"{name}.txt", "\n".join(lines) + "\n")(command.folder)
+    text("names.json", '["in", "so", "of"]')(command.folder)
+    fine_tuned(command)
+    text("turned.json", '{"b": "so", "c": "of", "a": "in"}')(command.folder)  # a cycle, which is not its own inverse
+    text("two.json", '{"c": null, "b": "good", "a": "bad"}')(command.folder)
+    more = ["--ood", "other.txt", "--ood_label_names"]
+    code, _, err = wise_ft(command, "--alphas", "0,0.3,0.6,1", *more, "turned.json")
+    assert code == 0 and "classes     other: so -> so; of -> of; in -> in" in err.splitlines(), err
+    found = curve(command.folder)
+    assert all(line["dev"] == line["other"] for line in found) and found[-1]["dev"] not in (0, 1)
+    code, _, err = wise_ft(command, "--alphas", "1", *more, "two.json", "--ood_classes", "-1,0,1")
+    assert code == 0 and "classes     other: so -> good; of -> bad; in left out" in err.splitlines(), err
+
+
+def test_a_base_of_another_norm_is_told_without_an_option_that_was_not_typed(command):
+    for name, norm in (("model.pt", "rmsnorm"), ("other.pt", "layernorm")):
+        model = tiny_llama(vocab_size=512, max_seq_len=64, norm=norm)
+        write_checkpoint(command.folder / name, model.state_dict(), model.config)
+    fine_tuned(command)
+    code, _, err = wise_ft(command, "--pretrained-model-path", "other.pt")
+    assert code == 2 and "--norm" not in err
+    assert "other.pt has norm layernorm, run/best.pt has rmsnorm; give with --pretrained-model-path the model" in err
 
 
 def test_data_files_of_other_forms_are_read_as_in_training(command):
@@ -225,8 +264,6 @@ def test_the_curve_is_one_that_the_report_shows(command):
 
 
 def another_base(folder):
-    from checkpoint import write_checkpoint
-
     model = tiny_llama(vocab_size=512, max_seq_len=64, n_layers=1)
     write_checkpoint(folder / "other.pt", model.state_dict(), model.config)
 
@@ -255,6 +292,13 @@ BAD = [
     ("classes without data", ["--ood_classes", "0,1"], None, "--ood_classes has 1 values for 0 files of --ood"),
     ("other names", ["--label-names", "bad.json"], text("bad.json", '["x", "y"]'), "leave out --label-names"),
     ("a label of another set", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n4 ||| b\n"), "o.txt, line 2: label 4"),
+    (
+        "a label in words",
+        ["--ood", "o.txt"],
+        text("o.txt", "neg ||| a\npos ||| b\n"),
+        "o.txt, line 1: label 'neg' is no whole number; it must be one of 0 to 1 (in, of), or give the --label-names "
+        "that belong to this file (for one of --ood: --ood_label_names)",
+    ),
     ("one label alone", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("dev of one label", ["--dev", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is to be read and to be"),

@@ -295,6 +295,19 @@ def test_a_bad_line_of_any_kind_of_file_is_named(tmp_path, name, text, message):
         read_rows(f"{tmp_path}/{name}", {"1": "bad", "2": "good"})
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n", " \n  \n"])
+def test_the_last_row_may_end_in_an_empty_column(tmp_path, end):
+    path = named(tmp_path, "a.tsv", "0\ta good film\tx\n1\tbad\t" + end)
+    assert [row.sentence for row in read_rows(path, CFIMDB)] == ["a good film", "bad"]
+
+
+@pytest.mark.parametrize("label", ["pos", "4"])
+def test_what_names_the_labels_of_a_file_is_said_where_one_does_not_fit(tmp_path, label):
+    path = named(tmp_path, "a.txt", f"0 ||| a\n{label} ||| b\n")
+    with pytest.raises(ValueError, match=r"give the --label-names that belong to .*of --ood: --ood_label_names\)"):
+        read_rows(path, CFIMDB)
+
+
 def test_a_file_may_have_a_number_sign_in_its_name(tmp_path):
     assert read_rows(named(tmp_path, "a.tsv#fold=1", "0 ||| a"), CFIMDB) == [Row(0, "a")]
 

@@ -39,6 +39,17 @@ def test_prompt_and_answer_are_the_pieces_of_the_text_that_they_make(any_tokeniz
     assert any_tokenizer.decode(word_ids(any_tokenizer, answer)).strip() == answer
 
 
+@pytest.mark.parametrize("any_tokenizer", [*TOKENIZERS, "stories260K/tok512.model"], indirect=True)
+def test_spaces_at_the_end_of_a_prompt_are_no_token_of_their_own(any_tokenizer):
+    """The answer brings its space, which would be there twice."""
+    pairs = [Example(f"Q: who\nA:{end}", "Zo\u00eb") for end in ("", " ", "   ")]
+    found, _ = tokenize_examples("a.jsonl", pairs, any_tokenizer, 99, 5)
+    assert len({(one.ids, one.prompt_length) for one in found}) == 1
+    assert found[1].prompt == "Q: who\nA: "
+    (line, _), _ = tokenize_examples("a.jsonl", [Example("A:\n", "b"), Example("A:", "b")], any_tokenizer, 99, 5)
+    assert line.prompt_ids == tuple(any_tokenizer.encode("A:\n", bos=True, eos=False))
+
+
 def test_a_prompt_loses_its_beginning_where_the_answer_needs_the_room(llama_tokenizer):
     prompt, answer = "one two three four five", "six"
     pieces, last = (llama_tokenizer.encode(text, bos=False, eos=False) for text in (prompt, answer))

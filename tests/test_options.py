@@ -203,6 +203,29 @@ def test_the_page_of_the_examples_names_each():
     assert sorted(set(re.findall(r"`([\w-]+\.json)`", page))) == [path.name for path in EXAMPLES]
 
 
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        (["--lora_target", "mlp"], "unrecognized arguments: --lora_target mlp; the nearest is --lora_targets; see"),
+        (["--lora-rnk=3", "b"], "unrecognized arguments: --lora-rnk=3 b; the nearest is --lora_rank; see"),
+        (["--zzzzzzzzzz"], "unrecognized arguments: --zzzzzzzzzz; see"),
+        (["lora_rank"], "unrecognized arguments: lora_rank; see"),
+        (["--ood_classes", "-1,-1"], "argument --ood_classes: '-1,-1' is not allowed; it must be a class number"),
+        (["--lr", "-1e-3"], "argument --lr: '-1e-3' is not allowed; it must be a number above 0"),
+        (["--ood", "-a"], "argument --ood: expected at least one argument; see"),
+    ],
+)
+def test_what_is_not_understood_gets_one_line(capsys, typed, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(typed)
+    line = capsys.readouterr().err
+    assert line.startswith(f"run_llama.py: error: {message}") and line.count("\n") == 1
+
+
+def test_a_value_may_begin_with_a_negative_number():
+    assert parse_options(["--ood_classes", "-1,0,1", "0,1,-1"])[0].ood_classes == [[-1, 0, 1], [0, 1, -1]]
+
+
 def test_what_was_typed_and_changes_nothing_is_known():
     def found(*line):
         return unused(parse_options(line)[0])

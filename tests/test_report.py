@@ -228,6 +228,62 @@ def test_damaged_and_half_written_runs_get_a_line_and_the_others_are_shown(tmp_p
     assert "good:" not in found.text
 
 
+FIRST = {"step": 1, "epoch": 1, "train_loss": 1.0}
+ODD = {
+    "no exact match": ({"option": "sft"}, [FIRST | {"dev_f1": 0.5}]),
+    "exact match null": ({"option": "sft"}, [FIRST | {"dev_f1": 0.5, "dev_exact_match": None}]),
+    "accuracy a text": ({}, [FIRST | {"dev_accuracy": "0.5"}, FIRST | {"dev_accuracy": True, "step": [2]}]),
+    "digits": ({}, [{"step": 1, "loss": 10**400}, {"step": 10**400, "loss": 1.0}, FIRST | {"dev_accuracy": 10**400}]),
+    "too large to add": ({}, [{"step": n, "loss": 1.7e308} for n in range(200)]),
+    "too small to divide": ({}, [{"step": n, "loss": n * 5e-324} for n in range(2)]),
+    "no corpus": ({"option": "pretrain", "continued": False, "corpus": None}, [FIRST | {"bits_per_byte": 2.0}]),
+    "a number for a corpus": ({"option": "pretrain", "corpus": 3}, [FIRST | {"bits_per_byte": 2.0}]),
+}
+
+
+@pytest.mark.parametrize("changes, lines", ODD.values(), ids=ODD)
+def test_a_run_with_odd_values_does_not_end_the_page(tmp_path, changes, lines):
+    a_run(tmp_path / "good", [0.5])
+    (a_run(tmp_path / "odd", [], **changes) / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = shown(tmp_path / "good", tmp_path / "odd")
+    assert ["1", "1 of 1", "0.500", "0.250", "–", "1.0", "good"] in found.rows
+    assert any(row[-1] == "odd" for row in found.rows) or "odd: " in found.text
+
+
+@pytest.mark.parametrize("count", ["0", "7" * 5000, "\u0663"])
+def test_a_matrix_that_gives_no_accuracy_is_none(tmp_path, count):
+    log = "dev took 1.0 s\n\nconfusion matrix (of):\nN N bad\nN N good\n\n"
+    assert logged_matrices(log.replace("N", "2")) == {"dev": (["bad", "good"], [[2, 2], [2, 2]])}
+    log = log.replace("N", count)
+    assert logged_matrices(log) == {}
+    run = read_run(a_run(tmp_path / "run", [0.5], f"{log}epoch {'9' * 5000}: 1\n    text\n"), "run")
+    assert "dev: no gold labels" in run.missing and page([run])
+
+
+def test_a_mean_says_of_how_many_runs_it_is_where_not_of_all(tmp_path):
+    tested = [a_run(tmp_path / f"s{i}", [0.5], classes_log("test", GUESS), seed=i) for i in (1, 2)]
+    silent = a_run(tmp_path / "s3", [0.75], seed=3)
+    half = a_run(tmp_path / "s4", [], seed=4)
+    for folders, dev, test in (
+        (tested, "0.500 (0.000)", "0.625 (0.000)"),
+        ([*tested, silent], "0.583 (0.144)", "0.625 (0.000), 2 of 3 runs"),
+        ([*tested, silent, half], "0.583 (0.144), 3 of 4 runs", "0.625 (0.000), 2 of 4 runs"),
+        ([silent, half], "0.750, 1 of 2 runs", "–"),
+    ):
+        (line,) = [row for row in shown(*folders).rows if row and row[0].startswith("finetune")]
+        assert line[1:] == [dev, test]
+
+
+def test_groups_are_told_apart_by_their_settings_as_they_would_be_typed(tmp_path):
+    kind = {"option": "lora", "lora_targets": ["mlp", "compute_query"], "dora": True, "lr": 3e-4}
+    folders = [a_run(tmp_path / "a", [0.5], **kind), a_run(tmp_path / "b", [0.5], option="lora", lora_targets=["mlp"])]
+    heads = sorted(row[0] for row in shown(*folders).rows if row[0].startswith("lora"))
+    assert heads == [
+        "lora sst, model, lr 0.0003, dora on, lora_targets mlp compute_query seed 1",
+        "lora sst, model, lr 0.001, lora_targets mlp seed 1",
+    ]
+
+
 def test_samples_and_bits_per_byte_of_pretraining_are_shown(tmp_path):
     told = [f"epoch {i}: loss 1.0, held-out bits per byte 2.0\n    text {i}!\n" for i in range(1, 30)]
     folder = a_run(tmp_path / "run", [], "".join(told), option="pretrain", corpus=["a.txt=2"], continued=False)
@@ -278,6 +334,13 @@ def test_a_chart_places_its_points_between_its_ticks():
     assert Page(drawn).texts[0] == '"<c>' and '""<c>' not in drawn
 
 
+def test_a_chart_of_single_points_is_left_out_and_beside_a_curve_a_point_is_drawn():
+    assert chart("c", "step", [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7)], "c1"), ("none", [], "c2")]) == ""
+    lines = [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7), (2, 0.5)], "c1")]
+    assert chart("c", "step", lines, dots=False).count("<circle") == 1
+    assert chart("c", "step", lines).count("<circle") == 3
+
+
 @pytest.mark.parametrize("low, high", [(0, 1), (0.41, 0.43), (1, 1), (0, 0), (-3, 5e7), (1e-9, 2e-9), (2.0, 2.0001)])
 def test_ticks_are_few_even_and_hold_the_range(low, high):
     found = ticks(low, high)
@@ -319,7 +382,11 @@ def test_the_command_writes_the_page_and_takes_a_curve(runs, capsys):
         (["--runs", "other"], "there is no run under other"),
         (["--report_out", "runs/a/metrics.jsonl"], "the name of a page must end in .html"),
         (["--report_out", "no/a.html"], "there is no folder no"),
-        (["--curves", "nowhere.csv"], "nowhere.csv"),
+        (
+            ["--curves", "nowhere.csv"],
+            "--curves nowhere.csv cannot be read (No such file or directory); give the CSV that --option wise_ft wrote",
+        ),
+        (["--curves", "other"], "--curves other cannot be read (Is a directory); give the CSV"),
         (["--curves", "file.txt"], "--curves file.txt: the head must be alpha"),
         (["--curves", "bad.csv"], "--curves bad.csv, row 3: 'x, 0.5'; it must be 2 numbers"),
         (["--run_dir", "runs/a"], "--run_dir belongs to"),

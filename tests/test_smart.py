@@ -132,6 +132,19 @@ def test_the_move_stays_within_eps_whatever_the_noise(monkeypatch):
     assert first.shape == worst.shape == (5, 5, 8)
 
 
+def test_the_step_goes_up_from_the_noise(monkeypatch):
+    """Far from where the divergence is least, a small step up raises it and one down lowers it."""
+    model, rows = classifier(classes=3, layer_norm_eps=1e-3).double(), some_rows((4, 4, 4, 4), classes=3)
+    seen = []
+    monkeypatch.setattr("smart.shifted", lambda embedding, by: seen.append(by.detach()) or shifted(embedding, by))
+    ids = torch.tensor([row.ids for row in rows])
+    torch.manual_seed(0)
+    Smart(1.0, eps=1.0, step=1e-3, noise=0.1).penalty(model, ids.shape, lambda: model(ids), model(ids))
+    with torch.no_grad():
+        at_noise, at_worst = (symmetric_kl(moved(model, ids, by), model(ids)) for by in seen)
+    assert (at_worst > at_noise * (1 + 1e-4)).all()
+
+
 @pytest.mark.parametrize("head", ["linear", "prompt"])
 @pytest.mark.parametrize("option", ["finetune", "lora"])
 def test_the_gradient_is_that_of_the_divergence_at_the_move_found(monkeypatch, head, option):
@@ -245,6 +258,20 @@ def test_model_and_average_are_compared_under_one_dropout_mask(head, dtype):
     term.sum().backward()
     assert all(p.grad is None for p in chosen.average.model.parameters())
     assert model.llama.layers[0].feed_forward.w2.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_average_drops_what_the_model_drops_and_nothing_where_that_is_judged(training):
+    model, average = classifier(dropout=0.4).train(not training), MovingAverage(1.0)
+    average.start(model)
+    model.train(training)
+    ids = torch.tensor([row.ids for row in some_rows((4, 4))])
+
+    def run(one):
+        torch.manual_seed(0)
+        return one(ids)
+
+    assert average.penalty(model, run, run(model)).tolist() == [0.0, 0.0]  # the same weights
 
 
 def test_smart_compares_passes_under_one_dropout_mask():
@@ -361,6 +388,13 @@ def test_a_run_with_every_regularizer_resumes_bit_for_bit(tmp_path, option, dtyp
     assert not any(torch.equal(average[name], weights[name]) for name in average if "norm" not in name)
     lines = [json.loads(line) for line in whole.metrics_path.read_text(encoding="utf-8").splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_the_average_is_told_of_every_step_from_1_to_the_last(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(MovingAverage, "update", lambda self, model, step, steps: told.append((step, steps)))
+    fitted(tmp_path)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_a_run_without_an_average_saves_what_it_always_did(tmp_path):

@@ -21,10 +21,12 @@ from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
 from dataset import Row, shuffled_batches
 from distributed import Processes
+from environment import settings_of
 from evaluation import Evaluation, evaluate
 from files import write_torch
 from lora import apply_lora
-from optimizer import AdamW, learning_rate
+from optimizer import AdamW, decay_groups, learning_rate
+from options import parse_options
 from run_directory import RunDirectory
 from tasks import Classification, row_losses
 from training import Settings, Stopped, train
@@ -315,6 +317,17 @@ def test_lora_plus_moves_every_b_by_its_own_rate(fit):
             step += 1
     for (name, got), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_option_lora_plus_is_of_lora_b_alone():
+    args, _ = parse_options(["--option", "lora", "--lora_plus", "16"])
+    named = [(name, p) for name, p in a_classifier("lora").named_parameters() if p.requires_grad]
+    groups = decay_groups(named, 0.0, settings_of(args, torch.float32).lr_multipliers)
+    rates = {id(p): group["lr_multiplier"] for group in groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in named} == {
+        name: 16.0 if name.endswith("lora_B") else 1.0 for name, _ in named
+    }
+    assert set(rates.values()) == {1.0, 16.0}
 
 
 def test_label_smoothing_is_torchs():
