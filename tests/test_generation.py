@@ -536,8 +536,8 @@ NEVER = [1.0, 0, 0, 0]  # after the end, and after what does not come
     ("length_penalty", "beams", "after_a", "after_x", "after_3", "wanted", "passes"),
     [
         # A text ended, and one that goes on scores better as it is longer: log(.4) / 1 and log(.38) / 2^2.
-        (2.0, 1, [0.4, 0, 0.39, 0.21], [0.98, 0.01, 0.01, 0], NEVER, [X, END], 4),
-        # Shorter ones score better, but the likeliest has not ended yet; what is open then is far behind, at its length.
+        (2.0, 1, [0.4, 0, 0.39, 0.21], [0.98, 0.01, 0.01, 0], NEVER, [X, END], 2),
+        # Shorter ones score better, but the likeliest has not ended yet; when it has, what is open is far behind.
         (-1.0, 2, [0.04, 0.03, 0.9, 0.03], [0.05, 0.1, 0.05, 0.8], [0.99, 0, 0.01, 0], [X, 3, END], 3),
         # One text that ended beats all that is open: no second one is waited for.
         (0.0, 2, [0.9, 0.05, 0.05, 0], [0.1, 0.5, 0.4, 0], NEVER, [END], 1),

@@ -257,22 +257,6 @@ def test_overlap_counts_the_beginning_of_a_stop_at_the_end_of_a_text(text, stop,
 # Streams and files
 
 
-def run(command, *more, feed=None, redirected="", **environment):
-    """`run_llama.py --option generate` as a process of its own, through a shell: (exit code, stdout, stderr), bytes."""
-    arguments = [
-        "--pretrained-model-path",
-        "model.pt",
-        "--tokenizer",
-        "tokenizer.model",
-        "--max_new_tokens",
-        "4",
-        *more,
-    ]
-    line = shlex.join([sys.executable, str(RUN_LLAMA), "--option", "generate", *arguments]) + redirected
-    done = subprocess.run(line, shell=True, input=feed, capture_output=True, env=os.environ | environment)
-    return done.returncode, done.stdout, done.stderr
-
-
 class Stdout(io.TextIOWrapper):
     def __init__(self, encoding):
         super().__init__(io.BytesIO(), encoding=encoding)
@@ -322,9 +306,11 @@ def test_the_page_is_written_before_the_table_is_printed(command, monkeypatch):
 )
 def test_a_closed_stream_is_one_line(command, more, redirected, message):
     before = command.files()
-    code, out, err = run(command, *more, redirected=redirected)
-    assert (code, out, command.files()) == (2, b"", before)
-    assert [message in line for line in err.decode().splitlines()] == [True]
+    arguments = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", *more]
+    line = shlex.join([sys.executable, str(RUN_LLAMA), "--option", "generate", *arguments]) + redirected
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, command.files()) == (2, "", before)
+    assert [message in line for line in done.stderr.splitlines()] == [True]
 
 
 def test_what_is_typed_is_utf8_whatever_the_locale(command, monkeypatch):
