@@ -405,6 +405,18 @@ def test_the_end_of_one_row_of_a_batch_is_not_that_of_the_others(command, monkey
     assert [(row["finish"], row["tokens"]) for row in rows] == [("end", 4), ("length", 16)] and len(calls) == 16
 
 
+@pytest.mark.parametrize("more, tokens", [([], 1), (["--chat"], 2)])
+def test_a_stop_ends_an_answer_of_a_batch_where_it_ends_one_alone(command, monkeypatch, more, tokens):
+    """An answer to a chat begins without the space that its first token has behind a prompt."""
+    token = made_of(command)[1].encode("the", bos=False, eos=False)[0]
+    monkeypatch.setattr(generation, "next_token", lambda logits, *_: torch.full((len(logits),), token))
+    out, _ = generated(command, *more, "--num_samples", "2", "--json", "--stop", " the")
+    for found in map(json.loads, out.splitlines()):
+        assert (found["text"], found["finish"], found["tokens"]) == ("the" if more else "", "stop", tokens)
+    alone, err = generated(command, *more, "--temperature", "0", "--stop", " the")
+    assert alone == ("the\n" if more else "one day\n") and f"{tokens} tokens in" in err
+
+
 def test_a_stop_that_the_last_token_brings_is_a_stop(command):
     drawn = ["--temperature", "2", "--epsilon", "0"]
     full = generated(command, *drawn)[0].rstrip("\n")
