@@ -239,7 +239,8 @@ def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype
     fast = for_running(model_of(DIFFERENTIAL).to(weights), dtype)
     kinds = []
     fast.layers[1].feed_forward.w2.register_forward_hook(lambda _, given, made: kinds.append(made.dtype))
-    assert fast(random_ids(2, 9))[0].dtype == (dtype or weights) and kinds == [dtype or weights]
+    logits, hidden = fast(random_ids(2, 9))
+    assert logits.dtype == (dtype or weights) and kinds == [dtype or weights] and hidden.dtype == torch.float32
 
 
 def test_no_copy_for_running_is_made_of_differential_attention():
