@@ -4,6 +4,7 @@ terminal and as a page of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from generation import Filter, distribution
 from tokenizer import Tokenizer
 
 SHOWN = 8  # candidates of each token, of those kept and of those cut
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # but not the tab and the end of a line
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,15 @@ class Explanation:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], temperature: float, filters: Sequence[Filter]
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        temperature: float,
+        filters: Sequence[Filter],
+        repetition_penalty: float = 1.0,
     ) -> None:
         self.tokenizer, self.temperature, self.filters = tokenizer, temperature, filters
+        self.repetition_penalty = repetition_penalty
         self.ids = list(prompt)
         self.prompt = tokenizer.decode(self.ids)
         self.steps: list[Step] = []
@@ -89,14 +97,15 @@ class Explanation:
 
     @property
     def settings(self) -> str:
-        """Temperature and filters in words."""
+        """Repetition penalty, temperature and filters in words."""
+        penalty = [f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1.0 else []
         filters = (
             f"{kept.func.__name__.removesuffix('_filter').replace('_', '-')} {value:g}"
             for kept in (self.filters if self.temperature > 0 else ())
             if isinstance(kept, partial)
             for value in kept.keywords.values()
         )
-        return ", ".join((f"Temperature {self.temperature:g}", *filters))
+        return ", ".join((f"Temperature {self.temperature:g}", *penalty, *filters))
 
     def _pieces(self) -> Iterator[str]:
         """What each token added to the text; a character of several tokens comes with the last of them."""
@@ -128,11 +137,12 @@ class Explanation:
             f"{step.cut_mass:.3f} of the probability</h3>{bars(step.cut, None)}</div></div></section>"
             for step in self.steps
         )
-        text = "".join(f"<span>{escape(piece)}</span>" for piece in self._pieces())
+        pieces = "".join(f"<span>{escape(without_controls(piece))}</span>" for piece in self._pieces())
+        text = escape(without_controls(self.prompt)) + pieces
         return (
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
-            f"<h1>What each token was chosen from</h1>\n<p class=text>{escape(self.prompt)}{text}</p>\n"
+            f"<h1>What each token was chosen from</h1>\n<p class=text>{text}</p>\n"
             f"<p>{escape(self.settings)}. Each bar is a candidate's probability: the pale one before the "
             f"filters, the dark one after them, when what was cut has been shared out among the rest. The {SHOWN} "
             f"likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
@@ -140,8 +150,19 @@ class Explanation:
 
 
 def shown(candidate: Candidate) -> str:
-    """The token's text on one line, its spaces visible."""
-    return candidate.text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    """The token's text on one line, its spaces visible, and what cannot be printed by its number."""
+    text = candidate.text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(one if one.isprintable() else by_number(one) for one in text)
+
+
+def by_number(character: str) -> str:
+    """A character by its number, as in <0x1B>."""
+    return f"<0x{ord(character):02X}>"
+
+
+def without_controls(text: str) -> str:
+    """A text as it is, but control characters, and halves of characters, by their numbers."""
+    return CONTROLS.sub(lambda found: by_number(found[0]), text)
 
 
 def bars(candidates: Sequence[Candidate], chosen: Candidate | None) -> str:

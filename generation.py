@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +65,9 @@ def eta_filter(logits: Tensor, eta: float) -> Tensor:
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k likeliest tokens, and what is just as likely as the last of them."""
+    """Keeps the k likeliest tokens, and what is just as likely as the last of them. Raises ValueError for k below 1."""
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be 1 or more")
     if k >= logits.shape[-1]:
         return logits
     return cut(logits, logits < logits.topk(k, dim=-1).values[..., -1:])
@@ -159,15 +162,19 @@ def check_settings(max_new_tokens: int, temperature: float, epsilon: float, repe
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a finite number above")
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon is {epsilon}; it must be in [0, 1)")
-    if not 0.0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be above 0 (1 changes nothing)")
+    if not 0.01 <= repetition_penalty <= 100.0:  # with a few zeros more logits leave the range of their numbers
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be from 0.01 to 100 (1 changes nothing)")
 
 
 def check_prompts(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask as bool. Raises ValueError for an empty or right-padded prompt."""
+    """The mask as bool. Raises ValueError for an empty or right-padded prompt, and for a mask of another shape."""
     if idx.dim() != 2 or 0 in idx.shape:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, tokens) with at least one of each")
     if attention_mask is not None:
+        if attention_mask.shape != idx.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, idx {tuple(idx.shape)}; they must be the same"
+            )
         attention_mask = attention_mask.to(torch.bool)
         if not attention_mask[:, -1].all():
             raise ValueError("a prompt ends in padding; pad prompts of unequal length on the left")
@@ -250,7 +257,8 @@ def stream(
         logits = read(tokens[:, :end], mask)[0][:, -1]
         if repetition_penalty != 1.0:
             check_finite(logits)
-            logits = repetition_penalised(logits, tokens[:, :end], repetition_penalty)
+            seen = tokens[:, :end] if mask is None else torch.where(mask, tokens[:, :end], tokens[:, end - 1 : end])
+            logits = repetition_penalised(logits, seen, repetition_penalty)  # padding was not seen, the last token was
         chosen = next_token(logits, temperature, epsilon, generator, filters)
         if watch is not None:
             watch(logits, chosen)
@@ -287,8 +295,8 @@ def beam_search(
     """The likeliest continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
     log-probabilities / (their number ** length_penalty), so that a penalty above 0 favours longer ones.
 
-    `beams` beginnings are kept at each step, and as many continuations that ended in one of eos_ids; the search goes on
-    until nothing that is still open can beat these, or max_new_tokens. Raises ValueError for settings out of range.
+    `beams` beginnings are kept at each step, and the best continuation that ended in one of eos_ids; the search goes on
+    until nothing is open that can beat it, or max_new_tokens. Raises ValueError for settings out of range.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
     check_one_prompt(idx, "beam search")
@@ -298,7 +306,7 @@ def beam_search(
         raise ValueError(f"length_penalty is {length_penalty}; it must be from -10 to 10")
     tokens, scores = idx, idx.new_zeros(1, dtype=torch.float32)
     ends = idx.new_tensor(list(eos_ids))
-    done: list[tuple[float, Tensor]] = []
+    done, new = (-math.inf, idx[0]), 1
     read = Reader(model, idx.shape[1] + max_new_tokens, use_cache)
     for new in range(1, max_new_tokens + 1):
         logits = read(tokens)[0][:, -1]
@@ -310,21 +318,16 @@ def beam_search(
         ended = torch.isin(chosen, ends)
         grown = torch.cat((tokens[rows], chosen[:, None]), dim=1)
         for place in ended[:beams].nonzero().flatten().tolist():
-            done.append((float(best.values[place]) / new**length_penalty, grown[place]))
-        done = sorted(done, key=lambda found: -found[0])[:beams]
+            done = max(done, (float(best.values[place]) / new**length_penalty, grown[place]), key=itemgetter(0))
         kept = (~ended).nonzero().flatten()[:beams]
         tokens, scores = grown[kept], best.values[kept]
         if read.cache is not None:
             read.cache.take(rows[kept])
         longest = max_new_tokens if length_penalty > 0 else new  # where what is open may yet score best
-        if len(done) == beams and float(scores[0]) / longest**length_penalty <= done[-1][0]:
+        if not len(kept) or float(scores[0]) / longest**length_penalty <= done[0]:
             break
-    open_ones = (
-        [(float(score) / new**length_penalty, row) for score, row in zip(scores, tokens, strict=True)]
-        if max_new_tokens
-        else []
-    )
-    score, row = max(done + open_ones, key=lambda found: found[0], default=(0.0, idx[0]))
+    open_ones = [(float(score) / new**length_penalty, row) for score, row in zip(scores, tokens, strict=True)]
+    score, row = max([done, *open_ones], key=itemgetter(0))
     return row, score
 
 
@@ -394,6 +397,10 @@ def lookup_decoding(
     """
     check_settings(max_new_tokens, temperature, 0.0)
     check_one_prompt(idx, "look-up decoding")
+    if draft_tokens < 0:
+        raise ValueError(f"draft_tokens is {draft_tokens}; it must be 0 or more")
+    if longest_match < 1:
+        raise ValueError(f"longest_match is {longest_match}; it must be 1 or more")
     text, goal = idx[0].tolist(), idx.shape[1] + max_new_tokens
     read = Reader(model, goal + draft_tokens)
     if read.cache is None:

@@ -183,6 +183,14 @@ def check_generation(args: argparse.Namespace) -> None:
         )
         if args.explain and not args.explain.endswith(".html"):
             raise ValueError(f"--explain {args.explain}: the page's name must end in .html")
+    if not writes_two_files(args):
+        cause, *_ = changed(
+            args, "temperature", "decoder", "prompt_file", "interactive", "json", "num_samples", "explain"
+        )
+        refuse(
+            changed(args, "generated_sentence_low_temp_out", "generated_sentence_high_temp_out"),
+            f"with --{cause} the two texts, at temperature 0 and at 1, and their files are not made",
+        )
     if "" in args.stop:
         raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
     belongs = {"beams": "beam", "length_penalty": "beam", "contrast": "contrastive"}

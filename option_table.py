@@ -318,10 +318,11 @@ def _decoding(parser: OneLineParser) -> None:
     )
     add(
         "--repetition_penalty",
-        type=POSITIVE,
+        type=number(float, "from 0.01 to 100 (1 changes nothing)", lambda value: 0.01 <= value <= 100),
         default=1.0,
         metavar="R",
-        help="above 1 makes tokens that occurred before less likely (default: %(default)s)",
+        help="above 1, up to 100, makes tokens that occurred before less likely, below 1, down to 0.01, likelier "
+        "(default: %(default)s)",
     )
     add(
         "--decoder",

@@ -5,6 +5,7 @@ what each token was chosen from.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import sys
 import time
@@ -150,9 +151,8 @@ class Writer:
         temperature: float,
         show: Callable[[str], None],
         watch: Callable[[Tensor, Tensor], None] | None = None,
-        echo: bool = True,
     ) -> Continuation:
-        """Continues a prompt, handing on each piece of the text, the prompt's first if `echo`, as it is made."""
+        """Continues a prompt, handing on each piece of the text as it is made, first the prompt's that is shown."""
         speed = Speed()
 
         def counted() -> Iterator[int]:
@@ -161,13 +161,17 @@ class Writer:
                 yield token
 
         try:
-            return self.continuation(prompt, counted(), show, echo)
+            return self.continuation(prompt, counted(), show)
         finally:
             show("\n")
             report(str(speed))
 
+    def shown(self, prompt: list[int]) -> list[int]:
+        """What of a prompt stands before its continuation: in a chat nothing, the answer is a text of its own."""
+        return [] if self.args.chat else prompt
+
     def continuation(
-        self, prompt: list[int], ids: Iterator[int], show: Callable[[str], None] = lambda piece: None, echo: bool = True
+        self, prompt: list[int], ids: Iterator[int], show: Callable[[str], None] = lambda piece: None
     ) -> Continuation:
         """The text that the ids make of a prompt, handed on piece by piece; takes no more of them than it needs."""
         taken: list[int] = []
@@ -181,7 +185,7 @@ class Writer:
 
         def told() -> Iterator[str]:
             nonlocal stopped
-            stopped = yield from text_pieces(self.tokenizer, prompt if echo else [], counted(), self.args.stop)
+            stopped = yield from text_pieces(self.tokenizer, self.shown(prompt), counted(), self.args.stop)
 
         for piece in told():
             show(piece)
@@ -205,14 +209,14 @@ class Writer:
                     bar.update(1)
             if all(ended):
                 break
-        echo = not self.args.chat
-        return [self.continuation(prompt, iter(ids), echo=echo) for prompt, ids in zip(prompts, rows, strict=True)]
+        return [self.continuation(prompt, iter(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
 
     def stopped(self, prompt: list[int], ids: list[int]) -> bool:
-        """Whether a text of --stop has come up."""
+        """Whether a text of --stop has come up, as `continuation` would find it."""
         if not self.args.stop:
             return False
-        text = self.tokenizer.decode(prompt + ids)[len(self.tokenizer.decode(prompt)) :]
+        before = self.shown(prompt)
+        text = self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
         return any(stop in text for stop in self.args.stop)
 
 
@@ -256,6 +260,24 @@ def show(piece: str) -> None:
     sys.stdout.flush()
 
 
+def check_streams(args: argparse.Namespace) -> None:
+    """Has printed as an escape what stdout's encoding cannot say. Raises ValueError if a stream that is needed was
+    closed.
+    """
+    if sys.stdin is None and (args.interactive or args.prompt_file == "-"):
+        source = "--interactive" if args.interactive else "--prompt_file -"
+        raise ValueError(f"{source} reads the standard input, which is closed; open it, or use --prompt")
+    if sys.stdout is None:
+        raise ValueError("the standard output, where the text goes, is closed; send it to a file: > text.txt")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def speaks_utf8() -> bool:
+    """Whether stdout can say everything."""
+    return codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+
+
 def prompts_of(args: argparse.Namespace) -> list[str]:
     """The prompts asked for."""
     texts = [args.prompt]
@@ -278,11 +300,13 @@ def encode(args: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict[s
 
 def generate(args: argparse.Namespace) -> None:
     """generate: continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
+    check_streams(args)
+    texts = [] if args.interactive else prompts_of(args)
     llama, tokenizer, device, dtype = ready(args)
     context, causal = llama.config.max_seq_len, llama.config.causal
-    texts = [] if args.interactive else prompts_of(args)
     prompts = [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
-    warn_of_length(max(map(len, prompts), default=0), args.max_new_tokens, context)
+    if prompts:
+        warn_of_length(max(map(len, prompts)), args.max_new_tokens, context)
     if args.decoder == "lookup" and not causal:
         raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
     if not causal:
@@ -297,12 +321,12 @@ def generate(args: argparse.Namespace) -> None:
     elif args.explain is not None:
         explain(writer, prompts[0], temperature)
     elif not writes_two_files(args):
-        writer.one(prompts[0], temperature, show, echo=not args.chat)
+        writer.one(prompts[0], temperature, show)
     else:
         for each, path in ((0.0, args.generated_sentence_low_temp_out), (1.0, args.generated_sentence_high_temp_out)):
             report(f"\ntemperature {each:g} -> {path}")
             writer.start_anew()
-            made = writer.one(prompts[0], each, show, echo=not args.chat)
+            made = writer.one(prompts[0], each, show)
             with atomic_file(path) as file:
                 file.write(made.prompt + made.text + "\n")
 
@@ -331,15 +355,13 @@ def write_many(writer: Writer, texts: list[str], prompts: list[list[int]], tempe
             if args.decoder == "sample":
                 made = writer.batch(some, temperature, bar)
             else:
-                made = [
-                    writer.continuation(prompt, writer.ids(prompt, temperature), echo=not args.chat) for prompt in some
-                ]
+                made = [writer.continuation(prompt, writer.ids(prompt, temperature)) for prompt in some]
             speed.count(sum(one.tokens for one in made))
             bar.update(max(0, min(len(prompts), start + size) * args.max_new_tokens - bar.n))  # what ended early
             bar.clear()
             for one, text in zip(made, texts[start:], strict=False):
                 if args.json:
-                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=False))
+                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=not speaks_utf8()))
                 else:
                     print(one.prompt + one.text, end="\n\n")
             sys.stdout.flush()
@@ -349,13 +371,13 @@ def write_many(writer: Writer, texts: list[str], prompts: list[list[int]], tempe
 def explain(writer: Writer, prompt: list[int], temperature: float) -> None:
     """Continues a prompt, then shows what each token was chosen from."""
     args = writer.args
-    explanation = Explanation(writer.tokenizer, prompt, temperature, writer.filters)
-    writer.one(prompt, temperature, show, watch=explanation.watch, echo=not args.chat)
-    print(f"\n{explanation.table()}")
+    explanation = Explanation(writer.tokenizer, prompt, temperature, writer.filters, args.repetition_penalty)
+    writer.one(prompt, temperature, show, watch=explanation.watch)
     if args.explain:
         with atomic_file(args.explain) as file:
             file.write(explanation.page())
         report(f"wrote {args.explain}")
+    print(f"\n{explanation.table()}")
 
 
 def lines_typed() -> Iterable[str]:
@@ -370,7 +392,8 @@ def lines_typed() -> Iterable[str]:
         except (ImportError, OSError):
             readline = None  # type: ignore[assignment]
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused by itself
+        # UTF-8 whatever the locale, as prompts are everywhere; a line that is none is refused by itself.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         while True:
             try:
@@ -415,7 +438,7 @@ def converse(writer: Writer, temperature: float) -> None:
             if len(said) < turns:
                 report("the oldest turns no longer fit into the model's context and are left out")
             warn_of_length(len(prompt), args.max_new_tokens, context)
-            writer.one(prompt, temperature, tell, echo=not args.chat)
+            writer.one(prompt, temperature, tell)
         except KeyboardInterrupt:
             report("stopped")
         except ValueError as error:  # what was typed cannot be a prompt

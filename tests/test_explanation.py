@@ -120,6 +120,39 @@ def test_the_page_stands_alone_and_shows_texts_as_they_are():
     assert len(widths) == 20 * 5 and math.fsum(widths) == pytest.approx(20 * 100, abs=1)
 
 
+def test_the_prompt_on_the_page_is_text_too():
+    explanation = Explanation(WordTokenizer(WORDS), [2], 1.0, [])
+    explanation.watch(torch.tensor([PROBABILITIES]).log(), torch.tensor([2]))
+    assert "<p class=text>&lt;b&gt;<span> &lt;b&gt;</span></p>" in explanation.page()
+
+
+def test_the_chosen_token_is_shown_however_unlikely_it_is():
+    explanation = Explanation(WordTokenizer([f"w{i}" for i in range(20)]), [0], 1.0, [])
+    explanation.watch(-0.1 * torch.arange(20.0)[None], torch.tensor([17]))
+    (step,) = explanation.steps
+    assert [one.text for one in step.kept] == [*(f" w{i}" for i in range(8)), " w17"] and step.kept[-1] == step.chosen
+    assert explanation.page().count("class='line chosen'") == 1
+
+
+@pytest.mark.parametrize("temperature, words", [(1.0, "Temperature 1, repetition penalty 1.3, top-k 3."), (0.0, "")])
+def test_the_repetition_penalty_is_among_the_settings(temperature, words):
+    explanation = Explanation(WordTokenizer(WORDS), [0], temperature, [partial(top_k_filter, k=3)], 1.3)
+    assert (words or "Temperature 0, repetition penalty 1.3.") in explanation.page()
+
+
+def test_what_cannot_be_printed_is_shown_by_its_number():
+    words = ["\x00a", "\x1b[31m", "\r", "\x85\u200b\xa0", "é\n"]
+    explanation = Explanation(WordTokenizer(words), [0], 1.0, [])
+    for token in range(5):
+        explanation.watch(torch.zeros(1, 5), torch.tensor([token]))
+    chosen = [shown(step.chosen) for step in explanation.steps]
+    assert chosen == ["␣<0x00>a", "␣<0x1B>[31m", "␣<0x0D>", "␣<0x85><0x200B><0xA0>", "␣é⏎"]
+    assert all(one.isprintable() or one == "\n" for one in explanation.table())
+    page = explanation.page()
+    assert not set(page) & set("\x00\x1b\r\x85") and "<p class=text>&lt;0x00&gt;a<span> &lt;0x00&gt;a</span>" in page
+    assert "<span> &lt;0x85&gt;\u200b\xa0</span><span> é\n</span>" in page  # the text itself keeps its spaces and lines
+
+
 def test_spaces_and_line_ends_are_made_visible():
     explanation = Explanation(WordTokenizer(["a", "\n"]), [0], 1.0, [])
     explanation.watch(torch.tensor([[0.0, 5.0]]), torch.tensor([1]))

@@ -143,6 +143,18 @@ def test_filters_keep_what_those_of_transformers_keep(name):
         assert torch.equal(kept[torch.isfinite(kept)], logits[torch.isfinite(kept)])
 
 
+@pytest.mark.parametrize("filter_of", [partial(top_p_filter, p=0.75), partial(typical_filter, mass=0.75)])
+def test_what_has_just_the_probability_asked_for_is_enough(filter_of):
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log2() * math.log(2)
+    assert logits.softmax(-1).tolist() == [0.5, 0.25, 0.125, 0.125]  # to the last bit
+    assert torch.isfinite(filter_of(logits)).tolist() == [True, True, False, False]
+
+
+def test_top_k_of_no_token_is_refused():
+    with pytest.raises(ValueError, match="k is 0; it must be 1 or more"):
+        top_k_filter(torch.zeros(1, 5), k=0)
+
+
 @pytest.mark.parametrize("name", FILTERS)
 def test_filters_are_pure_and_leave_the_arg_max_alive(name):
     logits = torch.randn(2, 3, 30, generator=seeded())
@@ -181,6 +193,13 @@ def test_draws_follow_the_filtered_and_renormalised_distribution(temperature, ep
     assert counts[~allowed].sum() == 0
     chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
     assert chi_square < 30.0  # at most 7 degrees of freedom: one seed in ten thousand goes beyond
+
+
+def test_epsilon_cuts_before_the_other_filters():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(500, -1)
+    # Of .444, .333 and .222, which epsilon leaves, two have 0.75 together; of all four, three would.
+    chosen = next_token(logits, 1.0, 0.15, seeded(), [partial(top_p_filter, p=0.75)])
+    assert set(chosen.tolist()) == {0, 1}
 
 
 def test_rows_draw_from_their_own_distributions():
@@ -289,6 +308,26 @@ def test_decoding_stops_once_every_row_ended():
     assert got.tolist() == [[3, 4, 5, 5, 5, 5, 5, 5], [2, 3, 4, 5, 5, 5, 5, 5]]
 
 
+def test_who_watches_is_told_what_was_chosen_also_of_a_row_that_ended():
+    told = []
+    prompts = torch.tensor([[3], [0]])
+    settings = {"temperature": 0.0, "eos_ids": (5,)}
+    steps = stream(Counter(), prompts, 3, watch=lambda logits, chosen: told.append(chosen.tolist()), **settings)
+    assert [step.tolist() for step in steps] == [[4, 1], [5, 2], [5, 3]]
+    assert told == [[4, 1], [5, 2], [6, 3]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_is_not_penalised_as_if_it_had_been_said(causal):
+    model, prompts = tiny_llama(causal=causal), [torch.tensor([7, 9]), torch.tensor([3, 1, 4, 1, 5])]
+    settings = {"temperature": 0.0, "repetition_penalty": 3.0}
+    alone = [generate(model, prompt[None], 12, **settings)[0, len(prompt) :].tolist() for prompt in prompts]
+    padding = next(token for token in alone[0] if token not in (7, 9))
+    ids, mask = torch.full((2, 5), padding), torch.ones(2, 5, dtype=torch.bool)
+    ids[0, 3:], ids[1], mask[0, :3] = prompts[0], prompts[1], False
+    assert generate(model, ids, 12, attention_mask=mask, **settings)[:, 5:].tolist() == alone
+
+
 def test_without_eos_id_nothing_ends_early():
     assert generate(Counter(), torch.tensor([[3]]), 4, temperature=0.0).tolist() == [[3, 4, 5, 6, 7]]
 
@@ -366,6 +405,10 @@ def test_the_models_mode_stays_and_no_gradient_is_recorded(training):
         ({"epsilon": -0.1}, r"epsilon is -0.1; it must be in \[0, 1\)"),
         ({"epsilon": 1.0}, "epsilon is 1.0"),
         ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be from 0.01 to 100"),
+        ({"repetition_penalty": 1e38}, r"repetition_penalty is 1e\+38; it must be from 0.01 to 100"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty is 1e-38; it must be from 0.01 to 100"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
     ],
 )
 def test_a_setting_out_of_range_raises_before_the_model_is_asked(settings, message):
@@ -388,6 +431,17 @@ def test_a_right_padded_prompt_raises():
     mask = torch.tensor([[True, True, True, True, False], [True] * 5, [True] * 5])
     with pytest.raises(ValueError, match="a prompt ends in padding; pad prompts of unequal length on the left"):
         generate(tiny_llama(), PROMPTS, 3, attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 6), (2, 5), (5,)])
+def test_a_mask_of_another_shape_raises(shape):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*, idx \(3, 5\); they must be the same"):
+        generate(tiny_llama(), PROMPTS, 3, attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_largest_and_the_smallest_penalty_leave_finite_logits(penalty):
+    assert generate(tiny_llama(), PROMPTS, 8, repetition_penalty=penalty).shape == (3, 13)
 
 
 # With the cache and without
@@ -460,6 +514,87 @@ def test_a_beam_wide_enough_finds_the_best_of_all(length_penalty, seed):
         assert found[3:].tolist() == list(tail) and its_score == pytest.approx(score, rel=1e-5)
 
 
+class Chain(Counter):
+    """A model in which each token's probabilities depend on the token before alone; what has none is impossible."""
+
+    def __init__(self, probabilities) -> None:
+        super().__init__(max_seq_len=64)
+        self.logits = torch.tensor(probabilities).clamp(min=1e-12).log()
+
+    def __call__(self, tokens, attention_mask=None):
+        self.windows.append(tokens.clone())
+        return self.logits[tokens[:, -1:]], tokens
+
+
+END, A, X = 0, 1, 2
+
+
+NEVER = [1.0, 0, 0, 0]  # after the end, and after what does not come
+
+
+@pytest.mark.parametrize(
+    ("length_penalty", "beams", "after_a", "after_x", "after_3", "wanted", "passes"),
+    [
+        # A text ended, and one that goes on scores better as it is longer: log(.4) / 1 and log(.38) / 2^2.
+        (2.0, 1, [0.4, 0, 0.39, 0.21], [0.98, 0.01, 0.01, 0], NEVER, [X, END], 2),
+        # Shorter ones score better, but the likeliest has not ended yet; when it has, what is open is far behind.
+        (-1.0, 2, [0.04, 0.03, 0.9, 0.03], [0.05, 0.1, 0.05, 0.8], [0.99, 0, 0.01, 0], [X, 3, END], 3),
+        # One text that ended beats all that is open: no second one is waited for.
+        (0.0, 2, [0.9, 0.05, 0.05, 0], [0.1, 0.5, 0.4, 0], NEVER, [END], 1),
+        # Nor has what is open to be behind the second of those that ended.
+        (0.0, 3, [0.3, 0.2, 0.5, 0], [0.9, 0.05, 0.05, 0], NEVER, [X, END], 2),
+    ],
+)
+def test_a_beam_search_ends_when_nothing_open_can_beat_what_ended(
+    length_penalty, beams, after_a, after_x, after_3, wanted, passes
+):
+    probabilities = [NEVER, after_a, after_x, after_3]
+    model = Chain(probabilities)
+    found, score = beam_search(model, torch.tensor([[A]]), 4, beams=beams, length_penalty=length_penalty, eos_ids=[END])
+    chances = zip([A, *wanted], wanted, strict=False)
+    log_probability = sum(math.log(probabilities[before][after]) for before, after in chances)
+    assert found.tolist() == [A, *wanted] and len(model.windows) == passes
+    assert score == pytest.approx(log_probability / len(wanted) ** length_penalty, rel=1e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [-2.0, 0.0, 1.0, 3.0])
+@pytest.mark.parametrize("beams", [1, 2, 3])
+def test_ending_a_beam_search_early_changes_nothing(length_penalty, beams):
+    """Against the search that always goes on to the end."""
+
+    def searched(logits, new):
+        texts, best = [(0.0, (A,))], (-math.inf, ())
+        for size in range(1, new + 1):
+            grown = [(s + float(logits[text[-1]][token]), (*text, token)) for s, text in texts for token in range(5)]
+            grown.sort(reverse=True)
+            best = max([best, *((s / size**length_penalty, text) for s, text in grown[:beams] if text[-1] == END)])
+            texts = [(s, text) for s, text in grown if text[-1] != END][:beams]
+        return max([best, *((s / new**length_penalty, text) for s, text in texts)])
+
+    for seed in range(20):
+        probabilities = (2 * torch.randn(5, 5, generator=seeded(seed))).softmax(-1)
+        score, text = searched(probabilities.double().log(), 8)
+        found, its_score = beam_search(
+            Chain(probabilities.tolist()),
+            torch.tensor([[A]]),
+            8,
+            beams=beams,
+            length_penalty=length_penalty,
+            eos_ids=[END],
+        )
+        assert tuple(found.tolist()) == text and its_score == pytest.approx(score, rel=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_beam_of_which_all_has_ended_is_the_best_of_it(beams):
+    model = tiny_llama(causal=True, vocab_size=2, n_layers=1)
+    prompt = torch.tensor([[1, 0]])
+    found, score = beam_search(model, prompt, 5, beams=beams, eos_ids=(0, 1))
+    with torch.no_grad():
+        best = model(prompt)[0][0, -1].log_softmax(-1).max(-1)
+    assert found.tolist() == [1, 0, int(best.indices)] and score == pytest.approx(float(best.values))
+
+
 def test_one_beam_is_greedy():
     model = tiny_llama(causal=True)
     found, _ = beam_search(model, PROMPTS[:1], 12, beams=1)
@@ -527,9 +662,38 @@ def test_guessing_draws_from_the_same_distribution():
     assert freedom > 10 and chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
+class CachedCounter(Counter):
+    """The same, which reads token by token, as look-up decoding needs it."""
+
+    def new_cache(self, capacity):
+        cache = SimpleNamespace(length=0)
+        cache.keep = lambda length: setattr(cache, "length", length)
+        return cache
+
+    def __call__(self, tokens, attention_mask=None, cache=None, targets=None):
+        cache.length += tokens.shape[1]
+        following = (tokens + 1) % self.vocab_size
+        return self.certainty * torch.nn.functional.one_hot(following, self.vocab_size).float(), tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_taken_of_a_guess_behind_the_end(temperature):
+    prompt = torch.tensor([[0, 1, 2, 3, 0, 1]])  # guessed: 2, 3, 0, 1, all of it right
+    model = CachedCounter(vocab_size=4, max_seq_len=32)
+    assert lookup_decoding(model, prompt, 9, temperature=temperature)[6:].tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2]
+    assert lookup_decoding(model, prompt, 9, temperature=temperature, eos_ids=(3,))[6:].tolist() == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [([1, 2, 3, 1, 2], [3, 1, 2]), ([1, 2], []), ([5], []), ([7, 7, 7], [7]), ([1, 2, 9, 2, 8, 1, 2], [9, 2, 8, 1, 2])],
+    [
+        ([1, 2, 3, 1, 2], [3, 1, 2]),
+        ([1, 2], []),
+        ([5], []),
+        ([7, 7, 7], [7]),
+        ([1, 2, 9, 2, 8, 1, 2], [9, 2, 8, 1, 2]),
+        ([1, 2, 3, 1, 2, 4, 1, 2], [4, 1, 2]),
+    ],
 )
 def test_a_guess_follows_the_last_and_longest_match(text, wanted):
     assert guessed(text, 3) == wanted
@@ -542,7 +706,8 @@ def test_a_guess_follows_the_last_and_longest_match(text, wanted):
         (partial(contrastive_search, max_new_tokens=1, k=0), "k is 0 and alpha 0.6; k must be 1 or more"),
         (partial(contrastive_search, max_new_tokens=1, alpha=1.5), r"alpha must be|alpha in \[0, 1\]"),
         (partial(lookup_decoding, max_new_tokens=1, temperature=-1.0), "temperature is -1.0"),
-        (partial(generate, max_new_tokens=1, repetition_penalty=0.0), "repetition_penalty is 0.0; it must be above 0"),
+        (partial(lookup_decoding, max_new_tokens=1, draft_tokens=-1), "draft_tokens is -1; it must be 0 or more"),
+        (partial(lookup_decoding, max_new_tokens=1, longest_match=0), "longest_match is 0; it must be 1 or more"),
     ],
 )
 def test_decoders_refuse_what_is_out_of_range(decode, message):

@@ -136,6 +136,15 @@ def test_half_precision_keeps_the_stream_and_the_cache_wide():
     assert (wanted.exp() * (wanted - found.float().log_softmax(-1))).sum(-1).mean() < 0.02
 
 
+def test_of_half_precision_weights_the_stream_is_wide_too():
+    model = tiny_llama(causal=True).bfloat16()
+    widths = []
+    model.layers[1].attention_norm.register_forward_pre_hook(lambda _, given: widths.append(given[0].dtype))
+    model.layers[0].attention_norm.register_forward_pre_hook(lambda _, given: widths.append(given[0].dtype))
+    logits, hidden = InferenceLlama(model)(IDS, IDS)
+    assert widths == [torch.float32] * 2 and hidden.dtype == torch.float32 and logits.dtype == torch.bfloat16
+
+
 def test_another_quantization_is_refused():
     with pytest.raises(ValueError, match="quantize is 'int4'; it must be one of int8"):
         InferenceLlama(tiny_llama(), quantize="int4")

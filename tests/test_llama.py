@@ -604,6 +604,19 @@ def test_what_a_cache_forgets_leaves_no_trace_and_rows_can_be_taken():
     torch.testing.assert_close(got, model(ids, ids, long)[0][[1, 0, 1], 5:], rtol=0, atol=1e-9)
 
 
+def test_padding_that_a_cache_forgets_hides_nothing_and_no_more_than_there_is_is_kept():
+    model, ids = tiny_llama(causal=True).double(), random_ids(2, 9)
+    cache = model.new_cache()
+    model(ids[:, :4], cache=cache)
+    cache.keep(7)
+    assert cache.length == 4
+    hidden = torch.tensor([[True, False, False], [False, True, False]])
+    model(random_ids(2, 3, seed=9), attention_mask=hidden, cache=cache)
+    cache.keep(4)
+    got = model(ids[:, 4:], ids[:, 4:], cache=cache)[0]
+    torch.testing.assert_close(got, model(ids, ids)[0][:, 4:], rtol=0, atol=1e-9)
+
+
 def test_key_value_heads_are_stored_once_and_no_more_than_there_is_room_for():
     model = tiny_llama(causal=True, n_kv_heads=2)
     cache = model.new_cache(capacity=9)

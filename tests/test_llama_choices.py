@@ -233,6 +233,16 @@ def test_in_half_precision_it_says_nearly_the_same(choice, weights):
     assert (wanted.exp() * (wanted - token_by_token)).sum(-1).mean() < 0.05
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype):
+    fast = for_running(model_of(DIFFERENTIAL).to(weights), dtype)
+    kinds = []
+    fast.layers[1].feed_forward.w2.register_forward_hook(lambda _, given, made: kinds.append(made.dtype))
+    logits, hidden = fast(random_ids(2, 9))
+    assert logits.dtype == (dtype or weights) and kinds == [dtype or weights] and hidden.dtype == torch.float32
+
+
 def test_no_copy_for_running_is_made_of_differential_attention():
     model = model_of(DIFFERENTIAL)
     with pytest.raises(ValueError, match="a model with differential attention has no copy .* leave out --quantize"):

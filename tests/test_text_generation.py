@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -187,6 +189,17 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, monkeypatch):
         (["--decoder", "lookup", "--repetition_penalty", "2"], "--decoder lookup has no repetition penalty"),
         (["--decoder", "lookup", "--attention", "bidirectional"], "--decoder lookup needs causal attention"),
         (["--stop", ""], "--stop has an empty text"),
+        (
+            ["--temperature", "1", "--generated_sentence_low_temp_out", "a.txt"],
+            "with --temperature the two texts, at temperature 0 and at 1, and their files are not made; leave out "
+            "--generated_sentence_low_temp_out",
+        ),
+        (["--json", "--generated_sentence_high_temp_out", "a.txt"], "leave out --generated_sentence_high_temp_out"),
+        (["--explain", "--generated_sentence_high_temp_out", "a.txt"], "with --explain the two texts"),
+        (["--decoder", "beam", "--generated_sentence_high_temp_out", "a.txt"], "with --decoder the two texts"),
+        (["--repetition_penalty", "1e38"], "'1e38' is not allowed; it must be from 0.01 to 100 (1 changes nothing)"),
+        (["--repetition_penalty", "1e-38"], "'1e-38' is not allowed; it must be from 0.01 to 100"),
+        (["--repetition_penalty", "nan"], "'nan' is not allowed; it must be from 0.01 to 100"),
         (["--top_p", "0"], "'0' is not allowed; it must be above 0 and at most 1"),
         (["--top_k", "0"], "'0' is not allowed"),
         (["--quantize", "int4"], "invalid choice: 'int4'"),
@@ -233,11 +246,90 @@ def test_what_may_become_a_stop_is_held_back_and_what_did_not_is_shown():
     assert "".join(pieces("an EN. ENE", ["END"])) == "say: an EN. ENE"
     assert "".join(pieces("EENDx", ["END"])) == "say: E"
     assert "".join(pieces("x\nyEND", ["\n", "END"])) == "say: x"
+    assert "".join(pieces("abcd", ["cd", "bcd", "d"])) == "say: a"  # all come with the same token; the first one counts
 
 
 @pytest.mark.parametrize("text, stop, wanted", [("abc", "cd", 1), ("abab", "abc", 2), ("abc", "x", 0), ("", "x", 0)])
 def test_overlap_counts_the_beginning_of_a_stop_at_the_end_of_a_text(text, stop, wanted):
     assert overlap(text, stop) == wanted
+
+
+# Streams and files
+
+
+class Stdout(io.TextIOWrapper):
+    def __init__(self, encoding):
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    def text(self):
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.mark.parametrize(
+    "encoding, shown", [("ascii", "caf\\xe9 \\u2014"), ("latin-1", "café \\u2014"), ("utf-8", "café —")]
+)
+def test_what_stdout_cannot_say_is_escaped_and_the_files_are_written(command, monkeypatch, encoding, shown):
+    def printed(*more):
+        monkeypatch.setattr("sys.stdout", Stdout(encoding))
+        code, _, err = command("--prompt", "café —", "--max_new_tokens", "4", *more)
+        assert code == 0, err
+        return sys.stdout.text()
+
+    assert printed("--explain", "page.html").startswith(shown)
+    assert "<p class=text>café —<span>" in (command.folder / "page.html").read_text(encoding="utf-8")
+    assert printed().count(shown) == 2
+    for name in ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt"):
+        assert (command.folder / name).read_text(encoding="utf-8").startswith("café —")
+    said = printed("--json")
+    assert json.loads(said)["prompt"] == "café —" and ("café" in said) == (encoding == "utf-8")
+
+
+def test_the_page_is_written_before_the_table_is_printed(command, monkeypatch):
+    def table(explanation):
+        assert (command.folder / "page.html").exists()
+        raise OSError("stdout is full")
+
+    monkeypatch.setattr("explanation.Explanation.table", table)
+    code, _, err = command("--prompt", "one day", "--max_new_tokens", "4", "--explain", "page.html")
+    assert code == 2 and "stdout is full" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
+@pytest.mark.parametrize(
+    "more, redirected, message",
+    [
+        (["--interactive"], " <&-", "--interactive reads the standard input, which is closed"),
+        (["--prompt_file", "-"], " <&-", "--prompt_file - reads the standard input, which is closed"),
+        ([], " >&-", "the standard output, where the text goes, is closed; send it to a file"),
+    ],
+)
+def test_a_closed_stream_is_one_line(command, more, redirected, message):
+    before = command.files()
+    arguments = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", *more]
+    line = shlex.join([sys.executable, str(RUN_LLAMA), "--option", "generate", *arguments]) + redirected
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, command.files()) == (2, "", before)
+    assert [message in line for line in done.stderr.splitlines()] == [True]
+
+
+def test_what_is_typed_is_utf8_whatever_the_locale(command, monkeypatch):
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("café\n".encode()), encoding=encoding))
+        code, out, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "4")
+        assert code == 0 and out.startswith("café") and "UTF-8" not in err
+
+
+def test_a_missing_file_of_prompts_is_told_before_a_model_is_read(command):
+    (command.folder / "model.pt").unlink()
+    code, _, err = command("--prompt_file", "none.txt")
+    assert code == 2 and "none.txt: no such file of prompts" in err
+
+
+def test_no_prompt_is_too_long_before_one_is_typed(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = command("--interactive", "--max_new_tokens", "3000")
+    assert code == 0 and "warning" not in err
 
 
 # What the options reach
@@ -296,6 +388,33 @@ def test_the_end_of_the_sequence_ends_a_text(command, monkeypatch, how):
     else:
         out, _ = generated(command, "--temperature", "0", "--json")
         assert (json.loads(out)["finish"], json.loads(out)["tokens"], len(calls)) == ("end", 4, 4)
+
+
+def test_the_end_of_one_row_of_a_batch_is_not_that_of_the_others(command, monkeypatch):
+    really, calls = generation.next_token, []
+
+    def first_row_ends_soon(logits, *arguments):
+        calls.append(1)
+        chosen = really(logits, *arguments)
+        chosen[0] = 2 if len(calls) == 4 else 9
+        return chosen
+
+    monkeypatch.setattr(generation, "next_token", first_row_ends_soon)
+    out, _ = generated(command, "--num_samples", "2", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["finish"], row["tokens"]) for row in rows] == [("end", 4), ("length", 16)] and len(calls) == 16
+
+
+@pytest.mark.parametrize("more, tokens", [([], 1), (["--chat"], 2)])
+def test_a_stop_ends_an_answer_of_a_batch_where_it_ends_one_alone(command, monkeypatch, more, tokens):
+    """An answer to a chat begins without the space that its first token has behind a prompt."""
+    token = made_of(command)[1].encode("the", bos=False, eos=False)[0]
+    monkeypatch.setattr(generation, "next_token", lambda logits, *_: torch.full((len(logits),), token))
+    out, _ = generated(command, *more, "--num_samples", "2", "--json", "--stop", " the")
+    for found in map(json.loads, out.splitlines()):
+        assert (found["text"], found["finish"], found["tokens"]) == ("the" if more else "", "stop", tokens)
+    alone, err = generated(command, *more, "--temperature", "0", "--stop", " the")
+    assert alone == ("the\n" if more else "one day\n") and f"{tokens} tokens in" in err
 
 
 def test_a_stop_that_the_last_token_brings_is_a_stop(command):
