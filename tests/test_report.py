@@ -13,8 +13,9 @@ import pytest
 
 from dataset import Row
 from evaluation import Evaluation, describe_classes
+from finished_runs import find_runs, logged_matrices, read_curves, read_run
 from html_page import chart, text, thinned, ticks
-from report import find_runs, logged_matrices, page, read_curves, read_run
+from report import page
 from run_llama import main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
