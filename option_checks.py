@@ -19,6 +19,7 @@ from option_table import (
     RUN_FILES,
     RUNS,
     TRAINING,
+    used_by,
 )
 from options import (
     best_model_path,
@@ -57,10 +58,10 @@ def check_options(args: argparse.Namespace) -> None:
                 raise ValueError(f"{path} is a file of the run's own; give another name")
     if args.use_gpu and args.device and not args.device.startswith("cuda"):
         raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
-    if args.option not in TRAINING:
-        for name in ("run_dir", "fsdp"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} belongs to --option {', '.join(TRAINING)}; leave it out for {args.option}")
+    users = used_by()
+    for name in changed(args, "run_dir", "fsdp", *OF_GENERATE):
+        if args.option not in users[name]:
+            raise ValueError(f"--{name} belongs to --option {', '.join(users[name])}; leave it out for {args.option}")
     for name in NEW_MODEL:
         if getattr(args, name) and args.option != "pretrain":
             raise ValueError(
@@ -69,14 +70,10 @@ def check_options(args: argparse.Namespace) -> None:
     if args.quantize is not None and args.option not in ("generate", "perplexity"):
         raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
     of_lora = args.option == "lora" or (args.option == "sft" and args.lora_rank)
-    for belongs, option, names in (
-        (args.option == "generate", "generate", OF_GENERATE),
-        (of_lora, "lora", LORA_VARIANTS),
-    ):
-        for name in changed(args, *names) if not belongs else ():
-            if option == "lora" and args.option == "sft":
-                raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
-            raise ValueError(f"--{name} belongs to --option {option}; leave it out for {args.option}")
+    for name in changed(args, *LORA_VARIANTS) if not of_lora else ():
+        if args.option == "sft":
+            raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
+        raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
     if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "report":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
@@ -791,6 +792,7 @@ GROUPS: tuple[tuple[Callable[[OneLineParser], None], tuple[str, ...]], ...] = (
 ALSO_USED_BY = {"max_new_tokens": "sft", "quantize": "perplexity"}
 
 
+@lru_cache(maxsize=1)
 def used_by() -> dict[str, tuple[str, ...]]:
     """The values of --option for which each option does something."""
     found: dict[str, tuple[str, ...]] = {}

@@ -20,7 +20,7 @@ from environment import check_alone, report
 from finished_runs import Run, accuracy, find_runs, is_number, read_curves, read_run, samples
 from html_page import chart, colour, document, shaded, table, text, thinned
 from option_table import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, used_by
-from options import parse_options
+from options import defaults
 
 NONE = "–"  # in the place of a score that there is not
 # What stands at the head of a group anyway, or is no setting.
@@ -72,11 +72,11 @@ def setting(value: object) -> str:
 def settings(run: Run) -> dict[str, str]:
     """The options that matter to what was learnt and differ from their defaults."""
     option, users = run.options.get("option", ""), used_by()
-    defaults = vars(parse_options([])[0]) | OPTION_DEFAULTS.get(option, {})
+    by_default = defaults() | OPTION_DEFAULTS.get(option, {})
     return {
         name: setting(value)
         for name, value in run.options.items()
-        if name not in NOT_SETTINGS and value != defaults.get(name) and option in users.get(name, ())
+        if name not in NOT_SETTINGS and value != by_default.get(name) and option in users.get(name, ())
     }
 
 
