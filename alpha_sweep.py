@@ -15,23 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import FineTuned, read_checkpoint, read_fine_tuned, write_checkpoint
-from classifier import MergedClasses, classifier_of
-from config import shown
-from dataset import Row, class_names, has_gold_labels, prompt_parts, read_labels, read_rows, write_predictions
-from environment import (
-    check_alone,
-    choose_device,
-    choose_dtype,
-    load_tokenizer,
-    print_header,
-    report,
-    tokenize_data,
-)
+from classifier import MergedClasses
+from dataset import Row, class_names, has_gold_labels, read_labels, read_rows, write_predictions
+from environment import adopt, check_alone, choose_device, choose_dtype, load_classifier, report, tokenize_data
 from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
 from html_page import chart, colour, document
 from llama import llama_from_checkpoint
-from option_table import ADOPTED
 from options import curve_picture, path_and_fold
 from wise_ft import interpolate
 
@@ -50,33 +40,22 @@ def wise_ft(args: argparse.Namespace) -> None:
     """wise_ft: the scores at every alpha, in print, as CSV and as a picture; test at the alpha that is best on dev."""
     check_alone(args)
     found = read_fine_tuned(args.finetuned)
-    labels = adopt(args, found)
+    adopt(args, found)
+    labels = labels_of(args, found)
     sets = [DataSet("dev", read_rows(args.dev, labels), found.label_names), *out_of_domain(args, found, labels)]
     test = DataSet("test", read_rows(args.test, labels), found.label_names)
     for one, path in zip(sets, [args.dev, *args.ood], strict=True):
         if not has_gold_labels(one.rows) and (len(args.alphas) > 1 or one.name != "dev"):
             raise ValueError(f"{path} has one value in its whole label column, so there is nothing to judge by")
-    tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
-    model = classifier_of(found, tokenizer)
-    model.pooling = args.pooling
-    if found.config.vocab_size != tokenizer.n_words:
-        raise ValueError(
-            f"{args.finetuned} has a vocabulary of {found.config.vocab_size}, {tokenizer.path} one of "
-            f"{tokenizer.n_words}; give the --tokenizer that it was trained with"
-        )
+    mixes = set(args.alphas) != {1.0}
+    model, tokenizer, prompt = load_classifier(args, found, device, dtype, "its base" if mixes else "not read")
     theta_1 = copy.deepcopy(model.llama.state_dict())  # what is tied stays tied
-    theta_0 = theta_1 if set(args.alphas) == {1.0} else base_of(args, found)
-    report(f"finetuned   {args.finetuned} ({found.options.get('option')}, {found.head} head)")
-    print_header(args, model.llama, "not read" if theta_0 is theta_1 else "its base", tokenizer, device, dtype)
+    theta_0 = base_of(args, found) if mixes else theta_1
     report(f"data        dev {args.dev}, test {args.test}{''.join(f', {path}' for path in args.ood)}")
     for one in sets[1:]:
         report(f"classes     {one.name}: {counting(one, found.label_names)}")
-    prompt: tuple[str, ...] = ()
-    if found.head == "prompt":
-        prompt = prompt_parts(found.template, found.words, args.pooling)
-        report(f"prompt      {'{sentence}'.join(prompt)}")
     raw = {str(i): one.rows for i, one in enumerate([*sets, test])}
     done = tokenize_data(args, raw, tokenizer, found.config.max_seq_len, *prompt)
     for one, rows in zip([*sets, test], done.values(), strict=True):
@@ -130,17 +109,8 @@ def wise_ft(args: argparse.Namespace) -> None:
         )
 
 
-def adopt(args: argparse.Namespace, found: FineTuned) -> dict[str, str | None]:
-    """Takes what was not typed from the run that made the file; returns the labels of dev and test. Raises ValueError
-    if the file does not say it, or was trained for other classes than those typed.
-    """
-    for name in ADOPTED:
-        if getattr(args, name) is None:
-            value = found.options.get(name)
-            optional = name in ("tokenizer", "max_sentence_len") and value is None
-            if not optional and type(value) is not (int if name == "max_sentence_len" else str):
-                raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with --{name.replace('_', '-')}")
-            setattr(args, name, value)
+def labels_of(args: argparse.Namespace, found: FineTuned) -> dict[str, str | None]:
+    """The class of each label in dev and test. Raises ValueError if the model was trained for other classes."""
     labels = found.labels if args.label_names is None else read_labels(args.label_names)
     if (names := class_names(labels)) != found.label_names:
         raise ValueError(

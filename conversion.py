@@ -94,7 +94,7 @@ def to_huggingface(args: argparse.Namespace, config: LlamaConfig, state: State) 
 def tokenizer_of(args: argparse.Namespace, config: LlamaConfig) -> Tokenizer:
     """The model's tokenizer. Raises ValueError if it is another's."""
     tokenizer = load_tokenizer(args)
-    check_vocabulary(args, config, tokenizer)
+    check_vocabulary(args.pretrained_model_path, config, tokenizer)
     return tokenizer
 
 

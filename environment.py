@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from checkpoint import Checkpoint
+    from checkpoint import Checkpoint, FineTuned
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
     from config import LlamaConfig
     from dataset import Row
     from llama import Llama
@@ -85,9 +86,9 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
 
 def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
     """Puts what ships in the place of a default file that is not here, and says so. What was typed stays. For wise_ft
-    what was not typed is None: the file of the fine-tuned model will say it.
+    and classify what was not typed is None: the file of the fine-tuned model will say it.
     """
-    if args.option == "wise_ft":
+    if args.option in ("wise_ft", "classify"):
         for name in (*ADOPTED, "label_names", "dev_out", "test_out"):
             if name not in typed:
                 setattr(args, name, None)
@@ -206,11 +207,11 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def check_vocabulary(args: argparse.Namespace, config: LlamaConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the model's vocabulary is another than the tokenizer's."""
+def check_vocabulary(path: str | Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the vocabulary of the model at `path` is another than the tokenizer's."""
     if config.vocab_size != tokenizer.n_words:
         raise ValueError(
-            f"{args.pretrained_model_path} has a vocabulary of {config.vocab_size}, {tokenizer.path} one of "
+            f"{path} has a vocabulary of {config.vocab_size}, {tokenizer.path} one of "
             f"{tokenizer.n_words}; give the --tokenizer that the model was trained with"
         )
 
@@ -220,8 +221,42 @@ def open_checkpoint(args: argparse.Namespace, tokenizer: Tokenizer) -> Checkpoin
     from checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(args.pretrained_model_path)
-    check_vocabulary(args, checkpoint.config, tokenizer)
+    check_vocabulary(args.pretrained_model_path, checkpoint.config, tokenizer)
     return checkpoint
+
+
+def adopt(args: argparse.Namespace, found: FineTuned, names: Sequence[str] = ADOPTED) -> None:
+    """Takes what was not typed from the run that made the file. Raises ValueError if the file does not say it."""
+    from config import shown
+
+    for name in names:
+        if getattr(args, name) is None:
+            value = found.options.get(name)
+            optional = name in ("tokenizer", "max_sentence_len") and value is None
+            if not optional and type(value) is not (int if name == "max_sentence_len" else str):
+                raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with --{name.replace('_', '-')}")
+            setattr(args, name, value)
+
+
+def load_classifier(
+    args: argparse.Namespace, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str = "not read"
+) -> tuple[LlamaEmbeddingClassifier | LlamaPromptClassifier, Tokenizer, tuple[str, ...]]:
+    """The fine-tuned classifier, on the CPU, announced by the header; its tokenizer; and what stands before and behind
+    a sentence, if the model is asked. base: what is told of the model that it came from.
+    """
+    from classifier import classifier_of
+    from dataset import prompt_parts
+
+    tokenizer = load_tokenizer(args)
+    check_vocabulary(found.path, found.config, tokenizer)
+    model = classifier_of(found, tokenizer)
+    model.pooling = args.pooling
+    prompt = prompt_parts(found.template, found.words, args.pooling) if found.head == "prompt" else ()
+    report(f"finetuned   {found.path} ({found.options.get('option')}, {found.head} head)")
+    print_header(args, model.llama, base, tokenizer, device, dtype)
+    if prompt:
+        report(f"prompt      {'{sentence}'.join(prompt)}")
+    return model, tokenizer, prompt
 
 
 def load_llama(args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype) -> Llama:

@@ -66,7 +66,7 @@ def not_finite(what: str, dtype: torch.dtype) -> ValueError:
 
 
 @torch.no_grad()
-def evaluate(
+def class_log_probs(
     model: nn.Module,
     rows: Sequence[Row],
     batch_size: int,
@@ -77,9 +77,9 @@ def evaluate(
     processes: Processes | None = None,
     check: Callable[[], None] = lambda: None,
     name: str = "evaluating",
-) -> Evaluation:
-    """The class with the highest log-probability for every row, each row counted once however many processes share
-    them.
+) -> Tensor:
+    """The log-probability of each class for every row (rows, classes), float64, each row counted once however many
+    processes share them.
 
     Bucketed: rows of like length share a batch, so that little is computed on padding; else they are taken as they
     stand, for the course's reading, whose answers depend on it. check() is called before each batch.
@@ -88,7 +88,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     order = by_length(rows) if bucketed else list(range(len(rows)))
-    found: dict[int, int] = {}
+    found: dict[int, list[float]] = {}
     finite = True
     with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
         for positions in cut_in_batches(order, batch_size):
@@ -97,14 +97,21 @@ def evaluate(
                 batch = to_batch(rows, mine, pad_id)
                 log_probs = forward(model, batch.ids, batch.mask, dtype)
                 finite = finite and bool(torch.isfinite(log_probs).all())
-                found.update(zip(mine[:counted], log_probs.argmax(-1).tolist()[:counted], strict=True))
+                found.update(zip(mine[:counted], log_probs.tolist()[:counted], strict=True))
             bar.update(len(positions))
     model.train(was_training)
     if not all(processes.gather(finite)):
         raise not_finite(f"{name}: the model's scores", dtype)
     for part in processes.gather(found):
         found.update(part)
-    predictions = [found[i] for i in range(len(rows))]
+    return torch.tensor([found[i] for i in range(len(rows))], dtype=torch.float64)
+
+
+def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings: Any) -> Evaluation:
+    """The class with the highest log-probability for every row, and how often it is right; settings: those of
+    `class_log_probs`.
+    """
+    predictions = class_log_probs(model, rows, batch_size, **settings).argmax(-1).tolist()
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
     from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import

@@ -74,7 +74,7 @@ def check_options(args: argparse.Namespace) -> None:
         if args.option == "sft":
             raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
         raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
-    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft"):
+    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft", "classify"):
         raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
     if args.option == "report":
         if not args.report_out.endswith(".html"):
@@ -85,8 +85,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--to {args.to} writes an adapter; say which with --adapter")
         return
     check_prompt(args)
-    if args.option == "wise_ft":
-        check_wise_ft(args)
+    if args.option in ("wise_ft", "classify"):
+        check_fine_tuned(args)
         return
     if given := changed(args, "smart", "bregman", "r_drop"):
         if args.option not in ("finetune", "lora"):
@@ -138,8 +138,20 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
 
 
-def check_wise_ft(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of wise_ft that contradict each other."""
+def check_fine_tuned(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of wise_ft or classify that contradict each other."""
+    if not args.finetuned:
+        raise ValueError(f"--option {args.option} needs --finetuned, the file that finetune or lora wrote")
+    if args.norm is not None or args.attention is not None:
+        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
+    if args.option == "classify":
+        check_prompts(args)
+        if not changed(args, "prompt", "prompt_file", "interactive"):
+            raise ValueError(
+                "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (-: what is piped in), or "
+                "--interactive"
+            )
+        return
     if not args.curve_out.endswith(".csv"):
         raise ValueError(f"--curve_out is {args.curve_out}; the name of the table must end in .csv")
     for name in ("ood_classes", "ood_label_names"):
@@ -148,8 +160,6 @@ def check_wise_ft(args: argparse.Namespace) -> None:
                 f"--{name} has {len(getattr(args, name))} values for {len(args.ood)} files of --ood; give one for "
                 "all, or one for each"
             )
-    if args.norm is not None or args.attention is not None:
-        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
     check_outputs_differ(args)
 
 
@@ -160,13 +170,14 @@ def check_outputs_differ(args: argparse.Namespace) -> None:
         raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
 
 
-def check_generation(args: argparse.Namespace) -> None:
-    """Raises ValueError for options of generate that contradict each other or would have no effect."""
+def refuse(names: list[str], why: str) -> None:
+    """Raises ValueError if there are any."""
+    if names:
+        raise ValueError(f"{why}; leave out --{names[0]}")
 
-    def refuse(names: list[str], why: str) -> None:
-        if names:
-            raise ValueError(f"{why}; leave out --{names[0]}")
 
+def check_prompts(args: argparse.Namespace) -> None:
+    """Raises ValueError if texts are asked for in two ways."""
     if args.interactive:
         refuse(
             changed(args, "prompt", "prompt_file", "json", "explain", "num_samples"),
@@ -174,6 +185,11 @@ def check_generation(args: argparse.Namespace) -> None:
         )
     if args.prompt_file is not None:
         refuse(changed(args, "prompt"), "--prompt_file has the prompts")
+
+
+def check_generation(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of generate that contradict each other or would have no effect."""
+    check_prompts(args)
     if args.explain is not None:
         refuse(
             changed(args, "json", "prompt_file", "num_samples", "decoder"), "--explain shows how one text was sampled"
@@ -236,6 +252,7 @@ def input_files(args: argparse.Namespace) -> list[str]:
         args.tokenizer,
         args.adapter,
         args.prompt_file,
+        args.finetuned,
         *([] if new else [args.pretrained_model_path]),
     ]
     if args.option in OUTPUT_ENDINGS:
@@ -244,7 +261,7 @@ def input_files(args: argparse.Namespace) -> list[str]:
         named += [args.train, args.dev, args.test]
     if args.option == "wise_ft":
         named += [path_and_fold(path)[0] for path in (args.dev, args.test, *args.ood) if path]
-        named += [args.finetuned, args.label_names, *args.ood_label_names]
+        named += [args.label_names, *args.ood_label_names]
     return [path for path in named if path] + [text_and_weight(text)[0] for text in args.corpus]
 
 
@@ -272,11 +289,9 @@ def output_files(args: argparse.Namespace) -> list[str]:
         return [args.model_out, *([] if stays else [beside]), *answers]
     if args.option == "report":
         return [args.report_out]
-    if args.option == "perplexity":
+    if args.option in ("perplexity", "classify"):
         return []
     if args.option == "wise_ft":
-        if not args.finetuned:
-            raise ValueError("--option wise_ft needs --finetuned, the file that finetune or lora wrote")
         named = [args.curve_out, curve_picture(args), args.model_out, args.dev_out, args.test_out]
         return [path for path in named if path]
     return [args.dev_out, args.test_out, *([best_model_path(args)] if args.option != "prompt" else [])]

@@ -10,7 +10,7 @@ from typing import Any
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from config import NORMS, POSITIONS, PRESETS
 
-# What --option wise_ft takes from the run that made the fine-tuned model, where it is not typed.
+# What wise_ft and classify take from the run that made the fine-tuned model, where it is not typed.
 ADOPTED = ("pretrained_model_path", "tokenizer", "dev", "test", "max_sentence_len", "pooling")
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
@@ -22,6 +22,7 @@ OPTIONS = (
     "prompt",
     "finetune",
     "lora",
+    "classify",
     "pretrain",
     "sft",
     "perplexity",
@@ -109,6 +110,7 @@ examples:
   python run_llama.py --option finetune --epochs 5 --lr 2e-5 --batch_size 80 --train data/sst-train.txt \\
       --dev data/sst-dev.txt --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
       --dev_out sst-dev-finetuning-output.txt --test_out sst-test-finetuning-output.txt
+  python run_llama.py --option classify --finetuned finetune-5-2e-05.pt --prompt "A fine film with a weak end."
   python run_llama.py --option tokenizer --corpus stories/ --vocab_size 4096 --model_out mine.model
   python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --tokenizer mine.model \\
       --model_out mine.safetensors
@@ -175,10 +177,11 @@ def _what_to_do(parser: OneLineParser) -> None:
         "--option",
         choices=OPTIONS,
         default="generate",
-        help="what to do: continue a prompt; classify sentences by asking the model; train all weights and "
-        "a classifier head; train LoRA adapters and a head; train a language model on text; train one to answer "
-        "prompts; tell how well a model predicts a text; make a tokenizer from text; write a checkpoint in another "
-        "format; mix a fine-tuned model with the one it came from; gather runs into one page (default: %(default)s)",
+        help="what to do: continue a prompt; classify sentences by asking the model; train all weights and a "
+        "classifier head; train LoRA adapters and a head; classify sentences of your own with what these made; train a "
+        "language model on text; train one to answer prompts; tell how well a model predicts a text; make a tokenizer "
+        "from text; write a checkpoint in another format; mix a fine-tuned model with the one it came from; gather "
+        "runs into one page (default: %(default)s)",
     )
     add("--seed", type=SEED, default=1337, help="seed of every random draw (default: %(default)s)")
     add(
@@ -235,7 +238,12 @@ def _device(parser: OneLineParser) -> None:
 
 def _generate(parser: OneLineParser) -> None:
     add = parser.add_argument_group("generate").add_argument
-    add("--prompt", default=COURSE_PROMPT, metavar="TEXT", help="what to continue (default: the course's film review)")
+    add(
+        "--prompt",
+        default=COURSE_PROMPT,
+        metavar="TEXT",
+        help="what to continue, or for classify the sentence (default: the course's film review)",
+    )
     add(
         "--chat",
         action="store_true",
@@ -249,8 +257,8 @@ def _generate(parser: OneLineParser) -> None:
     add(
         "--prompt_file",
         metavar="FILE",
-        help="continue every line of a file (-: of what is piped in), --batch_size of them at a time, instead of "
-        "--prompt; above temperature 0 what is drawn depends on which are together",
+        help="continue, or classify, every line of a file (-: of what is piped in), --batch_size of them at a time, "
+        "instead of --prompt; above temperature 0 what is drawn depends on which are together",
     )
     add(
         "--interactive",
@@ -681,7 +689,11 @@ def _wise_ft(parser: OneLineParser) -> None:
         "the file, unless typed. Predictions are written only where --dev_out and --test_out are typed. --model_out "
         "takes the model at the best alpha, a fine-tuned model like any other.",
     ).add_argument
-    add("--finetuned", metavar="FILE", help="the best.pt of a run, or the .pt that finetune or lora wrote")
+    add(
+        "--finetuned",
+        metavar="FILE",
+        help="the best.pt of a run, or the .pt that finetune or lora wrote; also what classify classifies with",
+    )
     add(
         "--alphas",
         type=ALPHAS,
@@ -789,7 +801,8 @@ GROUPS: tuple[tuple[Callable[[OneLineParser], None], tuple[str, ...]], ...] = (
     (_run, TRAINING),
     (_report, ("report",)),
 )
-ALSO_USED_BY = {"max_new_tokens": "sft", "quantize": "perplexity"}
+ALSO_USED_BY = {"max_new_tokens": "sft", "quantize": "perplexity", "finetuned": "classify"}
+ALSO_USED_BY |= dict.fromkeys(("prompt", "prompt_file", "interactive", "json"), "classify")
 
 
 @lru_cache(maxsize=1)

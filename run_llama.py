@@ -295,6 +295,10 @@ def run_option(args: argparse.Namespace) -> None:
         generate(args)
     elif args.option in ("prompt", "finetune", "lora"):
         classify(args)
+    elif args.option == "classify":
+        from labelling import label_sentences
+
+        label_sentences(args)
     elif args.option == "convert":
         from conversion import convert
 

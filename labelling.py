@@ -1,0 +1,63 @@
+"""--option classify: sentences of one's own, and what a fine-tuned classifier says of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from checkpoint import read_fine_tuned
+from console import check_streams, lines_typed, prompts_of, speaks_utf8
+from dataset import SEPARATOR, Row
+from environment import adopt, check_alone, choose_device, choose_dtype, load_classifier, report, tokenize_data
+from evaluation import class_log_probs
+
+
+def label_sentences(args: argparse.Namespace) -> None:
+    """classify: prints for each sentence the likeliest class, its probability, and the sentence; with --json the
+    probabilities of all classes.
+    """
+    check_alone(args)
+    check_streams(args)
+    sentences = [] if args.interactive else prompts_of(args)
+    if any(not sentence.strip() for sentence in sentences):
+        raise ValueError("--prompt is empty; give a sentence")
+    found = read_fine_tuned(args.finetuned)
+    adopt(args, found, ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling"))
+    device = choose_device(args)
+    dtype = choose_dtype(args, device)
+    classifier, tokenizer, prompt = load_classifier(args, found, device, dtype)
+    model = classifier.to(device)
+
+    def label(sentences: Sequence[str]) -> None:
+        rows = [Row(0, sentence.strip()) for sentence in sentences]
+        rows = tokenize_data(args, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
+        log_probs = class_log_probs(
+            model,
+            rows,
+            args.batch_size,
+            pad_id=tokenizer.pad_id,
+            dtype=dtype,
+            bucketed=args.pooling == "last_token",
+            name="classifying",
+        )
+        for row, probabilities in zip(rows, log_probs.exp().tolist(), strict=True):
+            best = max(range(len(probabilities)), key=probabilities.__getitem__)
+            name = found.label_names[best]
+            if args.json:
+                all_classes = dict(zip(found.label_names, probabilities, strict=True))
+                said = {"sentence": row.sentence, "label": best, "class": name, "probabilities": all_classes}
+                print(json.dumps(said, ensure_ascii=not speaks_utf8()))
+            else:
+                print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
+
+    if not args.interactive:
+        label(sentences)
+        return
+    report("Type a sentence, and Enter. Ctrl-D ends.")
+    for line in lines_typed():
+        try:
+            if line.strip():
+                label([line])
+        except ValueError as error:  # what was typed cannot be read
+            report(str(error))

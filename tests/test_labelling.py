@@ -1,0 +1,107 @@
+"""labelling.py, as its user meets it: what finetune and lora predicted, said again of the same sentences."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import test_alpha_sweep
+from checkpoint import read_fine_tuned
+from classifier import classifier_of
+from dataset import read_rows, tokenize_rows
+from test_alpha_sweep import fine_tuned
+from test_cli import outputs
+from tokenizer import Tokenizer
+
+command = test_alpha_sweep.command  # the fixture
+
+
+def classify(command, *more, finetuned="run/best.pt"):
+    from run_llama import main
+
+    command.capsys.readouterr()
+    try:
+        code = main(["--option", "classify", "--finetuned", finetuned, "--dtype", "fp32", *more])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *command.capsys.readouterr()
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """Has the program read this, as from a pipe."""
+
+    def pipe(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return pipe
+
+
+def sentences(path):
+    return [line.partition(" ||| ")[2] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("option, head", [("finetune", "linear"), ("finetune", "prompt"), ("lora", "linear")])
+def test_it_says_of_dev_what_the_run_predicted(command, option, head):
+    path = fine_tuned(command, option, head, "--max_sentence_len", "3")
+    (command.folder / "model.pt").unlink()  # the base is not needed
+    texts = sentences(command.folder / "dev.txt")
+    (command.folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    code, out, err = classify(command, "--prompt_file", "texts.txt", "--json")
+    assert code == 0, err
+    said = [json.loads(line) for line in out.splitlines()]
+    predicted = (command.folder / outputs(option)[0]).read_text(encoding="utf-8").splitlines()
+    assert [f"{one['label']} ||| {one['sentence']}" for one in said] == predicted
+    names = read_fine_tuned(path).label_names
+    for one in said:
+        assert list(one["probabilities"]) == names and sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+        assert one["class"] == names[one["label"]] == max(names, key=one["probabilities"].__getitem__)
+    code, out, _ = classify(command, "--prompt_file", "texts.txt", "--batch_size", "2")
+    assert code == 0
+    shown = [f"{one['class']} {max(one['probabilities'].values()):.3f} ||| {one['sentence']}" for one in said]
+    assert out.splitlines() == shown
+
+
+def test_the_probabilities_are_those_of_the_sentence_alone(command):
+    found = read_fine_tuned(fine_tuned(command))
+    tokenizer = Tokenizer(tokenizer_model="tokenizer.model")
+    model = classifier_of(found, tokenizer)
+    (row,), _ = tokenize_rows(read_rows("dev.txt", ["a", "b"])[:1], tokenizer, 64)
+    with torch.no_grad():
+        expected = model(torch.tensor([row.ids])).exp()[0].tolist()
+    code, out, err = classify(command, "--prompt", f"  {row.sentence}\n", "--json")
+    assert code == 0, err
+    assert list(json.loads(out)["probabilities"].values()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, piped):
+    fine_tuned(command)
+    piped(b"so it was\n\n\xff\nthe end\n")
+    code, out, err = classify(command, "--interactive")
+    assert code == 0, err
+    assert [line.partition(" ||| ")[2] for line in out.splitlines()] == ["so it was", "the end"]
+    assert "Ctrl-D" in err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ([], "--option classify needs a sentence: --prompt TEXT"),
+        (["--prompt", " "], "--prompt is empty; give a sentence"),
+        (["--prompt", "x", "--interactive"], "leave out --prompt"),
+        (["--prompt_file", "texts.txt"], "texts.txt: no such file of prompts, one a line"),
+        (["--prompt", "x", "--num_samples", "2"], "--num_samples belongs to --option generate"),
+        (["--prompt", "x", "--norm", "rmsnorm"], "--norm and --attention are those that the model was fine-tuned with"),
+        (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
+        (["--prompt", "x", "--finetuned", ""], "--option classify needs --finetuned"),
+        (["--prompt", "x", "--finetuned", "model.pt"], "model.pt holds no fine-tuned classifier"),
+    ],
+)
+def test_what_cannot_be_classified_is_refused_in_one_line(command, more, message):
+    code, out, err = classify(command, *more, finetuned="model.pt")
+    assert code == 2 and out == ""
+    assert message in err and err.count("\n") == 1
