@@ -12,8 +12,9 @@ from torch import Tensor
 
 from checkpoint import write_checkpoint, write_safetensors
 from config import PRESETS, LlamaConfig
-from corpus import Corpus, Text, held_out_count, open_tokens, read_documents, text_files, tokenize_text, train_tokenizer
+from corpus import Corpus, Text, held_out_count
 from distributed import Processes, started
+from documents import open_tokens, read_documents, text_files, tokenize_text, train_tokenizer
 from environment import (
     check_alone,
     check_causal,

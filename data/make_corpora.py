@@ -28,8 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from command_line import OneLineParser  # noqa: E402
-from corpus import DOCUMENT_END, read_documents  # noqa: E402
 from dataset import prompt_question  # noqa: E402
+from documents import DOCUMENT_END, read_documents  # noqa: E402
 from files import atomic_file  # noqa: E402
 
 HELD_OUT_STORIES = 980

@@ -18,7 +18,7 @@ import torch
 import tasks
 from checkpoint import read_checkpoint, write_checkpoint
 from conftest import ROOT, Program, some_stories, tiny_llama
-from corpus import DOCUMENT_END
+from documents import DOCUMENT_END
 from llama import load_pretrained
 from run_directory import RunDirectory
 from test_evaluation import brute_force

@@ -11,8 +11,9 @@ from torch import nn
 
 import tasks
 from conftest import ROOT, some_stories, tiny_llama
-from corpus import Corpus, Text, Tokens, evenly
+from corpus import Corpus, Text, evenly
 from distributed import Processes
+from documents import Tokens
 from evaluation import answer_prompts, answer_scores, evaluate
 from instruction_data import Example, pack, tokenize_examples
 from tasks import Classification, Instruction, LanguageModelling
