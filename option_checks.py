@@ -16,6 +16,7 @@ from option_table import (
     NEW_MODEL,
     OF_GENERATE,
     OUTPUT_ENDINGS,
+    REGULARIZERS,
     RUN_FILES,
     RUNS,
     TRAINING,
@@ -34,48 +35,10 @@ from options import (
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that contradict each other; needs no torch and touches no file."""
-    clashes = {str(Path(path).resolve()) for path in input_files(args)}
-    folders = {Path(path).resolve() for path in (args.pretrained_model_path, args.adapter, args.tokenizer) if path}
-    for path in output_files(args):
-        if around := folders & set(Path(path).resolve().parents):
-            raise ValueError(f"{path} lies in {around.pop()}, which is read; write it elsewhere")
-        if str(Path(path).resolve()) in clashes:
-            raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
-    for text in args.corpus:
-        folder = Path(text_and_weight(text)[0]).resolve()
-        for path in output_files(args):
-            inside = folder in Path(path).resolve().parents
-            if inside and Path(path).suffix in CORPUS_ENDINGS:
-                raise ValueError(f"{path} would be one of the texts of --corpus {text}; write it elsewhere")
-        if args.option == "pretrain" and folder in Path(args.run_dir or RUNS, "a").resolve().parents:
-            raise ValueError(
-                f"the run's folder, {args.run_dir or RUNS}, lies in --corpus {text}, and its log would be one of the "
-                "texts; give the texts a folder of their own, or a --run_dir elsewhere"
-            )
-    if args.run_dir is not None:
-        for path in output_files(args):
-            if Path(path).resolve().parent == Path(args.run_dir).resolve() and Path(path).name in RUN_FILES:
-                raise ValueError(f"{path} is a file of the run's own; give another name")
+    check_paths(args)
     if args.use_gpu and args.device and not args.device.startswith("cuda"):
         raise ValueError(f"--use_gpu contradicts --device {args.device}; give one of them")
-    users = used_by()
-    for name in changed(args, "run_dir", "fsdp", *OF_GENERATE):
-        if args.option not in users[name]:
-            raise ValueError(f"--{name} belongs to --option {', '.join(users[name])}; leave it out for {args.option}")
-    for name in NEW_MODEL:
-        if getattr(args, name) and args.option != "pretrain":
-            raise ValueError(
-                f"--{name} is of a new model, and a checkpoint says its own; leave it out for --option {args.option}"
-            )
-    if args.quantize is not None and args.option not in ("generate", "perplexity"):
-        raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
-    of_lora = args.option == "lora" or (args.option == "sft" and args.lora_rank)
-    for name in changed(args, *LORA_VARIANTS) if not of_lora else ():
-        if args.option == "sft":
-            raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
-        raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
-    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft", "classify"):
-        raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
+    check_belonging(args)
     if args.option == "report":
         if not args.report_out.endswith(".html"):
             raise ValueError(f"--report_out is {args.report_out}; the name of a page must end in .html")
@@ -88,25 +51,11 @@ def check_options(args: argparse.Namespace) -> None:
     if args.option in ("wise_ft", "classify"):
         check_fine_tuned(args)
         return
-    if given := changed(args, "smart", "bregman", "r_drop"):
-        if args.option not in ("finetune", "lora"):
-            raise ValueError(f"--{given[0]} belongs to --option finetune, lora; leave it out for {args.option}")
-        if args.fsdp or args.compile:
-            other = "fsdp" if args.fsdp else "compile"
-            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
-        if "r_drop" in given and not args.dropout and (args.hidden_dropout_prob == 0 or args.head == "prompt"):
-            raise ValueError("--r_drop compares two dropout masks, and there is no dropout; add --dropout 0.1")
-    parts = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
-    for name in changed(args, *parts):
-        if not getattr(args, parts[name]):
-            raise ValueError(f"--{name} is a part of --{parts[name]}, which is off; add --{parts[name]} 1")
+    check_regularizers(args)
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat")
     if args.option == "generate":
         check_generation(args)
-        low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
-        if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
-            raise ValueError(f"both generated sentences would go to {low}; give two files")
         return
     if args.pooling == "last_column" and (args.micro_batch_size or args.processes > 1):
         raise ValueError(
@@ -136,6 +85,68 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is {path}; for --option {args.option} its name must end in {split}-{ending}")
     if Path(args.dev_out).resolve() == Path(args.test_out).resolve():
         raise ValueError(f"--dev_out and --test_out are both {args.dev_out}; give two files")
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raises ValueError if a file is to be read and written, or would be written where it is in the way."""
+    clashes = {str(Path(path).resolve()) for path in input_files(args)}
+    folders = {Path(path).resolve() for path in (args.pretrained_model_path, args.adapter, args.tokenizer) if path}
+    for path in output_files(args):
+        if around := folders & set(Path(path).resolve().parents):
+            raise ValueError(f"{path} lies in {around.pop()}, which is read; write it elsewhere")
+        if str(Path(path).resolve()) in clashes:
+            raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
+    for text in args.corpus:
+        folder = Path(text_and_weight(text)[0]).resolve()
+        for path in output_files(args):
+            inside = folder in Path(path).resolve().parents
+            if inside and Path(path).suffix in CORPUS_ENDINGS:
+                raise ValueError(f"{path} would be one of the texts of --corpus {text}; write it elsewhere")
+        if args.option == "pretrain" and folder in Path(args.run_dir or RUNS, "a").resolve().parents:
+            raise ValueError(
+                f"the run's folder, {args.run_dir or RUNS}, lies in --corpus {text}, and its log would be one of the "
+                "texts; give the texts a folder of their own, or a --run_dir elsewhere"
+            )
+    if args.run_dir is not None:
+        for path in output_files(args):
+            if Path(path).resolve().parent == Path(args.run_dir).resolve() and Path(path).name in RUN_FILES:
+                raise ValueError(f"{path} is a file of the run's own; give another name")
+
+
+def check_belonging(args: argparse.Namespace) -> None:
+    """Raises ValueError for what is of another --option; what is merely without effect, the header tells."""
+    users = used_by()
+    for name in changed(args, "run_dir", "fsdp", *OF_GENERATE, *REGULARIZERS):
+        if args.option not in users[name]:
+            raise ValueError(f"--{name} belongs to --option {', '.join(users[name])}; leave it out for {args.option}")
+    for name in NEW_MODEL:
+        if getattr(args, name) and args.option != "pretrain":
+            raise ValueError(
+                f"--{name} is of a new model, and a checkpoint says its own; leave it out for --option {args.option}"
+            )
+    if args.quantize is not None and args.option not in ("generate", "perplexity"):
+        raise ValueError(f"--quantize is for a model that only runs; leave it out for --option {args.option}")
+    of_lora = args.option == "lora" or (args.option == "sft" and args.lora_rank)
+    for name in changed(args, *LORA_VARIANTS) if not of_lora else ():
+        if args.option == "sft":
+            raise ValueError(f"--{name} is of LoRA, and all weights would be trained; add --lora_rank 4")
+        raise ValueError(f"--{name} belongs to --option lora; leave it out for {args.option}")
+    if args.adapter is not None and args.option in (*TRAINING, "tokenizer", "wise_ft", "classify"):
+        raise ValueError(f"--adapter is for a model that is run or converted; leave it out for --option {args.option}")
+
+
+def check_regularizers(args: argparse.Namespace) -> None:
+    """Raises ValueError for regularizers that cannot work here, or parts of one that is off."""
+    given = changed(args, *REGULARIZERS)
+    for other in ("fsdp", "compile"):
+        if given and getattr(args, other):
+            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
+    if "r_drop" in given and not args.dropout and (args.hidden_dropout_prob == 0 or args.head == "prompt"):
+        raise ValueError("--r_drop compares two dropout masks, and there is no dropout; add --dropout 0.1")
+    parts = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
+    for name in changed(args, *parts):
+        if not getattr(args, parts[name]):
+            raise ValueError(f"--{name} is a part of --{parts[name]}, which is off; add --{parts[name]} 1")
 
 
 def check_fine_tuned(args: argparse.Namespace) -> None:
@@ -222,6 +233,9 @@ def check_generation(args: argparse.Namespace) -> None:
     if args.decoder in ("beam", "contrastive"):
         refuse(changed(args, "temperature") if args.temperature else [], f"--decoder {args.decoder} draws nothing")
         refuse(changed(args, "repetition_penalty"), f"--decoder {args.decoder} has no repetition penalty")
+    low, high = args.generated_sentence_low_temp_out, args.generated_sentence_high_temp_out
+    if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
+        raise ValueError(f"both generated sentences would go to {low}; give two files")
 
 
 def check_prompt(args: argparse.Namespace) -> None:

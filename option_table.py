@@ -77,6 +77,7 @@ OF_GENERATE = (
     *("repetition_penalty", "decoder", "beams", "length_penalty", "contrast", "stop", "num_samples"),
     *("prompt_file", "interactive", "json", "explain"),
 )
+REGULARIZERS = ("smart", "bregman", "r_drop")
 DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")

@@ -328,7 +328,7 @@ def test_without_a_regularizer_nothing_is_other_than_before(dtype, smoothing):
 @pytest.mark.parametrize("head, option", [*itertools.product(["linear", "prompt"], ["finetune", "lora"])])
 def test_a_rows_loss_is_the_same_in_any_piece_of_the_batch(monkeypatch, head, option):
     noise_of_the_position(monkeypatch)
-    model = classifier(head, option, classes=3)
+    model = classifier(head, option, classes=3).double()  # rounding decides which move is the worst
     chosen = task(some_rows(classes=3), smart=Smart(5.0, eps=0.1, step=0.2, noise=0.1), average=MovingAverage(2.0))
     chosen.average.start(model)
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_a_rows_loss_is_the_same_in_any_piece_of_the_batch(monkeypatch, head, op
                 parameter.mul_(1.2)
     whole = losses(model, chosen)
     pieces = torch.cat([losses(model, chosen, piece) for piece in ([0], [1, 2], [3, 4])])
-    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pieces, whole, atol=1e-9, rtol=1e-9)
     assert (whole - losses(model, task(some_rows(classes=3)))).min() > 1e-3
 
 
