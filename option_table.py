@@ -512,9 +512,9 @@ def _regularizers(parser: OneLineParser) -> None:
         "the embeddings move a little (SMART; 1 to 5 usual, a step takes three to five times as long; default: off)",
     )
     for name, value, what in (
-        ("eps", 1e-5, "how far each number of an embedding may move; what --smart adds grows with its square"),
-        ("step", 1e-3, "the step towards the worst move, for the gradient's largest number"),
-        ("noise", 1e-5, "standard deviation of the noise that it starts from"),
+        ("eps", 1e-3, "how far each number of an embedding may move; what --smart adds grows with its square"),
+        ("step", 0.1, "the step towards the worst move, for the gradient's largest number"),
+        ("noise", 1e-3, "standard deviation of the noise that it starts from"),
     ):
         add(f"--smart_{name}", type=POSITIVE, default=value, metavar="X", help=f"{what} (default: %(default)s)")
     add(

@@ -405,13 +405,13 @@ def test_regularizers_are_asked_for_by_option(command, monkeypatch):
     monkeypatch.setattr(training, "train", train)
     for option in ("finetune", "lora"):
         command(option)
-        command(option, "--smart", "3", "--smart_eps", "1e-6", "--smart_step", "0.1", "--smart_noise", "1e-4")
+        command(option, "--smart", "3", "--smart_eps", "1e-6", "--smart_step", "0.2", "--smart_noise", "1e-4")
         command(option, "--smart", "1", "--bregman", "2", "--r_drop", "5")
         command(option, "--bregman", "2", "--bregman_beta", "0.5")
     wanted = [
         (None, None, 0.0),
-        (Smart(3.0, 1e-6, 0.1, 1e-4), None, 0.0),
-        (Smart(1.0, 1e-5, 1e-3, 1e-5), (2.0, None), 5.0),
+        (Smart(3.0, 1e-6, 0.2, 1e-4), None, 0.0),
+        (Smart(1.0, 1e-3, 0.1, 1e-3), (2.0, None), 5.0),
         (None, (2.0, 0.5), 0.0),
     ]
     assert seen == wanted * 2

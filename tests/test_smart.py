@@ -187,7 +187,7 @@ def test_the_gradient_is_that_of_the_divergence_at_the_move_found(monkeypatch, h
 def test_in_half_precision_the_term_is_float32s(dtype):
     """In bfloat16 the products' rounding would change the distribution far more than a move of 1e-5 does."""
     model = classifier(dim=32, n_layers=2, n_heads=4)
-    chosen = task(smart=Smart(1e6))
+    chosen = task(smart=Smart(1e6, eps=1e-5, step=1e-3, noise=1e-5))
     exact, rounded = ((losses(model, chosen, dtype=d) - plain(model, dtype=d)).detach() for d in (torch.float32, dtype))
     assert exact.dtype == rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-6)
