@@ -176,7 +176,10 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
         raise ValueError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}")
     if kind != "llama":
         name = shown(kind).strip("'")
-        raise ValueError(f"{path} is a fine-tuned {name}, not a language model; give its base model instead")
+        raise ValueError(
+            f"{path} is a fine-tuned {name}, not a language model; give its base model instead, or "
+            f"--option classify --finetuned {path} and a sentence"
+        )
     state = weights_of(path, content["model"])
     state = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
     arguments = dict(content["model_args"])

@@ -137,7 +137,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer asked for, else the one that came with the checkpoint, else the default one; for a new model, if
     there is none of these, the bundled one.
     """
-    from checkpoint import check_there
+    from checkpoint import read_checkpoint
     from tokenizer import IN_FOLDER, Tokenizer, default_tokenizer_path
 
     path = args.tokenizer
@@ -153,7 +153,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
             path = default_tokenizer_path()
         except FileNotFoundError:
             if not new:
-                check_there(Path(args.pretrained_model_path))  # else its path is what is wrong
+                read_checkpoint(args.pretrained_model_path)  # what is wrong with the model itself is told first
                 raise FileNotFoundError(
                     f"no tokenizer lies with {args.pretrained_model_path}; name its own with --tokenizer (for the "
                     "course's, `python fetch_data.py tokenizer` brings it)"

@@ -9,7 +9,7 @@ import pytest
 
 import environment
 import tokenizer as tokenizer_module
-from checkpoint import write_checkpoint
+from checkpoint import write_checkpoint, write_safetensors
 from conftest import ROOT, tiny_llama
 from environment import as_typed, fall_back, load_tokenizer, open_checkpoint
 from option_checks import check_options
@@ -161,7 +161,8 @@ def folder(tmp_path, small_tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("typed.model", "model.model", "default.model", "bundled.model"):
         (tmp_path / name).write_bytes(small_tokenizer.read_bytes())
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    model = tiny_llama()
+    write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
     monkeypatch.setattr(tokenizer_module, "DEFAULT_PATHS", (tmp_path / "default.model",))
     monkeypatch.setattr(environment, "BUNDLED_MODEL", tmp_path / "bundled.safetensors")
     return tmp_path
@@ -199,6 +200,14 @@ def test_a_checkpoint_that_is_not_there_is_what_is_told(folder):
     (folder / "default.model").unlink()
     with pytest.raises(FileNotFoundError, match="gone.pt: no such checkpoint"):
         chosen(pretrained_model_path="gone.pt")
+
+
+def test_of_a_fine_tuned_model_without_a_tokenizer_its_kind_is_told(folder):
+    (folder / "default.model").unlink()
+    model = tiny_llama()
+    write_checkpoint("fine.pt", model.state_dict(), model.config, kind="classifier")
+    with pytest.raises(ValueError, match="fine.pt is a fine-tuned classifier.*--option classify --finetuned fine.pt"):
+        chosen(pretrained_model_path="fine.pt")
 
 
 def test_a_typed_tokenizer_that_is_not_there_is_an_error(folder):
