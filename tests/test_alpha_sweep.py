@@ -37,15 +37,20 @@ def fine_tuned(command, option="finetune", head="linear", *more):
     return "run/best.pt"
 
 
-def wise_ft(command, *more, finetuned="run/best.pt"):
+def run_with(command, option, *more, finetuned="run/best.pt"):
+    """Exit code, stdout and stderr of an option that takes a fine-tuned model."""
     from run_llama import main
 
     command.capsys.readouterr()
     try:
-        code = main(["--option", "wise_ft", "--finetuned", finetuned, "--dtype", "fp32", *more])
+        code = main(["--option", option, "--finetuned", finetuned, "--dtype", "fp32", *more])
     except SystemExit as exit:
         code = exit.code
     return code, *command.capsys.readouterr()
+
+
+def wise_ft(command, *more, **which):
+    return run_with(command, "wise_ft", *more, **which)
 
 
 def curve(folder):

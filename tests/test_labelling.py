@@ -13,22 +13,15 @@ import test_alpha_sweep
 from checkpoint import read_fine_tuned
 from classifier import classifier_of
 from dataset import read_rows, tokenize_rows
-from test_alpha_sweep import fine_tuned
+from test_alpha_sweep import fine_tuned, run_with
 from test_cli import outputs
 from tokenizer import Tokenizer
 
 command = test_alpha_sweep.command  # the fixture
 
 
-def classify(command, *more, finetuned="run/best.pt"):
-    from run_llama import main
-
-    command.capsys.readouterr()
-    try:
-        code = main(["--option", "classify", "--finetuned", finetuned, "--dtype", "fp32", *more])
-    except SystemExit as exit:
-        code = exit.code
-    return code, *command.capsys.readouterr()
+def classify(command, *more, **which):
+    return run_with(command, "classify", *more, **which)
 
 
 @pytest.fixture
