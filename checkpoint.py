@@ -24,6 +24,7 @@ from torch import Tensor
 from config import LlamaConfig, parameter_shapes, shown
 from files import (
     is_safetensors,
+    is_torch,
     read_safetensors,
     read_torch,
     safetensors_metadata,
@@ -134,7 +135,7 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
     if is_safetensors(head, size):  # first, for its length may begin with a byte that a pickle begins with
         return _from_content(path, _described_safetensors(path))
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
+    if is_torch(path):
         return _from_content(path, read_torch(path, mapped=True))
     if found := read_llama2c(path):
         return Checkpoint(path, *found)
@@ -222,6 +223,8 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
         raise ValueError(f"{path} is no file; {wanted}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} holds a model without a classifier; {wanted}")
+    if not is_torch(path):
+        raise ValueError(f"{path} is no checkpoint; {wanted}")
     content = read_torch(path)
     if not isinstance(content, dict) or content.get("kind") != "classifier":
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")

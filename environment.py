@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,9 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
     """Puts what ships in the place of a default file that is not here, and says so. What was typed stays. For wise_ft
     and classify what was not typed is None: the file of the fine-tuned model will say it.
     """
-    if args.option in ("wise_ft", "classify"):
-        for name in (*ADOPTED, "label_names", "dev_out", "test_out"):
+    if args.option in ADOPTED:
+        judges = ("label_names", "dev_out", "test_out") if args.option == "wise_ft" else ()
+        for name in (*ADOPTED[args.option], *judges):
             if name not in typed:
                 setattr(args, name, None)
         return
@@ -115,6 +116,7 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
             )
             for name, file in DEMO_DATA.items():
                 setattr(args, name, as_typed(HERE / "data" / file))
+        own = [name for name in ("dev", "test") if name in typed and f"{name}_out" not in typed]
         left = [name for name in needed if name not in typed]
         if 0 < len(left) < len(needed):
             defaults = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in left)
@@ -123,6 +125,10 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
             if f"{split}_out" not in typed:
                 name = f"{'demo' if demo else 'cfimdb'}-{split}-{OUTPUT_ENDINGS[args.option]}"
                 setattr(args, f"{split}_out", name)
+        if any(not Path(getattr(args, split)).name.startswith("cfimdb") for split in own):
+            report(
+                f"warning: predictions go to {args.dev_out} and {args.test_out}; --dev_out and --test_out name others"
+            )
 
 
 def as_typed(path: Path) -> str:
@@ -152,6 +158,11 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
         try:
             path = default_tokenizer_path()
         except FileNotFoundError:
+            if args.option in ADOPTED:
+                raise FileNotFoundError(
+                    f"{args.finetuned} was trained with the tokenizer that lies with {args.pretrained_model_path}, and "
+                    "there is none; name it with --tokenizer"
+                ) from None
             if not new:
                 read_checkpoint(args.pretrained_model_path)  # what is wrong with the model itself is told first
                 raise FileNotFoundError(
@@ -225,16 +236,25 @@ def open_checkpoint(args: argparse.Namespace, tokenizer: Tokenizer) -> Checkpoin
     return checkpoint
 
 
-def adopt(args: argparse.Namespace, found: FineTuned, names: Sequence[str] = ADOPTED) -> None:
-    """Takes what was not typed from the run that made the file. Raises ValueError if the file does not say it."""
+def adopt(args: argparse.Namespace, found: FineTuned) -> None:
+    """Takes what was not typed from the run that made the file; what ships is found wherever one is. Raises ValueError
+    if the file does not say it.
+    """
     from config import shown
 
-    for name in names:
+    for name in ADOPTED[args.option]:
         if getattr(args, name) is None:
             value = found.options.get(name)
             optional = name in ("tokenizer", "max_sentence_len") and value is None
             if not optional and type(value) is not (int if name == "max_sentence_len" else str):
                 raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with --{name.replace('_', '-')}")
+            if name not in ("max_sentence_len", "pooling") and value and not Path(value).exists():
+                value = as_typed(HERE / value) if (HERE / value).exists() else value
+                if name == "tokenizer" and not Path(value).exists():
+                    raise FileNotFoundError(
+                        f"{found.path} was trained with the tokenizer {value}, which is not here; name it with "
+                        "--tokenizer"
+                    )
             setattr(args, name, value)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 
 from checkpoint import read_fine_tuned
 from console import check_streams, lines_typed, prompts_of, speaks_utf8
-from dataset import SEPARATOR, Row
+from dataset import LINE_END, SEPARATOR, Row
 from environment import adopt, check_alone, choose_device, choose_dtype, load_classifier, report, tokenize_data
 from evaluation import class_log_probs
 
@@ -20,17 +21,22 @@ def label_sentences(args: argparse.Namespace) -> None:
     check_alone(args)
     check_streams(args)
     sentences = [] if args.interactive else prompts_of(args)
+    if labelled := sum(re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences):
+        report(
+            f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", and are read so; '
+            "--option wise_ft --alphas 1 --dev FILE scores such a file"
+        )
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
     found = read_fine_tuned(args.finetuned)
-    adopt(args, found, ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling"))
+    adopt(args, found)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     classifier, tokenizer, prompt = load_classifier(args, found, device, dtype)
     model = classifier.to(device)
 
     def label(sentences: Sequence[str]) -> None:
-        rows = [Row(0, sentence.strip()) for sentence in sentences]
+        rows = [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
         rows = tokenize_data(args, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
         log_probs = class_log_probs(
             model,
@@ -47,7 +53,7 @@ def label_sentences(args: argparse.Namespace) -> None:
             if args.json:
                 all_classes = dict(zip(found.label_names, probabilities, strict=True))
                 said = {"sentence": row.sentence, "label": best, "class": name, "probabilities": all_classes}
-                print(json.dumps(said, ensure_ascii=not speaks_utf8()))
+                print(json.dumps(said, ensure_ascii=not speaks_utf8()), flush=True)
             else:
                 print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
 

@@ -190,8 +190,9 @@ def refuse(names: list[str], why: str) -> None:
 def check_prompts(args: argparse.Namespace) -> None:
     """Raises ValueError if texts are asked for in two ways."""
     if args.interactive:
+        together = ("json",) if args.option == "generate" else ()
         refuse(
-            changed(args, "prompt", "prompt_file", "json", "explain", "num_samples"),
+            changed(args, "prompt", "prompt_file", *together, "explain", "num_samples"),
             "--interactive asks for prompts and answers each as it comes",
         )
     if args.prompt_file is not None:

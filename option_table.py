@@ -10,8 +10,11 @@ from typing import Any
 from command_line import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from config import NORMS, POSITIONS, PRESETS
 
-# What wise_ft and classify take from the run that made the fine-tuned model, where it is not typed.
-ADOPTED = ("pretrained_model_path", "tokenizer", "dev", "test", "max_sentence_len", "pooling")
+# What an option takes from the run that made the fine-tuned model, where it is not typed.
+ADOPTED: dict[str, tuple[str, ...]] = {
+    "classify": ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling")
+}
+ADOPTED["wise_ft"] = (*ADOPTED["classify"], "dev", "test")
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
@@ -266,7 +269,11 @@ def _generate(parser: OneLineParser) -> None:
         action="store_true",
         help="ask for one prompt after the other, with --chat in one conversation; Ctrl-C stops an answer, Ctrl-D ends",
     )
-    add("--json", action="store_true", help="print a JSON object a line for each continuation, for programs")
+    add(
+        "--json",
+        action="store_true",
+        help="print a JSON object a line, for programs: one for each continuation, or sentence of classify",
+    )
     add(
         "--explain",
         nargs="?",
@@ -361,7 +368,7 @@ def _decoding(parser: OneLineParser) -> None:
 
 def _data(parser: OneLineParser) -> None:
     add = parser.add_argument_group(
-        "data of prompt, finetune and lora",
+        "data of prompt, finetune, lora and wise_ft",
         "A data file has lines of `label ||| sentence`; or it is a .csv of label and texts, as AG News\n"
         "has them; or a .tsv of label and text, and maybe more columns: the text is the longest, the\n"
         "first of the others the fold. PATH#fold=PATTERN takes only the rows whose fold matches, as in\n"
@@ -378,12 +385,6 @@ def _data(parser: OneLineParser) -> None:
         "mention (default: %(default)s)",
     )
     add(
-        "--max_sentence_len",
-        type=COUNT,
-        metavar="N",
-        help="cut sentences to N tokens (default: to the model's context)",
-    )
-    add(
         "--dev_out",
         default="cfimdb-dev-prompting-output.txt",
         metavar="FILE",
@@ -394,6 +395,16 @@ def _data(parser: OneLineParser) -> None:
         default="cfimdb-test-prompting-output.txt",
         metavar="FILE",
         help="predictions for test (default: %(default)s)",
+    )
+
+
+def _rows(parser: OneLineParser) -> None:
+    add = parser.add_argument_group("how rows are read").add_argument
+    add(
+        "--max_sentence_len",
+        type=COUNT,
+        metavar="N",
+        help="cut sentences to N tokens (default: to the model's context)",
     )
     add("--batch_size", type=COUNT, default=8, metavar="N", help="rows a step (default: %(default)s)")
     add(
@@ -502,14 +513,16 @@ def _classifier(parser: OneLineParser) -> None:
 
 
 def _regularizers(parser: OneLineParser) -> None:
-    add = parser.add_argument_group("regularizers (finetune, lora)").add_argument
+    add = parser.add_argument_group(
+        "regularizers (finetune, lora)", "What they add is part of the training loss that is shown."
+    ).add_argument
     add(
         "--smart",
         type=NOT_NEGATIVE,
         default=0.0,
         metavar="L",
         help="add L times how much the class distribution changes at worst, in symmetric KL, when "
-        "the embeddings move a little (SMART; 1 to 5 usual, a step takes three to five times as long; default: off)",
+        "the embeddings move a little (SMART; 1 to 5 usual, a step takes up to five times as long; default: off)",
     )
     for name, value, what in (
         ("eps", 1e-3, "how far each number of an embedding may move; what --smart adds grows with its square"),
@@ -681,6 +694,15 @@ def _convert(parser: OneLineParser) -> None:
     )
 
 
+def _fine_tuned(parser: OneLineParser) -> None:
+    add = parser.add_argument_group(
+        "classify and wise_ft",
+        "classify prints what a fine-tuned model makes of the sentence in --prompt, of those in --prompt_file, or of\n"
+        "what is typed (--interactive): the class, its probability, the sentence; --json has every class.",
+    ).add_argument
+    add("--finetuned", metavar="FILE", help="the best.pt of a run, or the .pt that finetune or lora wrote")
+
+
 def _wise_ft(parser: OneLineParser) -> None:
     add = parser.add_argument_group(
         "wise_ft",
@@ -690,11 +712,6 @@ def _wise_ft(parser: OneLineParser) -> None:
         "the file, unless typed. Predictions are written only where --dev_out and --test_out are typed. --model_out "
         "takes the model at the best alpha, a fine-tuned model like any other.",
     ).add_argument
-    add(
-        "--finetuned",
-        metavar="FILE",
-        help="the best.pt of a run, or the .pt that finetune or lora wrote; also what classify classifies with",
-    )
     add(
         "--alphas",
         type=ALPHAS,
@@ -789,7 +806,8 @@ GROUPS: tuple[tuple[Callable[[OneLineParser], None], tuple[str, ...]], ...] = (
     (_device, OPTIONS),
     (_generate, ("generate",)),
     (_decoding, ("generate",)),
-    (_data, OPTIONS),
+    (_data, ("prompt", "finetune", "lora", "sft", "wise_ft")),
+    (_rows, ("prompt", "finetune", "lora", "wise_ft", "classify")),
     (_prompting, ("prompt", "finetune", "lora")),
     (_training, TRAINING),
     (_classifier, ("finetune", "lora")),
@@ -798,12 +816,17 @@ GROUPS: tuple[tuple[Callable[[OneLineParser], None], tuple[str, ...]], ...] = (
     (_language_models, OPTIONS),
     (_supervised, ("sft",)),
     (_convert, ("convert",)),
+    (_fine_tuned, ("classify", "wise_ft")),
     (_wise_ft, ("wise_ft",)),
     (_run, TRAINING),
     (_report, ("report",)),
 )
-ALSO_USED_BY = {"max_new_tokens": "sft", "quantize": "perplexity", "finetuned": "classify"}
-ALSO_USED_BY |= dict.fromkeys(("prompt", "prompt_file", "interactive", "json"), "classify")
+ALSO_USED_BY = {
+    "max_new_tokens": ("sft",),
+    "quantize": ("perplexity",),
+    "batch_size": ("generate", "pretrain", "sft"),
+    **dict.fromkeys(("prompt", "prompt_file", "interactive", "json"), ("classify",)),
+}
 
 
 @lru_cache(maxsize=1)
@@ -814,4 +837,4 @@ def used_by() -> dict[str, tuple[str, ...]]:
         parser = OneLineParser(add_help=False)
         add_group(parser)
         found |= {action.dest: users for action in parser._actions}
-    return found | {name: (*found[name], other) for name, other in ALSO_USED_BY.items()}
+    return found | {name: (*found[name], *others) for name, others in ALSO_USED_BY.items()}

@@ -250,7 +250,7 @@ def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[f
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     parts = [f'<h1>Runs</h1><p class="quiet">{title}, {date.today().isoformat()}</p>']
     if problems := [f"<li>{text(run.name)}: {text('; '.join(run.problems))}</li>" for run in runs if run.problems]:
-        parts.append(f"<h2>What could not be read</h2><ul>{''.join(problems)}</ul>")
+        parts.append(f"<h2>What is missing, unfinished or damaged</h2><ul>{''.join(problems)}</ul>")
     parts.append(score_tables(groups))
     if curves:
         parts.append("<h2>Between two sets of weights</h2>")
@@ -275,5 +275,5 @@ def write_report(args: argparse.Namespace) -> None:
     with atomic_file(args.report_out) as file:
         file.write(page(runs, curves))
     damaged = sum(bool(run.problems) for run in runs)
-    said = f", {damaged} of them damaged or half written" if damaged else ""
+    said = f", {damaged} of them unfinished or damaged" if damaged else ""
     report(f"wrote {args.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{said}")

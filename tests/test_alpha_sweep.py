@@ -296,13 +296,13 @@ BAD = [
     ),
     ("classes without data", ["--ood_classes", "0,1"], None, "--ood_classes has 1 values for 0 files of --ood"),
     ("other names", ["--label-names", "bad.json"], text("bad.json", '["x", "y"]'), "leave out --label-names"),
-    ("a label of another set", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n4 ||| b\n"), "o.txt, line 2: label 4"),
+    ("a label of another set", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n4 ||| b\n"), "o.txt, line 2: label '4'"),
     (
         "a label in words",
         ["--ood", "o.txt"],
         text("o.txt", "neg ||| a\npos ||| b\n"),
-        "o.txt, line 1: label 'neg' is no whole number; it must be one of 0 to 1 (in, of), or give the --label-names "
-        "that belong to this file (for one of --ood: --ood_label_names)",
+        "o.txt, line 1: label 'neg' is none of 0 to 1 (in, of); mend it, or give the label file that belongs to it "
+        "(--label-names, for one of --ood --ood_label_names)",
     ),
     ("one label alone", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("dev of one label", ["--dev", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),

@@ -138,7 +138,7 @@ BAD = [
         for what, line, message in (
             ("without separator", "0 ||| a\n1 b\n", f'{name}, line 2: no " ||| "'),
             ("label no integer", "0 ||| a\nfine ||| b\n", f"{name}, line 2: label 'fine'"),
-            ("label outside", "0 ||| a\n2 ||| b\n", f"{name}, line 2: label 2 is none of 0 to 1"),
+            ("label outside", "0 ||| a\n2 ||| b\n", f"{name}, line 2: label '2' is none of 0 to 1"),
             ("empty sentence", "0 ||| a\n1 ||| \n0 ||| c\n", f"{name}, line 2: the sentence is empty"),
         )
     ),

@@ -114,6 +114,12 @@ def test_the_courses_data_is_taken_where_it_is(resolve, option):
     assert (args.dev_out, args.test_out) == tuple(f"cfimdb-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:])
 
 
+OUTPUTS_WARNED_OF = (
+    "warning: predictions go to cfimdb-dev-finetuning-output.txt and cfimdb-test-finetuning-output.txt; --dev_out and "
+    "--test_out name others"
+)
+
+
 @pytest.mark.parametrize("typed", [*(f"--{split}" for split in SPLITS), "--label-names"])
 def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(resolve, typed):
     args, lines = resolve("--option", "finetune", typed, "mine", there=["stories42M.pt"])
@@ -122,17 +128,25 @@ def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(res
     del left[typed]
     assert data_of(args) == {split: left.get(f"--{split}", "mine") for split in SPLITS}
     defaults = ", ".join(f"{flag} {path}" for flag, path in left.items())
-    assert lines == [f"warning: {defaults} by default: do they belong to the files you named?"]
+    warnings = [f"warning: {defaults} by default: do they belong to the files you named?"]
+    if typed in ("--dev", "--test"):
+        warnings.append(OUTPUTS_WARNED_OF)
+    assert lines == warnings
 
 
 def test_data_typed_in_full_is_not_warned_of(resolve):
-    flags = ["--dev", "a", "--test", "b", "--label-names", "c"]
-    args, lines = resolve("--option", "prompt", *flags, there=["stories42M.pt"])
+    def flags(option):
+        outputs = [f"d-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:]]
+        return ["--option", option, "--dev", "a", "--test", "b", "--label-names", "c"] + [
+            *("--dev_out", outputs[0], "--test_out", outputs[1])
+        ]
+
+    args, lines = resolve(*flags("prompt"), there=["stories42M.pt"])
     assert (args.dev, args.test, args.label_names) == ("a", "b", "c") and lines == []
-    assert resolve("--option", "lora", *flags)[1] == [
+    assert resolve(*flags("lora"))[1] == [
         "warning: --train data/cfimdb-train.txt by default: do they belong to the files you named?"
     ]
-    assert resolve("--option", "lora", *flags, "--train", "d")[1] == []
+    assert resolve(*flags("lora"), "--train", "d")[1] == []
 
 
 def test_typed_outputs_stay(resolve):

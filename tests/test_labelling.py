@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import environment
 import test_alpha_sweep
 from checkpoint import read_fine_tuned
 from classifier import classifier_of
@@ -71,12 +72,53 @@ def test_the_probabilities_are_those_of_the_sentence_alone(command):
     assert list(json.loads(out)["probabilities"].values()) == pytest.approx(expected, abs=1e-6)
 
 
+def test_it_works_in_another_folder_with_the_tokenizer_named(command, monkeypatch):
+    fine_tuned(command)
+    elsewhere = command.folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, _, err = classify(command, "--prompt", "x", finetuned="../run/best.pt")
+    assert code == 2
+    assert "../run/best.pt was trained with the tokenizer tokenizer.model, which is not here; name it with --tok" in err
+    code, out, err = classify(command, "--prompt", "x", "--tokenizer", "../tokenizer.model", finetuned="../run/best.pt")
+    assert code == 0 and out.endswith(" ||| x\n"), err
+
+
+def test_what_ships_with_the_program_is_found_from_any_folder(command, monkeypatch):
+    fine_tuned(command)
+    monkeypatch.setattr(environment, "HERE", command.folder)
+    (command.folder / "model.model").write_bytes((command.folder / "tokenizer.model").read_bytes())
+    elsewhere = command.folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, out, err = classify(command, "--prompt", "x", finetuned="../run/best.pt")
+    assert code == 0 and out.endswith(" ||| x\n"), err
+
+
+def test_lines_of_a_data_file_and_line_breaks_within_a_sentence(command):
+    fine_tuned(command)
+    code, out, err = classify(command, "--prompt_file", "dev.txt")
+    assert code == 0 and out.count("\n") == len((command.folder / "dev.txt").read_text().splitlines())
+    assert "sentences begin with a label" in err
+    code, out, err = classify(command, "--prompt", "one\r\ntwo ||| three")
+    assert code == 0 and out.partition(" ||| ")[2] == "one two ||| three\n" and "warning" not in err
+
+
+def test_what_has_no_meaning_for_it_is_told_and_what_it_takes_from_the_run_is_not(command):
+    fine_tuned(command, "finetune", "linear", "--max_sentence_len", "4", "--pooling", "last_column")
+    code, _, err = classify(command, "--prompt", "x", "--label-names", "other.json", "--dev", "d.txt")
+    assert code == 0
+    assert [line.split()[1:] for line in err.splitlines() if line.startswith("ignored")] == [
+        ["--dev,", "--label-names:", "without", "effect", "for", "--option", "classify"]
+    ]
+
+
 def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, piped):
     fine_tuned(command)
     piped(b"so it was\n\n\xff\nthe end\n")
-    code, out, err = classify(command, "--interactive")
+    code, out, err = classify(command, "--interactive", "--json")
     assert code == 0, err
-    assert [line.partition(" ||| ")[2] for line in out.splitlines()] == ["so it was", "the end"]
+    assert [json.loads(line)["sentence"] for line in out.splitlines()] == ["so it was", "the end"]
     assert "Ctrl-D" in err
 
 
@@ -86,7 +128,7 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
         ([], "--option classify needs a sentence: --prompt TEXT"),
         (["--prompt", " "], "--prompt is empty; give a sentence"),
         (["--prompt", "x", "--interactive"], "leave out --prompt"),
-        (["--prompt_file", "texts.txt"], "texts.txt: no such file of prompts, one a line"),
+        (["--prompt_file", "texts.txt"], "texts.txt: no such text file (a prompt on each line)"),
         (["--prompt", "x", "--num_samples", "2"], "--num_samples belongs to --option generate"),
         (["--prompt", "x", "--norm", "rmsnorm"], "--norm and --attention are those that the model was fine-tuned with"),
         (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
