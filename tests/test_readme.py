@@ -61,6 +61,10 @@ def course_folder(asset, tmp_path, monkeypatch):
             name = f"{corpus}-{split}.txt"
             rows = asset(f"course/data/{name}").read_text(encoding="utf-8").split("\n")[:24]
             (tmp_path / "data" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for split in ("train", "dev", "test"):
+        rows = (ROOT / "data" / f"demo-{split}.txt").read_text(encoding="utf-8").split("\n")[:24]
+        (tmp_path / "data" / f"demo-{split}.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    shutil.copy(ROOT / "data" / "demo-label-mapping.json", tmp_path / "data")
     for name in ("README.md", "docs", "data/mini-llama.safetensors", "data/mini-llama.model"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     for split in ("train", "dev", "test"):
@@ -151,7 +155,7 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
         predicted = (course_folder / name).read_text(encoding="utf-8").splitlines()
         assert [line[1:].strip() for line in source] == [line[1:].strip() for line in predicted]
     assert len([name for name in made if name.endswith("-output.txt")]) == 2
-    assert ("no gold labels" in out) == (not any("sst" in word for word in command))
+    assert ("no gold labels" in out) == (not any("sst" in word or "demo" in word for word in command))
 
 
 def test_the_python_snippet_runs(monkeypatch):
