@@ -245,10 +245,11 @@ def adopt(args: argparse.Namespace, found: FineTuned) -> None:
     for name in ADOPTED[args.option]:
         if getattr(args, name) is None:
             value = found.options.get(name)
+            kind = int if name in ("max_sentence_len", "batch_size") else str
             optional = name in ("tokenizer", "max_sentence_len") and value is None
-            if not optional and type(value) is not (int if name == "max_sentence_len" else str):
+            if not optional and (type(value) is not kind or not value):
                 raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with --{name.replace('_', '-')}")
-            if name not in ("max_sentence_len", "pooling") and value and not Path(value).exists():
+            if kind is str and name != "pooling" and value and not Path(value).exists():
                 value = as_typed(HERE / value) if (HERE / value).exists() else value
                 if name == "tokenizer" and not Path(value).exists():
                     raise FileNotFoundError(

@@ -57,6 +57,8 @@ def label_sentences(args: argparse.Namespace) -> None:
             else:
                 print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
 
+    if args.pooling == "last_column":
+        report("warning: with --pooling last_column an answer depends on the other sentences of its batch")
     if not args.interactive:
         label(sentences)
         return
@@ -67,3 +69,5 @@ def label_sentences(args: argparse.Namespace) -> None:
                 label([line])
         except ValueError as error:  # what was typed cannot be read
             report(str(error))
+        except KeyboardInterrupt:
+            report("stopped")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from option_table import (
     ADAPTER_FORMATS,
+    ADOPTED,
     CORPUS_ENDINGS,
     FILTERS,
     FOLDER_FORMATS,
@@ -16,6 +17,7 @@ from option_table import (
     NEW_MODEL,
     OF_GENERATE,
     OUTPUT_ENDINGS,
+    PARTS,
     REGULARIZERS,
     RUN_FILES,
     RUNS,
@@ -143,10 +145,9 @@ def check_regularizers(args: argparse.Namespace) -> None:
             raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
     if "r_drop" in given and not args.dropout and (args.hidden_dropout_prob == 0 or args.head == "prompt"):
         raise ValueError("--r_drop compares two dropout masks, and there is no dropout; add --dropout 0.1")
-    parts = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
-    for name in changed(args, *parts):
-        if not getattr(args, parts[name]):
-            raise ValueError(f"--{name} is a part of --{parts[name]}, which is off; add --{parts[name]} 1")
+    for name in changed(args, *PARTS):
+        if not getattr(args, PARTS[name]):
+            raise ValueError(f"--{name} is a part of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
 
 
 def check_fine_tuned(args: argparse.Namespace) -> None:
@@ -267,7 +268,7 @@ def input_files(args: argparse.Namespace) -> list[str]:
         args.tokenizer,
         args.adapter,
         args.prompt_file,
-        args.finetuned,
+        *([args.finetuned] if args.option in ADOPTED else []),
         *([] if new else [args.pretrained_model_path]),
     ]
     if args.option in OUTPUT_ENDINGS:

@@ -12,7 +12,7 @@ from config import NORMS, POSITIONS, PRESETS
 
 # What an option takes from the run that made the fine-tuned model, where it is not typed.
 ADOPTED: dict[str, tuple[str, ...]] = {
-    "classify": ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling")
+    "classify": ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling", "batch_size")
 }
 ADOPTED["wise_ft"] = (*ADOPTED["classify"], "dev", "test")
 COURSE_PROMPT = (
@@ -81,6 +81,7 @@ OF_GENERATE = (
     *("prompt_file", "interactive", "json", "explain"),
 )
 REGULARIZERS = ("smart", "bregman", "r_drop")
+PARTS = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
 DECODERS = ("sample", "beam", "contrastive", "lookup")
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
@@ -246,7 +247,7 @@ def _generate(parser: OneLineParser) -> None:
         "--prompt",
         default=COURSE_PROMPT,
         metavar="TEXT",
-        help="what to continue, or for classify the sentence (default: the course's film review)",
+        help="what to continue (default: the course's film review), or for classify the sentence",
     )
     add(
         "--chat",
@@ -813,7 +814,7 @@ GROUPS: tuple[tuple[Callable[[OneLineParser], None], tuple[str, ...]], ...] = (
     (_classifier, ("finetune", "lora")),
     (_regularizers, ("finetune", "lora")),
     (_lora, ("lora", "sft")),
-    (_language_models, OPTIONS),
+    (_language_models, ("pretrain", "perplexity", "tokenizer")),
     (_supervised, ("sft",)),
     (_convert, ("convert",)),
     (_fine_tuned, ("classify", "wise_ft")),
@@ -825,6 +826,9 @@ ALSO_USED_BY = {
     "max_new_tokens": ("sft",),
     "quantize": ("perplexity",),
     "batch_size": ("generate", "pretrain", "sft"),
+    "window": ("sft",),
+    "out_dtype": ("sft", "convert"),
+    "model_out": ("sft", "convert", "wise_ft"),
     **dict.fromkeys(("prompt", "prompt_file", "interactive", "json"), ("classify",)),
 }
 

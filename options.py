@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import POSITIVE, OneLineParser
-from option_table import FILTERS, LORA_TARGETS, OPTION_DEFAULTS, build_parser, used_by
+from option_table import FILTERS, LORA_TARGETS, OPTION_DEFAULTS, PARTS, build_parser, used_by
 
 
 def parse_options(
@@ -29,7 +29,14 @@ def parse_options(
     derived: dict[str, Any] = {"continued": "pretrained_model_path" in given}
     if any(name in given for name in FILTERS):
         derived["epsilon"] = 0.0
-    return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
+    return argparse.Namespace(**(names | derived | defaults | in_force(saved or {}) | given)), frozenset(given)
+
+
+def in_force(saved: dict[str, Any]) -> dict[str, Any]:
+    """A run's options without the parts of what it had off: these may have had other defaults then, and change
+    nothing.
+    """
+    return {name: value for name, value in saved.items() if name not in PARTS or saved.get(PARTS[name])}
 
 
 def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from environment import (
 )
 from option_checks import check_options, output_files
 from option_table import MAY_DIFFER, RUNS, TRAINING
-from options import best_model_path, flag, parse_options
+from options import best_model_path, flag, in_force, parse_options
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -264,7 +264,7 @@ def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
     from run_directory import RunDirectory, latest_run_path
 
     folder = args.run_dir or str(latest_run_path(Path(RUNS)))
-    saved = RunDirectory(folder).options()
+    saved = in_force(RunDirectory(folder).options())
     args, _ = parse_options(argv, saved)
     args.resume, args.run_dir, args.processes = True, folder, PROCESSES
     if args.dtype == "auto":
@@ -327,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one option; the exit code is 0, 2 for bad input (one line on stderr), or 128 and the number of the signal
     that stopped it (Ctrl-C: 130).
     """
+    if sys.stderr is None:  # closed by the caller; progress bars and the header have to go somewhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     args, typed = parse_options(argv)
     args.processes = PROCESSES
     try:

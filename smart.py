@@ -32,14 +32,15 @@ class Smart:
     does: it is taken here relative to the largest entry of the row's gradient, so that the constants have a meaning
     whatever the model's scale, and the batch's size does not matter.
 
-    The published constants are 1e-5, 1e-3 and 1e-5, but the authors' program (namisan/mt-dnn, perturbation.py) does not
-    hold to that eps: it moves the largest entry of each token's embedding by the step, 1e-3. The defaults are of this
-    size; embeddings have a standard deviation of 0.02 to 0.1, and a move of 1e-5 is not felt (docs/results.md).
+    The published constants are 1e-5, 1e-3 and 1e-5, but the authors' program (namisan/mt-dnn at 0d6201e,
+    perturbation.py) does not hold to that eps: it moves the largest entry of each token's embedding by the step, 1e-3.
+    The defaults are of this size: a move of 1e-5 is not felt where embeddings have a standard deviation of 0.07
+    (docs/results.md).
     """
 
     weight: float
     eps: float = 1e-3
-    step: float = 0.1  # a hundred times eps: nearly every entry moves as far as it may
+    step: float = 0.1  # a hundred times eps: four of five entries move as far as they may
     noise: float = 1e-3  # standard deviation of where the ascent starts
 
     def penalty(self, model: nn.Module, shape: torch.Size, again: Callable[[], Tensor], log_probs: Tensor) -> Tensor:

@@ -621,6 +621,19 @@ def test_dtype_auto_goes_on_in_what_auto_was(command):
     assert main(["--resume", "--run_dir", "a", "--dtype", "auto"]) == 0
 
 
+def test_a_run_goes_on_whatever_the_parts_of_what_it_had_off_were_by_default_then(command):
+    assert command("finetune", "--run_dir", "a")[0] == 0
+    path = command.folder / "a" / "options.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["options"] |= {"smart_eps": 1e-5, "smart_step": 1e-3, "smart_noise": 1e-5}
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert main(["--resume", "--run_dir", "a"]) == 0
+    saved["options"]["smart"] = 1.0
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert main(["--resume", "--run_dir", "a", "--smart_eps", "1e-3"]) == 2
+    assert "smart_eps is 0.001, but a was started with 1e-05" in command.capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["last.pt", "last.json", "best.pt", "metrics.jsonl"])
 def test_a_run_starts_in_a_folder_without_parts_of_another(command, name):
     (command.folder / "a").mkdir()

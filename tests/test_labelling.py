@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 
 import environment
+import labelling
 import test_alpha_sweep
 from checkpoint import read_fine_tuned
 from classifier import classifier_of
+from conftest import ROOT
 from dataset import read_rows, tokenize_rows
+from evaluation import class_log_probs
 from test_alpha_sweep import fine_tuned, run_with
 from test_cli import outputs
 from tokenizer import Tokenizer
@@ -113,6 +118,69 @@ def test_what_has_no_meaning_for_it_is_told_and_what_it_takes_from_the_run_is_no
     ]
 
 
+def test_the_courses_reading_is_repeated_with_the_runs_batches(command):
+    more = ["--pooling", "last_column", "--batch_size", "3"]
+    fine_tuned(command, "finetune", "prompt", *more, "--template", "So: {sentence} It ", "--label_words", "to,it")
+    texts = sentences(command.folder / "dev.txt")
+    (command.folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    code, out, err = classify(command, "--prompt_file", "texts.txt", "--json")
+    assert code == 0 and "an answer depends on the other sentences of its batch" in err
+    said = [json.loads(line) for line in out.splitlines()]
+    predicted = (command.folder / outputs("finetune")[0]).read_text(encoding="utf-8").splitlines()
+    assert [f"{one['label']} ||| {one['sentence']}" for one in said] == predicted
+    other = classify(command, "--prompt_file", "texts.txt", "--json", "--batch_size", "1")[1]
+    assert [json.loads(line)["probabilities"] for line in other.splitlines()] != [one["probabilities"] for one in said]
+
+
+def test_the_precision_and_the_batches_are_those_asked_for(command, monkeypatch):
+    fine_tuned(command, "finetune", "linear", "--batch_size", "3")
+    seen = []
+
+    def spied(model, rows, batch_size, **settings):
+        seen.append((batch_size, settings["dtype"], settings["bucketed"]))
+        return class_log_probs(model, rows, batch_size, **settings)
+
+    monkeypatch.setattr(labelling, "class_log_probs", spied)
+    assert classify(command, "--prompt", "x", "--dtype", "bf16")[0] == 0
+    assert classify(command, "--prompt", "x", "--batch_size", "2")[0] == 0
+    assert seen == [(3, torch.bfloat16, True), (2, torch.float32, True)]
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_loop(command, piped, monkeypatch):
+    fine_tuned(command)
+    piped(b"one\ntwo\n")
+    answers = iter([KeyboardInterrupt, None])
+
+    def interrupted(*more, **settings):
+        if (stop := next(answers)) is not None:
+            raise stop
+        return class_log_probs(*more, **settings)
+
+    monkeypatch.setattr(labelling, "class_log_probs", interrupted)
+    code, out, err = classify(command, "--interactive")
+    assert code == 0 and out.endswith(" ||| two\n") and out.count("\n") == 1 and "stopped" in err
+
+
+@pytest.mark.parametrize("redirected", ["2>&-", "2>/dev/null"])
+def test_without_stderr_stdout_holds_the_answers_alone(command, redirected):
+    fine_tuned(command)
+    (command.folder / "texts.txt").write_text("one\ntwo caf\u00e9\n", encoding="utf-8")
+    words = f"{ROOT / 'run_llama.py'} --option classify --finetuned run/best.pt --prompt_file texts.txt --json"
+    environ = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(
+        f'exec "{sys.executable}" {words} {redirected}',
+        shell=True,
+        cwd=command.folder,
+        env=environ,
+        capture_output=True,
+    )
+    assert ran.returncode == 0
+    assert [json.loads(line)["sentence"] for line in ran.stdout.decode("ascii").splitlines()] == [
+        "one",
+        "two caf\u00e9",
+    ]
+
+
 def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, piped):
     fine_tuned(command)
     piped(b"so it was\n\n\xff\nthe end\n")
@@ -132,6 +200,7 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
         (["--prompt", "x", "--num_samples", "2"], "--num_samples belongs to --option generate"),
         (["--prompt", "x", "--norm", "rmsnorm"], "--norm and --attention are those that the model was fine-tuned with"),
         (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
+        (["--prompt", "x", "--adapter", "a.pt"], "--adapter is for a model that is run or converted"),
         (["--prompt", "x", "--finetuned", ""], "--option classify needs --finetuned"),
         (["--prompt", "x", "--finetuned", "model.pt"], "model.pt holds no fine-tuned classifier"),
     ],

@@ -113,7 +113,7 @@ def write_fine_tuned(path):
     llama, names = load_pretrained("stories42M.pt"), json.loads(Path("data/sst-label-mapping.json").read_text())
     config = SimpleNamespace(llama=llama, num_labels=len(names), hidden_dropout_prob=0.0, option="finetune")
     options = {"pretrained_model_path": "stories42M.pt", "tokenizer": None, "max_sentence_len": None}
-    options |= {"dev": "data/sst-dev.txt", "test": "data/sst-test.txt", "pooling": "last_token"}
+    options |= {"dev": "data/sst-dev.txt", "test": "data/sst-test.txt", "pooling": "last_token", "batch_size": 8}
     state = LlamaEmbeddingClassifier(config).state_dict()
     write_checkpoint(
         path, state, llama.config, kind="classifier", head="linear", label_names=names, options=options, epoch=1

@@ -141,6 +141,14 @@ def test_runs_that_differ_in_seed_only_make_one_line_of_mean_and_deviation(tmp_p
     assert found.links == {"#g0", "#g1"} == {f"#{name}" for name in found.ids}
 
 
+def test_a_part_of_what_was_off_does_not_tell_runs_apart(tmp_path):
+    """Its default may have been another then."""
+    off = [a_run(tmp_path / f"s{i}", [0.5], seed=i, smart=0.0, smart_eps=eps) for i, eps in ((1, 1e-3), (2, 1e-5))]
+    on = [a_run(tmp_path / f"t{i}", [0.5], seed=i, smart=1.0, smart_eps=eps) for i, eps in ((1, 1e-3), (2, 1e-5))]
+    heads = [row[0] for row in shown(*off, *on).rows if row[0].startswith("finetune")]
+    assert sorted(re.sub(r".*seeds? ", "", head) for head in heads) == ["1", "1, 2", "2"]
+
+
 def test_a_model_made_for_each_seed_counts_as_one_and_another_model_does_not(tmp_path):
     folders = [a_run(tmp_path / f"s{i}", [0.5], seed=i, pretrained_model_path=f"random-{i}.pt") for i in (1, 2)]
     folders += [a_run(tmp_path / f"t{i}", [0.5], seed=i, pretrained_model_path=f"random{i}.pt") for i in (1, 2)]
