@@ -207,7 +207,8 @@ def tokenize_data(
         )
         cut += cut_here
     if cut:
-        report(f"warning: {cut} sentences were cut; the model's context has room for {context} tokens a row")
+        total = sum(map(len, data.values()))
+        report(f"warning: {cut} of {total} sentences were cut; the model's context has room for {context} tokens a row")
     return done
 
 

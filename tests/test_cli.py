@@ -22,6 +22,7 @@ import training
 from adapters import read_adapter
 from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, tiny_llama
+from dataset import read_rows
 from llama import load_pretrained
 from lora import lora_layers
 from run_llama import main
@@ -321,11 +322,13 @@ def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, opt
     for split in ("train", "dev", "test"):
         path = command.folder / f"{split}.txt"
         path.write_text(path.read_text(encoding="utf-8") + "0 ||| " + "long story " * 90 + "\n", encoding="utf-8")
+    splits = ("dev", "test") if option == "prompt" else ("train", "dev", "test")
+    total = sum(len(read_rows(f"{split}.txt", ["in", "of"])) for split in splits)
     code, _, err = command(option)
     count, room = (2, 62) if option == "prompt" else (3, 64)  # a label's three tokens: two must fit behind a row
     assert code == 0
     assert [line for line in err.splitlines() if "warning" in line] == [
-        f"warning: {count} sentences were cut; the model's context has room for {room} tokens a row"
+        f"warning: {count} of {total} sentences were cut; the model's context has room for {room} tokens a row"
     ]
     written = (command.folder / outputs(option)[0]).read_text(encoding="utf-8")
     assert written.rstrip().endswith("long story " * 89 + "long story")  # the file has the whole sentence
