@@ -95,7 +95,8 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
         documents = sum(len(one.text_bytes) for one in tokens)
         size = sum(len(one.ids) for one in tokens)
         report(
-            f"corpus      {path}: {documents:,} document{'s' * (documents != 1)}, {size:,} tokens, {text.held_out_tokens:,} of them held out; "
+            f"corpus      {path}: {documents:,} document{'s' * (documents != 1)}, {size:,} tokens, "
+            f"{text.held_out_tokens:,} of them held out; "
             f"weight {weight:g}"
         )
         texts.append(text)
