@@ -45,7 +45,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     texts = [args.prompt]
     if args.prompt_file is not None:
         path = "/dev/stdin" if args.prompt_file == "-" else args.prompt_file
-        lines = LINE_END.split(read_text(path, "text file (a prompt on each line)"))
+        lines = LINE_END.split(read_text(path, "file of prompts (one a line)"))
         texts = [line for line in lines if line.strip()]
         if skipped := len(lines) - len(texts) - (lines[-1] == ""):
             report(f"warning: {skipped} empty lines of {args.prompt_file} are skipped")

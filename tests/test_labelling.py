@@ -196,7 +196,7 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
         ([], "--option classify needs a sentence: --prompt TEXT"),
         (["--prompt", " "], "--prompt is empty; give a sentence"),
         (["--prompt", "x", "--interactive"], "leave out --prompt"),
-        (["--prompt_file", "texts.txt"], "texts.txt: no such text file (a prompt on each line)"),
+        (["--prompt_file", "texts.txt"], "texts.txt: no such file of prompts (one a line)"),
         (["--prompt", "x", "--num_samples", "2"], "--num_samples belongs to --option generate"),
         (["--prompt", "x", "--norm", "rmsnorm"], "--norm and --attention are those that the model was fine-tuned with"),
         (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
