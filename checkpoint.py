@@ -135,7 +135,7 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
     if is_safetensors(head, size):  # first, for its length may begin with a byte that a pickle begins with
         return _from_content(path, _described_safetensors(path))
-    if is_torch(path):
+    if is_torch(head):
         return _from_content(path, read_torch(path, mapped=True))
     if found := read_llama2c(path):
         return Checkpoint(path, *found)
@@ -223,8 +223,9 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
         raise ValueError(f"{path} is no file; {wanted}")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} holds a model without a classifier; {wanted}")
-    if not is_torch(path):
-        raise ValueError(f"{path} is no checkpoint; {wanted}")
+    with path.open("rb") as file:
+        if not is_torch(file.read(4)):
+            raise ValueError(f"{path} is no checkpoint; {wanted}")
     content = read_torch(path)
     if not isinstance(content, dict) or content.get("kind") != "classifier":
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")

@@ -46,10 +46,9 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
         raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
 
 
-def is_torch(path: Path) -> bool:
-    """Whether a file begins as those that torch writes, or wrote before 1.6."""
-    with path.open("rb") as file:
-        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+def is_torch(head: bytes) -> bool:
+    """Whether a file that begins so is one that torch writes, or wrote before 1.6."""
+    return head.startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _is_stored(path: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from html_page import Point
 from option_table import OUTPUT_ENDINGS, RUNS
-from options import parse_options
+from options import in_force, parse_options
 
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
 MOST_SAMPLES = 6  # of what one run wrote
@@ -89,7 +89,7 @@ def read_run(path: Path, name: str) -> Run:
         if not isinstance(saved["option"], str) or not isinstance(saved.get("corpus"), list | None):
             raise TypeError
         # An older run lacks the options that came later: it had their defaults.
-        options = vars(parse_options([], saved)[0])
+        options = vars(parse_options([], in_force(saved))[0])
     except FileNotFoundError:
         problems.append("no options.json")
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

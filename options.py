@@ -29,7 +29,7 @@ def parse_options(
     derived: dict[str, Any] = {"continued": "pretrained_model_path" in given}
     if any(name in given for name in FILTERS):
         derived["epsilon"] = 0.0
-    return argparse.Namespace(**(names | derived | defaults | in_force(saved or {}) | given)), frozenset(given)
+    return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
 
 
 def in_force(saved: dict[str, Any]) -> dict[str, Any]:
