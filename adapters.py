@@ -17,7 +17,7 @@ from checkpoint import fits_float32, write_checkpoint
 from config import LlamaConfig, parameter_shapes, shown
 from files import read_json, read_safetensors, read_torch, weights_of, write_json, write_safetensors_file
 from formats import renamed, rotary_heads, to_pairs, to_split_halves
-from lora import apply_lora, load_lora_state_dict, lora_layers, put_modules, remove_lora, unmerge_lora_weights
+from lora import apply_lora, load_lora_state_dict, lora_layers, put_modules, remove_lora, unmerge_lora
 
 PEFT_PREFIX = "base_model.model."
 # The endings of an adapter's tensors, ours and peft's.
@@ -54,7 +54,7 @@ class Adapter:
         """Puts the adapter on the model's Linears, in the place of the one that may be there, whatever its rank and
         kind; the Linears themselves are the same ones. Raises ValueError if it does not fit; the one before stays then.
         """
-        before = dict(lora_layers(unmerge_lora_weights(model)))
+        before = dict(lora_layers(unmerge_lora(model)))
         targets = {name.split(".")[-2] for name in self.state}
         try:
             apply_lora(

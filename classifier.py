@@ -20,7 +20,7 @@ from adapters import adapter_of
 from checkpoint import FineTuned
 from dataset import word_ids
 from llama import Llama, last_positions, load_pretrained
-from lora import merge_lora_weights, remove_lora
+from lora import merge_lora_weights
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")
@@ -245,5 +245,5 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
     model.llama.tie_weights()
     if adapter is not None:
         adapter.apply(model.llama)
-        remove_lora(merge_lora_weights(model))
+        merge_lora_weights(model)
     return model.eval()

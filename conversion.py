@@ -24,7 +24,7 @@ from files import atomic_file, atomic_folder, check_free, raw_bytes
 from formats import renamed, write_huggingface
 from llama import llama_from_checkpoint
 from llama2c import write_llama2c
-from lora import merge_lora_weights, remove_lora
+from lora import merge_lora_weights
 from option_table import ADAPTER_FORMATS, FOLDER_FORMATS
 from rope import rotary_frequencies, scaled
 from tokenizer import BytePairModel, Tokenizer
@@ -70,7 +70,7 @@ def whole_state(args: argparse.Namespace, checkpoint: Checkpoint, config: LlamaC
         return checkpoint.complete_state(config)
     llama = llama_from_checkpoint(checkpoint, dtype=None, **overrides(args))
     read_adapter(Path(args.adapter), config).apply(llama)
-    return remove_lora(merge_lora_weights(llama)).state_dict()
+    return merge_lora_weights(llama).state_dict()
 
 
 def to_safetensors(args: argparse.Namespace, config: LlamaConfig, state: State) -> None:

@@ -289,14 +289,14 @@ def load_llama(args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dt
 
     from adapters import read_adapter
     from llama import llama_from_checkpoint
-    from lora import merge_lora_weights, remove_lora
+    from lora import merge_lora_weights
 
     half = checkpoint.dtype in (torch.bfloat16, torch.float16)
     wide = args.option in TRAINING or (dtype == torch.float32 and args.quantize is None) or not half
     llama = llama_from_checkpoint(checkpoint, dtype=torch.float32 if wide else None, **overrides(args))
     if args.adapter is not None:
         read_adapter(Path(args.adapter), llama.config).apply(llama)
-        remove_lora(merge_lora_weights(llama))
+        merge_lora_weights(llama)
     return llama
 
 

@@ -26,7 +26,7 @@ from evaluation import DTYPES, answer_prompts, describe_answers
 from files import read_torch
 from instruction_data import Example, read_examples, tokenize_examples, write_answers
 from llama import Llama
-from lora import apply_lora, merge_lora_weights, remove_lora
+from lora import apply_lora, merge_lora_weights
 from options import lora_settings
 from run_directory import RunDirectory
 from tasks import Instruction, Score
@@ -65,7 +65,7 @@ def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor]
     if args.lora_rank:
         apply_lora(llama, **lora_settings(args))
     llama.load_state_dict(state)
-    remove_lora(merge_lora_weights(llama))
+    merge_lora_weights(llama)
     write_safetensors(args.model_out, llama.state_dict(), llama.config, DTYPES[args.out_dtype or "fp32"])
     report(f"wrote {args.model_out}")
 

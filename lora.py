@@ -4,8 +4,10 @@ scaling is alpha / rank; rank-stabilized (rsLoRA, arXiv 2312.03732) alpha / sqrt
 fast as a low one. DoRA (arXiv 2402.09353) trains the length of each row apart from its direction: with
 V = W + scaling * B A and a trained magnitude m, which starts as the row norms ||W||, the weight is m V / ||V||.
 
-B starts at zero, so a freshly wrapped model computes what it computed before. Weights change only by the explicit verbs
-`merge` and `unmerge`, never as a side effect of train() or eval(). Works on any module that holds `nn.Linear`s.
+B starts at zero, so a freshly wrapped model computes what it computed before. Weights change only by explicit verbs,
+never as a side effect of train() or eval(): `merge_lora_weights` ends LoRA and leaves a standard model, with the keys
+it had before it was wrapped; `merge_lora_reversibly` keeps the wrapped layers, and `unmerge_lora` undoes it. Works on
+any module that holds `nn.Linear`s.
 """
 
 from __future__ import annotations
@@ -129,7 +131,7 @@ def apply_lora(
     """
     targets, keep_trainable = tuple(targets), tuple(keep_trainable)
     if next(lora_layers(model), None) is not None:
-        raise ValueError("the model has LoRA layers already; merge_lora_weights and remove_lora take them off")
+        raise ValueError("the model has LoRA layers already; merge_lora_weights or remove_lora takes them off")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     own_names = {name.rpartition(".")[2] for name, _ in linears}
     if missing := [target for target in targets if target not in own_names]:
@@ -181,24 +183,45 @@ def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
 
 
 def merge_lora_weights(model: nn.Module) -> nn.Module:
-    """Folds every update into its weight (see `LoRALayer.merge`); returns the same model."""
+    """Ends LoRA: replaces every LoRALayer, in place, by a plain Linear with the merged weight and the bias it had.
+    Returns the same model, whose state dict has the plain keys and loads strictly into a model that was never wrapped;
+    of a LoRALayer by itself, its Linear. What was frozen stays frozen.
+
+    Raises ValueError, and changes nothing, if a weight to be changed is also another module's.
+    """
+    return remove_lora(merge_lora_reversibly(model))
+
+
+def merge_lora_reversibly(model: nn.Module) -> nn.Module:
+    """Folds every update into its weight (see `LoRALayer.merge`); the wrapped layers stay. Returns the same model.
+
+    Raises ValueError, and changes nothing, if a weight to be changed is also another module's, as an output that is
+    tied to the embedding is: both would change.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for _, layer in lora_layers(model):
+        if len(names := owners[id(layer.original_layer.weight)]) > 1:
+            raise ValueError(f"{' and '.join(names)} are one weight: merging would change both; untie them first")
     for _, layer in lora_layers(model):
         layer.merge()
     return model
 
 
-def unmerge_lora_weights(model: nn.Module) -> nn.Module:
-    """Takes every folded update out again, bit for bit; returns the same model."""
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Undoes `merge_lora_reversibly`, bit for bit; returns the same model."""
     for _, layer in lora_layers(model):
         layer.unmerge()
     return model
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Puts the wrapped Linears back in place, as they are (merge first to keep the update); returns the same model.
-
-    The state dict then has the plain model's keys again.
+    """Puts the wrapped Linears back in place, as they are, without an update that was not merged; returns the same
+    model, or of a LoRALayer by itself its Linear. The state dict then has the plain model's keys again.
     """
+    if isinstance(model, LoRALayer):
+        return model.original_layer
     put_modules(model, {name: layer.original_layer for name, layer in lora_layers(model)})
     return model
 
@@ -210,7 +233,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises ValueError while the adapter is merged, for then B is zero.
     """
     if any(layer.merged for _, layer in lora_layers(model)):
-        raise ValueError("the adapter is merged into the weights; call unmerge_lora_weights before saving it")
+        raise ValueError("the adapter is merged into the weights; call unmerge_lora before saving it")
     return {name: parameter.detach().clone() for name, parameter in lora_parameters(model)}
 
 
@@ -228,7 +251,7 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
         raise ValueError(
             f"{name} is {tuple(adapter[name].shape)}, the model's is {tuple(own[name].shape)}; another rank?"
         )
-    unmerge_lora_weights(model)
+    unmerge_lora(model)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(adapter[name])

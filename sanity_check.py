@@ -8,8 +8,9 @@ examples:
 
 The course's editions differ in norm and attention. Each reference file shows which it was made with, and is compared
 under that convention, whatever the checkpoint says. Everything is computed in float32 on the CPU.
-Exit code: 0 if all that could be compared agrees, 1 if something differs or the bundled model is not the one that its
-reference was made of, 2 for a file that cannot be used.
+The last line is the verdict. Exit code: 0 if all that was compared agrees, 1 if something differs or the bundled model
+is not the one that its reference was made of, 2 for a file that cannot be used, with --strict 3 if something could not
+be compared.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +38,8 @@ BUNDLED_EXPECTED = Path("tests/conformance/bundled_expected.safetensors")
 REFERENCE_IDS = [[101, 7592, 2088, 102, 0, 0, 0, 0], [101, 7592, 15756, 2897, 2005, 17953, 2361, 102]]
 SHARED = 2  # ids that the rows have in common at their beginning
 DEFAULT_CHECKPOINT = Path("stories42M.pt")
+REFERENCES = Path("data/reference")
+COURSE_REFERENCES = tuple(f"sanity_check_{edition}.data" for edition in ("2024", "fall2025", "spring2026"))
 
 
 class Tolerance(NamedTuple):
@@ -43,6 +47,14 @@ class Tolerance(NamedTuple):
 
     absolute: float
     relative: float
+
+
+class Check(NamedTuple):
+    """One reference: whether it was compared and agrees (what is missing disagrees with nothing), else why not."""
+
+    name: str
+    agrees: bool
+    not_compared: str = ""
 
 
 COURSE = Tolerance(1e-5, 1e-3)  # the course's own
@@ -68,45 +80,70 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="the course's checkpoint (default: %(default)s)",
     )
+    parser.add_argument("--strict", action="store_true", help="exit with 3 if something could not be compared")
     args = parser.parse_args(argv)
     try:
-        agree = run(args.references, args.pretrained_model_path)
+        checks = run(args.references, args.pretrained_model_path)
     except (ValueError, OSError) as error:
         print(f"sanity_check.py: error: {error}", file=sys.stderr)
         return 2
-    return 0 if agree else 1
+    print(verdict(checks))
+    if not all(check.agrees for check in checks):
+        return 1
+    return 3 if args.strict and any(check.not_compared for check in checks) else 0
 
 
-def run(asked: list[Path], path: Path) -> bool:
-    """Compares the checkpoint at `path` with the references asked for, else the tiny model, the bundled one and every
-    reference there is; says what is missing. Whether all that was compared agrees.
+def verdict(checks: list[Check]) -> str:
+    """`5 of 8 references compared, all agree; 3 not compared: stories42M.pt is missing`."""
+    compared = [check for check in checks if not check.not_compared]
+    differ = [check.name for check in compared if not check.agrees]
+    agreement = f"{len(differ)} DIFFER: {', '.join(differ)}" if differ else "all agree"
+    reasons = Counter(check.not_compared for check in checks if check.not_compared)
+    parts = [f"{len(compared)} of {len(checks)} references compared" + (f", {agreement}" if compared else "")]
+    return "; ".join([*parts, *(f"{count} not compared: {reason}" for reason, count in reasons.items())])
+
+
+def run(asked: list[Path], path: Path) -> list[Check]:
+    """Compares the checkpoint at `path` with the references asked for, else the tiny model, the bundled one and the
+    course's references; prints each comparison, and what brings what is missing.
     """
     from checkpoint import read_checkpoint
 
-    results = [] if asked else [check_conformance(), check_bundled()]
-    references = asked or found_references()
-    if not references:
-        print("The course's reference outputs are not here; python fetch_data.py references brings them (1 MB).")
-    # Who names a file wants it: only a default that is not there is passed over.
-    if asked or path != DEFAULT_CHECKPOINT or path.exists():
-        checkpoint = read_checkpoint(path)
-        return all([*results, *(check_reference(reference, checkpoint) for reference in references)])
-    print(f"The course's checkpoint {path} is not here; python fetch_data.py checkpoint brings it (167 MB).")
+    checks = [] if asked else [check_conformance(), check_bundled()]
+    references = asked or course_references()
+    there = [reference for reference in references if asked or reference.exists()]
+    if len(there) < len(references):
+        print("The course's reference outputs are missing; python fetch_data.py references brings them (1 MB).")
+    # Who names a file wants it: only a default that is missing is passed over.
+    has_model = bool(asked) or path != DEFAULT_CHECKPOINT or path.exists()
+    if not has_model:
+        print(f"The course's checkpoint {path} is missing; python fetch_data.py checkpoint brings it (167 MB).")
+    checkpoint = read_checkpoint(path) if has_model else None
     for reference in references:
-        causal = is_causal(read_reference(reference)["hidden_states"])
-        print(
-            f"{reference} ({'causal' if causal else 'bidirectional'} attention)\n    not compared, for want of {path}"
-        )
-    return all(results)
+        missing = [] if reference in there else [str(reference)]
+        missing += [] if has_model else [str(path)]
+        if checkpoint is not None and not missing:
+            checks.append(check_reference(reference, checkpoint))
+            continue
+        if reference in there:
+            causal = is_causal(read_reference(reference)["hidden_states"])
+            print(f"{reference} ({'causal' if causal else 'bidirectional'} attention)")
+            print(f"    not compared: {path} is missing")
+        # One reason for all references that are missing.
+        why = [str(REFERENCES) if name != str(path) else name for name in missing]
+        checks.append(Check(str(reference), True, f"{' and '.join(why)} {'are' if len(why) > 1 else 'is'} missing"))
+    return checks
 
 
-def found_references() -> list[Path]:
-    """The course's reference files, where fetch_data.py and the course itself put them."""
-    places = [*sorted((HERE / "data" / "reference").glob("sanity_check*.data")), Path("sanity_check.data").absolute()]
-    return [Path(os.path.relpath(place)) for place in places if place.exists()]
+def course_references() -> list[Path]:
+    """The course's reference files, where fetch_data.py puts them, be they there or not, and where the course does."""
+    places = {HERE / REFERENCES / name for name in COURSE_REFERENCES}
+    places |= set((HERE / REFERENCES).glob("sanity_check*.data"))
+    own = Path("sanity_check.data").absolute()
+    return [Path(os.path.relpath(place)) for place in (*sorted(places), *([own] if own.exists() else []))]
 
 
-def compare(name: str, convention: str, tolerance: Tolerance, pairs: dict[str, tuple[Tensor, Tensor]]) -> bool:
+def compare(name: str, convention: str, tolerance: Tolerance, pairs: dict[str, tuple[Tensor, Tensor]]) -> Check:
     """Prints the largest difference of each (got, wanted) pair, and whether all stay within the tolerance."""
     import torch
 
@@ -116,10 +153,10 @@ def compare(name: str, convention: str, tolerance: Tolerance, pairs: dict[str, t
     allowed = f"{atol:g}" + (f" + {rtol:g} of the value" if rtol else "")
     print(f"{name} ({convention})")
     print(f"    {'agrees' if agrees else 'DIFFERS'}: largest difference of {differences}; allowed {allowed}")
-    return agrees
+    return Check(name, agrees)
 
 
-def check_conformance() -> bool:
+def check_conformance() -> Check:
     """The tiny model of tests/conformance against what a course-conforming implementation computed with it."""
     import torch
 
@@ -143,28 +180,27 @@ def check_conformance() -> bool:
     return compare("tests/conformance, a tiny model", model.config.convention, CONFORMING, pairs)
 
 
-def check_bundled() -> bool:
-    """The bundled model against what float64 NumPy computed with it; True, and a line that says so, where it is not
-    here. False without comparing if the reference is missing or was made of another file.
+def check_bundled() -> Check:
+    """The bundled model against what float64 NumPy computed with it. Disagrees without being compared if the reference
+    is missing or was made of another file.
     """
     import torch
 
     from llama import load_pretrained
 
+    name = f"{BUNDLED}, the bundled model"
     if not (HERE / BUNDLED).exists():
-        print(f"The bundled model {BUNDLED} is not here; it comes with the project (git checkout {BUNDLED}).")
-        return True
+        print(f"The bundled model {BUNDLED} is missing; it comes with the project (git checkout {BUNDLED}).")
+        return Check(name, True, f"{BUNDLED} is missing")
     remedy = "python tests/make_bundled_reference.py makes it anew"
     if not (HERE / BUNDLED_EXPECTED).exists():
-        print(f"{BUNDLED}, the bundled model\n    NOT COMPARED: {BUNDLED_EXPECTED} is not here; {remedy}")
-        return False
+        print(f"{name}\n    NOT COMPARED: {BUNDLED_EXPECTED} is missing; {remedy}")
+        return Check(name, False, f"{BUNDLED_EXPECTED} is missing")
     expected, made_of = read_bundled_reference(HERE / BUNDLED_EXPECTED)
     if made_of != hashlib.sha256((HERE / BUNDLED).read_bytes()).hexdigest():
-        print(
-            f"{BUNDLED}, the bundled model\n    NOT COMPARED: {BUNDLED_EXPECTED} belongs to another model, "
-            f"with SHA-256 {made_of[:12]}...; {remedy}"
-        )
-        return False
+        another = f"{BUNDLED_EXPECTED} belongs to another model"
+        print(f"{name}\n    NOT COMPARED: {another}, with SHA-256 {made_of[:12]}...; {remedy}")
+        return Check(name, False, another)
     model = load_pretrained(HERE / BUNDLED)
     ids, prompt = expected["ids"], expected["prompt"]
     with torch.no_grad():
@@ -178,7 +214,7 @@ def check_bundled() -> bool:
         "log-probabilities": (log_probs, expected["log_probs"]),
         "greedy tokens": (greedy, expected["greedy"]),
     }
-    return compare(f"{BUNDLED}, the bundled model", model.config.convention, BUNDLED_AGREES, pairs)
+    return compare(name, model.config.convention, BUNDLED_AGREES, pairs)
 
 
 def read_bundled_reference(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -240,7 +276,7 @@ def norm_of(hidden: Tensor, norm_weight: Tensor) -> str:
     return "layernorm" if normed.mean(-1).abs().max() < 1e-3 else "rmsnorm"
 
 
-def check_reference(path: Path, checkpoint: Checkpoint) -> bool:
+def check_reference(path: Path, checkpoint: Checkpoint) -> Check:
     """One of the course's reference files against the checkpoint, under the file's own convention."""
     import torch
 

@@ -25,7 +25,6 @@ from typing import Any
 from config import shown
 
 HERE = Path(__file__).resolve().parent
-DEFAULT_PATHS = (HERE / "tokenizer.model", HERE / "data" / "tokenizer.model")
 # What is looked for in a folder, first to last, and GPT-2's two files under the names they go by.
 GPT2_PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "gpt2_encoder.json": "gpt2_vocab.bpe"}
 IN_FOLDER = ("tokenizer.model", "tokenizer.json", *GPT2_PAIRS)
@@ -60,19 +59,25 @@ LONGEST_RUN = 25_000
 
 
 def default_tokenizer_path() -> Path:
-    """The first of `DEFAULT_PATHS` that exists. Raises FileNotFoundError if there is none."""
-    for path in DEFAULT_PATHS:
-        if path.is_file():
-            return path
-    raise FileNotFoundError("there is no data/tokenizer.model; `python fetch_data.py tokenizer` brings it")
+    """tokenizer.model in the working directory, else beside the modules, else in data/, as the course's program looks
+    for it. Raises FileNotFoundError if it is in none of them.
+    """
+    for folder in (Path(), HERE, HERE / "data"):
+        if (folder / "tokenizer.model").is_file():
+            return folder / "tokenizer.model"
+    raise FileNotFoundError(
+        f"there is no tokenizer.model in the working directory, beside {Path(__file__).name}, or in {HERE / 'data'}; "
+        "`python fetch_data.py tokenizer` brings it"
+    )
 
 
 class Tokenizer:
     """A tokenizer of any kind, with the ids that a Llama gives to beginning, end and padding.
 
     max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or a
-    folder that holds it, by default the course's. `path` is the file, `kind` one of the words above, `n_words` the size
-    of the vocabulary, `special_ids` the ids of special tokens by name, `stop_ids` the ids at which a reply ends.
+    folder that holds it (default: `default_tokenizer_path`). `path` is the file, `kind` one of the words above,
+    `n_words` the size of the vocabulary, `special_ids` the ids of special tokens by name, `stop_ids` the ids at which a
+    reply ends.
 
     Raises FileNotFoundError or ValueError if the file is missing, damaged or no tokenizer.
     """

@@ -20,9 +20,10 @@ from lora import (
     get_lora_optimizer_params,
     lora_layers,
     lora_state_dict,
+    merge_lora_reversibly,
     merge_lora_weights,
     remove_lora,
-    unmerge_lora_weights,
+    unmerge_lora,
 )
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -152,8 +153,8 @@ def test_adapters_of_any_rank_and_kind_are_switched_without_a_copy_of_the_base()
         assert torch.equal(all_logits(model), wanted[name])
         assert base <= {tensor.data_ptr() for tensor in model.parameters()}
         if name == "b":
-            merge_lora_weights(model)  # which the next one takes out again
-    remove_lora(unmerge_lora_weights(model))
+            merge_lora_reversibly(model)  # which the next one takes out again
+    remove_lora(unmerge_lora(model))
     assert torch.equal(all_logits(model), before) and not torch.equal(wanted["a"], wanted["b"])
 
 

@@ -173,11 +173,11 @@ def test_a_path_of_ours_is_told_as_one_would_type_it(monkeypatch, tmp_path):
 def folder(tmp_path, small_tokenizer, monkeypatch):
     """A tokenizer by each name that is looked for; a test takes away those it does not want."""
     monkeypatch.chdir(tmp_path)
-    for name in ("typed.model", "model.model", "default.model", "bundled.model"):
+    for name in ("typed.model", "model.model", "tokenizer.model", "bundled.model"):
         (tmp_path / name).write_bytes(small_tokenizer.read_bytes())
     model = tiny_llama()
     write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
-    monkeypatch.setattr(tokenizer_module, "DEFAULT_PATHS", (tmp_path / "default.model",))
+    monkeypatch.setattr(tokenizer_module, "HERE", tmp_path / "code")
     monkeypatch.setattr(environment, "BUNDLED_MODEL", tmp_path / "bundled.safetensors")
     return tmp_path
 
@@ -192,10 +192,10 @@ def chosen(*, option="generate", continued=False, tokenizer=None, pretrained_mod
 @pytest.mark.parametrize(
     "settings, order",
     [
-        ({"option": "generate"}, ["model.model", "default.model", None]),
-        ({"option": "perplexity"}, ["model.model", "default.model", None]),
-        ({"option": "pretrain", "continued": True}, ["model.model", "default.model", None]),
-        ({"option": "pretrain"}, ["default.model", "bundled.model", None]),
+        ({"option": "generate"}, ["model.model", "tokenizer.model", None]),
+        ({"option": "perplexity"}, ["model.model", "tokenizer.model", None]),
+        ({"option": "pretrain", "continued": True}, ["model.model", "tokenizer.model", None]),
+        ({"option": "pretrain"}, ["tokenizer.model", "bundled.model", None]),
     ],
 )
 def test_the_tokenizer_is_the_first_that_is_there(folder, settings, order):
@@ -211,13 +211,13 @@ def test_the_tokenizer_is_the_first_that_is_there(folder, settings, order):
 
 def test_a_checkpoint_that_is_not_there_is_what_is_told(folder):
     """And not that no tokenizer is to be found."""
-    (folder / "default.model").unlink()
+    (folder / "tokenizer.model").unlink()
     with pytest.raises(FileNotFoundError, match="gone.pt: no such checkpoint"):
         chosen(pretrained_model_path="gone.pt")
 
 
 def test_of_a_fine_tuned_model_without_a_tokenizer_its_kind_is_told(folder):
-    (folder / "default.model").unlink()
+    (folder / "tokenizer.model").unlink()
     model = tiny_llama()
     write_checkpoint("fine.pt", model.state_dict(), model.config, kind="classifier")
     with pytest.raises(ValueError, match="fine.pt is a fine-tuned classifier.*--option classify --finetuned fine.pt"):

@@ -18,7 +18,7 @@ from conftest import ADJECTIVES, ANIMALS, ROOT, Program, tiny_llama
 from evaluation import answer_prompts, describe_answers
 from instruction_data import read_examples, tokenize_examples
 from llama import load_pretrained
-from lora import merge_lora_weights, remove_lora
+from lora import merge_lora_weights
 from test_pretraining import Crash, crashes_at_step
 from tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ def test_lora_trains_its_matrices_alone_and_is_merged_in_at_the_end(command, mor
     assert any(name.endswith("lora_magnitude") for name in saved) == ("--dora" in more)
     model = load_pretrained("model.pt")
     read_adapter(command.folder / "run/best.pt", model.config).apply(model)  # --adapter takes it, too
-    remove_lora(merge_lora_weights(model))
+    merge_lora_weights(model)
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items() if name in after)
 
 

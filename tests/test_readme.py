@@ -76,7 +76,8 @@ def course_folder(asset, tmp_path, monkeypatch):
         shutil.copy(asset(name), tmp_path / "data" / name)
     model = tiny_llama(vocab_size=32000, max_seq_len=256)
     write_checkpoint(tmp_path / "stories42M.pt", model.state_dict(), model.config)
-    monkeypatch.setattr(tokenizer, "DEFAULT_PATHS", (asset("course/tokenizer.model"),))
+    shutil.copy(asset("course/tokenizer.model"), tmp_path / "data")
+    monkeypatch.setattr(tokenizer, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -99,7 +100,8 @@ def test_the_first_command_writes_what_the_readme_shows_with_nothing_fetched(tmp
 
 def test_the_sanity_check_prints_what_the_readme_shows(tmp_path, monkeypatch):
     shown = next(text for language, text in BLOCKS if not language and "tests/conformance" in text)
-    monkeypatch.setattr(sanity_check, "found_references", list)
+    missing = [Path("data/reference") / name for name in sanity_check.COURSE_REFERENCES]
+    monkeypatch.setattr(sanity_check, "course_references", lambda: missing)
     monkeypatch.chdir(tmp_path)
 
     def shape(text):

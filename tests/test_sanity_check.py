@@ -55,11 +55,16 @@ def test_a_difference_is_shown_and_gives_exit_code_1(course_like, capsys):
 
 def test_with_nothing_fetched_it_checks_the_tiny_model_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sanity_check, "found_references", list)
+    missing = [Path("data/reference") / name for name in sanity_check.COURSE_REFERENCES]
+    monkeypatch.setattr(sanity_check, "course_references", lambda: missing)
     assert sanity_check.main([]) == 0
     out = capsys.readouterr().out
     assert "tests/conformance" in out and "agrees" in out
     assert "python fetch_data.py references" in out and "python fetch_data.py checkpoint" in out
+    assert out.splitlines()[-1] == (
+        "2 of 5 references compared, all agree; 3 not compared: data/reference and stories42M.pt are missing"
+    )
+    assert sanity_check.main(["--strict"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -68,14 +73,55 @@ def test_with_nothing_fetched_it_checks_the_tiny_model_and_says_what_is_missing(
 def test_the_courses_own_files_tell_their_attention(asset, tmp_path, monkeypatch, capsys, edition, attention):
     path = asset(f"course/reference/sanity_check_{edition}.data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sanity_check, "found_references", lambda: [path])
+    monkeypatch.setattr(sanity_check, "course_references", lambda: [path])
     assert sanity_check.main([]) == 0
-    assert f"{path} ({attention} attention)\n    not compared, for want of stories42M.pt" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{path} ({attention} attention)\n    not compared: stories42M.pt is missing" in out
+    assert out.endswith("\n2 of 3 references compared, all agree; 1 not compared: stories42M.pt is missing\n")
+
+
+def check(name="a", agrees=True, not_compared=""):
+    return sanity_check.Check(name, agrees, not_compared)
+
+
+@pytest.mark.parametrize(
+    ("checks", "wanted", "code", "strict"),
+    [
+        ([check(), check()], "2 of 2 references compared, all agree", 0, 0),
+        ([check(), check("b", False)], "2 of 2 references compared, 1 DIFFER: b", 1, 1),
+        (
+            [check(), *[check("c", True, "m.pt is missing")] * 3],
+            "1 of 4 references compared, all agree; 3 not compared: m.pt is missing",
+            0,
+            3,
+        ),
+        (
+            [check("b", False), check("c", True, "m.pt is missing"), check("d", True, "d is missing")],
+            "1 of 3 references compared, 1 DIFFER: b; 1 not compared: m.pt is missing; 1 not compared: d is missing",
+            1,
+            1,
+        ),
+        ([check("c", True, "gone")], "0 of 1 references compared; 1 not compared: gone", 0, 3),
+        ([check("c", False, "of another model")], "0 of 1 references compared; 1 not compared: of another model", 1, 1),
+    ],
+)
+def test_the_last_line_is_the_verdict_and_decides_the_exit_code(monkeypatch, capsys, checks, wanted, code, strict):
+    monkeypatch.setattr(sanity_check, "run", lambda *_: checks)
+    assert sanity_check.main([]) == code and capsys.readouterr().out == f"{wanted}\n"
+    assert sanity_check.main(["--strict"]) == strict
+
+
+def test_with_the_checkpoint_every_reference_is_compared(course_like, tmp_path, monkeypatch, capsys):
+    arguments = course_like("rmsnorm", True)
+    (tmp_path / "other.data").write_bytes((tmp_path / "sanity_check.data").read_bytes())
+    monkeypatch.setattr(sanity_check, "course_references", lambda: sorted(tmp_path.glob("*.data")))
+    assert sanity_check.main([*arguments[:2], "--strict"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "4 of 4 references compared, all agree"
 
 
 def test_a_model_that_computes_something_else_fails_the_conformance_check(monkeypatch, capsys):
     monkeypatch.setattr("rope.rotary_table", lambda *_: torch.ones(64, 4, dtype=torch.complex64))
-    assert sanity_check.check_conformance() is False
+    assert sanity_check.check_conformance().agrees is False
     assert "DIFFERS" in capsys.readouterr().out
 
 
@@ -132,8 +178,8 @@ def test_tensors_that_are_no_outputs_give_one_line_with_a_checkpoint_and_without
     arguments = course_like("rmsnorm", True)
     torch.save({"logits": logits, "hidden_states": hidden}, tmp_path / "bad.data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sanity_check, "found_references", lambda: [tmp_path / "bad.data"])
-    monkeypatch.setattr(sanity_check, "check_conformance", lambda: True)
+    monkeypatch.setattr(sanity_check, "course_references", lambda: [tmp_path / "bad.data"])
+    monkeypatch.setattr(sanity_check, "check_conformance", check)
     for argv in ([*arguments[:2], "bad.data"], []):
         assert sanity_check.main(argv) == 2
         error = capsys.readouterr().err
@@ -184,7 +230,7 @@ def pretend_the_reference_is_of_this_model():
 
 
 def test_the_bundled_model_agrees_with_float64_numpy(bundled, capsys):
-    assert sanity_check.check_bundled() is True
+    assert sanity_check.check_bundled().agrees is True
     out = capsys.readouterr().out
     assert out.startswith("model.safetensors, the bundled model (LayerNorm, causal attention)\n    agrees: ")
     for what in ("last logits", "hidden states", "log-probabilities", "greedy tokens 0.0e+00"):
@@ -206,7 +252,7 @@ def test_a_changed_weight_of_the_bundled_model_is_caught(bundled, capsys, name):
         bundled.get_parameter(name).flatten()[5] += 0.05
     write_bundled(bundled)
     pretend_the_reference_is_of_this_model()
-    assert sanity_check.check_bundled() is False
+    assert sanity_check.check_bundled().agrees is False
     assert "DIFFERS" in capsys.readouterr().out
 
 
@@ -221,13 +267,13 @@ def test_another_convention_of_the_bundled_model_is_caught(bundled, capsys, chan
     changed.load_state_dict(same, strict=False)
     write_bundled(changed)
     pretend_the_reference_is_of_this_model()
-    assert sanity_check.check_bundled() is False
+    assert sanity_check.check_bundled().agrees is False
     assert "DIFFERS" in capsys.readouterr().out
 
 
 def test_a_reference_of_another_model_is_told_and_gives_exit_code_1(bundled, monkeypatch, capsys):
-    monkeypatch.setattr(sanity_check, "found_references", list)
-    monkeypatch.setattr(sanity_check, "check_conformance", lambda: True)
+    monkeypatch.setattr(sanity_check, "course_references", list)
+    monkeypatch.setattr(sanity_check, "check_conformance", check)
     assert sanity_check.main([]) == 0
     write_bundled(tiny_llama(seed=1, norm="layernorm", causal=True))
     capsys.readouterr()
@@ -239,16 +285,16 @@ def test_a_reference_of_another_model_is_told_and_gives_exit_code_1(bundled, mon
 
 def test_a_bundled_model_that_is_missing_is_passed_over_and_its_reference_is_not(bundled, capsys):
     sanity_check.BUNDLED_EXPECTED.unlink()
-    assert sanity_check.check_bundled() is False
-    assert "expected.safetensors is not here; python tests/make_bundled_reference.py" in capsys.readouterr().out
+    assert sanity_check.check_bundled().agrees is False
+    assert "expected.safetensors is missing; python tests/make_bundled_reference.py" in capsys.readouterr().out
     sanity_check.BUNDLED.unlink()
-    assert sanity_check.check_bundled() is True
-    assert capsys.readouterr().out.startswith("The bundled model model.safetensors is not here")
+    assert sanity_check.check_bundled().agrees is True
+    assert capsys.readouterr().out.startswith("The bundled model model.safetensors is missing")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x02" + b"\0" * 7 + b"{}"], ids=["empty", "text", "bare"])
 def test_a_damaged_reference_of_the_bundled_model_gives_one_line_and_exit_code_2(bundled, monkeypatch, capsys, content):
-    monkeypatch.setattr(sanity_check, "check_conformance", lambda: True)
+    monkeypatch.setattr(sanity_check, "check_conformance", check)
     sanity_check.BUNDLED_EXPECTED.write_bytes(content)
     assert sanity_check.main([]) == 2
     assert re.fullmatch(r".*expected\.safetensors is damaged .*\n", capsys.readouterr().err)
