@@ -17,7 +17,16 @@ from tqdm import tqdm
 from checkpoint import FineTuned, read_checkpoint, read_fine_tuned, write_checkpoint
 from classifier import MergedClasses
 from dataset import Row, class_names, has_gold_labels, read_labels, read_rows, write_predictions
-from environment import adopt, check_alone, choose_device, choose_dtype, load_classifier, report, tokenize_data
+from environment import (
+    adopt,
+    check_alone,
+    choose_device,
+    choose_dtype,
+    load_classifier,
+    report,
+    report_next,
+    tokenize_data,
+)
 from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
 from html_page import chart, colour, document
@@ -107,6 +116,8 @@ def wise_ft(args: argparse.Namespace) -> None:
             wise_ft=mixed,
             **described,
         )
+        report(f"wrote {args.model_out}, the model at alpha {alpha:g}")
+        report_next("--option", "classify", "--finetuned", args.model_out, "--prompt", "your sentence")
 
 
 def labels_of(args: argparse.Namespace, found: FineTuned) -> dict[str, str | None]:

@@ -9,13 +9,16 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that complains in one line and exits with status 2; its help keeps the text as laid out."""
+    """An argument parser that complains in one line, names the nearest right word, and exits with status 2; `-` and `_`
+    are the same in the name of a flag. Its help keeps the text as laid out.
+    """
 
     source = ""  # where arguments come from that were not typed, for what is said of them
 
@@ -24,17 +27,66 @@ class OneLineParser(argparse.ArgumentParser):
         # What argparse takes for a value though it begins with "-": not -1 alone, but -1,0 and -1e-3, too.
         self._negative_number_matcher = re.compile(r"-\.?[0-9]")
 
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self._spelled(sys.argv[1:] if args is None else args), namespace)
+
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            hint = f"; the nearest is {near[0]}" if near and name.startswith("-") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
         return found
+
+    def _spelled(self, args: Iterable[str]) -> list[str]:
+        """The arguments with the names of flags as they were declared, whichever of `-` and `_` were typed in them."""
+        declared = {plain(name): name for name in self._option_string_actions}
+        args = list(args)
+        for i, argument in enumerate(args):
+            if argument == "--":
+                break
+            name, sign, value = argument.partition("=")
+            if name.startswith("--"):
+                args[i] = declared.get(plain(name), name) + sign + value
+        return args
+
+    def _meant(self, argument: str) -> str:
+        """What was probably meant by an argument that is none: the nearest flag, or the flag that takes such a word."""
+        name = argument.partition("=")[0]
+        if name.startswith("-"):
+            return nearest(name, self._option_string_actions)
+        meant = self._spelled([f"--{name}"])
+        if meant[0] not in self._option_string_actions:
+            flags = [action for action in self._actions if action.option_strings and action.choices]
+            words = [(action.option_strings[0], closest(name, action.choices or ())) for action in flags]
+            meant = [f"{flag} {word}" for flag, word in words if word]
+        return f"; did you mean {meant[0]}?" if meant else "; the name of a flag begins with --"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            message = f"invalid choice: {value!r}{nearest(str(value), choices)} (choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, message)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {self.source}{message}; see python {self.prog} --help\n")
+
+
+def plain(name: str) -> str:
+    """A name with `_` for each `-` behind its beginning."""
+    stem = name.lstrip("-")
+    return name[: len(name) - len(stem)] + stem.replace("-", "_")
+
+
+def closest(name: str, known: Iterable[Any]) -> str | None:
+    """The known name that is most like the one typed; None if none is like it."""
+    by_plain = {plain(str(one)).lower(): str(one) for one in known}
+    near = difflib.get_close_matches(plain(name).lower(), by_plain, n=1, cutoff=0.5)
+    return by_plain[near[0]] if near else None
+
+
+def nearest(name: str, known: Iterable[Any]) -> str:
+    """`; the nearest is NAME`, or nothing."""
+    near = closest(name, known)
+    return f"; the nearest is {near}" if near else ""
 
 
 def into_and_seed(parser: OneLineParser, arguments: list[str] | None, here: Path) -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Container
 from pathlib import Path
@@ -42,6 +43,11 @@ def report(line: str) -> None:
     """Prints a line about the run to stderr, once however many processes there are; stdout is for its result."""
     if IS_MAIN:
         print(line, file=sys.stderr, flush=True)
+
+
+def report_next(*arguments: str) -> None:
+    """Tells how to use what was just made: a command of run_llama.py with these arguments, to be typed or pasted."""
+    report(f"next        {shlex.join(['python', as_typed(HERE / 'run_llama.py'), *arguments])}")
 
 
 def check_alone(args: argparse.Namespace) -> None:
@@ -173,20 +179,22 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     return Tokenizer(tokenizer_model=path)
 
 
-def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -> None:
+def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -> list[str]:
     """Writes `content`, of the tokenizer's file, beside the model of which it is; a tokenizer.json, which says itself
-    what its marks are only with other files beside it, stays where it is. Tells where to look for it.
+    what its marks are only with other files beside it, stays where it is. Tells where to look for it; returns the
+    arguments that open the model with it.
     """
     from files import atomic_file
 
     beside = Path(tokenizer_beside(model_out))
     if tokenizer.kind == "huggingface":
         report(f"its tokenizer stays where it is; name it with --tokenizer {tokenizer.path}")
-        return
+        return ["--pretrained-model-path", model_out, "--tokenizer", str(tokenizer.path)]
     if not (beside.exists() and beside.samefile(tokenizer.path)):
         with atomic_file(beside, "wb") as file:
             file.write(content)
     report(f"its tokenizer is {beside}")
+    return ["--pretrained-model-path", model_out]
 
 
 def tokenize_data(

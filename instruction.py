@@ -20,6 +20,7 @@ from environment import (
     print_header,
     put_tokenizer_beside,
     report,
+    report_next,
     settings_of,
 )
 from evaluation import DTYPES, answer_prompts, describe_answers
@@ -120,7 +121,7 @@ def instruct(args: argparse.Namespace) -> None:
         model = train(llama.to(device), task, settings, run, processes=processes, write_best=write_best, log=log)
         if processes.is_main:  # from the file, for what was trained may be in shards
             write_model(args, load_llama(args, checkpoint, dtype), read_torch(run.best_path)["model"])
-            put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
+            opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
         for split, path in (("dev", args.dev_out), ("test", args.test_out)):
             if examples := data.get(split):
                 answers = answer_prompts(
@@ -136,3 +137,5 @@ def instruct(args: argparse.Namespace) -> None:
                 if processes.is_main:
                     print(f"{split} {describe_answers(answers, examples)} ({len(examples)} rows)", flush=True)
                     write_answers(path, answers, examples)
+        if processes.is_main:
+            report_next(*opened, "--temperature", "0", "--prompt", data["dev"][0].prompt)

@@ -27,6 +27,7 @@ from environment import (
     put_tokenizer_beside,
     ready,
     report,
+    report_next,
     settings_of,
 )
 from evaluation import DTYPES, score_documents
@@ -52,6 +53,10 @@ def tokenizer(args: argparse.Namespace) -> None:
     report(f"training a tokenizer of {size} pieces on {', '.join(paths)}")
     train_tokenizer(paths, size, args.model_out, args.seed)
     report(f"wrote {args.model_out}")
+    report_next(
+        *("--option", "pretrain", "--tokenizer", args.model_out, "--corpus", *args.corpus),
+        *("--model_out", str(Path(args.model_out).with_name("my-model.safetensors"))),
+    )
 
 
 def new_config(args: argparse.Namespace, vocab_size: int) -> LlamaConfig:
@@ -167,7 +172,8 @@ def pretrain(args: argparse.Namespace) -> None:
                 args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype or "fp32"]
             )
             report(f"wrote {args.model_out}")
-            put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
+            opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
+            report_next(*opened, "--temperature", "0.8", "--prompt", args.sample_prompt)
 
 
 def perplexity(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from environment import (
     open_checkpoint,
     print_header,
     report,
+    report_next,
     settings_of,
     tokenize_data,
 )
@@ -184,6 +185,9 @@ def classify(args: argparse.Namespace) -> None:
                 add_lora(args, head, "" if asked else ", beside the head")
             model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
         predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
+        if args.option != "prompt":
+            report(f"wrote {best_model_path(args)}, the model that is best on dev")
+            report_next("--option", "classify", "--finetuned", best_model_path(args), "--prompt", "your sentence")
 
 
 def fine_tune(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,14 @@ class Program:
 
     def files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+
+def next_command(err: str) -> list[str]:
+    """The arguments of the command that a run ends with, which says what its model is for."""
+    told = err.rstrip().splitlines()[-1]
+    python, script, *arguments = shlex.split(told.removeprefix("next "))
+    assert told.startswith("next ") and python == "python" and Path(script).resolve() == ROOT / "run_llama.py"
+    return arguments
 
 
 @pytest.fixture(scope="session")

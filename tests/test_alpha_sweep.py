@@ -13,7 +13,7 @@ from torch import nn
 import alpha_sweep
 from checkpoint import read_checkpoint, write_checkpoint
 from classifier import LlamaEmbeddingClassifier, MergedClasses
-from conftest import tiny_llama
+from conftest import next_command, tiny_llama
 from dataset import read_rows, tokenize_rows
 from evaluation import evaluate
 from llama import load_pretrained
@@ -156,6 +156,8 @@ def test_the_model_it_writes_is_a_fine_tuned_one_with_that_score(command):
     best = max(curve(command.folder), key=lambda line: (line["dev"], line["alpha"]))
     assert saved["wise_ft"]["alpha"] == best["alpha"] and saved["head"] == "prompt"
     assert not any("lora" in name for name in saved["model"])
+    assert next_command(err)[:4] == ["--option", "classify", "--finetuned", "mixed.pt"]
+    assert main(next_command(err)) == 0
     code, again, err = wise_ft(command, "--alphas", "1", "--dev_out", "e.txt", finetuned="mixed.pt")
     assert code == 0 and same_files(command, ["d.txt"], ["e.txt"]), err
     assert out.splitlines()[-2:] == again.splitlines()[-2:]

@@ -21,7 +21,7 @@ import tasks
 import training
 from adapters import read_adapter
 from checkpoint import write_checkpoint
-from conftest import CONFORMANCE, ROOT, tiny_llama
+from conftest import CONFORMANCE, ROOT, next_command, tiny_llama
 from dataset import read_rows
 from llama import load_pretrained
 from lora import lora_layers
@@ -367,6 +367,20 @@ def test_an_option_prints_scores_and_writes_predictions(command, option, pooling
         assert [line[1:] for line in lines] == [line[1:] for line in source]
         accuracy = sum(a[0] == b[0] for a, b in zip(lines, source, strict=True)) / len(source)
         assert f"{split} accuracy {accuracy:.3f}" in out  # what is written is what was scored
+
+
+@pytest.mark.parametrize("option", ["finetune", "lora"])
+def test_after_training_it_says_where_the_model_is_and_the_command_that_asks_it_works(command, option):
+    code, _, err = command(option)
+    assert code == 0 and f"wrote {option}-1-0.001.pt, the model that is best on dev" in err
+    arguments = next_command(err)
+    assert arguments[:4] == ["--option", "classify", "--finetuned", f"{option}-1-0.001.pt"]
+    assert main(arguments) == 0
+    assert re.fullmatch(r"(bad|good) 0\.\d{3} \|\|\| your sentence\n", command.capsys.readouterr().out)
+
+
+def test_after_prompting_there_is_no_model_to_name(command):
+    assert "next " not in command("prompt")[2]
 
 
 def test_fine_tuning_learns_and_predicts_with_the_best_model(command):

@@ -14,7 +14,7 @@ import torch
 import tasks
 from adapters import read_adapter
 from checkpoint import read_checkpoint, write_checkpoint
-from conftest import ADJECTIVES, ANIMALS, ROOT, Program, tiny_llama
+from conftest import ADJECTIVES, ANIMALS, ROOT, Program, next_command, tiny_llama
 from evaluation import answer_prompts, describe_answers
 from instruction_data import read_examples, tokenize_examples
 from llama import load_pretrained
@@ -80,7 +80,8 @@ def test_a_model_is_written_that_gives_the_answers_in_the_files(command):
         lines.append(f"{split} {describe_answers(answers, examples)} ({len(examples)} rows)\n")
     assert out == "".join(lines)
     prompt = some_lines(1, 17)[0]["prompt"]
-    arguments = ["--pretrained-model-path", "out.safetensors", "--prompt", prompt, "--temperature", "0"]
+    arguments = next_command(err)
+    assert arguments == ["--pretrained-model-path", "out.safetensors", "--temperature", "0", "--prompt", prompt]
     code, out, _ = command(*arguments, "--max_new_tokens", "4")
     predicted = json.loads((command.folder / "sft-dev-answers.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert code == 0 and out.split() == f"{prompt} {predicted['predicted']}".split()

@@ -209,7 +209,25 @@ def test_the_page_of_the_examples_names_each():
         (["--lora_target", "mlp"], "unrecognized arguments: --lora_target mlp; the nearest is --lora_targets; see"),
         (["--lora-rnk=3", "b"], "unrecognized arguments: --lora-rnk=3 b; the nearest is --lora_rank; see"),
         (["--zzzzzzzzzz"], "unrecognized arguments: --zzzzzzzzzz; see"),
-        (["lora_rank"], "unrecognized arguments: lora_rank; see"),
+        (["lora_rank"], "unrecognized arguments: lora_rank; did you mean --lora_rank?; see"),
+        (["finetune", "--lr", "1"], "unrecognized arguments: finetune; did you mean --option finetune?; see"),
+        (["fine-tune"], "unrecognized arguments: fine-tune; did you mean --option finetune?; see"),
+        (["zzzzzzzz"], "unrecognized arguments: zzzzzzzz; the name of a flag begins with --; see"),
+        (["-option", "lora"], "unrecognized arguments: -option lora; the nearest is --option; see"),
+        (
+            ["--option", "Fine-Tune"],
+            "argument --option: invalid choice: 'Fine-Tune'; the nearest is finetune (",
+        ),
+        (["--option=pretrian"], "argument --option: invalid choice: 'pretrian'; the nearest is pretrain (choose from"),
+        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'; the nearest is fp16 (choose from auto,"),
+        (
+            ["--lora_targets", "atention"],
+            "argument --lora_targets: invalid choice: 'atention'; the nearest is attention",
+        ),
+        (
+            ["--decoder", "zzzz"],
+            "argument --decoder: invalid choice: 'zzzz' (choose from sample, beam, contrastive,",
+        ),
         (["--ood_classes", "-1,-1"], "argument --ood_classes: '-1,-1' is not allowed; it must be a class number"),
         (["--lr", "-1e-3"], "argument --lr: '-1e-3' is not allowed; it must be a number above 0"),
         (["--ood", "-a"], "argument --ood: expected at least one argument; see"),
@@ -220,6 +238,21 @@ def test_what_is_not_understood_gets_one_line(capsys, typed, message):
         parse_options(typed)
     line = capsys.readouterr().err
     assert line.startswith(f"run_llama.py: error: {message}") and line.count("\n") == 1
+
+
+def test_a_dash_and_an_underscore_are_the_same_in_every_flag():
+    for name, action in actions().items():
+        for typed in action.option_strings:
+            variants = {typed.replace("_", "-"), "--" + typed[2:].replace("-", "_")} - {"-h"}
+            if action.nargs == 0 or name == "help":
+                continue
+            values = {build_parser()._spelled([variant])[0] for variant in variants}
+            assert values <= set(action.option_strings), name
+    mixed = ["--max-new-tokens", "5", "--label_names=a_b-c.json", "--generated_sentence-low_temp-out", "x-y_z"]
+    args, typed = parse_options(["--use-gpu", *mixed])
+    assert (args.use_gpu, args.max_new_tokens, args.label_names) == (True, 5, "a_b-c.json")
+    assert args.generated_sentence_low_temp_out == "x-y_z"
+    assert typed == {"use_gpu", "max_new_tokens", "label_names", "generated_sentence_low_temp_out"}
 
 
 def test_a_value_may_begin_with_a_negative_number():

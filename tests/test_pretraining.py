@@ -17,7 +17,7 @@ import torch
 
 import tasks
 from checkpoint import read_checkpoint, write_checkpoint
-from conftest import ROOT, Program, some_stories, tiny_llama
+from conftest import ROOT, Program, next_command, some_stories, tiny_llama
 from documents import DOCUMENT_END
 from llama import load_pretrained
 from run_directory import RunDirectory
@@ -120,6 +120,24 @@ def test_seed_dropout_and_adams_memory_reach_the_training(command, option):
         losses[value] = [line["loss"] for line in command.metrics(f"run{value}") if "loss" in line][:3]
     first, second = losses.values()
     assert first[2] != second[2] and (first[0] != second[0]) == (option != "adam_beta2")
+
+
+def test_what_was_written_generates_by_the_command_that_is_told(command):
+    _, _, err = command.pretrain("--sample_prompt", "the big")
+    arguments = next_command(err)
+    assert arguments == ["--pretrained-model-path", "out.safetensors", "--temperature", "0.8", "--prompt", "the big"]
+    code, out, _ = command(*arguments)
+    assert code == 0 and out.startswith("the big")
+
+
+def test_a_new_tokenizer_is_told_with_the_command_that_trains_with_it(command):
+    _, _, err = command(
+        "--option", "tokenizer", "--corpus", "stories.txt", "--vocab_size", "300", "--model_out", "n.model"
+    )
+    arguments = next_command(err)
+    assert arguments[:4] == ["--option", "pretrain", "--tokenizer", "n.model"]
+    code, _, err = command(*arguments, *SIZES, "--max_steps", "1", "--batch_size", "1", "--dtype", "fp32")
+    assert code == 0 and (command.folder / "my-model.safetensors").is_file(), err
 
 
 def test_what_was_written_generates_with_the_tokenizer_beside_it(command):
