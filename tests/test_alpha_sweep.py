@@ -17,6 +17,7 @@ from conftest import next_command, tiny_llama
 from dataset import read_rows, tokenize_rows
 from evaluation import evaluate
 from llama import load_pretrained
+from run_llama import main
 from test_cli import Command, outputs, text
 from tokenizer import Tokenizer
 
