@@ -95,10 +95,6 @@ def wise_ft(args: argparse.Namespace) -> None:
     alpha, dev = args.alphas[best], curve[best][0]
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
     tested = judged(test, alpha)
-    print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
-    print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
-    print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
-
     accuracies = [[one.accuracy for one in scores] for scores in curve]
     write_curve(args, sets, accuracies)
     for path, judgement, rows in ((args.dev_out, dev, sets[0].rows), (args.test_out, tested, test.rows)):
@@ -116,6 +112,10 @@ def wise_ft(args: argparse.Namespace) -> None:
             wise_ft=mixed,
             **described,
         )
+    print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
+    print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
+    print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
+    if args.model_out:
         report(f"wrote {args.model_out}, the model at alpha {alpha:g}")
         report_next("--option", "classify", "--finetuned", args.model_out, "--prompt", "your sentence")
 

@@ -1,6 +1,4 @@
-"""Texts from the keyboard, a pipe or a file, to be continued or classified, and whether what comes of them can be
-printed.
-"""
+"""Texts from the keyboard, a pipe or a file, to be continued or classified."""
 
 from __future__ import annotations
 
@@ -16,17 +14,11 @@ from environment import report
 HISTORY = Path.home() / ".mini-llama-history"  # what was typed in the interactive loop
 
 
-def check_streams(args: argparse.Namespace) -> None:
-    """Has printed as an escape what stdout's encoding cannot say. Raises ValueError if a stream that is needed was
-    closed.
-    """
+def check_stdin(args: argparse.Namespace) -> None:
+    """Raises ValueError if what is to be read from the standard input cannot be, for it is closed."""
     if sys.stdin is None and (args.interactive or args.prompt_file == "-"):
         source = "--interactive" if args.interactive else "--prompt_file -"
         raise ValueError(f"{source} reads the standard input, which is closed; open it, or use --prompt")
-    if sys.stdout is None:
-        raise ValueError("the standard output, where the text goes, is closed; send it to a file: > text.txt")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def show(piece: str) -> None:

@@ -122,6 +122,7 @@ def instruct(args: argparse.Namespace) -> None:
         if processes.is_main:  # from the file, for what was trained may be in shards
             write_model(args, load_llama(args, checkpoint, dtype), read_torch(run.best_path)["model"])
             opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
+        lines = []
         for split, path in (("dev", args.dev_out), ("test", args.test_out)):
             if examples := data.get(split):
                 answers = answer_prompts(
@@ -134,8 +135,9 @@ def instruct(args: argparse.Namespace) -> None:
                     processes=processes,
                     name=split,
                 )
-                if processes.is_main:
-                    print(f"{split} {describe_answers(answers, examples)} ({len(examples)} rows)", flush=True)
+                lines.append(f"{split} {describe_answers(answers, examples)} ({len(examples)} rows)")
+                if processes.is_main:  # before anything is printed that might fail
                     write_answers(path, answers, examples)
         if processes.is_main:
+            print("\n".join(lines), flush=True)
             report_next(*opened, "--temperature", "0", "--prompt", data["dev"][0].prompt)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from checkpoint import read_fine_tuned
-from console import check_streams, lines_typed, prompts_of, speaks_utf8
+from console import check_stdin, lines_typed, prompts_of, speaks_utf8
 from dataset import LINE_END, SEPARATOR, Row
 from environment import adopt, check_alone, choose_device, choose_dtype, load_classifier, report, tokenize_data
 from evaluation import class_log_probs
@@ -19,7 +19,7 @@ def label_sentences(args: argparse.Namespace) -> None:
     probabilities of all classes.
     """
     check_alone(args)
-    check_streams(args)
+    check_stdin(args)
     sentences = [] if args.interactive else prompts_of(args)
     if labelled := sum(re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences):
         report(

@@ -124,6 +124,13 @@ def writes_two_files(args: argparse.Namespace) -> bool:
     return args.temperature is None and args.decoder == "sample" and not any(other)
 
 
+def only_prints(args: argparse.Namespace) -> bool:
+    """Whether all that an option has to give goes to stdout."""
+    if args.option == "generate":
+        return not writes_two_files(args) and not args.explain
+    return args.option in ("classify", "perplexity")
+
+
 def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `lora.apply_lora` that the options ask for."""
     targets = [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from display import Display, safe_display
 from environment import (
     IS_MAIN,
     PROCESSES,
@@ -31,7 +32,7 @@ from environment import (
 )
 from option_checks import check_options, output_files
 from option_table import MAY_DIFFER, RUNS, TRAINING
-from options import best_model_path, flag, in_force, parse_options
+from options import best_model_path, flag, in_force, only_prints, parse_options
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -71,12 +72,12 @@ def predict(
     processes: Processes,
     log: Callable[[str], None] = report,
 ) -> None:
-    """Classifies dev and test, prints the scores, and writes both prediction files at the end."""
+    """Classifies dev and test, writes both prediction files, then prints the scores."""
     from dataset import write_predictions
     from evaluation import describe, describe_chance, describe_classes, evaluate
 
     outputs = {"dev": args.dev_out, "test": args.test_out}
-    results = {}
+    results, seconds = {}, {}
     for split in outputs:
         start = time.perf_counter()
         results[split] = evaluate(
@@ -89,17 +90,18 @@ def predict(
             processes=processes,
             name=split,
         )
-        seconds = time.perf_counter() - start
-        if processes.is_main:
-            chance = describe_chance(results[split], data[split], len(label_names)) if args.option == "prompt" else ""
-            line = f"{split} {describe(results[split])} ({len(data[split])} rows)"
-            print(f"{line}; {chance}" if chance else line, flush=True)
-        log(f"{split} took {seconds:.1f} s")
-        if classes := describe_classes(results[split], data[split], label_names):
-            log(f"\n{classes}\n")
-    if processes.is_main:
+        seconds[split] = time.perf_counter() - start
+    if processes.is_main:  # before anything is printed that might fail
         for split, path in outputs.items():
             write_predictions(path, results[split].predictions, data[split])
+    for split, result in results.items():
+        if processes.is_main:
+            chance = describe_chance(result, data[split], len(label_names)) if args.option == "prompt" else ""
+            line = f"{split} {describe(result)} ({len(data[split])} rows)"
+            print(f"{line}; {chance}" if chance else line, flush=True)
+        log(f"{split} took {seconds[split]:.1f} s")
+        if classes := describe_classes(result, data[split], label_names):
+            log(f"\n{classes}\n")
 
 
 def zero_shot(
@@ -331,8 +333,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one option; the exit code is 0, 2 for bad input (one line on stderr), or 128 and the number of the signal
     that stopped it (Ctrl-C: 130).
     """
-    if sys.stderr is None:  # closed by the caller; progress bars and the header have to go somewhere
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with safe_display() as stdout:
+        code = run(argv, stdout)
+        if code == 0 and stdout.lost:
+            report(f"notice: what was printed is lost ({stdout.lost}); every file is written")
+        return code
+
+
+def run(argv: list[str] | None, stdout: Display) -> int:
+    """What `main` says, on a display that is safe."""
     args, typed = parse_options(argv)
     args.processes = PROCESSES
     try:
@@ -341,14 +350,17 @@ def main(argv: list[str] | None = None) -> int:
         else:
             fall_back(args, typed)
         check_options(args)
+        stdout.needed = only_prints(args)
+        if stdout.needed and stdout.closed_before:
+            raise ValueError("the standard output, where the result goes, is closed; send it to a file: > text.txt")
         from files import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
         if args.option in TRAINING and not args.resume:
             name_run(args)
         run_option(args)
+        stdout.flush()
     except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         # From every process, for the cause may be in one of them only.

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import generation
-from console import check_streams, lines_typed, prompts_of, show, speaks_utf8
+from console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
 from dataset import pad
 from environment import ready, report
 from explanation import Explanation
@@ -261,7 +261,7 @@ def encode(args: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict[s
 
 def generate(args: argparse.Namespace) -> None:
     """generate: continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
-    check_streams(args)
+    check_stdin(args)
     texts = [] if args.interactive else prompts_of(args)
     llama, tokenizer, device, dtype = ready(args)
     context, causal = llama.config.max_seq_len, llama.config.causal
