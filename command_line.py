@@ -1,4 +1,5 @@
-"""What the commands share: a parser that complains in one line, and types of options that say what is allowed.
+"""What the commands share: a parser that complains in one line, types of options that say what is allowed, the numbers
+that torchrun gives its processes, and locks.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -8,11 +9,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -122,3 +129,60 @@ SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value
 POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = number(float, "0 or a number above", lambda value: 0 <= value < math.inf)
 FRACTION = number(float, "in [0, 1)", lambda value: 0 <= value < 1)
+
+
+class Process(NamedTuple):
+    """This process's number among those that torchrun started, of how many, and its number on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def this_process() -> Process:
+    """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK. One process, unless both of the first two are set; without
+    LOCAL_RANK the rank stands for it. Raises ValueError for a value that is no number, or out of range.
+    """
+    rank, world, local_rank = map(_from_environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank is None or world is None or (rank, world) == (0, 1):
+        return Process()
+    if world < 1 or not 0 <= rank < world or (local_rank is not None and local_rank < 0):
+        raise ValueError(
+            f"the environment has RANK={rank}, WORLD_SIZE={world}, LOCAL_RANK={local_rank}; a rank must be from 0 to "
+            "WORLD_SIZE - 1: start several processes with torchrun, or type `unset RANK WORLD_SIZE` for one"
+        )
+    return Process(rank, world, rank if local_rank is None else local_rank)
+
+
+def _from_environment(name: str) -> int | None:
+    """The number in an environment variable; None if it is missing or empty."""
+    text = os.environ.get(name, "").strip()
+    try:
+        return int(text) if text else None
+    except ValueError:
+        raise ValueError(
+            f"the environment variable {name} is {text[:40]!r}; it must be a whole number, as torchrun sets it: type "
+            f"`unset {name}` to run one process"
+        ) from None
+
+
+def try_lock(file: IO[Any] | int, wait: bool = False) -> bool:
+    """Locks an open file or folder until it is closed or the process dies; False if another has locked it and this one
+    is not to wait. Where the system or the file system knows no locks, nothing is locked, and that is True.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # an old network file system, for one
+        pass
+    return True
+
+
+def is_still_at(path: Path, file: IO[Any]) -> bool:
+    """Whether the open `file` is what lies at `path`, and was not removed or replaced since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from command_line import this_process
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ class Processes:
 def started(device: torch.device, fsdp: bool) -> Iterator[Processes]:
     """The processes that torchrun started, ready to talk: gloo on CPU, NCCL on CUDA. Alone without torchrun.
 
-    Raises ValueError if a shard for each process is asked for where there is one process.
+    Raises ValueError if a shard for each process is asked for where there is one process, or the processes cannot meet.
     """
-    if "RANK" not in os.environ:
+    if this_process().world == 1:
         if fsdp:
             raise ValueError("--fsdp needs several processes; start it as torchrun --nproc_per_node=2 run_llama.py ...")
         yield Processes()
@@ -103,7 +104,13 @@ def started(device: torch.device, fsdp: bool) -> Iterator[Processes]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The others wait while one tokenizes, which may take hours; that one has died torchrun sees sooner than this.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    except ValueError as error:  # a variable of torchrun's is missing, say MASTER_ADDR
+        raise ValueError(
+            f"the processes cannot meet ({error}); start them with torchrun, or type `unset RANK WORLD_SIZE` for one"
+        ) from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), fsdp)
     finally:

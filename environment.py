@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command_line import this_process
 from option_checks import output_files
 from option_table import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING
 from options import flag, lora_settings, tokenizer_beside, unused
@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
     from config import LlamaConfig
     from dataset import Row
+    from distributed import Processes
     from llama import Llama
     from tokenizer import Tokenizer
     from training import Settings
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun, as is RANK
-IS_MAIN = os.environ.get("RANK", "0") == "0"
 HERE = Path(__file__).resolve().parent
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
 LARGE = 500_000_000  # weights; a model of more is not widened to float32 unasked
@@ -41,7 +40,7 @@ DEMO_DATA = {
 
 def report(line: str) -> None:
     """Prints a line about the run to stderr, once however many processes there are; stdout is for its result."""
-    if IS_MAIN:
+    if this_process().rank == 0:
         print(line, file=sys.stderr, flush=True)
 
 
@@ -56,13 +55,23 @@ def check_alone(args: argparse.Namespace) -> None:
         raise ValueError(f"--option {args.option} runs in one process; start it without torchrun")
 
 
+def agree_on_run(args: argparse.Namespace, processes: Processes) -> None:
+    """Takes the run's folder from the main process, which made it. Raises ValueError if another process has read the
+    options of another run.
+    """
+    folder, *others = processes.gather(args.run_dir)
+    if other := next((other for other in others if other not in (None, folder)), None):
+        raise ValueError(f"one process would resume {folder}, another {other}; name the run's folder with --run_dir")
+    args.run_dir = folder
+
+
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device asked for. Raises ValueError if there is no such device here."""
     import torch
 
     name = args.device if args.device is not None else "cuda" if args.use_gpu else "cpu"
-    if name == "cuda" and PROCESSES > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # a device for each process
+    if name == "cuda" and this_process().world > 1:
+        name = f"cuda:{this_process().local_rank}"  # a device for each process
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -341,7 +350,7 @@ def print_header(
     if names := unused(args):
         report(f"ignored     {', '.join(names)}: without effect for --option {args.option}")
     if args.option in TRAINING:
-        report(f"run         {args.run_dir}{f', {PROCESSES} processes' if PROCESSES > 1 else ''}")
+        report(f"run         {args.run_dir}{f', {args.processes} processes' if args.processes > 1 else ''}")
 
 
 def check_causal(llama: Llama) -> None:

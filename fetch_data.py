@@ -13,7 +13,7 @@ examples:
   python fetch_data.py --source http://host:8000 data stories260K
 
 A file that is there with the right checksum is kept. A download goes to NAME.part, which the next call resumes if it
-broke off, and gets its name when it is complete and verified.
+broke off, and gets its name when it is complete and verified. Two calls for one folder take turns, file by file.
 Exit code: 0 if all is there, but for what is not published and no --source was named to have; 2 if any file failed, 130
 if interrupted.
 """
@@ -28,19 +28,21 @@ import json
 import os
 import re
 import sys
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
-from command_line import OneLineParser
+from command_line import OneLineParser, try_lock
 
 HERE = Path(__file__).resolve().parent
 COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"
@@ -245,10 +247,30 @@ def read_record(into: Path) -> dict[str, str]:
 
 def write_record(into: Path, sums: dict[str, str]) -> None:
     """Replace the record at once; `sha256sum -c data/SHA256SUMS.local` in the project folder reads it too."""
-    fresh = into / f"{RECORD}.part"
-    fresh.parent.mkdir(parents=True, exist_ok=True)
-    fresh.write_text("".join(f"{sha256}  {target}\n" for target, sha256 in sorted(sums.items())), encoding="utf-8")
-    os.replace(fresh, into / RECORD)
+    record = into / RECORD
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{record.name}.", dir=record.parent) as folder:
+        fresh = Path(folder) / record.name
+        fresh.write_text("".join(f"{sha256}  {target}\n" for target, sha256 in sorted(sums.items())), encoding="utf-8")
+        os.replace(fresh, record)
+
+
+@contextmanager
+def alone(into: Path) -> Iterator[None]:
+    """Waits until no other process fetches into the folder: two would mix their bytes in one NAME.part."""
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = os.open(into, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        yield
+        return
+    try:
+        if not try_lock(folder):
+            complain(f"another process is fetching into {into}; waiting until it ends")
+            try_lock(folder, wait=True)
+        yield
+    finally:
+        os.close(folder)
 
 
 def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = False) -> str:
@@ -337,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     for entry in entries:
         try:
-            print(fetch(entry, args.into, source, args.force), flush=True)
+            with alone(args.into):
+                print(fetch(entry, args.into, source, args.force), flush=True)
         except (FetchError, OSError, http.client.HTTPException, ValueError) as error:
             message = explain(error)
             # Without a network every file says the same: the advice is given once.

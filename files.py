@@ -220,17 +220,15 @@ def link_or_copy(source: Path, target: str | PathLike[str]) -> None:
     """Makes the file at `source` known at `target`, too, atomically; a copy where the file system knows no links."""
     if os.path.exists(target) and os.path.samefile(source, target):
         return
-    temporary = Path(f"{os.path.realpath(target)}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    place = Path(os.path.realpath(target))
+    # In a folder of its own, for a link needs a name that is free, and another run may have the same target.
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent) as folder:
+        temporary = Path(folder) / "file"
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-        os.replace(temporary, os.path.realpath(target))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        os.replace(temporary, place)
 
 
 def check_writable(*paths: str | PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from checkpoint import write_checkpoint, write_safetensors
 from distributed import started
 from environment import (
     add_lora,
+    agree_on_run,
     check_causal,
     choose_device,
     choose_dtype,
@@ -78,7 +79,7 @@ def instruct(args: argparse.Namespace) -> None:
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     with started(device, args.fsdp) as processes:
-        args.run_dir = processes.gather(args.run_dir)[0]
+        agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)
         llama = load_llama(args, checkpoint, dtype)

@@ -89,7 +89,7 @@ ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
 DEFAULT_PRESET = "mini"  # the bundled model's sizes
 NEW_MODEL = ("position", "sliding_window", "differential")  # beside its sizes; a checkpoint says them itself
 RUNS = "runs"  # where a run's folder is made
-RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt")
+RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt", "lock")
 # What may differ between runs, and when one is resumed: it changes no number.
 MAY_DIFFER = (
     "config",

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -193,8 +194,8 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
     contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}
     if problems := content_problems(contents, folder / "data"):
         raise Rejected(*problems)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        part = Path(temporary) / out.name
         with zipfile.ZipFile(part, "w") as archive:
             for name, raw in contents.items():
                 info = zipfile.ZipInfo(f"{student}/{name}", date_time=(1980, 1, 1, 0, 0, 0))
@@ -203,8 +204,6 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
                 archive.writestr(info, raw)
         files = check(part, student, folder / "data")
         os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
     return files
 
 

@@ -16,6 +16,7 @@ from corpus import Corpus, Text, held_out_count
 from distributed import Processes, started
 from documents import open_tokens, read_documents, text_files, tokenize_text, train_tokenizer
 from environment import (
+    agree_on_run,
     check_alone,
     check_causal,
     choose_device,
@@ -120,7 +121,7 @@ def pretrain(args: argparse.Namespace) -> None:
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     with started(device, args.fsdp) as processes:
-        args.run_dir = processes.gather(args.run_dir)[0]
+        agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         if args.continued:
             checkpoint = open_checkpoint(args, tokenizer)

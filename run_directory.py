@@ -1,13 +1,15 @@
-"""What a run leaves behind, in one folder: its options, its metrics, its log, and the state to go on from.
+"""A run's folder: its options, its metrics, its log, the state to go on from, and a lock.
 
     options.json     the resolved options, and the versions they ran with
     metrics.jsonl    a line for each step and each epoch
     log.txt          what was told
     last.pt          everything training needs to go on (a folder of shards under FSDP)
     best.pt          the best model so far
+    lock             locked while a process trains the run, whose number it holds; it stays, unlocked
     events.*         the same metrics for TensorBoard, where that is installed
 
-`last` and `best` are replaced whole or not at all: a crash at any moment leaves the one before.
+`last` and `best` are replaced whole or not at all: a crash at any moment leaves the one before. The lock ends with its
+process, however that ends.
 """
 
 from __future__ import annotations
@@ -16,22 +18,115 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from command_line import is_still_at, try_lock
 from files import atomic_file, read_torch, write_json, write_torch
+from option_table import RUN_FILES
+
+_locked: set[Path] = set()  # the lock files that this process has locked
 
 
-def new_run_path(parent: Path, name: str) -> Path:
-    """A folder of its own under `parent` for a run that starts now; nothing is made."""
-    stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
-    candidates = (parent / (stem if i == 1 else f"{stem}-{i}") for i in count(1))
-    return next(path for path in candidates if not path.exists())
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a run's folder. Raises ValueError if another process has locked it, naming that, or it cannot be locked."""
+    path = folder.resolve() / "lock"
+    with _open_lock(folder / "lock") as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        _locked.add(path)
+        try:
+            yield
+        finally:
+            _locked.discard(path)
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """The lock file, made where it is missing, open and locked."""
+    while True:
+        try:
+            file = path.open("a+", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; give another --run_dir") from error
+        is_ours = try_lock(file)
+        file.seek(0)
+        owner = file.read(20).strip()
+        if is_ours and is_still_at(path, file):
+            if owner and not owner.isdigit():
+                file.close()
+                raise ValueError(f"{path} is there already and is no lock of a run; give another --run_dir")
+            return file
+        file.close()
+        if not is_ours:
+            who = f"process {owner}" if owner.isdigit() else "another process"
+            raise ValueError(f"{path.parent} is still being trained by {who}; wait until it ends, or stop it")
+        # Else the process that had it has removed it since.
+
+
+@contextmanager
+def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
+    """Makes and locks the folder of a run that starts now: `named`, or else a new one under `parent`, named by the time
+    and the option. When the block ends without a run in it (no options.json), what was made is removed.
+
+    Raises ValueError if the folder is taken, another process has locked it, or it cannot be made.
+    """
+    stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{option}"
+    for i in count(1):
+        path = Path(named) if named else parent / (stem if i == 1 else f"{stem}-{i}")
+        made = _make_folders(path)
+        if named or path in made:
+            break
+    lock = path / "lock"
+    free = False
+    made_lock = not lock.exists()
+    try:
+        with locked(path):
+            try:
+                RunDirectory(path).check_free()
+                free = True
+                yield path
+            finally:
+                # Under the lock: whoever opened the file meanwhile finds that it is gone, and makes another.
+                if made_lock and not (free and (path / "options.json").exists()):
+                    with suppress(OSError):  # Windows removes no open file
+                        lock.unlink()
+    finally:
+        _remove_empty(made)
+
+
+def _make_folders(path: Path, tries: int = 20) -> list[Path]:
+    """Makes a folder and those above it, as far as they are missing; returns those that it made, the lowest first.
+    Raises ValueError, and leaves none, if it cannot.
+    """
+    made: list[Path] = []
+    for folder in (*reversed(path.parents), path):
+        try:
+            if not folder.is_dir():
+                folder.mkdir()
+                made.insert(0, folder)
+        except OSError as error:
+            # Another process may just have made this folder, or removed one above it that it had made.
+            if isinstance(error, FileExistsError | FileNotFoundError) and tries:
+                return _make_folders(path, tries - 1) + made
+            _remove_empty(made)
+            if folder.is_file():
+                raise ValueError(f"{folder} is a file; --run_dir takes a folder, new or empty") from error
+            raise ValueError(f"{folder} cannot be made: {error.strerror}; give another --run_dir") from error
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # there is something in it, or it is gone
+            folder.rmdir()
 
 
 def latest_run_path(parent: Path) -> Path:
@@ -39,7 +134,13 @@ def latest_run_path(parent: Path) -> Path:
     runs = [path.parent for path in parent.glob("*/options.json")]
     if not runs:
         raise FileNotFoundError(f"there is no run under {parent} to resume; name its folder with --run_dir")
-    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+    def active(run: Path) -> float:
+        """When; the lock says nothing of it, for it is taken by a command that then refuses to go on, too."""
+        files = (run / name for name in RUN_FILES if name != "lock")
+        return max(file.stat().st_mtime for file in files if file.exists())
+
+    return max(runs, key=active)
 
 
 class RunDirectory:
@@ -75,10 +176,9 @@ class RunDirectory:
             raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
 
     def create(self, options: dict[str, Any]) -> None:
-        """Makes the folder and writes `options`."""
+        """Writes `options` into the folder, which is there (`new_run` makes it)."""
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
         write_json(self.path / "options.json", {"options": options, "versions": versions})
 
@@ -133,12 +233,15 @@ class RunDirectory:
 
     def rewind_metrics(self, size: int) -> None:
         """Drops the lines of steps that the saved state does not know, for they will be taken again, and what a save
-        that was killed has left half written. Raises ValueError if lines are missing.
+        that was killed has left half written; under the lock, if this process writes. Raises ValueError if lines are
+        missing, or another process has the lock.
         """
         found = self._metrics_bytes()
         if found < size:
             raise ValueError(f"{self.metrics_path} has {found} of {size} bytes; restore it, or start a new run")
-        if self.writes:
+        if not self.writes:
+            return
+        with nullcontext() if self.path.resolve() / "lock" in _locked else locked(self.path):
             if found > size:
                 os.truncate(self.metrics_path, size)
             for name in (self.last_path.name, self.shards_path.name, self.best_path.name):

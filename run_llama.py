@@ -5,19 +5,19 @@ pretraining.py, instruction.py, conversion.py and others. `--help` says how.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import this_process
 from display import Display, safe_display
 from environment import (
-    IS_MAIN,
-    PROCESSES,
     add_lora,
+    agree_on_run,
     choose_device,
     choose_dtype,
     fall_back,
@@ -159,7 +159,7 @@ def classify(args: argparse.Namespace) -> None:
     device = choose_device(args)
     dtype = choose_dtype(args, device)
     with started(device, args.fsdp) as processes:
-        args.run_dir = processes.gather(args.run_dir)[0]  # a new one has the time in its name
+        agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)
         llama = load_llama(args, checkpoint, dtype)
@@ -262,17 +262,23 @@ def fine_tune(
     return trained, log
 
 
-def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namespace:
-    """The options of the run to go on with, and those of the command line that may differ.
+def resumed(args: argparse.Namespace, argv: list[str] | None, held: ExitStack) -> argparse.Namespace:
+    """The options of the run to go on with, and those of the command line that may differ. The main process locks the
+    run until `held` is closed.
 
-    Raises ValueError or FileNotFoundError if there is no such run, or an option contradicts it.
+    Raises ValueError or FileNotFoundError if there is no such run, it is still going, or an option contradicts it.
     """
-    from run_directory import RunDirectory, latest_run_path
+    from run_directory import RunDirectory, latest_run_path, locked
 
     folder = args.run_dir or str(latest_run_path(Path(RUNS)))
-    saved = in_force(RunDirectory(folder).options())
+    run = RunDirectory(folder)
+    run.options()  # where there is no run, no lock is made
+    if this_process().rank == 0:
+        held.enter_context(locked(run.path))
+    saved = in_force(run.options())
+    processes = args.processes
     args, _ = parse_options(argv, saved)
-    args.resume, args.run_dir, args.processes = True, folder, PROCESSES
+    args.resume, args.run_dir, args.processes = True, folder, processes
     if args.dtype == "auto":
         args.dtype = saved.get("dtype", "auto")
     for name, value in saved.items():
@@ -284,13 +290,15 @@ def resumed(args: argparse.Namespace, argv: list[str] | None) -> argparse.Namesp
     return args
 
 
-def name_run(args: argparse.Namespace) -> None:
-    """A folder for a run that starts now, unless --run_dir names one; raises ValueError if that is taken."""
-    from run_directory import RunDirectory, new_run_path
+def name_run(args: argparse.Namespace, held: ExitStack) -> None:
+    """Makes and locks the folder of a run that starts now, under a new name unless --run_dir names one. Only the main
+    process does; the others learn the name later (`agree_on_run`). When `held` is closed, the lock ends, and a folder
+    without a run is removed. Raises ValueError if the folder is taken or cannot be made.
+    """
+    from run_directory import new_run
 
-    if args.run_dir is None:
-        args.run_dir = str(new_run_path(Path(RUNS), args.option))
-    RunDirectory(args.run_dir).check_free()
+    if this_process().rank == 0:
+        args.run_dir = str(held.enter_context(new_run(args.run_dir, Path(RUNS), args.option)))
 
 
 def run_option(args: argparse.Namespace) -> None:
@@ -343,37 +351,43 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None, stdout: Display) -> int:
     """What `main` says, on a display that is safe."""
     args, typed = parse_options(argv)
-    args.processes = PROCESSES
     try:
-        if args.resume:
-            args = resumed(args, argv)
-        else:
-            fall_back(args, typed)
-        check_options(args)
-        stdout.needed = only_prints(args)
-        if stdout.needed and stdout.closed_before:
-            raise ValueError("the standard output, where the result goes, is closed; send it to a file: > text.txt")
-        from files import check_writable  # from here on torch is imported
+        process = this_process()
+    except ValueError as error:
+        print(f"run_llama.py: error: {error}", file=sys.stderr)
+        return 2
+    args.processes = process.world
+    try:
+        with ExitStack() as held:  # the run's lock
+            if args.resume:
+                args = resumed(args, argv, held)
+            else:
+                fall_back(args, typed)
+            check_options(args)
+            stdout.needed = only_prints(args)
+            if stdout.needed and stdout.closed_before:
+                raise ValueError("the standard output, where the result goes, is closed; send it to a file: > text.txt")
+            from files import check_writable  # from here on torch is imported
 
-        check_writable(*output_files(args))
-        if args.option in TRAINING and not args.resume:
-            name_run(args)
-        run_option(args)
-        stdout.flush()
+            check_writable(*output_files(args))
+            if args.option in TRAINING and not args.resume:
+                name_run(args, held)
+            run_option(args)
+            stdout.flush()
     except BrokenPipeError:  # whoever read the output has enough of it
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         # From every process, for the cause may be in one of them only.
-        who = "" if IS_MAIN else f" (process {os.environ['RANK']})"
+        who = f" (process {process.rank})" if process.rank else ""
         print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
         return 2
     except ModuleNotFoundError as error:  # the optional packages have errors of their own
         print(f"run_llama.py: error: {error}; type `pip install -r requirements.txt`", file=sys.stderr)
         return 2
     except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
-        if PROCESSES == 1:
+        if process.world == 1:
             raise
-        print(f"run_llama.py: error (process {os.environ['RANK']}): {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"run_llama.py: error (process {process.rank}): {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:  # Stopped is one, too
         report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,12 +268,10 @@ def write_files(folder: Path, rows: Rows) -> None:
     """Writes demo-train.txt, demo-dev.txt, demo-test.txt and demo-label-mapping.json into `folder`, each atomically."""
     texts = {f"demo-{split}.txt": "".join(f"{label} ||| {text}\n" for label, text in rows[split]) for split in rows}
     for name, text in (texts | {"demo-label-mapping.json": json.dumps(LABELS, indent=2) + "\n"}).items():
-        part = folder / f".{name}.{os.getpid()}.part"
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
+            part = Path(temporary) / name
             part.write_bytes(text.encode("utf-8"))
             os.replace(part, folder / name)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def baseline(rows: Rows) -> dict[str, float | None]:

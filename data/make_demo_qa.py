@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,12 +141,10 @@ def write_files(folder: Path, rows: Rows) -> None:
     """Writes demo-qa-train.jsonl, demo-qa-dev.jsonl and demo-qa-test.jsonl into `folder`, each atomically."""
     for split, found in rows.items():
         name = f"demo-qa-{split}.jsonl"
-        part = folder / f".{name}.{os.getpid()}.part"
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
+            part = Path(temporary) / name
             part.write_bytes("".join(json.dumps(row) + "\n" for row in found).encode("utf-8"))
             os.replace(part, folder / name)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def question_of(prompt: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import evaluation
+import files
 import tasks
 import training
 from adapters import read_adapter
@@ -25,6 +26,7 @@ from conftest import CONFORMANCE, ROOT, next_command, tiny_llama
 from dataset import read_rows
 from llama import load_pretrained
 from lora import lora_layers
+from run_directory import locked
 from run_llama import main
 from smart import Smart
 
@@ -677,6 +679,42 @@ def test_the_best_model_has_its_name_again_after_another_run_took_it(command):
     assert named.samefile(command.folder / "a" / "best.pt")
 
 
+def test_predictions_are_those_of_the_runs_own_model_whoever_took_its_other_name(command, monkeypatch):
+    def and_another_run_takes_the_name(source, target):
+        write_checkpoint(target, tiny_llama(seed=7, vocab_size=512).state_dict(), tiny_llama(vocab_size=512).config)
+
+    assert command("finetune", "--run_dir", "a")[0] == 0
+    wanted = [(command.folder / name).read_bytes() for name in outputs("finetune")]
+    monkeypatch.setattr(files, "link_or_copy", and_another_run_takes_the_name)
+    assert command("finetune", "--run_dir", "b")[0] == 0
+    assert [(command.folder / name).read_bytes() for name in outputs("finetune")] == wanted
+
+
+def test_a_run_that_is_still_going_is_not_resumed_and_nothing_changes(command):
+    assert command("finetune", "--run_dir", "runs/a")[0] == 0
+    folder = command.folder / "runs" / "a"
+    state = lambda: {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}  # noqa: E731
+    with locked(folder):
+        before, written = state(), command.files()
+        told = f"runs/a is still being trained by process {os.getpid()}; wait until it ends, or stop it"
+        for more in (["--run_dir", "runs/a"], []):
+            command.capsys.readouterr()
+            assert main(["--resume", *more]) == 2
+            assert command.capsys.readouterr().err == f"run_llama.py: error: {told}\n"
+        code, _, err = command("lora", "--run_dir", "runs/a")
+        assert code == 2 and err.splitlines()[-1] == f"run_llama.py: error: {told}"
+        assert (state(), command.files()) == (before, written)
+    assert main(["--resume"]) == 0
+
+
+@pytest.mark.parametrize("named", [[], ["--run_dir", "deep/mine"]], ids=["chosen", "named"])
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(command, named):
+    (command.folder / "names.json").write_text('["bad"]', encoding="utf-8")
+    code, _, err = command("finetune", *named)
+    assert code == 2 and "names.json" in err
+    assert not (command.folder / "runs").exists() and not (command.folder / "deep").exists()
+
+
 def test_the_two_generated_sentences_go_to_two_files(command):
     names = ["--generated_sentence_low_temp_out", "s.txt", "--generated_sentence_high_temp_out", "./s.txt"]
     assert main(["--option", "generate", *names]) == 2
@@ -717,6 +755,35 @@ def test_help_teaches_at_once_and_imports_no_torch():
         assert word in out
     code = "import sys, options, run_llama; options.build_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_process_number_that_is_none_is_told_in_one_line(command, monkeypatch, name):
+    monkeypatch.setenv(name, "two")
+    code, out, err = command("finetune")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert f"the environment variable {name} is 'two'; it must be a whole number" in err and f"`unset {name}`" in err
+    assert not (command.folder / "runs").exists()
+    code, out, _ = command("finetune", "--help")
+    assert code == 0 and "examples:" in out
+
+
+@pytest.mark.parametrize("settings", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "0"}, {"RANK": "1"}])
+def test_half_of_what_torchrun_sets_means_one_process(command, monkeypatch, settings):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = command("finetune", "--run_dir", "run")
+    assert code == 0 and "dev accuracy" in out and "processes" not in err
+    assert (command.folder / "run" / "best.pt").exists()
+
+
+def test_processes_that_cannot_meet_are_told_how_to_and_leave_no_folder(command, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("finetune")
+    assert code == 2 and "start them with torchrun, or type `unset RANK WORLD_SIZE` for one" in err.splitlines()[-1]
+    assert not (command.folder / "runs").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")

@@ -14,6 +14,7 @@ import torch
 
 from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
+from run_directory import locked
 
 OUTPUTS = ["dev-finetuning-output.txt", "test-finetuning-output.txt"]
 TOLERANCE = 1e-5  # float32, summed in another order
@@ -44,7 +45,7 @@ def start(folder, run, *more, processes=2):
     for split in ("train", "dev", "test"):
         fixed += [f"--{split}", f"{split}.txt"]
     return subprocess.Popen(
-        [sys.executable, *launch, str(ROOT / "run_llama.py"), *fixed, "--run_dir", run, *more],
+        [sys.executable, *launch, str(ROOT / "run_llama.py"), *fixed, *(["--run_dir", run] if run else []), *more],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -109,3 +110,16 @@ def test_a_run_goes_on_with_as_many_processes_as_before(folder):
     process = start(folder, "alone", "--micro_batch_size", "100", "--resume", processes=2)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "processes is 2, but alone was started with 1" in err
+
+
+def test_the_processes_of_a_run_share_the_folder_that_one_of_them_made_and_locked(folder):
+    process = start(folder, None, "--epochs", "1")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (run,) = (folder / "runs").iterdir()
+    assert {"options.json", "best.pt", "lock"} <= {path.name for path in run.iterdir()}
+    with locked(run):
+        process = start(folder, f"runs/{run.name}", "--epochs", "1", "--resume")
+        _, err = process.communicate(timeout=120)
+    told = f"run_llama.py: error: runs/{run.name} is still being trained by process {os.getpid()}"
+    assert process.returncode != 0 and err.count(told) == 1

@@ -494,3 +494,24 @@ def test_the_real_files_match_the_pinned_checksums(monkeypatch):
             checked += 1
     if not checked:
         pytest.skip("neither data/ nor ../shared/assets holds the course's files; `python fetch_data.py` brings them")
+
+
+def test_two_calls_for_one_folder_take_turns(server, into, capsys):
+    outcomes = []
+    arguments = ["data", "tokenizer", "--source", server.url, "--into", str(into)]
+    with fetch_data.alone(into):
+        other = threading.Thread(target=lambda: outcomes.append(fetch_data.main(arguments)))
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and server.ranges == []  # it has not asked for a byte
+    other.join(30)
+    assert outcomes == [0] and (into / TRAIN.target).read_bytes() == BODY
+    assert f"another process is fetching into {into}; waiting until it ends" in capsys.readouterr().err
+
+
+def test_the_record_of_checksums_goes_by_no_fixed_name_before_it_is_whole(into):
+    bystander = into / f"{fetch_data.RECORD}.part"
+    bystander.write_text("half of another's", encoding="utf-8")
+    fetch_data.write_record(into, {"a": "0" * 64})
+    assert fetch_data.read_record(into) == {"a": "0" * 64}
+    assert bystander.read_text(encoding="utf-8") == "half of another's" and len(list((into / "data").iterdir())) == 2

@@ -40,27 +40,38 @@ class Runs:
         for split in ("train", "dev", "test"):
             fixed += [f"--{split}", f"{split}.txt"]
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "run_llama.py"), *fixed, "--run_dir", run, *more],
+            [sys.executable, str(ROOT / "run_llama.py"), *fixed, *(["--run_dir", run] if run else []), *more],
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def resume(self, run):
-        began = (self.folder / run / "options.json").exists()
-        return self.start(run, *(["--resume"] if began else []))
+    def resume(self, run, *more):
+        """Starts anew what was killed before it began; under another name, if `run` is one that was chosen."""
+        if (self.folder / run / "options.json").exists():
+            return self.start(run, "--resume", *more)
+        return self.start(None if run.startswith("runs/") else run, *more)
+
+    def folder_of(self, process):
+        """The folder under runs/ that the process has locked, once it has."""
+        while True:
+            for lock in self.folder.glob("runs/*/lock"):
+                if lock.read_text(encoding="utf-8") == f"{process.pid}\n":
+                    return str(lock.parent.relative_to(self.folder))
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.001)
 
     def metrics(self, run):
         path = self.folder / run / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
-    def result(self, run):
+    def result(self, run, outputs=OUTPUTS):
         weights = torch.load(self.folder / run / "best.pt", weights_only=True)["model"]
         last = torch.load(self.folder / run / "last.pt", weights_only=True)["model"]
-        predictions = [(self.folder / name).read_bytes() for name in OUTPUTS]
-        for name in OUTPUTS:
+        predictions = [(self.folder / name).read_bytes() for name in outputs]
+        for name in outputs:
             (self.folder / name).unlink()
         return self.metrics(run), predictions, {f"{k} best": v for k, v in weights.items()} | last
 
@@ -98,6 +109,41 @@ def test_killed_and_resumed_twenty_five_times_it_ends_bit_for_bit_the_same(runs,
     process = runs.resume("killed")
     assert process.wait(timeout=300) == 0
     assert_same(runs.result("killed"), whole)
+
+
+def test_two_runs_at_once_killed_sixteen_times_end_bit_for_bit_as_each_alone(runs):
+    """They start in the same second, share a working folder and the best model's name, and choose their own folders."""
+    seeds, rounds, draw = ("1", "2"), 8, random.Random(0)
+    outputs = {seed: [f"{seed}-{name}" for name in OUTPUTS] for seed in seeds}
+    options = {s: ["--seed", s, "--dev_out", outputs[s][0], "--test_out", outputs[s][1]] for s in seeds}
+    alone, folders, kills = {}, {}, 0
+    for seed in seeds:
+        assert runs.start(f"alone{seed}", *options[seed]).wait(timeout=300) == 0
+        alone[seed] = runs.result(f"alone{seed}", outputs[seed])
+    lines_a_round = len(alone["1"][0]) / rounds
+    for number in range(rounds):
+        going = {seed: runs.resume(folders.get(seed, "runs/none yet"), *options[seed]) for seed in seeds}
+        # The first time before the runs begin, then some way on, each at a moment of its own.
+        reach = {seed: number and (number - 1 + draw.random()) * lines_a_round for seed in seeds}
+        while going:
+            for seed, process in list(going.items()):
+                folders[seed] = runs.folder_of(process)
+                assert process.poll() is None, process.stderr.read()
+                if len(runs.metrics(folders[seed])) >= reach[seed]:
+                    time.sleep(draw.uniform(0, 0.05) if number else 0)
+                    going.pop(seed).kill()
+                    assert process.wait() == -signal.SIGKILL
+                    kills += 1
+            time.sleep(0.001)
+    assert kills == 16
+    going = {seed: runs.resume(folders[seed], *options[seed]) for seed in seeds}
+    for seed, process in going.items():
+        folders[seed] = runs.folder_of(process)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert_same(runs.result(folders[seed], outputs[seed]), alone[seed])
+    assert folders["1"] != folders["2"]
+    assert not torch.equal(*(next(iter(alone[seed][2].values())) for seed in seeds))  # they were not one run
 
 
 def test_terminated_it_saves_first(runs, whole):

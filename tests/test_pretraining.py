@@ -498,7 +498,8 @@ def test_bad_input_gets_one_line_and_touches_nothing(command, what, option, more
 
 @pytest.mark.parametrize("option", ["perplexity", "tokenizer"])
 def test_what_one_process_does_is_refused_to_several(command, monkeypatch, option):
-    monkeypatch.setattr("run_llama.PROCESSES", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     a_model()(command.folder)
     code, out, err = command("--option", option, *FROM, "--corpus", "stories.txt", "--model_out", "new.model")
     assert (code, out) == (2, "") and f"--option {option} runs in one process; start it without torchrun" in err
