@@ -138,7 +138,7 @@ def classify(args: argparse.Namespace) -> None:
 
     import torch
 
-    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
     from dataset import class_names, prompt_parts, read_labels
     from distributed import started
 
@@ -180,6 +180,11 @@ def classify(args: argparse.Namespace) -> None:
             data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len, *(prompt if asked else ()))
             head: LlamaEmbeddingClassifier | LlamaPromptClassifier
             head = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
+            if args.r_drop and not acting_dropout(head):
+                raise ValueError(
+                    "--r_drop compares two dropout masks, and no dropout acts here: the model's and "
+                    "--hidden_dropout_prob are both 0; add --dropout 0.1"
+                )
             if args.option == "lora":
                 add_lora(args, head, "" if asked else ", beside the head")
             model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
