@@ -356,8 +356,9 @@ def main(argv: list[str] | None = None) -> int:
         who = "" if IS_MAIN else f" (process {os.environ['RANK']})"
         print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
         return 2
-    except ModuleNotFoundError as error:  # the optional packages have errors of their own
-        print(f"run_llama.py: error: {error}; type `pip install -r requirements.txt`", file=sys.stderr)
+    except ImportError as error:  # missing or broken; the optional packages have errors of their own
+        reason = " ".join(str(error).split())[:300]
+        print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
         return 2
     except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
         if PROCESSES == 1:
