@@ -64,16 +64,17 @@ def predict(
     args: argparse.Namespace,
     model: torch.nn.Module,
     data: dict[str, list[Row]],
-    label_names: list[str],
+    labels: Mapping[str, str | None],
     dtype: torch.dtype,
     pad_id: int,
     processes: Processes,
     log: Callable[[str], None] = report,
 ) -> None:
     """Classifies dev and test, prints the scores, and writes both prediction files at the end."""
-    from dataset import write_predictions
+    from dataset import class_names, write_predictions
     from evaluation import describe, describe_chance, describe_classes, evaluate
 
+    label_names = class_names(labels)
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results = {}
     for split in outputs:
@@ -98,7 +99,7 @@ def predict(
             log(f"\n{classes}\n")
     if processes.is_main:
         for split, path in outputs.items():
-            write_predictions(path, results[split].predictions, data[split])
+            write_predictions(path, results[split].predictions, data[split], labels)
 
 
 def zero_shot(
@@ -188,7 +189,7 @@ def classify(args: argparse.Namespace) -> None:
             if args.option == "lora":
                 add_lora(args, head, "" if asked else ", beside the head")
             model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
-        predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
+        predict(args, model, data, labels, dtype, tokenizer.pad_id, processes, log)
 
 
 def fine_tune(
