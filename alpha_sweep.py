@@ -99,7 +99,7 @@ def wise_ft(args: argparse.Namespace) -> None:
     write_curve(args, sets, accuracies)
     for path, judgement, rows in ((args.dev_out, dev, sets[0].rows), (args.test_out, tested, test.rows)):
         if path is not None:
-            write_predictions(path, judgement.predictions, rows)
+            write_predictions(path, judgement.predictions, rows, labels)
     if args.model_out:
         mixed = {"alpha": alpha, "finetuned": args.finetuned, "base": args.pretrained_model_path}
         described = {name: getattr(found, name) for name in ("head", "label_names", "labels", "options")}

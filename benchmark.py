@@ -38,7 +38,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import decoding_speed
-from command_line import COUNT, SEED, OneLineParser
+from command_line import COUNT, SEED, OneLineParser, optional_package
 
 if TYPE_CHECKING:
     import torch
@@ -188,11 +188,9 @@ def transformers(
 
     from dataset import by_length, cut_in_batches, to_batch
 
-    try:
+    with optional_package("transformers", "the comparison needs transformers (or give --without transformers)"):
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForSequenceClassification
-    except ImportError as error:
-        raise ValueError("no transformers here; `pip install transformers`, or --without transformers") from error
     own = llama.config
     model: Any = LlamaForSequenceClassification(
         TheirConfig(  # type: ignore[call-arg]
@@ -209,10 +207,8 @@ def transformers(
         )
     )
     if args.lora:
-        try:
+        with optional_package("peft", "the comparison needs peft (or give --without transformers)"):
             from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise ValueError("no peft here; `pip install peft`, or --without transformers") from error
         targets = [f"{name}_proj" for name in "qkvo"]
         adapter = LoraConfig(
             task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["score"]

@@ -192,6 +192,13 @@ def _log_probs(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
+def acting_dropout(model: nn.Module) -> float:
+    """The largest dropout probability in a model, the backbone's and the head's: 0 where two passes in training mode
+    are equal.
+    """
+    return max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
+
+
 class MergedClasses(nn.Module):
     """A classifier for a data set of other, fewer classes: the probability of each is the sum of those of the model's
     classes that count as it.

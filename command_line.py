@@ -1,5 +1,5 @@
-"""What the commands share: a parser that complains in one line, types of options that say what is allowed, the numbers
-that torchrun gives its processes, and locks.
+"""What the commands share: a parser that complains in one line, types of options that say what is allowed, a check that
+an optional package works, the numbers that torchrun gives its processes, and locks.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -12,7 +12,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -94,6 +95,35 @@ def nearest(name: str, known: Iterable[Any]) -> str:
     """`; the nearest is NAME`, or nothing."""
     near = closest(name, known)
     return f"; the nearest is {near}" if near else ""
+
+
+class PackageError(ValueError):
+    """An optional package is missing, or does not work here; `missing` says which of the two."""
+
+    def __init__(self, package: str, purpose: str, error: BaseException) -> None:
+        module = getattr(error, "name", None) or ""
+        self.missing = isinstance(error, ModuleNotFoundError) and module.partition(".")[0] == package
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.short = f"{purpose}, for {package} is broken here ({reason})"
+        if self.missing:
+            super().__init__(f"{purpose}: pip install {package}")
+        else:
+            super().__init__(
+                f"{purpose}, and {package} is broken here ({reason}): pip install --force-reinstall {package}"
+            )
+
+
+@contextmanager
+def optional_package(package: str, purpose: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Imports and uses an optional package: whatever goes wrong inside becomes a PackageError, a line with the reason
+    and the command to type. purpose: what needs the package, as the line begins. Ctrl-C and `passes` go through.
+    """
+    try:
+        yield
+    except BaseException as error:  # a broken package may raise anything, also SystemExit, or a panic of Rust's
+        if isinstance(error, (KeyboardInterrupt, *passes)):
+            raise
+        raise PackageError(package, purpose, error) from error
 
 
 def into_and_seed(parser: OneLineParser, arguments: list[str] | None, here: Path) -> argparse.Namespace:

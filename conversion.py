@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapters import read_adapter, write_adapter, write_peft
 from checkpoint import Checkpoint, fits_float32, read_checkpoint, write_safetensors
+from command_line import optional_package
 from config import LlamaConfig, check_rmsnorm, parameter_shapes
 from environment import check_alone, check_vocabulary, load_tokenizer, overrides, put_tokenizer_beside, report
 from evaluation import DTYPES
@@ -31,6 +32,7 @@ from tokenizer import BytePairModel, Tokenizer
 from tokenizer_files import byte_pair_parts, sentencepiece_parts, space_flags, write_huggingface_tokenizer
 
 State = dict[str, Tensor]
+NEEDS_GGUF = "--to gguf needs the gguf package"
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -106,7 +108,10 @@ def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State) -> None
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     names = renamed(state, "ours", "gguf")
     target = Path(args.model_out)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder,
+        optional_package("gguf", NEEDS_GGUF, passes=(OSError, ValueError)),
+    ):
         writer = gguf.GGUFWriter(Path(folder) / "model.gguf", "llama")
         writer.add_name(Path(args.pretrained_model_path).stem)
         writer.add_vocab_size(config.vocab_size)
@@ -185,11 +190,9 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
 
 
 def import_gguf() -> ModuleType:
-    """The gguf package. Raises ValueError if it is not installed."""
-    try:
+    """The gguf package. Raises ValueError if it is missing or broken."""
+    with optional_package("gguf", NEEDS_GGUF):
         import gguf
-    except ImportError as error:
-        raise ValueError("--to gguf needs the gguf package: pip install gguf") from error
     return gguf
 
 

@@ -60,13 +60,20 @@ def read_text(path: str | PathLike[str], what: str) -> str:
         raise FileNotFoundError(f"{path}: no such {what}; give another path{brings}")
     if path.is_dir():
         raise ValueError(f"{path} is not a file; it should be a {what}")
+    return decoded_text(path.read_bytes(), str(path), what)
+
+
+def decoded_text(content: bytes, name: str, what: str) -> str:
+    """UTF-8 as text, without a byte order mark. Raises ValueError with the name of the source, and `what` it should
+    have been, if it is something else or blank.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = len(LINE_END.split(error.object[: error.start].decode("latin-1")))
-        raise ValueError(f"{path}, line {line}: not UTF-8; save the {what} as UTF-8 text") from error
+        raise ValueError(f"{name}, line {line}: not UTF-8; save the {what} as UTF-8 text") from error
     if not text.strip():
-        raise ValueError(f"{path} is empty; it should be a {what}")
+        raise ValueError(f"{name} is empty; it should be a {what}")
     return text
 
 
@@ -115,9 +122,14 @@ class Record(NamedTuple):
     fold: str | None = None
 
 
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text with their numbers in the file, blank ones left out."""
+    return ((number, line) for number, line in enumerate(LINE_END.split(text), start=1) if line.strip())
+
+
 def _separated_records(path: Path, text: str) -> Iterator[Record]:
     """Lines of `label ||| text`."""
-    for number, line in enumerate(LINE_END.split(text), start=1):
+    for number, line in numbered_lines(text):
         label, separator, sentence = line.partition(SEPARATOR.rstrip())
         if not separator or not f"{sentence} ".startswith(" "):
             raise ValueError(
@@ -127,17 +139,46 @@ def _separated_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Record]:
-    """Records of `"label","title","description"`, as AG News and its kin are published (arXiv 1509.01626); what follows
-    the label is the text, joined by spaces. A backslash stands for a line break in them.
+    """Records of `"label","title","description"`, as the sets of arXiv 1509.01626 are published; what follows the label
+    is the text, joined by spaces. A line break in it becomes a space.
+
+    Quotes inside a field are doubled, or where that cannot be read, behind a backslash. What else a backslash is
+    differs: a line break by itself in AG News, the first half of `\\n` and `\\"` in the Yelp and Amazon sets. It is the
+    latter in a file where most backslashes stand before an n or a quote.
     """
+    try:
+        records = list(_cells(path, text))
+        found = re.findall(r"\\(.?)", "\n".join(cell for _, cells in records for cell in cells[1:]), re.DOTALL)
+        escapes = 2 * sum(after in ("n", '"') for after in found) > len(found)
+    except ValueError:
+        if '\\"' not in text:
+            raise
+        try:
+            records = list(_cells(path, re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text)))
+        except ValueError:
+            records = []
+        if not records:
+            raise  # what is wrong with the file as it stands
+        escapes = True
+    for number, cells in records:
+        joined = " ".join(cell.strip() for cell in cells[1:])
+        if escapes:
+            joined = re.sub(r'\\(r\\n|["n\\])', lambda pair: pair[1] if pair[1] in '"\\' else " ", joined)
+        yield Record(number, cells[0], re.sub(r"\n" if escapes else r"[\\\n]", " ", joined))
+
+
+def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV that are not blank, each with the number of the line that it begins on."""
     lines = csv.reader(io.StringIO(LINE_END.sub("\n", text), newline=""), strict=True)
-    width, number = 0, 1  # of the line that the record begins on
+    width, number = 0, 1
     try:
         for cells in lines:
-            width = width or len(cells)
-            if len(cells) != width or width < 2:
-                raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; a record is `label,text` or more")
-            yield Record(number, cells[0], re.sub(r"[\\\n]", " ", " ".join(cell.strip() for cell in cells[1:])))
+            if any(cell.strip() for cell in cells):
+                width = width or len(cells)
+                if len(cells) != width or width < 2:
+                    columns = _columns(cells, width)
+                    raise ValueError(f"{path}, line {number}: {columns}; a record is `label,text` or more")
+                yield number, cells
             number = lines.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {number}: no CSV ({error}); fields are in double quotes") from error
@@ -147,15 +188,15 @@ def _tab_records(path: Path, text: str) -> Iterator[Record]:
     """Lines of label, tab, text, and maybe more columns before or after the text: the text is the column with the most
     characters in the whole file, and the first of the others is the fold.
     """
-    lines = [line.split("\t") for line in LINE_END.split(text)]
-    width = len(lines[0])
-    for number, cells in enumerate(lines, start=1):
+    lines = [(number, line.split("\t")) for number, line in numbered_lines(text)]
+    width = len(lines[0][1])
+    for number, cells in lines:
         if len(cells) != width or width < 2:
             raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; a line is `label TAB text` or more")
-    sizes = [sum(len(cells[n]) for cells in lines) for n in range(1, width)]
+    sizes = [sum(len(cells[n]) for _, cells in lines) for n in range(1, width)]
     text_at = 1 + sizes.index(max(sizes))
     fold_at = next((n for n in range(1, width) if n != text_at), None)
-    for number, cells in enumerate(lines, start=1):
+    for number, cells in lines:
         yield Record(number, cells[0], cells[text_at], None if fold_at is None else cells[fold_at])
 
 
@@ -174,7 +215,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
 def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[str, str | None]) -> list[Row]:
     """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv. `#fold=PATTERN`
     behind the path takes those rows alone whose fold matches, as file names do in a shell. A first line of column names
-    is no row, if it begins with one of `HEADS`.
+    is no row, if it begins with one of `HEADS`. Blank lines are left out.
 
     label_names: the class of each label (`read_labels`), or the names of the labels 0, 1, ...; a row's label is its
     class's position in `class_names`. Raises ValueError, naming file and line, if a line has no separator, no
@@ -187,7 +228,9 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[st
     ids = {name: number for number, name in enumerate(class_names(labels))}
     rows = []
     folds = set()
+    first = True
     for number, label, sentence, fold in records(file, read_text(file, what).rstrip(" \r\n")):  # a tab ends a column
+        is_first, first = first, False
         if pattern is not None:
             if fold is None:
                 raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
@@ -195,7 +238,7 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[st
             if not fnmatchcase(fold, pattern):
                 continue
         where = f"{file}, line {number}"
-        if number == 1 and label.strip().lower() in HEADS and label.strip() not in (*labels, *labels.values()):
+        if is_first and label.strip().lower() in HEADS and label.strip() not in (*labels, *labels.values()):
             continue
         found = _class_of(label.strip(), labels, where)
         if found is None:
@@ -233,6 +276,19 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
 def has_gold_labels(rows: Sequence[Row]) -> bool:
     """Whether the labels can be scored against: a column with one value (CFIMDB's test set: all 0) is a placeholder."""
     return len({row.label for row in rows}) > 1
+
+
+def class_labels(labels: Sequence[str] | Mapping[str, str | None]) -> list[str]:
+    """The label that a data file has for each class, in the order of the class ids: the first of those that the label
+    file gives it. labels: as `read_rows` takes them.
+    """
+    if not isinstance(labels, Mapping):
+        return [str(n) for n in range(len(labels))]
+    first: dict[str, str] = {}
+    for label, name in labels.items():
+        if name is not None:
+            first.setdefault(name, label)
+    return list(first.values())
 
 
 def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> list[str]:
@@ -391,8 +447,16 @@ def shuffled_batches(
 # Predictions
 
 
-def write_predictions(path: str | PathLike[str], labels: Sequence[int], rows: Sequence[Row]) -> None:
-    """Writes `{label} ||| {sentence}` lines, atomically."""
+def write_predictions(
+    path: str | PathLike[str],
+    predictions: Sequence[int],
+    rows: Sequence[Row],
+    labels: Sequence[str] | Mapping[str, str | None] | None = None,
+) -> None:
+    """Writes `{label} ||| {sentence}` lines, atomically. predictions: class ids. labels: as `read_rows` takes them, so
+    that it reads the file with the same ones; without them a class's label is its id.
+    """
+    written = None if labels is None else class_labels(labels)
     with atomic_file(path) as file:
-        for label, row in zip(labels, rows, strict=True):
-            file.write(f"{label}{SEPARATOR}{row.sentence}\n")
+        for number, row in zip(predictions, rows, strict=True):
+            file.write(f"{number if written is None else written[number]}{SEPARATOR}{row.sentence}\n")

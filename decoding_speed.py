@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from command_line import optional_package
+
 CONTENDERS = ("ours", "ours-bf16", "ours-int8", "transformers", "transformers-bf16")
 PROMPT, LONG_PROMPT, ROWS = 5, 512, 16
 NEW = 64  # tokens decoded for a rate
@@ -67,11 +69,9 @@ def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Cont
 
 def transformers(path: str, dtype: Any, device: str) -> tuple[Continue, int]:
     """transformers' generate, watched by a streamer."""
-    try:
+    with optional_package("transformers", "the comparison needs transformers (or give --without transformers)"):
         from transformers import AutoModelForCausalLM
         from transformers.generation.streamers import BaseStreamer
-    except ImportError as error:
-        raise ValueError("no transformers here; `pip install transformers`, or --without transformers") from error
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = model.to(device).eval()
     model.generation_config.eos_token_id = None

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -39,22 +40,67 @@ TEXT_ENDING = ".txt"
 TOKENS_ENDING = ".tokens"
 
 
-def text_files(path: str | PathLike[str]) -> list[Path]:
+def text_files(path: str | PathLike[str], tell: Callable[[str], None] = lambda line: None) -> list[Path]:
     """The file itself, or every text file of a folder and its subfolders (of a folder without any, every file of
-    tokens), in order of name, empty ones left out.
+    tokens), in order of name, empty ones left out. Links are followed; a file that is reached twice counts once.
+    Files and subfolders whose names begin with a dot are left out: copies that programs keep. tell: takes a line about
+    what is left out, if there is anything.
 
     Raises FileNotFoundError or ValueError if there is none.
     """
     path = Path(path)
     if path.is_dir():
+        files, left_out = _walk(path)
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        told = f"left out of {path}: {', '.join(left_out[:3])}{more}"
         for ending in (TEXT_ENDING, TOKENS_ENDING):
-            files = sorted(file for file in path.rglob(f"*{ending}") if file.is_file())
-            if found := [file for file in files if file.stat().st_size]:
-                return found
-        raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file; give text files, or folders of them")
+            some = sorted(file for file in files if file.suffix.lower() == ending)
+            known: dict[tuple[int, int], Path] = {}  # by device and number: links, and hard ones, are one file
+            for file in some:
+                status = file.stat()
+                if status.st_size:
+                    known.setdefault((status.st_dev, status.st_ino), file)
+            if known:
+                if left_out:
+                    tell(f"notice: {told}")
+                return list(known.values())
+        raise ValueError(
+            f"{path} is a folder without a {TEXT_ENDING} file{f' ({told})' if left_out else ''}; give text files, or "
+            "folders of them"
+        )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such text; give a {TEXT_ENDING} file, or a folder of them")
     return [path]
+
+
+def _walk(path: Path) -> tuple[list[Path], list[str]]:
+    """The files below a folder, and what is left out that may hold texts, each with the reason."""
+    files: list[Path] = []
+    left_out: list[str] = []
+    seen = set()  # real folders: a link may lead back to one above
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(f"{os.path.relpath(error.filename, path)} ({error.strerror})")
+
+    for name, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(name)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folder = Path(name)
+        for one in sorted([*folders, *names]):
+            file = folder / one
+            is_text = file.suffix.lower() in (TEXT_ENDING, TOKENS_ENDING)
+            if one.startswith("."):
+                if one in folders or is_text:
+                    left_out.append(f"{file.relative_to(path)} (its name begins with a dot)")
+            elif one in names and is_text:
+                if file.is_file():
+                    files.append(file)
+                else:
+                    left_out.append(f"{file.relative_to(path)} (no file, or a link to nothing)")
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
+    return files, left_out
 
 
 def read_documents(path: str | PathLike[str]) -> Iterator[str]:
@@ -109,7 +155,9 @@ def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
     return [(text, ends)] if text.strip() or (begun and ends) else []
 
 
-def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed: int) -> None:
+def train_tokenizer(
+    paths: Sequence[str], vocab_size: int, model_path: str, seed: int, tell: Callable[[str], None] = lambda line: None
+) -> None:
     """Trains a SentencePiece BPE with byte fallback, as Llama 2's is, on lines of the texts; writes it atomically.
 
     Long texts are sampled: a million lines at most. Raises ValueError if the texts are too small for the vocabulary.
@@ -122,7 +170,7 @@ def train_tokenizer(paths: Sequence[str], vocab_size: int, model_path: str, seed
     lines = (
         line[start : start + LONGEST_LINE]
         for path in paths
-        for file in text_files(path)
+        for file in text_files(path, tell)
         for piece, _ in read_pieces(file)
         for line in piece.split("\n")
         if line.strip()

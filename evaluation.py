@@ -109,15 +109,17 @@ def class_log_probs(
 
 def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings: Any) -> Evaluation:
     """The class with the highest log-probability for every row, and how often it is right; settings: those of
-    `class_log_probs`.
+    `class_log_probs`. Macro-F1 is the mean of the F1 of every class that the model has, which are those of the label
+    file: a class that no row has, or that is never predicted, counts as 0.
     """
-    predictions = class_log_probs(model, rows, batch_size, **settings).argmax(-1).tolist()
+    log_probs = class_log_probs(model, rows, batch_size, **settings)
+    predictions, classes = log_probs.argmax(-1).tolist(), range(log_probs.shape[-1])
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
     from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
 
     gold = [row.label for row in rows]
-    macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
+    macro_f1 = f1_score(gold, predictions, labels=list(classes), average="macro", zero_division=0)
     return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
 
 

@@ -206,15 +206,16 @@ def predicted_matrix(run: Run, split: str) -> Matrix:
     """The same from the predictions written for a split. Raises ValueError or OSError, which says why, if they or the
     data are gone, or are not the run's.
     """
-    from dataset import has_gold_labels, read_label_names, read_rows
+    from dataset import class_names, has_gold_labels, read_labels, read_rows
 
     folder = started_in(run)
     paths = {name: folder / str(run.options[name]) for name in (f"{split}_out", split, "label_names")}
     for path in paths.values():
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there")
-    names = read_label_names(paths["label_names"])
-    predicted, gold = read_rows(paths[f"{split}_out"], names), read_rows(paths[split], names)
+    labels = read_labels(paths["label_names"])
+    names = class_names(labels)
+    predicted, gold = read_rows(paths[f"{split}_out"], labels), read_rows(paths[split], labels)
     if [row.sentence for row in predicted] != [row.sentence for row in gold]:
         raise ValueError(f"{paths[f'{split}_out']} has not the sentences of {paths[split]}")
     if not has_gold_labels(gold):

@@ -1,7 +1,8 @@
 """Text generation: logits filters, each a pure function of logits, and the decoding loops over any model.
 
 Order: repetition penalty, temperature, the filters, then renormalise (softmax), then sample. A filter cuts a token by
-setting its logit to -inf, row by row, and always leaves the row's arg-max alive.
+setting its logit to -inf, row by row, and always keeps at least one: the row's arg-max, or in typical sampling the
+token whose surprise is nearest to the entropy.
 
 A model with a cache computes each token once; past its context, where the first tokens fall out and all others move,
 and without a cache, the whole window is computed for each new token. What is chosen is the same.
@@ -88,14 +89,15 @@ def min_p_filter(logits: Tensor, p: float) -> Tensor:
 
 def typical_filter(logits: Tensor, mass: float) -> Tensor:
     """Keeps the tokens whose surprise -log p is nearest to the row's entropy, as few as have probability `mass`
-    together (arXiv 2202.00666).
+    together, and what is just as near as the last of them (arXiv 2202.00666). The nearest is always kept. The arg-max
+    is cut where it is not typical.
     """
     log_probabilities = logits.log_softmax(-1)
     distance = (-log_probabilities - entropy(log_probabilities)).abs()
-    order = distance.argsort(-1)
-    probabilities = log_probabilities.exp().gather(-1, order)
-    before = probabilities.cumsum(-1) - probabilities
-    return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= mass))
+    ordered, order = distance.sort(-1)
+    reached = logits.gather(-1, order).softmax(-1).cumsum(-1)
+    last = (reached < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return logits.masked_fill(distance > ordered.gather(-1, last), -math.inf)
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import shown
-from dataset import LINE_END, read_text, word_ids
+from dataset import numbered_lines, read_text, word_ids
 from files import atomic_file
 from tokenizer import Tokenizer
 
@@ -28,6 +28,7 @@ class Example:
     answer: str
     ids: tuple[int, ...] = ()
     prompt_length: int = 0
+    line: int = field(default=0, compare=False)  # in its file, for messages; 0: unknown
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -40,13 +41,14 @@ class Example:
 
 
 def read_examples(path: str | PathLike[str]) -> list[Example]:
-    """The examples of a file of JSON lines with "prompt" and "answer", not yet tokenized; further keys are ignored.
+    """The examples of a file of JSON lines with "prompt" and "answer", not yet tokenized; further keys and blank
+    lines are ignored.
 
     Raises ValueError, naming file and line, if one is no JSON object, or lacks either text.
     """
     text = read_text(path, f"data file of {EXAMPLE_LINE} lines").rstrip()
     examples = []
-    for number, line in enumerate(LINE_END.split(text), start=1):
+    for number, line in numbered_lines(text):
         where = f"{path}, line {number}"
         try:
             fields = json.loads(line)
@@ -59,7 +61,7 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
                 raise ValueError(f'{where}: there is no "{name}"; a line is {EXAMPLE_LINE}')
             if not isinstance(fields[name], str) or not fields[name].strip():
                 raise ValueError(f'{where}: "{name}" is {shown(fields[name])}; it must be a text')
-        examples.append(Example(fields["prompt"], fields["answer"].strip()))
+        examples.append(Example(fields["prompt"], fields["answer"].strip(), line=number))
     return examples
 
 
@@ -84,7 +86,7 @@ def tokenize_examples(
                     f"prompt in {window} tokens; shorten it"
                 )
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{path}, line {example.line or number}: {error}") from error
         cut += len(prompt) > room
         kept = (tokenizer.bos_id, *prompt[-room:])
         done.append(replace(example, ids=(*kept, *answer, tokenizer.eos_id), prompt_length=len(kept)))

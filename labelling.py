@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from checkpoint import read_fine_tuned
 from console import check_stdin, lines_typed, prompts_of, speaks_utf8
-from dataset import LINE_END, SEPARATOR, Row
+from dataset import LINE_END, SEPARATOR, Row, class_labels
 from environment import adopt, check_alone, choose_device, choose_dtype, load_classifier, report, tokenize_data
 from evaluation import class_log_probs
 
@@ -34,6 +34,7 @@ def label_sentences(args: argparse.Namespace) -> None:
     dtype = choose_dtype(args, device)
     classifier, tokenizer, prompt = load_classifier(args, found, device, dtype)
     model = classifier.to(device)
+    labels = class_labels(found.labels)
 
     def label(sentences: Sequence[str]) -> None:
         rows = [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
@@ -52,7 +53,12 @@ def label_sentences(args: argparse.Namespace) -> None:
             name = found.label_names[best]
             if args.json:
                 all_classes = dict(zip(found.label_names, probabilities, strict=True))
-                said = {"sentence": row.sentence, "label": best, "class": name, "probabilities": all_classes}
+                said = {
+                    "sentence": row.sentence,
+                    "label": json_label(labels[best]),
+                    "class": name,
+                    "probabilities": all_classes,
+                }
                 print(json.dumps(said, ensure_ascii=not speaks_utf8()), flush=True)
             else:
                 print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
@@ -71,3 +77,8 @@ def label_sentences(args: argparse.Namespace) -> None:
             report(str(error))
         except KeyboardInterrupt:
             report("stopped")
+
+
+def json_label(label: str) -> int | str:
+    """A label of a label file for JSON: a number where it is a whole number as one is written, else the text."""
+    return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label

@@ -59,14 +59,15 @@ def check_options(args: argparse.Namespace) -> None:
     if args.option == "generate":
         check_generation(args)
         return
-    if args.pooling == "last_column" and (args.micro_batch_size or args.processes > 1):
+    parted = args.option in TRAINING and (args.micro_batch_size or args.batch_size) < args.batch_size
+    if args.option in OUTPUT_ENDINGS and args.pooling == "last_column" and (parted or args.processes > 1):
         raise ValueError(
             "--pooling last_column reads the padding of a whole batch, so a batch cannot be parted: leave out "
             "--micro_batch_size, and run one process"
         )
     if args.fsdp and args.dtype == "fp16":
         raise ValueError("--fsdp does not go with --dtype fp16 (each shard would judge its scale alone); give bf16")
-    if args.min_lr > args.lr:
+    if args.option in TRAINING and args.min_lr > args.lr:
         raise ValueError(f"--min_lr {args.min_lr:g} is above --lr {args.lr:g}; it must not be")
     if args.option in ("pretrain", "perplexity", "tokenizer"):
         if not args.corpus:
@@ -102,7 +103,7 @@ def check_paths(args: argparse.Namespace) -> None:
         folder = Path(text_and_weight(text)[0]).resolve()
         for path in output_files(args):
             inside = folder in Path(path).resolve().parents
-            if inside and Path(path).suffix in CORPUS_ENDINGS:
+            if inside and Path(path).suffix.lower() in CORPUS_ENDINGS:
                 raise ValueError(f"{path} would be one of the texts of --corpus {text}; write it elsewhere")
         if args.option == "pretrain" and folder in Path(args.run_dir or RUNS, "a").resolve().parents:
             raise ValueError(
@@ -143,8 +144,6 @@ def check_regularizers(args: argparse.Namespace) -> None:
     for other in ("fsdp", "compile"):
         if given and getattr(args, other):
             raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
-    if "r_drop" in given and not args.dropout and (args.hidden_dropout_prob == 0 or args.head == "prompt"):
-        raise ValueError("--r_drop compares two dropout masks, and there is no dropout; add --dropout 0.1")
     for name in changed(args, *PARTS):
         if not getattr(args, PARTS[name]):
             raise ValueError(f"--{name} is a part of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
@@ -177,7 +176,7 @@ def check_fine_tuned(args: argparse.Namespace) -> None:
 
 def check_outputs_differ(args: argparse.Namespace) -> None:
     """Raises ValueError if a file would be written twice."""
-    files = [Path(path).resolve() for path in output_files(args)]
+    files = [Path(path).resolve() for path in output_files(args) if Path(path).resolve() != Path(os.devnull)]
     if len(set(files)) < len(files):
         raise ValueError(f"two of {', '.join(output_files(args))} are one file; give each its own name")
 

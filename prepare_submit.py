@@ -84,9 +84,9 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
     compared if it is there.
     """
     corpus, split, kind = name.split("-")[:3]
-    lines = raw.decode("utf-8").removesuffix("\n").split("\n")  # splitlines() would split inside sentences
+    predicted = raw.decode("utf-8").removesuffix("\n").split("\n")  # splitlines() would split inside sentences
     sentences = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(predicted, 1):
         row = ROW.fullmatch(line)
         if row is None:
             return f"{name}, line {number}: {line[:60]!r} is not '{{label}} ||| {{sentence}}' with a whole-number label"
@@ -96,7 +96,8 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
     source = data / f"{corpus}-{split}.txt"
     if not source.is_file():
         return None
-    rows = LINE_END.split(source.read_bytes().decode("utf-8-sig", "replace").rstrip())
+    lines = LINE_END.split(source.read_bytes().decode("utf-8-sig", "replace"))
+    rows = [line for line in lines if line.strip()]
     if len(rows) != len(sentences):
         return f"{name} has {len(sentences)} rows, {source} has {len(rows)}; predict the whole file"
     for number, (row_text, sentence) in enumerate(zip(rows, sentences, strict=True), 1):

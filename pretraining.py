@@ -52,7 +52,7 @@ def tokenizer(args: argparse.Namespace) -> None:
     paths = [text_and_weight(text)[0] for text in args.corpus]
     size = args.vocab_size or VOCAB_SIZE
     report(f"training a tokenizer of {size} pieces on {', '.join(paths)}")
-    train_tokenizer(paths, size, args.model_out, args.seed)
+    train_tokenizer(paths, size, args.model_out, args.seed, report)
     report(f"wrote {args.model_out}")
     report_next(
         *("--option", "pretrain", "--tokenizer", args.model_out, "--corpus", *args.corpus),
@@ -81,7 +81,7 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
     """The texts, tokenized by the main process where that was not yet done. Raises ValueError if a file is named twice,
     for one text's training documents might be another's held-out ones.
     """
-    named = [(path, weight, text_files(path)) for path, weight in map(text_and_weight, args.corpus)]
+    named = [(path, weight, text_files(path, report)) for path, weight in map(text_and_weight, args.corpus)]
     counts = Counter(file.resolve() for _, _, files in named for file in files)
     for file, count in counts.items():
         if count > 1:
@@ -179,7 +179,7 @@ def pretrain(args: argparse.Namespace) -> None:
 
 def perplexity(args: argparse.Namespace) -> None:
     """perplexity: how well the model predicts texts, document by document."""
-    files = {path: text_files(path) for path, _ in map(text_and_weight, args.corpus)}
+    files = {path: text_files(path, report) for path, _ in map(text_and_weight, args.corpus)}
     llama, tokenizer, device, dtype = ready(args)
     check_causal(llama)
     model = llama if args.quantize is None else for_running(llama, quantize=args.quantize)

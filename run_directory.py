@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -27,7 +28,7 @@ from typing import IO, Any
 
 import torch
 
-from command_line import is_still_at, try_lock
+from command_line import PackageError, is_still_at, optional_package, try_lock
 from files import atomic_file, read_torch, write_json, write_torch
 from option_table import RUN_FILES
 
@@ -150,7 +151,7 @@ class RunDirectory:
         self.path = Path(path)
         self.writes = writes
         self.metrics_path = self.path / "metrics.jsonl"
-        self._tensorboard: Any = None
+        self._tensorboard: Any = None  # False where there is none
 
     @property
     def best_path(self) -> Path:
@@ -201,11 +202,25 @@ class RunDirectory:
             return
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard is None:
-            self._tensorboard = _summary_writer(self.path, step)
-        for name, value in values.items():
-            if self._tensorboard and isinstance(value, float):
-                self._tensorboard.add_scalar(name, value, step)
+        if self._tensorboard is not False:
+            self._tell_tensorboard(step, {name: value for name, value in values.items() if isinstance(value, float)})
+
+    def _tell_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
+        """Adds to TensorBoard's events, which forget what was written from the first `step` on. Where the package is
+        missing or broken there are none; a broken one is told of once.
+        """
+        try:
+            with optional_package("tensorboard", f"{self.path}/events.* is left out"):
+                if self._tensorboard is None:
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self._tensorboard = SummaryWriter(str(self.path), purge_step=step)
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+        except PackageError as error:
+            self._tensorboard = False
+            if not error.missing:
+                print(f"notice: {error}", file=sys.stderr, flush=True)
 
     def log(self, line: str) -> None:
         """Adds a line to the log."""
@@ -290,12 +305,3 @@ class RunDirectory:
             raise ValueError(f"{pointer} is damaged; restore it, or start a new run") from error
         self.rewind_metrics(size)
         return self.path / saved["folder"] if saved else None
-
-
-def _summary_writer(path: Path, step: int) -> Any:
-    """TensorBoard's writer, False where that package is not installed; it forgets what was written from `step` on."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return False
-    return SummaryWriter(str(path), purge_step=step)

@@ -66,16 +66,17 @@ def predict(
     args: argparse.Namespace,
     model: torch.nn.Module,
     data: dict[str, list[Row]],
-    label_names: list[str],
+    labels: Mapping[str, str | None],
     dtype: torch.dtype,
     pad_id: int,
     processes: Processes,
     log: Callable[[str], None] = report,
 ) -> None:
     """Classifies dev and test, writes both prediction files, then prints the scores."""
-    from dataset import write_predictions
+    from dataset import class_names, write_predictions
     from evaluation import describe, describe_chance, describe_classes, evaluate
 
+    label_names = class_names(labels)
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results, seconds = {}, {}
     for split in outputs:
@@ -93,7 +94,7 @@ def predict(
         seconds[split] = time.perf_counter() - start
     if processes.is_main:  # before anything is printed that might fail
         for split, path in outputs.items():
-            write_predictions(path, results[split].predictions, data[split])
+            write_predictions(path, results[split].predictions, data[split], labels)
     for split, result in results.items():
         if processes.is_main:
             chance = describe_chance(result, data[split], len(label_names)) if args.option == "prompt" else ""
@@ -141,7 +142,7 @@ def classify(args: argparse.Namespace) -> None:
 
     import torch
 
-    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
     from dataset import class_names, prompt_parts, read_labels
     from distributed import started
 
@@ -183,10 +184,15 @@ def classify(args: argparse.Namespace) -> None:
             data = tokenize_data(args, raw, tokenizer, llama.config.max_seq_len, *(prompt if asked else ()))
             head: LlamaEmbeddingClassifier | LlamaPromptClassifier
             head = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
+            if args.r_drop and not acting_dropout(head):
+                raise ValueError(
+                    "--r_drop compares two dropout masks, and no dropout acts here: the model's and "
+                    "--hidden_dropout_prob are both 0; add --dropout 0.1"
+                )
             if args.option == "lora":
                 add_lora(args, head, "" if asked else ", beside the head")
             model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
-        predict(args, model, data, label_names, dtype, tokenizer.pad_id, processes, log)
+        predict(args, model, data, labels, dtype, tokenizer.pad_id, processes, log)
         if args.option != "prompt":
             report(f"wrote {best_model_path(args)}, the model that is best on dev")
             report_next("--option", "classify", "--finetuned", best_model_path(args), "--prompt", "your sentence")
@@ -381,8 +387,9 @@ def run(argv: list[str] | None, stdout: Display) -> int:
         who = f" (process {process.rank})" if process.rank else ""
         print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
         return 2
-    except ModuleNotFoundError as error:  # the optional packages have errors of their own
-        print(f"run_llama.py: error: {error}; type `pip install -r requirements.txt`", file=sys.stderr)
+    except ImportError as error:  # missing or broken; the optional packages have errors of their own
+        reason = " ".join(str(error).split())[:300]
+        print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
         return 2
     except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
         if process.world == 1:

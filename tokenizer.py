@@ -22,12 +22,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from command_line import optional_package
 from config import shown
 
 HERE = Path(__file__).resolve().parent
 # What is looked for in a folder, first to last, and GPT-2's two files under the names they go by.
 GPT2_PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "gpt2_encoder.json": "gpt2_vocab.bpe"}
 IN_FOLDER = ("tokenizer.model", "tokenizer.json", *GPT2_PAIRS)
+SMALLEST_TOKENIZER = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
 LARGEST = 1 << 27  # bytes; the largest published tokenizers have a quarter of that
 
 LLAMA3_PATTERN = "|".join(
@@ -246,17 +248,17 @@ class BytePairModel:
     def __init__(
         self, path: Path, kind: str, pattern: str, ranks: dict[bytes, int], special: Sequence[str], eos: str
     ) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise ValueError(f"{path} ({kind}) is read through another package: pip install tiktoken") from error
         self.kind = kind
         self.pattern = pattern
         self.ranks = ranks
         self.special_ids = {name: len(ranks) + n for n, name in enumerate(special)}
-        self.processor = tiktoken.Encoding(
-            kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
-        )
+        with optional_package("tiktoken", f"{path} ({kind}) is read through another package"):
+            import tiktoken
+
+            self.processor = tiktoken.Encoding(
+                kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
+            )
+            self.processor.encode_ordinary("a")  # shows whether it works
         self.n_words = len(ranks) + len(special)
         self.bos_id = len(ranks)
         self.eos_id = self.special_ids[eos]
@@ -284,16 +286,24 @@ class HuggingFaceModel:
     kind = "huggingface"
 
     def __init__(self, path: Path, content: str) -> None:
-        try:
+        purpose = f"{path} is read through another package"
+        with optional_package("tokenizers", purpose):
             import tokenizers
-        except ImportError as error:
-            raise ValueError(f"{path} is read through another package: pip install tokenizers") from error
+
+            read = tokenizers.Tokenizer.from_str
         try:
-            self.processor = tokenizers.Tokenizer.from_str(content)
+            self.processor = read(content)
         except BaseException as error:  # the library raises bare Exceptions, or panics, which is not even one
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
+            with optional_package("tokenizers", purpose):
+                read(SMALLEST_TOKENIZER)  # the fault may be the package's
             raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error)[:200]!r}") from error
+        with optional_package("tokenizers", purpose, passes=(ValueError,)):
+            self._find_marks(path)
+
+    def _find_marks(self, path: Path) -> None:
+        """Takes the marks and sizes from the tokenizer. Raises ValueError if no end of a text is named."""
         self.processor.no_truncation()
         self.processor.no_padding()
         added = {token.content: i for i, token in self.processor.get_added_tokens_decoder().items()}

@@ -436,6 +436,52 @@ def test_regularizers_are_asked_for_by_option(command, monkeypatch):
     assert seen == wanted * 2
 
 
+@pytest.mark.parametrize(
+    "more, acts",
+    [
+        (["--head", "prompt"], True),  # the classifier's own, 0.3
+        (["--head", "linear"], True),
+        (["--head", "prompt", "--hidden_dropout_prob", "0"], False),
+        (["--hidden_dropout_prob", "0"], False),
+        (["--hidden_dropout_prob", "0", "--dropout", "0.1"], True),
+        (["--hidden_dropout_prob", "0", "--pretrained-model-path", "dropping.pt"], True),  # the checkpoint's
+        (["--hidden_dropout_prob", "0", "--pretrained-model-path", "dropping.pt", "--dropout", "0"], False),
+    ],
+)
+def test_r_drop_is_refused_where_no_dropout_acts_and_only_there(command, monkeypatch, more, acts):
+    def train(*more, **settings):
+        raise ValueError("enough")
+
+    model = tiny_llama(vocab_size=512, max_seq_len=64, dropout=0.2)
+    write_checkpoint(command.folder / "dropping.pt", model.state_dict(), model.config)
+    monkeypatch.setattr(training, "train", train)
+    for option in ("finetune", "lora"):
+        code, _, err = command(option, "--r_drop", "1", *more)
+        said = "enough" if acts else "--r_drop compares two dropout masks, and no dropout acts here"
+        assert code == 2 and err.splitlines()[-1].startswith(f"run_llama.py: error: {said}")
+
+
+def test_what_has_no_effect_on_an_option_is_not_refused(command):
+    assert command("prompt", "--pooling", "last_column", "--micro_batch_size", "2", "--min_lr", "1")[0] == 0
+    assert command("finetune", "--pooling", "last_column", "--micro_batch_size", "5")[0] == 0  # as a whole batch
+    assert "a batch cannot be parted" in command("finetune", "--pooling", "last_column", "--micro_batch_size", "4")[2]
+
+
+def test_predictions_have_the_labels_of_the_label_file(command):
+    for split in ("train", "dev", "test"):
+        path = command.folder / f"{split}.txt"
+        path.write_text(re.sub(r"^[01]", lambda m: str(int(m[0]) + 1), path.read_text(), flags=re.M))
+    (command.folder / "names.json").write_text('{"1": "bad", "2": "good", "3": null}', encoding="utf-8")
+    labels = {"1": "bad", "2": "good", "3": None}
+    for option in ("prompt", "finetune"):
+        code, out, err = command(option)
+        assert code == 0, err
+        found = [read_rows(command.folder / name, labels) for name in outputs(option)]
+        gold = read_rows(command.folder / "dev.txt", labels)
+        right = sum(a.label == b.label for a, b in zip(found[0], gold, strict=True)) / len(gold)
+        assert f"dev accuracy {right:.3f}" in out
+
+
 def test_a_test_set_without_gold_labels_is_predicted_and_not_scored(command):
     path = command.folder / "test.txt"
     path.write_text(re.sub(r"^1", "0", path.read_text(encoding="utf-8"), flags=re.M), encoding="utf-8")
@@ -463,7 +509,8 @@ def test_tables_with_folds_and_words_for_labels_are_read_by_every_option(command
         code, out, err = command(option, *files)
         assert code == 0 and out.count("(6 rows)") == 2
     written = (command.folder / outputs("lora")[0]).read_text(encoding="utf-8").splitlines()
-    assert [line[1:] for line in written] == [" ||| " + line.split("\t")[2] for line in lines[2::3]]
+    assert [line.partition(" ||| ")[2] for line in written] == [line.split("\t")[2] for line in lines[2::3]]
+    assert {line.partition(" ||| ")[0] for line in written} <= {"neg", "pos"}
     assert command("finetune", *files, "--dev_out", "all.tsv")[0] == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,6 +223,15 @@ def test_a_missing_package_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert convert(folder, "gguf", tmp_path / "out") == 2
     assert "--to gguf needs the gguf package: pip install gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [{}, {"GGUFWriter": lambda *_: 1 / 0}])
+def test_a_package_that_is_broken_at_its_first_use_ends_in_one_line(folder, tmp_path, monkeypatch, capsys, broken):
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(**broken))
+    assert convert(folder, "gguf", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+    assert "gguf is broken here (" in err and err.endswith("): pip install --force-reinstall gguf\n")
 
 
 def test_ours_keeps_its_norm_and_takes_what_the_command_says_of_attention(tmp_path):

@@ -10,6 +10,7 @@ from conftest import ROOT
 from dataset import (
     Row,
     by_length,
+    class_labels,
     class_names,
     cut_in_batches,
     has_gold_labels,
@@ -133,7 +134,7 @@ def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
     [
         ("0 ||| one\n1 two\n", r'rows.txt, line 2: no " \|\|\| " in \'1 two\''),
         ("0 ||| one\n1 |||two\n", r"line 2: no"),
-        ("0 ||| one\n\n1 ||| two\n", r"line 2: no"),
+        ("0 ||| one\n\n \n1 two\n", r"line 4: no"),
         ("0 ||| one\nx ||| two\n", "line 2: label 'x' is none of"),
         ("0 ||| one\nx ||| two\n", r"is none of 0 to 1 \(bad, good\); mend it"),
         ("0 ||| one\n" + "9" * 5000 + " ||| two\n", r"line 2: label '9{20,60}' is none of 0 to 1 \(bad, good\)"),
@@ -276,7 +277,8 @@ def test_a_csv_field_may_hold_quotes_commas_and_line_breaks(tmp_path):
         ("a.csv", '1,"a\nb"\n2,b\n3,c', r"a.csv, line 4: label '3' is none of 1 \(bad\), 2 \(good\)"),
         ("a.csv", '1,a\n2,"b\n', "a.csv, line 2: no CSV"),
         ("a.csv", '1,a\n2,"b"c\n', "a.csv, line 2: no CSV"),
-        ("a.csv", "1,a\n\n2,c\n", "a.csv, line 2: 0 columns, not 2"),
+        ("a.csv", "1,a\n\n3,c\n", r"a.csv, line 3: label '3' is none of 1"),
+        ("a.tsv", "1\ta\n\n3\tc\n", r"a.tsv, line 3: label '3' is none of 1"),
         ("a.csv", "1 a\n", "a.csv, line 1: 1 column; a record is `label,text`"),
         ("a.csv", "1,a\n2,\n1,x", "a.csv, line 2: the sentence is empty"),
         ("a.csv", "", "a.csv is empty; it should be a data file of `label,text` records"),
@@ -516,3 +518,86 @@ def test_predictions_are_read_back_as_rows(tmp_path):
     with pytest.raises(ValueError, match="longer"):
         write_predictions(path, [1], rows)
     assert path.read_bytes().count(b"\n") == 2
+
+
+MAPPINGS = {
+    "numbers from 1": {"1": "bad", "2": "good"},
+    "words": {"neg": "bad", "pos": "good"},
+    "several labels of a class, and one left out": {"0": "bad", "1": "bad", "2": None, "3": "good"},
+    "the second first": {"5": "good", "-1": "bad"},
+    "written in full": {"01": "bad", "02": "good"},
+}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_predictions_are_read_back_with_the_label_file_of_the_data(tmp_path, name):
+    labels = MAPPINGS[name]
+    rows, path = [Row(0, "eins"), Row(1, "zwei"), Row(1, "class ||| drei")], tmp_path / "out.txt"
+    write_predictions(path, [row.label for row in rows], rows, labels)
+    assert read_rows(path, labels) == rows
+    (tmp_path / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
+    assert read_rows(path, read_labels(tmp_path / "labels.json")) == rows
+    first = [next(label for label, name in labels.items() if name == one) for one in class_names(labels)]
+    assert class_labels(labels) == first
+    assert path.read_text(encoding="utf-8").startswith(f"{first[0]} ||| eins\n{first[1]} ||| zwei\n")
+
+
+def test_predictions_of_a_list_of_names_have_their_positions(tmp_path):
+    write_predictions(tmp_path / "a.txt", [2, 0], [Row(0, "a"), Row(0, "b")], SST)
+    write_predictions(tmp_path / "b.txt", [2, 0], [Row(0, "a"), Row(0, "b")])
+    assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes() == b"2 ||| a\n0 ||| b\n"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", " \n", "\t\r\n"])
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("a.txt", ["", "0 ||| one", "", "  ", "1 ||| two", "", ""]),
+        ("a.csv", ["", "label,text", "", "0,one", "", "   ", "1,two", "", ""]),
+        ("a.csv", ['"0","one"', "", '"1","two"', ""]),
+        ("a.tsv", ["", "label\ttext", "", "0\tone", "", "   ", "1\ttwo", "", ""]),
+    ],
+)
+def test_blank_lines_are_left_out_of_every_kind_of_file(tmp_path, name, lines, end, mark):
+    if end.startswith("\t") and name.endswith(".tsv"):
+        pytest.skip("there a tab ends a column")
+    if end.strip("\r\n") and '"' in lines[0]:
+        pytest.skip("nothing may follow the quotes of a field")
+    path = named(tmp_path, name, mark + end.join(lines))
+    assert read_rows(path, CFIMDB) == [Row(0, "one"), Row(1, "two")]
+    bad = named(tmp_path, name, mark + end.join([*lines, lines[-3].replace("1", "7"), ""]))
+    if "7" in lines[-3].replace("1", "7"):
+        with pytest.raises(ValueError, match=rf"{name}, line {len(lines) + 1}: label '7'"):
+            read_rows(bad, CFIMDB)
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        # Yelp and Amazon: a line break is a backslash and an n, a quote is doubled, often behind a backslash.
+        ('"1","so good\\nso cheap\\n\\nreally"\n"2","he said \\""wow\\"" twice"\n', ["so good so cheap  really",
+                                                                                'he said "wow" twice']),
+        ('"1","a\\nb \\""c\\"""\n"2","either\\or"\n', ['a b "c"', "either\\or"]),
+        # AG News: a backslash is a line break, whatever follows.
+        ('"1","the\\nation of\\two \\and"\n"2","so""it"" is\\"\n', ["the nation of two  and", 'so"it" is']),
+        # Quotes behind a backslash and not doubled.
+        ('"1","he said \\"hi\\"\\nand \\\\ left"\n"2","\\"all\\""\n', ['he said "hi" and \\ left', '"all"']),
+        ('"1","a\nb"\r\n"2","c\rd"\r\n', ["a b", "c d"]),
+    ],
+    ids=["escapes", "few escapes", "line breaks", "escaped quotes", "real line breaks"],
+)  # fmt: skip
+def test_what_a_backslash_is_in_a_csv_is_decided_by_the_file(tmp_path, text, sentences):
+    rows = read_rows(named(tmp_path, "a.csv", text), {"1": "bad", "2": "good"})
+    assert rows == [Row(n, sentence) for n, sentence in enumerate(sentences)]
+
+
+def test_a_csv_with_escapes_that_is_broken_otherwise_is_told_as_it_stands(tmp_path):
+    path = named(tmp_path, "a.csv", '"1","he said \\"hi\\""\n"2","b" c\n')
+    with pytest.raises(ValueError, match=r"a.csv, line 1: no CSV"):
+        read_rows(path, {"1": "bad", "2": "good"})
+
+
+def test_the_backslashes_of_ag_news_are_line_breaks(asset):
+    rows = read_rows(asset("agnews/test.csv"), {str(n): str(n) for n in range(1, 5)})
+    assert len(rows) == 7600 and not any("\\" in row.sentence for row in rows)

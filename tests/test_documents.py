@@ -378,3 +378,57 @@ def test_ten_times_the_text_takes_no_more_memory(tmp_path, small_tokenizer, sepa
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout))
     assert text.stat().st_size > 50e6 and peaks[1] < peaks[0] + 40_000  # kilobytes
+
+
+# Folders as people have them
+
+
+def names_of(folder, tell=lambda line: None):
+    return [str(file.relative_to(folder)) for file in text_files(folder, tell)]
+
+
+def test_what_begins_with_a_dot_is_left_out_of_a_folder_in_one_line(tmp_path):
+    folder = tmp_path / ".corpus"  # the one that is named may begin with one
+    for name in (
+        "b.txt",
+        "._b.txt",
+        ".ipynb_checkpoints/b-checkpoint.txt",
+        "sub/.hidden/c.txt",
+        "sub/.d.TXT",
+        "sub/e.txt",
+    ):
+        written(folder / name, "text")
+    written(folder / ".DS_Store", "x")
+    told = []
+    assert names_of(folder, told.append) == ["b.txt", "sub/e.txt"]
+    assert len(told) == 1 and "._b.txt (its name begins with a dot)" in told[0] and told[0].endswith("and 1 more")
+    assert text_files(folder / "._b.txt") == [folder / "._b.txt"]  # what is named is read
+    for name in ("b.txt", "sub/e.txt"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"without a .txt file \(left out of .*its name begins with a dot"):
+        text_files(folder)
+
+
+def test_an_ending_may_be_in_capitals(tmp_path):
+    for name in ("a.TXT", "b.Txt", "c.text", "TXT"):
+        written(tmp_path / name, "text")
+    told = []
+    assert names_of(tmp_path, told.append) == ["a.TXT", "b.Txt"] and told == []
+
+
+def test_links_are_followed_and_each_file_counts_once(tmp_path):
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    written(folder / "a.txt", "text")
+    written(folder / "sub" / "b.txt", "text")
+    written(elsewhere / "c.txt", "text")
+    (elsewhere / "back").symlink_to(folder)  # a loop
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "self").symlink_to(folder)
+    (folder / "z.txt").symlink_to(folder / "a.txt")
+    (folder / "nothing.txt").symlink_to(folder / "none.txt")
+    os.link(folder / "a.txt", folder / "y.txt")
+    told = []
+    files = text_files(folder, told.append)
+    assert sorted(file.name for file in files) == ["a.txt", "b.txt", "c.txt"]
+    assert told == [f"notice: left out of {folder}: nothing.txt (no file, or a link to nothing)"]

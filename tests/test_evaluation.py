@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -40,6 +41,24 @@ def test_predictions_stand_in_the_order_of_the_rows(size):
     gold = [row.label for row in rows]
     assert result.accuracy == pytest.approx(accuracy_score(gold, by_hand))
     assert result.macro_f1 == pytest.approx(f1_score(gold, by_hand, average="macro"))
+
+
+def test_a_class_that_no_row_has_counts_in_macro_f1_as_in_the_table_beneath():
+    rows = [Row(label, f"{label} {i}", (label,)) for i, label in enumerate([0, 1, 0, 1])]
+    result = evaluate(model_of_scores([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), rows, 2)
+    assert result.accuracy == 1.0 and result.macro_f1 == pytest.approx(2 / 3)
+    table = describe_classes(result, rows, ["bad", "good", "unseen"])
+    assert re.search(r"macro avg +\S+ +\S+ +(\S+)", table)[1] == f"{result.macro_f1:.3f}"
+
+
+def model_of_scores(scores):
+    """A model whose scores of a row are those of its first id."""
+
+    class Model(torch.nn.Embedding):
+        def forward(self, ids, mask=None):
+            return super().forward(ids[:, 0]).log_softmax(-1)
+
+    return Model.from_pretrained(torch.tensor(scores))
 
 
 @pytest.mark.parametrize("bucketed", [True, False])

@@ -16,6 +16,7 @@ from generation import (
     beam_search,
     check_settings,
     contrastive_search,
+    distribution,
     epsilon_filter,
     eta_filter,
     generate,
@@ -137,8 +138,6 @@ def test_filters_keep_what_those_of_transformers_keep(name):
         kind, option = THEIRS[name]
         theirs = getattr(processors, kind)(*ours.keywords.values())
         kept, wanted = ours(logits), theirs(None, logits.clone())
-        arg_max = logits.argmax(-1, keepdim=True)
-        wanted = wanted.scatter(-1, arg_max, logits.gather(-1, arg_max))  # typical sampling may cut it there
         assert torch.equal(torch.isfinite(kept), torch.isfinite(wanted)), ours
         assert torch.equal(kept[torch.isfinite(kept)], logits[torch.isfinite(kept)])
 
@@ -155,14 +154,39 @@ def test_top_k_of_no_token_is_refused():
         top_k_filter(torch.zeros(1, 5), k=0)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 30.0])
+def test_typical_sampling_keeps_the_set_of_transformers_in_thousands_of_rows(scale):
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = scale * torch.randn(1000, 40, generator=seeded())
+    logits[:100] = logits[:100].round()  # ties
+    logits[100:200, ::2] = -torch.inf  # what another filter left
+    cut_arg_max = False
+    for mass in (1e-9, 0.01, 0.1, 0.2, 0.5, 0.9, 0.95, 0.999):
+        kept = typical_filter(logits, mass)
+        assert torch.equal(kept, processors.TypicalLogitsWarper(mass)(None, logits.clone()))
+        assert torch.isfinite(kept).any(-1).all()
+        cut_arg_max |= bool((kept.argmax(-1) != logits.argmax(-1)).any())
+    assert cut_arg_max or scale == 30.0
+
+
+def test_the_likeliest_token_goes_where_it_is_not_typical():
+    logits = torch.tensor([0.4, *[0.1] * 6]).log()
+    assert torch.isfinite(typical_filter(logits, 0.3)).tolist() == [False, *[True] * 6]  # ties stay together
+    peaked = torch.tensor([100.0, 0.0, 0.0])
+    assert torch.isfinite(typical_filter(peaked, 0.01)).tolist() == [True, False, False]
+    after = distribution(logits[None], 1.0, [partial(typical_filter, mass=0.3), partial(top_k_filter, k=1)])
+    assert after[0].tolist() == pytest.approx([0.0, *[1 / 6] * 6])  # top-k: of what typical sampling left
+
+
 @pytest.mark.parametrize("name", FILTERS)
-def test_filters_are_pure_and_leave_the_arg_max_alive(name):
+def test_filters_are_pure_and_never_cut_every_token(name):
     logits = torch.randn(2, 3, 30, generator=seeded())
     logits[0, 0] = torch.tensor([0.0, -torch.inf]).repeat(15)  # what another filter left
     before = logits.clone()
     for kept in (one(logits) for one in FILTERS[name]):
         assert torch.equal(logits, before) and kept.shape == logits.shape
-        assert torch.equal(kept.argmax(-1), logits.argmax(-1)) and torch.isfinite(kept.amax(-1)).all()
+        assert torch.isfinite(kept.amax(-1)).all()
+        assert name == "typical" or torch.equal(kept.argmax(-1), logits.argmax(-1))
         assert not torch.isfinite(kept[0, 0, 1::2]).any()
 
 

@@ -86,3 +86,17 @@ def test_packed_examples_are_taken_apart_again():
     N = NO_TARGET
     assert packed.targets.tolist() == [[N, N, 13, 2, 31, 32, 2], [N, 2, N, N, N, N, N]]
     assert packed.segments.tolist() == [[1, 1, 1, 1, 3, 3, 3], [2, 2, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", " \n"])
+def test_blank_lines_between_examples_are_left_out_and_lines_keep_their_numbers(tmp_path, llama_tokenizer, end):
+    path = tmp_path / "a.jsonl"
+    lines = ["\ufeff", '{"prompt": "a", "answer": "b"}', "", " \t", '{"prompt": "c", "answer": "d d d d d d d d"}']
+    path.write_bytes(end.join([*lines, "", ""]).encode())
+    examples = read_examples(path)
+    assert examples == [Example("a", "b"), Example("c", "d d d d d d d d")]
+    with pytest.raises(ValueError, match=r"a.jsonl, line 5: an answer of 8 tokens"):
+        tokenize_examples(path, examples, llama_tokenizer, 6, 1)
+    path.write_bytes(end.join([*lines, "", '{"prompt": "a"}']).encode())
+    with pytest.raises(ValueError, match=r'a.jsonl, line 7: there is no "answer"'):
+        read_examples(path)

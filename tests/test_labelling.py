@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,35 @@ def test_it_says_of_dev_what_the_run_predicted(command, option, head):
     assert code == 0
     shown = [f"{one['class']} {max(one['probabilities'].values()):.3f} ||| {one['sentence']}" for one in said]
     assert out.splitlines() == shown
+
+
+@pytest.mark.parametrize(
+    "labels", [{"1": "bad", "2": "good"}, {"neg": "bad", "pos": "good"}, {"01": "bad", "2": "good"}]
+)
+def test_a_label_is_the_label_files_and_a_number_where_it_is_one(command, labels):
+    (command.folder / "names.json").write_text(json.dumps(labels), encoding="utf-8")
+    known = list(labels)
+    for split in ("train", "dev", "test"):
+        path = command.folder / f"{split}.txt"
+        path.write_text(re.sub(r"^[01]", lambda m: known[int(m[0])], path.read_text(), flags=re.M))
+    fine_tuned(command)
+    (command.folder / "texts.txt").write_text("\n".join(sentences(command.folder / "dev.txt")), encoding="utf-8")
+    code, out, err = classify(command, "--prompt_file", "texts.txt", "--json")
+    assert code == 0, err
+    said = [json.loads(line) for line in out.splitlines()]
+    predicted = (command.folder / outputs("finetune")[0]).read_text(encoding="utf-8").splitlines()
+    assert [f"{one['label']} ||| {one['sentence']}" for one in said] == predicted
+    assert {type(one["label"]) for one in said} <= ({int} if known == ["1", "2"] else {int, str})
+    code, _, err = run_with(command, "wise_ft", "--alphas", "1", "--dev_out", "d.txt", "--test_out", "t.txt")
+    assert code == 0, err
+    assert (command.folder / "d.txt").read_text(encoding="utf-8").splitlines() == predicted
+
+
+@pytest.mark.parametrize(
+    "text, label", [("0", 0), ("12", 12), ("-1", -1), ("01", "01"), ("-0", "-0"), ("1.5", "1.5"), ("٣", "٣")]
+)
+def test_only_a_whole_number_as_one_is_written_is_a_number(text, label):
+    assert labelling.json_label(text) == label and type(labelling.json_label(text)) is type(label)
 
 
 def test_the_probabilities_are_those_of_the_sentence_alone(command):

@@ -274,3 +274,9 @@ def test_bad_options_are_one_line_and_exit_status_2(
 def test_check_of_a_missing_zip_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check", "nowhere.zip"]) == 2
     assert capsys.readouterr().err == "prepare_submit.py: error: there is no file nowhere.zip\n"
+
+
+def test_blank_lines_of_a_source_are_no_rows(project: Path, tmp_path: Path) -> None:
+    source = project / "data" / "sst-dev.txt"
+    source.write_bytes(b"\xef\xbb\xbf\n" + source.read_bytes().replace(b"\n", b"\r\n \r\n"))
+    assert pack("me", project, tmp_path / "me.zip")

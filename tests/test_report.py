@@ -409,3 +409,21 @@ def test_nonsense_gets_one_line_and_no_page(runs, capsys, arguments, message):
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
     assert not list(runs.rglob("*.html"))
+
+
+@pytest.mark.parametrize(
+    "labels", [{"4": "bad", "7": "fair", "9": "good"}, {"a": "bad", "b": None, "c": "fair", "d": "good"}]
+)
+def test_predictions_are_read_with_the_labels_of_the_label_file(tmp_path, labels):
+    from dataset import class_labels, write_predictions
+
+    run = a_run(tmp_path / "run", [0.625])
+    (tmp_path / "names.json").write_text(json.dumps(labels), encoding="utf-8")
+    known = class_labels(labels)
+    for split in ("dev", "test"):
+        lines = "".join(f"{known[row.label]} ||| {row.sentence}\n" for row in rows(GOLD))
+        (tmp_path / f"{split}.txt").write_text(lines, encoding="utf-8")
+        write_predictions(tmp_path / f"{split}-finetuning-output.txt", GUESS, rows(GOLD), labels)
+    found = read_run(run, "run")
+    assert found.missing == [] and found.matrices["dev"] == found.matrices["test"]
+    assert found.matrices["dev"][0] == ["bad", "fair", "good"] and found.matrices["dev"][1][0] == [1, 1, 0]

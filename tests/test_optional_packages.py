@@ -1,0 +1,128 @@
+"""Packages that may be missing or broken: the program goes without them, or says in one line what to type."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from command_line import PackageError, optional_package
+from run_directory import RunDirectory
+from tokenizer import Tokenizer
+
+
+class BrokenFinder:
+    """Has the import of one package fail with an error."""
+
+    def __init__(self, package, error):
+        self.package, self.error = package, error
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.package:
+            raise self.error
+        return None
+
+
+def break_package(monkeypatch, package, error):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [BrokenFinder(package, error), *sys.meta_path])
+
+
+ERRORS = [
+    ImportError("libfoo.so.1: cannot open\nshared object file"),
+    OSError("no shared library"),
+    AttributeError("module has no attribute 'x'"),
+    TypeError("Descriptors cannot be created directly"),
+    RuntimeError("no such thing"),
+    SystemExit("bye"),
+    ModuleNotFoundError("No module named 'protobuf'", name="protobuf"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_broken_package_raises_becomes_one_line_with_the_command_to_type(error):
+    with pytest.raises(PackageError, match=r"^it needs p, and p is broken here \(.*\): pip install --force") as raised:
+        with optional_package("p", "it needs p"):
+            raise error
+    assert not raised.value.missing and "\n" not in str(raised.value) and type(error).__name__ in str(raised.value)
+
+
+def test_a_missing_package_is_told_from_a_broken_one_and_some_errors_go_through():
+    with pytest.raises(PackageError, match=r"^it needs p: pip install p$") as raised:
+        with optional_package("p", "it needs p"):
+            raise ModuleNotFoundError("No module named 'p.q'", name="p.q")
+    assert raised.value.missing
+    with pytest.raises(KeyboardInterrupt, match="^$"), optional_package("p", "it needs p"):
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="^mine$"), optional_package("p", "it needs p", passes=(ValueError,)):
+        raise ValueError("mine")
+
+
+TINY_JSON = (
+    '{"version": "1.0", "added_tokens": [{"id": 1, "content": "</s>", "special": true, "single_word": false, '
+    '"lstrip": false, "rstrip": false, "normalized": false}], '
+    '"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'
+)
+
+
+@pytest.mark.parametrize("package", ["tiktoken", "tokenizers"])
+@pytest.mark.parametrize("when", ["import", "use"])
+def test_a_tokenizer_whose_package_is_broken_is_refused_with_the_command_to_type(
+    tmp_path, monkeypatch, package, when, asset
+):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TINY_JSON, encoding="utf-8")
+    if package == "tiktoken":
+        path = asset("tokenizers/gpt2_encoder.json")
+    if when == "import":
+        break_package(monkeypatch, package, RuntimeError("built for another machine"))
+    else:
+
+        def fails(*_, **__):
+            raise RuntimeError("built for another machine")
+
+        monkeypatch.setitem(
+            sys.modules, package, SimpleNamespace(Encoding=fails, Tokenizer=SimpleNamespace(from_str=fails))
+        )
+    with pytest.raises(
+        ValueError, match=rf"{package} is broken here \(RuntimeError: built.*--force-reinstall {package}$"
+    ):
+        Tokenizer(tokenizer_model=path)
+
+
+def test_a_bad_tokenizer_json_is_not_blamed_on_the_package(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": {"type": "none"}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="is no tokenizer.json that can be read"):
+        Tokenizer(tokenizer_model=path)
+
+
+@pytest.mark.parametrize("when", ["import", "making it", "first number"])
+def test_metrics_are_kept_without_tensorboard_and_a_broken_one_is_told_of_once(tmp_path, monkeypatch, capsys, when):
+    def fails(*_, **__):
+        raise TypeError("Descriptors cannot\nbe created directly")
+
+    if when == "import":
+        break_package(monkeypatch, "tensorboard", TypeError("Descriptors cannot\nbe created directly"))
+    else:
+        writer = SimpleNamespace(add_scalar=fails)
+        fake = ModuleType("torch.utils.tensorboard")
+        fake.SummaryWriter = fails if when == "making it" else lambda *_, **__: writer
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        run.metric(step, loss=0.5, name="x")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tensorboard is broken here (TypeError: Descriptors cannot be created directly)" in line
+
+
+def test_a_missing_tensorboard_is_nothing_to_tell(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    RunDirectory(tmp_path).metric(1, loss=0.5)
+    assert capsys.readouterr().err == "" and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
