@@ -31,7 +31,7 @@ from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
 from html_page import chart, colour, document
 from llama import llama_from_checkpoint
-from options import curve_picture, path_and_fold
+from options import curve_picture, path_and_fold, without_ending
 from wise_ft import interpolate
 
 
@@ -159,7 +159,7 @@ def out_of_domain(args: argparse.Namespace, found: FineTuned, labels: Mapping[st
     not as many, or one does not fit the model's classes.
     """
     sets = []
-    stems = [Path(path_and_fold(path)[0]).stem for path in args.ood]
+    stems = [Path(without_ending(path_and_fold(path)[0])).name for path in args.ood]
     mappings, files = (for_each(args, name) for name in ("ood_classes", "ood_label_names"))
     for path, stem, counts_as, file in zip(args.ood, stems, mappings, files, strict=True):
         names, own = found.label_names, labels

@@ -13,6 +13,7 @@ their bytes are read when they are needed.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -25,6 +26,7 @@ from config import LlamaConfig, parameter_shapes, shown
 from files import (
     is_safetensors,
     is_torch,
+    read_json,
     read_safetensors,
     read_torch,
     safetensors_metadata,
@@ -32,13 +34,12 @@ from files import (
     write_safetensors_file,
     write_torch,
 )
-from formats import is_meta, is_tied, meta_state, read_huggingface, read_meta
+from formats import checked_stop_ids, is_meta, is_meta_folder, is_tied, meta_state, read_huggingface, read_meta
 from llama2c import read_llama2c
 from option_table import COURSE_TEMPLATE
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mini-llama"  # of our part of a safetensors file's metadata
-COMPILED_PREFIX = "_orig_mod."  # what torch.compile puts before every key
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Checkpoint:
     config: LlamaConfig
     state: dict[str, Tensor]
     extra: dict[str, Any] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()  # at which a text ends, beside those of the tokenizer
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -148,10 +150,12 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    if (folder / "params.json").is_file():
+    is_huggingface = (folder / "config.json").is_file()
+    if (folder / "params.json").is_file() and (is_meta_folder(folder) or not is_huggingface):
         return Checkpoint(folder, "Meta", *read_meta(folder))
-    if (folder / "config.json").is_file():
-        return Checkpoint(folder, "Hugging Face", *read_huggingface(folder))
+    if is_huggingface:
+        config, state, stop_ids = read_huggingface(folder)
+        return Checkpoint(folder, "Hugging Face", config, state, stop_ids=stop_ids)
     raise ValueError(
         f"{folder} is a folder without Meta's params.json or Hugging Face's config.json; "
         "give a folder that has one, or a checkpoint file"
@@ -182,7 +186,6 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
             f"--option classify --finetuned {path} and a sentence"
         )
     state = weights_of(path, content["model"])
-    state = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
     arguments = dict(content["model_args"])
     origin = "mini-llama" if "format_version" in content else "course"
     if is_meta(state):
@@ -195,7 +198,17 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     extra = {name: value for name, value in content.items() if name not in ("model", "model_args")}
-    return Checkpoint(path, origin, config, state, extra)
+    stop_ids = checked_stop_ids(path, "stop_ids", content.get("stop_ids"), config.vocab_size)
+    return Checkpoint(path, origin, config, state, extra, stop_ids)
+
+
+def folder_vocabulary(folder: Path) -> int | None:
+    """How many ids the model in a folder has, by its config alone; None where that does not tell."""
+    file = folder / "config.json"
+    if not file.is_file() or is_meta_folder(folder):
+        file = folder / "params.json"
+    size = read_json(file).get("vocab_size") if file.is_file() else None
+    return size if type(size) is int and size > 0 else None
 
 
 @dataclass
@@ -249,7 +262,8 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
         config = LlamaConfig.from_dict(arguments)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    for name, tensor in weights_of(path, state).items():
+    state = weights_of(path, state)
+    for name, tensor in state.items():
         if not fits_float32(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity; train it anew")
     return FineTuned(path, config, state, head, names, labels, template, words, options)
@@ -280,13 +294,21 @@ def write_checkpoint(
 
 
 def write_safetensors(
-    path: str | PathLike[str], state: dict[str, Tensor], config: LlamaConfig, dtype: torch.dtype | None = None
+    path: str | PathLike[str],
+    state: dict[str, Tensor],
+    config: LlamaConfig,
+    dtype: torch.dtype | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
-    """Writes a whole `Llama` atomically, rounded to `dtype`; a tied output is left out, for it is the embedding."""
+    """Writes a whole `Llama` atomically, rounded to `dtype`, with the ids at which a text ends; a tied output is left
+    out, for it is the embedding.
+    """
     tensors = {
         name: tensor if dtype is None else tensor.to(dtype)
         for name, tensor in state.items()
         if not (config.tie_embeddings and name == "output.weight")
     }
     described = {"format_version": FORMAT_VERSION, "kind": "llama", "model_args": config.to_dict()}
+    if stop_ids:
+        described["stop_ids"] = list(stop_ids)
     write_safetensors_file(path, tensors, {"format": "pt", METADATA_KEY: json.dumps(described)})

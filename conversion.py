@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +19,7 @@ from adapters import read_adapter, write_adapter, write_peft
 from checkpoint import Checkpoint, fits_float32, read_checkpoint, write_safetensors
 from command_line import optional_package
 from config import LlamaConfig, check_rmsnorm, parameter_shapes
-from environment import check_alone, check_vocabulary, load_tokenizer, overrides, put_tokenizer_beside, report
+from environment import check_alone, fit_tokenizer, load_tokenizer, overrides, put_tokenizer_beside, report
 from evaluation import DTYPES
 from files import atomic_file, atomic_folder, check_free, raw_bytes
 from formats import renamed, write_huggingface
@@ -27,12 +27,14 @@ from llama import llama_from_checkpoint
 from llama2c import write_llama2c
 from lora import merge_lora_weights
 from option_table import ADAPTER_FORMATS, FOLDER_FORMATS
+from options import without_ending
 from rope import rotary_frequencies, scaled
 from tokenizer import BytePairModel, Tokenizer
 from tokenizer_files import byte_pair_parts, sentencepiece_parts, space_flags, write_huggingface_tokenizer
 
 State = dict[str, Tensor]
 NEEDS_GGUF = "--to gguf needs the gguf package"
+StopIds = Sequence[int]
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -60,7 +62,7 @@ def convert(args: argparse.Namespace) -> None:
             state = {name: tensor.to(DTYPES[args.out_dtype]) for name, tensor in state.items()}
             if too_large := [name for name, tensor in state.items() if not fits_float32(tensor)]:
                 raise ValueError(f"{too_large[0]} holds numbers beyond {args.out_dtype}; give another --out_dtype")
-        WRITERS[args.to](args, config, state)
+        WRITERS[args.to](args, config, state, checkpoint.stop_ids)
     report(f"wrote       {args.model_out} ({args.to})")
     if args.to.startswith("llama2c"):
         report("tokenizer   none goes with it; to open it here, name one with --tokenizer")
@@ -75,32 +77,32 @@ def whole_state(args: argparse.Namespace, checkpoint: Checkpoint, config: LlamaC
     return merge_lora_weights(llama).state_dict()
 
 
-def to_safetensors(args: argparse.Namespace, config: LlamaConfig, state: State) -> None:
+def to_safetensors(args: argparse.Namespace, config: LlamaConfig, state: State, stop_ids: StopIds) -> None:
     tokenizer = tokenizer_of(args, config)
     content = tokenizer.path.read_bytes()
-    write_safetensors(args.model_out, state, config)
+    write_safetensors(args.model_out, state, config, stop_ids=stop_ids)
     put_tokenizer_beside(args.model_out, tokenizer, content)
 
 
-def to_llama2c(version: int) -> Callable[[argparse.Namespace, LlamaConfig, State], None]:
-    return lambda args, config, state: write_llama2c(args.model_out, config, state, version)
+def to_llama2c(version: int) -> Callable[[argparse.Namespace, LlamaConfig, State, StopIds], None]:
+    return lambda args, config, state, stop_ids: write_llama2c(args.model_out, config, state, version)
 
 
-def to_huggingface(args: argparse.Namespace, config: LlamaConfig, state: State) -> None:
+def to_huggingface(args: argparse.Namespace, config: LlamaConfig, state: State, stop_ids: StopIds) -> None:
     tokenizer = tokenizer_of(args, config)
     with atomic_folder(args.model_out) as folder:
-        write_huggingface(folder, config, state, tokenizer.bos_id, tokenizer.eos_id)
+        write_huggingface(folder, config, state, tokenizer.bos_id, stop_ids or tokenizer.eos_id)
         write_huggingface_tokenizer(tokenizer, folder)
 
 
 def tokenizer_of(args: argparse.Namespace, config: LlamaConfig) -> Tokenizer:
     """The model's tokenizer. Raises ValueError if it is another's."""
     tokenizer = load_tokenizer(args)
-    check_vocabulary(args.pretrained_model_path, config, tokenizer)
+    fit_tokenizer(args.pretrained_model_path, config, tokenizer)
     return tokenizer
 
 
-def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State) -> None:
+def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State, stop_ids: StopIds) -> None:
     """For llama.cpp, which keeps query and key in pairs as this program does, and norms in float32."""
     check_rmsnorm(config, "GGUF's llama")
     gguf = import_gguf()
@@ -113,7 +115,7 @@ def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State) -> None
         optional_package("gguf", NEEDS_GGUF, passes=(OSError, ValueError)),
     ):
         writer = gguf.GGUFWriter(Path(folder) / "model.gguf", "llama")
-        writer.add_name(Path(args.pretrained_model_path).stem)
+        writer.add_name(Path(without_ending(args.pretrained_model_path)).name)
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.max_seq_len)
         writer.add_embedding_length(config.dim)
@@ -127,7 +129,7 @@ def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State) -> None
         stored = types.get(state["tok_embeddings.weight"].dtype, "F32")
         kinds = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
         writer.add_file_type(gguf.LlamaFileType[kinds[stored]])
-        add_gguf_tokens(gguf, writer, tokenizer)
+        add_gguf_tokens(gguf, writer, tokenizer, config.vocab_size)
         if config.rope_scaling is not None:  # what each pair's frequency is divided by
             plain = rotary_frequencies(config.head_dim, config.rope_theta)
             writer.add_tensor("rope_freqs.weight", (plain / scaled(plain, config.rope_scaling)).numpy())
@@ -146,8 +148,10 @@ def to_gguf(args: argparse.Namespace, config: LlamaConfig, state: State) -> None
             shutil.copyfileobj(made, file)
 
 
-def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None:
-    """The vocabulary, as llama.cpp's own tokenizers of the two kinds take it."""
+def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer, count: int) -> None:
+    """The vocabulary, as llama.cpp's own tokenizers of the two kinds take it: `count` tokens, as many as the embedding
+    has rows, the last of them unused where the tokenizer has fewer.
+    """
     special, kinds = set(tokenizer.special_ids.values()), gguf.TokenType
     if isinstance(tokenizer.model, BytePairModel):
         model = byte_pair_parts(tokenizer.model)["model"]
@@ -162,7 +166,7 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
         tokens = [pieces.id_to_piece(i) for i in ids]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores([pieces.get_score(i) for i in ids])
+        writer.add_token_scores([pieces.get_score(i) if i < len(ids) else 0.0 for i in range(count)])
         writer.add_unk_token_id(pieces.unk_id())
         proto = tokenizer.path.read_bytes()
         sentencepiece_parts(tokenizer.path, proto)  # refuses what is no BPE with byte pieces
@@ -181,11 +185,12 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Tokenizer) -> None
         ]
     else:
         raise ValueError(f"GGUF is written with a SentencePiece or tiktoken tokenizer, not {tokenizer.path}")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    unused = range(len(tokens), count)
+    writer.add_token_list([*tokens[:count], *(f"[PAD{i}]" for i in unused)])
+    writer.add_token_types([*types[:count], *(kinds.UNUSED for _ in unused)])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(tokenizer.adds_bos)
     writer.add_add_eos_token(False)
 
 

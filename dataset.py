@@ -336,7 +336,8 @@ def tokenize_rows(
     """The rows with their ids, and how many sentences had to be cut to fit `context`.
 
     Without a question a row is <s> sentence </s>. With one it is <s> before sentence question, left open for a
-    continuation; a row too long for the context loses the end of its sentence, never of what is around it.
+    continuation; a row too long for the context loses the end of its sentence, never of what is around it. There is no
+    <s> where the tokenizer adds none.
     `max_sentence_len` cuts sentences first. Raises ValueError if a long row has no room for its sentence.
     """
 
@@ -350,14 +351,15 @@ def tokenize_rows(
         # An empty sentence leaves one space, not two, between its neighbours, and none at the beginning.
         text = before + row.sentence + behind if row.sentence else (before.rstrip(" ") + behind).lstrip(" ")
         ids = encode(text)
+        begin = beginning(tokenizer, ids)
         # The text is tokenized as a whole, for what a part begins with depends on what precedes it: a line break or a
         # quotation mark has no space behind it, and a piece may reach over the seam. Such a piece counts as the
         # question's, and is never cut.
-        if max_sentence_len is not None or 1 + len(ids) + len(end) > context:
+        if max_sentence_len is not None or len(begin) + len(ids) + len(end) > context:
             start = _shared(ids, encode(before)) if before else 0
             stop = _shared(ids, encode(before + row.sentence)) if behind else len(ids)
             sentence, question_ids = ids[start:stop][:max_sentence_len], ids[stop:]
-            room = context - 1 - start - len(question_ids) - len(end)
+            room = context - len(begin) - start - len(question_ids) - len(end)
             if room < 1:
                 raise ValueError(
                     f"the model's context of {context} tokens has no room for a sentence beside "
@@ -365,8 +367,13 @@ def tokenize_rows(
                 )
             cut += len(sentence) > room
             ids = ids[:start] + sentence[:room] + question_ids
-        done.append(Row(row.label, row.sentence, (tokenizer.bos_id, *ids, *end)))
+        done.append(Row(row.label, row.sentence, (*begin, *ids, *end)))
     return done, cut
+
+
+def beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """What stands before the ids of a text: bos if the tokenizer adds one, or if there is nothing else."""
+    return [tokenizer.bos_id] if getattr(tokenizer, "adds_bos", True) or not ids else []
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

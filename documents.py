@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from files import atomic_file
+from options import without_ending
 from tokenizer import Tokenizer
 
 DOCUMENT_END = "<|endoftext|>"
@@ -239,7 +240,7 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     text_crc = _file_crc(path)
     # Two texts may share a name, and two tokenizers a text.
     origin = f"{path.resolve()}\n{tokenizer_checksum(tokenizer)}"
-    target = folder / f"{path.stem}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
+    target = folder / f"{without_ending(path.name)}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
     if target.exists() and read_header(target)["text_crc32"] == text_crc:
         return target
     try:

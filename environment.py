@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+MORE_IDS = 8  # that a model may have beyond its tokenizer's: tokens that were added
+ROUND_UNITS = tuple(8 << n for n in range(8))  # to whose multiples a vocabulary is rounded up: 8 to 1024
 LARGE = 500_000_000  # weights; a model of more is not widened to float32 unasked
 DEMO_DATA = {
     "train": "demo-train.txt",
@@ -158,17 +160,22 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer asked for, else the one that came with the checkpoint, else the default one; for a new model, if
     there is none of these, the bundled one.
     """
-    from checkpoint import read_checkpoint
-    from tokenizer import IN_FOLDER, Tokenizer, default_tokenizer_path
+    from checkpoint import folder_vocabulary, read_checkpoint
+    from tokenizer import Tokenizer, default_tokenizer_path
 
     path = args.tokenizer
     new = args.option == "pretrain" and not args.continued
+    model = Path(args.pretrained_model_path)
+    folder = Path(path or model)
+    if folder.is_dir() and not new:
+        size = folder_vocabulary(model) if model.is_dir() else None
+        if found := tokenizer_of_folder(folder, size, args.option == "convert" and args.to == "gguf"):
+            return found
     if path is None and not new:
-        model = Path(args.pretrained_model_path)
-        likely = [Path(tokenizer_beside(str(model)))]
-        if model.is_dir():  # Llama 1 and 2 came with one tokenizer, in the folder that holds the models' own
-            likely = [model / name for name in IN_FOLDER] + [model.resolve().parent / "tokenizer.model"]
-        path = next((file for file in likely if file.is_file()), None)
+        likely = Path(tokenizer_beside(str(model)))
+        if model.is_dir():
+            likely = model.resolve().parent / "tokenizer.model"  # Llama 1 and 2 came with one for all their folders
+        path = likely if likely.is_file() else None
     if path is None:
         try:
             path = default_tokenizer_path()
@@ -186,6 +193,43 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
                 ) from None
             path = tokenizer_beside(str(BUNDLED_MODEL))
     return Tokenizer(tokenizer_model=path)
+
+
+def tokenizer_of_folder(folder: Path, size: int | None, for_gguf: bool = False) -> Tokenizer | None:
+    """The tokenizer in a folder that fits a model with `size` ids: with as many pieces, else the largest with fewer,
+    else one that gives text no id that the model lacks. None if there is none; raises ValueError if none can be read.
+
+    for_gguf: a tokenizer.json, which GGUF cannot be written with, comes last.
+    """
+    from tokenizer import IN_FOLDER, Tokenizer
+
+    names = sorted(IN_FOLDER, key=lambda name: for_gguf and name == "tokenizer.json")
+    found: list[Tokenizer] = []
+    error: ValueError | None = None
+    for file in (folder / name for name in names if (folder / name).is_file()):
+        try:
+            tokenizer = Tokenizer(tokenizer_model=file)
+        except ValueError as one:  # damaged, or of a package that is not installed
+            error = error or one
+            continue
+        if size in (None, tokenizer.n_words) or (for_gguf and tokenizer.kind != "huggingface"):
+            return tokenizer
+        found.append(tokenizer)
+    if not found and error is not None:
+        raise error
+    below = [tokenizer for tokenizer in found if size is not None and tokenizer.n_words <= size]
+    if size is None or not found:
+        return next(iter(found), None)
+    return max(below, key=lambda one: one.n_words) if below else next((t for t in found if fits(t, size)), found[0])
+
+
+def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Fits the tokenizer to a model, and tells whether that could be."""
+    try:
+        tokenizer.fit_to_model(vocab_size)
+    except ValueError:
+        return False
+    return True
 
 
 def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -> list[str]:
@@ -236,21 +280,33 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def check_vocabulary(path: str | Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the vocabulary of the model at `path` is another than the tokenizer's."""
-    if config.vocab_size != tokenizer.n_words:
+def fit_tokenizer(
+    path: str | Path, config: LlamaConfig, tokenizer: Tokenizer, stop_ids: Sequence[int] = (), lies_with: str = ""
+) -> None:
+    """Fits the tokenizer to the model at `path`, whose own stop ids join the tokenizer's.
+
+    The model may have more ids than the tokenizer has pieces: a few that were added, or up to a round number, or, if
+    the tokenizer lies with the model (`lies_with`: where that is, by default `path`), any number. It may have fewer, if
+    text gives none of the others. Raises ValueError for a tokenizer of another model.
+    """
+    size, pieces = config.vocab_size, tokenizer.n_words
+    model = Path(lies_with or path)
+    own = {model.resolve(), Path(tokenizer_beside(str(model))).resolve()}
+    near = abs(size - pieces) <= MORE_IDS or any(size == -(-pieces // unit) * unit for unit in ROUND_UNITS)
+    if not (near or own & {tokenizer.path.resolve(), tokenizer.path.resolve().parent}) or not fits(tokenizer, size):
         raise ValueError(
-            f"{path} has a vocabulary of {config.vocab_size}, {tokenizer.path} one of "
-            f"{tokenizer.n_words}; give the --tokenizer that the model was trained with"
+            f"{path} has a vocabulary of {size}, {tokenizer.path} one of "
+            f"{pieces}; give the --tokenizer that the model was trained with"
         )
+    tokenizer.fit_to_model(size, stop_ids)
 
 
 def open_checkpoint(args: argparse.Namespace, tokenizer: Tokenizer) -> Checkpoint:
-    """What is at --pretrained-model-path. Raises ValueError if its vocabulary is another than the tokenizer's."""
+    """What is at --pretrained-model-path, to which the tokenizer is fitted. Raises ValueError if it is another's."""
     from checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(args.pretrained_model_path)
-    check_vocabulary(args.pretrained_model_path, checkpoint.config, tokenizer)
+    fit_tokenizer(args.pretrained_model_path, checkpoint.config, tokenizer, checkpoint.stop_ids)
     return checkpoint
 
 
@@ -287,7 +343,7 @@ def load_classifier(
     from dataset import prompt_parts
 
     tokenizer = load_tokenizer(args)
-    check_vocabulary(found.path, found.config, tokenizer)
+    fit_tokenizer(found.path, found.config, tokenizer, lies_with=args.pretrained_model_path)
     model = classifier_of(found, tokenizer)
     model.pooling = args.pooling
     prompt = prompt_parts(found.template, found.words, args.pooling) if found.head == "prompt" else ()
@@ -339,6 +395,9 @@ def print_header(
     if args.adapter is not None:
         report(f"adapter     {args.adapter}")
     report(f"tokenizer   {tokenizer.path} ({tokenizer.kind})")
+    if count := len(tokenizer.unused_ids):
+        what = "id of the model has no piece; it is" if count == 1 else "ids of the model have no piece; they are"
+        report(f"unused      {count} {what} never generated")
     if args.option in OUTPUT_ENDINGS:
         files = ([("train", args.train)] if args.option != "prompt" else []) + [("dev", args.dev), ("test", args.test)]
         report(f"data        {', '.join(f'{split} {path}' for split, path in files)}, labels {args.label_names}")

@@ -161,6 +161,7 @@ def answer_prompts(
                         temperature=0.0,
                         attention_mask=None if mask is None else mask.to(device),
                         eos_ids=tokenizer.stop_ids,
+                        banned_ids=getattr(tokenizer, "unused_ids", ()),
                     )
                 for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
                     end = next((t for t, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
@@ -218,8 +219,8 @@ def score_documents(
     tokens_at_once: int = 8192,
     device: torch.device | None = None,
 ) -> tuple[float, int]:
-    """How well a causal language model predicts documents (ids, <s> first): the summed loss in nats of every token but
-    the first of each, and the number of these tokens.
+    """How well a causal language model predicts documents, lists of ids: the summed loss in nats of every token but the
+    first of each, which may be <s>, and the number of these tokens.
 
     A document longer than `window` is read in windows that begin `stride` tokens after one another; each scores what
     the one before did not reach, with at least window - stride tokens before it.
@@ -251,7 +252,7 @@ def score_documents(
             bar.update(sum(scored for _, scored in some))
     if not torch.isfinite(nats):
         raise not_finite("the model's scores", dtype)
-    return float(nats), sum(len(ids) - 1 for ids in documents)
+    return float(nats), sum(max(0, len(ids) - 1) for ids in documents)
 
 
 def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[str, float | None]:

@@ -88,9 +88,10 @@ class Explanation:
 
     def _candidate(self, token: int, before: Tensor, after: Tensor) -> Candidate:
         context = self.ids[-8:]  # what a token's text is depends on what it follows: a space, the rest of a character
-        text = self.tokenizer.decode([*context, token])[len(self.tokenizer.decode(context)) :]
         if token in self.tokenizer.stop_ids:
             text = "<end>"
+        else:
+            text = self.tokenizer.decode([*context, token])[len(self.tokenizer.decode(context)) :]
         if not text or "\ufffd" in text:  # a part of a character
             text = f"<{token}>"
         return Candidate(text, float(before[token]), float(after[token]))

@@ -22,6 +22,8 @@ from torch import Tensor
 from config import shown
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Modules that hold a model, or one of its layers, as their only part: DDP, torch.compile, FSDP, activation checkpoints.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -75,14 +77,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write("\n")
 
 
+def unwrapped(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Each name of a file's tensors with its name in the bare model, without what wrappers put into it. Raises
+    ValueError if two names become the same.
+    """
+    plain: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    for name in names:
+        *parts, last = name.split(".")
+        plain[name] = ".".join([*(part for part in parts if part not in WRAPPERS), last])
+        if (other := seen.setdefault(plain[name], name)) != name:
+            raise ValueError(
+                f"{path} holds {shown(other)} and {shown(name)}, which are one tensor; save the model anew"
+            )
+    return plain
+
+
 def weights_of(path: Path, tensors: dict[Any, Any]) -> dict[str, Tensor]:
-    """The same, if all of it is weights under names. Raises ValueError for integers, lists, sparse tensors, ..."""
+    """The tensors by the names of the bare model (`unwrapped`), if all are weights under names. Raises ValueError for
+    integers, lists, sparse tensors, two names of one tensor, ...
+    """
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{path} holds {shown(name)}, which is no tensor of weights")
         if not is_dense(tensor):
             raise ValueError(f"{path} holds {shown(name)}, which is sparse or has no data; save it dense")
-    return tensors
+    plain = unwrapped(path, tensors)
+    return {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 def is_dense(tensor: Tensor) -> bool:

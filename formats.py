@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from files import (
     read_safetensors,
     read_torch,
     safetensors_names,
+    unwrapped,
     weights_of,
     write_json,
     write_safetensors_file,
@@ -54,6 +55,11 @@ KEYS: tuple[tuple[str, ...], ...] = (
 )
 # Tables that some files hold beside the weights, and that a model computes for itself.
 ROTARY_TABLES = re.compile(r"rope\.freqs|freqs_(cis|cos|sin)|.*\.rotary_emb\.inv_freq")
+
+
+def is_rotary_table(name: str) -> bool:
+    """Whether a tensor is one of `ROTARY_TABLES`."""
+    return ROTARY_TABLES.fullmatch(name) is not None
 
 
 def renamed(names: Iterable[str], source: str, target: str) -> dict[str, str]:
@@ -97,10 +103,15 @@ def is_meta(names: Iterable[str]) -> bool:
     return any(name.endswith(".attention.wq.weight") for name in names)
 
 
+def is_meta_folder(folder: Path) -> bool:
+    """Whether a folder has weights in Meta's files."""
+    return any(folder.glob("consolidated.*.pth"))
+
+
 def meta_state(state: State) -> State:
     """Meta's or llama2.c's tensors by our names, without the rotary tables."""
     names = renamed(state, "meta", "ours")
-    return {names[name]: tensor for name, tensor in state.items() if not ROTARY_TABLES.fullmatch(name)}
+    return {names[name]: tensor for name, tensor in state.items() if not is_rotary_table(name)}
 
 
 def read_meta(folder: Path) -> tuple[LlamaConfig, State]:
@@ -201,25 +212,50 @@ def is_tied(state: State) -> bool:
 # Hugging Face
 
 
-def read_huggingface(folder: Path) -> tuple[LlamaConfig, State]:
-    """A folder with config.json and safetensors, one file or several with an index.
+def read_huggingface(folder: Path) -> tuple[LlamaConfig, State, tuple[int, ...]]:
+    """A folder with config.json and safetensors, one file or several with an index; and the ids at which a text ends.
 
     Raises ValueError for a model that is no Llama, or one that computes what this program does not.
     """
-    config = huggingface_config(folder / "config.json", read_json(folder / "config.json"))
+    content = read_json(folder / "config.json")
+    config = huggingface_config(folder / "config.json", content)
+    stop_ids = huggingface_stop_ids(folder, content, config.vocab_size)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        files = shard_files(index)
-    elif single.is_file():
+    if single.is_file():  # first, as in transformers: an index beside it is left over from a model saved in shards
         files = [single]
+    elif index.is_file():
+        files = shard_files(index)
     else:
         raise ValueError(
             f"{folder} has no model.safetensors; fetch it, or save the model anew with transformers' save_pretrained"
         )
     state: State = {}
     for file in files:
-        state |= _huggingface_tensors(file, config)
-    return config, state
+        found = _huggingface_tensors(file, config)
+        if twice := state.keys() & found.keys():
+            raise ValueError(f"{file} holds {min(twice)} again, which another file of {folder} has; save it anew")
+        state |= found
+    return config, state, stop_ids
+
+
+def huggingface_stop_ids(folder: Path, content: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, where that is missing of config.json, whose `content` is given."""
+    path = folder / "generation_config.json"
+    path, content = (path, read_json(path)) if path.is_file() else (folder / "config.json", content)
+    return checked_stop_ids(path, "eos_token_id", content.get("eos_token_id"), vocab_size)
+
+
+def checked_stop_ids(path: Path, name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Ids at which a text ends, of a value that a file has: an id, a list of ids, or none. Raises ValueError for
+    anything else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise ValueError(
+            f"{path}: {name} is {shown(value)}; it must be an id from 0 to {vocab_size - 1}, or a list of such ids: "
+            "mend the file"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
@@ -227,20 +263,22 @@ def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
 
     These are read through a mapping of their own, let go at once: their pages would count twice.
     """
-    theirs = [name for name in safetensors_names(file) if not ROTARY_TABLES.fullmatch(name)]
-    names = renamed(theirs, "huggingface", "ours")
-    if unknown := [name for name, ours in names.items() if name == ours]:  # no name is the same in both
+    plain = {k: name for k, name in unwrapped(file, safetensors_names(file)).items() if not is_rotary_table(name)}
+    by_plain = renamed(plain.values(), "huggingface", "ours")
+    names = {key: by_plain[name] for key, name in plain.items()}
+    if unknown := [key for key, name in plain.items() if name == by_plain[name]]:  # no name is the same in both
         raise ValueError(f"{file} holds {shown(unknown[0])}, which is no tensor of a Hugging Face Llama")
     heads = {name: rotary_heads(ours, config) for name, ours in names.items()}
     state = {}
     for name, count in heads.items():
         if count is not None:
-            tensor = weights_of(file, read_safetensors(file, [name]))[name]
+            (tensor,) = weights_of(file, read_safetensors(file, [name])).values()
             if tensor.dim() not in (1, 2) or tensor.shape[0] % (2 * count):
                 raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, which is no {count} heads of pairs")
             state[names[name]] = to_pairs(tensor, count)
     others = [name for name, count in heads.items() if count is None]
-    return state | {names[name]: tensor for name, tensor in weights_of(file, read_safetensors(file, others)).items()}
+    found = weights_of(file, read_safetensors(file, others))
+    return state | {by_plain[name]: tensor for name, tensor in found.items()}
 
 
 def shard_files(index: Path) -> list[Path]:
@@ -319,7 +357,9 @@ def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
 SHARD_BYTES = 4 << 30
 
 
-def write_huggingface(folder: Path, config: LlamaConfig, state: State, bos_id: int, eos_id: int) -> None:
+def write_huggingface(
+    folder: Path, config: LlamaConfig, state: State, bos_id: int, eos_id: int | Sequence[int]
+) -> None:
     """Writes config.json and the safetensors that transformers' `AutoModelForCausalLM` loads. Of a model above 4 GiB,
     several files and an index. Raises ValueError for what a Llama folder cannot hold.
     """
@@ -354,8 +394,8 @@ def write_huggingface(folder: Path, config: LlamaConfig, state: State, bos_id: i
     write_json(folder / "config.json", to_huggingface_config(config, dtype, bos_id, eos_id))
 
 
-def to_huggingface_config(config: LlamaConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """What config.json says, in the words of transformers 4 and of 5."""
+def to_huggingface_config(config: LlamaConfig, dtype: str, bos_id: int, eos_id: int | Sequence[int]) -> dict[str, Any]:
+    """What config.json says, in the words of transformers 4 and of 5. eos_id: one, or all at which a text ends."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= config.rope_scaling._asdict() | {"rope_type": "llama3"}
@@ -380,7 +420,7 @@ def to_huggingface_config(config: LlamaConfig, dtype: str, bos_id: int, eos_id: 
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        "eos_token_id": eos_id if isinstance(eos_id, int) else list(eos_id) if len(eos_id) > 1 else eos_id[0],
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
+BANNED = -1e30  # a logit below all others; finite, for an infinite one tells of damaged weights
 
 
 class Config(Protocol):
@@ -121,6 +122,7 @@ def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
 def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
     """What is drawn from: probabilities, float32, of logits (..., V) after temperature (above 0) and filters."""
     logits = logits.float()
+    logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # at no temperature is a banned token drawn
     # Shifted before the division: at a tiny temperature the quotients overflow, all but the likeliest one's, which is 0
     # (or 0 / 0, where the temperature itself vanishes in float32).
     logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
@@ -194,16 +196,29 @@ def check_one_prompt(idx: Tensor, decoder: str) -> None:
 
 
 class Reader:
-    """A model that reads a growing text: through its cache while the text fits the context, then window by window."""
+    """A model that reads a growing text: through its cache while the text fits the context, then window by window.
 
-    def __init__(self, model: LanguageModel, capacity: int, use_cache: bool = True) -> None:
+    banned_ids: tokens that are never to be generated; their logits are `BANNED`.
+    """
+
+    def __init__(
+        self, model: LanguageModel, capacity: int, use_cache: bool = True, banned_ids: Sequence[int] = ()
+    ) -> None:
         self.model = model
+        self.banned_ids = list(banned_ids)
         self.context = model.config.max_seq_len
         new_cache = getattr(model, "new_cache", None)
         self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """What the model says of the whole text tokens (B, T) after having read it before up to the cache's length."""
+        logits, hidden = self._read(tokens, attention_mask, **options)
+        if self.banned_ids:
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # BANNED is infinity in float16
+            logits = wide.index_fill(-1, tokens.new_tensor(self.banned_ids), BANNED)
+        return logits, hidden
+
+    def _read(self, tokens: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         end = tokens.shape[1]
         if self.cache is None or end > self.context:
             self.cache = None  # the first tokens fall out now and all others move
@@ -233,6 +248,7 @@ def stream(
     eos_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    banned_ids: Sequence[int] = (),
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """The tokens (B,) that follow the prompts of idx (B, T), one step after the other, as they are chosen.
@@ -241,7 +257,8 @@ def stream(
     row's continuation follows its prompt (rotary positions are relative: a shift changes nothing). eos_ids: a row that
     produced one of them goes on with the first, and the stream ends once every row did. Past the model's context the
     window slides. Draws come from `generator` (on idx's device), else from torch's default one. watch: is told of each
-    step the logits (B, V), after the repetition penalty, and what was chosen (B,).
+    step the logits (B, V), after the repetition penalty, and what was chosen (B,). banned_ids: tokens that are never
+    chosen.
 
     Raises ValueError for an empty or right-padded prompt and for settings out of range.
     """
@@ -253,7 +270,7 @@ def stream(
         attention_mask = torch.cat((attention_mask, new), dim=1)
     ends = idx.new_tensor(list(eos_ids))
     finished = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
-    read = Reader(model, tokens.shape[1], use_cache)
+    read = Reader(model, tokens.shape[1], use_cache, banned_ids)
     for end in range(idx.shape[1], tokens.shape[1]):
         mask = None if attention_mask is None else attention_mask[:, :end]
         logits = read(tokens[:, :end], mask)[0][:, -1]
@@ -292,6 +309,7 @@ def beam_search(
     beams: int = 4,
     length_penalty: float = 1.0,
     eos_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
     use_cache: bool = True,
 ) -> tuple[Tensor, float]:
     """The likeliest continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
@@ -309,13 +327,14 @@ def beam_search(
     tokens, scores = idx, idx.new_zeros(1, dtype=torch.float32)
     ends = idx.new_tensor(list(eos_ids))
     done, new = (-math.inf, idx[0]), 1
-    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache)
+    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache, banned_ids)
     for new in range(1, max_new_tokens + 1):
         logits = read(tokens)[0][:, -1]
         check_finite(logits)
         candidates = scores[:, None] + logits.float().log_softmax(-1)  # (beams, V)
         # As many again as beams: at most half of the best end, per ending.
-        best = candidates.flatten().topk(min(beams * (1 + len(ends)), candidates.numel()))
+        allowed = candidates.numel() - len(candidates) * len(read.banned_ids)
+        best = candidates.flatten().topk(min(beams * (1 + len(ends)), allowed))
         rows, chosen = best.indices // candidates.shape[1], best.indices % candidates.shape[1]
         ended = torch.isin(chosen, ends)
         grown = torch.cat((tokens[rows], chosen[:, None]), dim=1)
@@ -342,6 +361,7 @@ def contrastive_search(
     k: int = 4,
     alpha: float = 0.6,
     eos_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
     use_cache: bool = True,
 ) -> Tensor:
     """Continues one prompt, idx (1, T) -> (T + new,), each time by that of the k likeliest tokens v for which
@@ -353,20 +373,22 @@ def contrastive_search(
     if k < 1 or not 0.0 <= alpha <= 1.0:
         raise ValueError(f"k is {k} and alpha {alpha}; k must be 1 or more, alpha in [0, 1]")
     tokens = idx
-    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache)
+    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache, banned_ids)
     logits, states = read(tokens)  # (1, 1, V), (1, T, D)
     for _ in range(max_new_tokens):
         check_finite(logits)
-        likely = logits[0, -1].float().softmax(-1).topk(min(k, logits.shape[-1]))
-        tried = torch.cat((tokens.expand(len(likely.indices), -1), likely.indices[:, None]), dim=1)
+        # By logits, of which none is equal to a banned one, as probabilities that vanish are.
+        likely = logits[0, -1].float().topk(min(k, logits.shape[-1] - len(read.banned_ids))).indices
+        probabilities = logits[0, -1].float().softmax(-1)[likely]
+        tried = torch.cat((tokens.expand(len(likely), -1), likely[:, None]), dim=1)
         if read.cache is not None:
-            read.cache.take(torch.zeros_like(likely.indices))
+            read.cache.take(torch.zeros_like(likely))
         logits, found = read(tried)
         if read.cache is not None:
             found = torch.cat((states.expand(len(found), -1, -1), found), dim=1)  # (k, T + 1, D)
         directions = torch.nn.functional.normalize(found.float(), dim=-1)
         likeness = (directions[:, :-1] @ directions[:, -1:].transpose(1, 2)).amax((1, 2))  # (k,)
-        best = ((1 - alpha) * likely.values - alpha * likeness).argmax()[None]
+        best = ((1 - alpha) * probabilities - alpha * likeness).argmax()[None]
         tokens, logits, states = tried[best], logits[best], found[best]
         if read.cache is not None:
             read.cache.take(best)
@@ -384,6 +406,7 @@ def lookup_decoding(
     temperature: float = 0.0,
     filters: Sequence[Filter] = (),
     eos_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
     draft_tokens: int = 8,
     longest_match: int = 3,
@@ -404,7 +427,7 @@ def lookup_decoding(
     if longest_match < 1:
         raise ValueError(f"longest_match is {longest_match}; it must be 1 or more")
     text, goal = idx[0].tolist(), idx.shape[1] + max_new_tokens
-    read = Reader(model, goal + draft_tokens)
+    read = Reader(model, goal + draft_tokens, banned_ids=banned_ids)
     if read.cache is None:
         raise ValueError("look-up decoding needs a causal model, whose cache it checks the guesses with")
     while len(text) < goal:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +64,15 @@ def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> tu
     return data, width
 
 
-def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor]) -> None:
-    """Writes the model that was trained, of which `state` is the best; LoRA layers are merged into what they wrap."""
+def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor], stop_ids: Sequence[int]) -> None:
+    """Writes the model that was trained, with `state`, the best of it, and its stop ids; LoRA layers are merged into
+    what they wrap.
+    """
     if args.lora_rank:
         apply_lora(llama, **lora_settings(args))
     llama.load_state_dict(state)
     merge_lora_weights(llama)
-    write_safetensors(args.model_out, llama.state_dict(), llama.config, DTYPES[args.out_dtype or "fp32"])
+    write_safetensors(args.model_out, llama.state_dict(), llama.config, DTYPES[args.out_dtype or "fp32"], stop_ids)
     report(f"wrote {args.model_out}")
 
 
@@ -99,7 +103,8 @@ def instruct(args: argparse.Namespace) -> None:
             run.log(line)
 
         def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
-            write_checkpoint(run.best_path, state, config, options=options, epoch=epoch, scores=score.metrics)
+            described: dict[str, Any] = {"options": options, "epoch": epoch, "scores": score.metrics}
+            write_checkpoint(run.best_path, state, config, stop_ids=list(checkpoint.stop_ids), **described)
 
         task = Instruction(
             data["train"],
@@ -121,7 +126,8 @@ def instruct(args: argparse.Namespace) -> None:
         settings = settings_of(args, dtype)
         model = train(llama.to(device), task, settings, run, processes=processes, write_best=write_best, log=log)
         if processes.is_main:  # from the file, for what was trained may be in shards
-            write_model(args, load_llama(args, checkpoint, dtype), read_torch(run.best_path)["model"])
+            best = read_torch(run.best_path)["model"]
+            write_model(args, load_llama(args, checkpoint, dtype), best, checkpoint.stop_ids)
             opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
         lines = []
         for split, path in (("dev", args.dev_out), ("test", args.test_out)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import shown
-from dataset import numbered_lines, read_text, word_ids
+from dataset import beginning, numbered_lines, read_text, word_ids
 from files import atomic_file
 from tokenizer import Tokenizer
 
@@ -69,7 +69,8 @@ def tokenize_examples(
     path: str | PathLike[str], examples: Iterable[Example], tokenizer: Tokenizer, window: int, new_tokens: int
 ) -> tuple[list[Example], int]:
     """The examples of a file with their ids, <s> prompt answer </s>, and how many prompts had to be cut. Spaces at the
-    end of a prompt are left out, as in a template (`dataset.prompt_parts`): the answer brings its own.
+    end of a prompt are left out, as in a template (`dataset.prompt_parts`): the answer brings its own. There is no <s>
+    where the tokenizer adds none.
 
     A prompt loses its beginning (after <s>) where it would leave no room in `window` tokens for the answer, or for the
     `new_tokens` that are made in its place. Raises ValueError, naming file and line, if an answer leaves no room.
@@ -79,7 +80,8 @@ def tokenize_examples(
         try:
             prompt = tokenizer.encode(example.prompt.rstrip(" "), bos=False, eos=False)
             answer = word_ids(tokenizer, example.answer)
-            room = window - 1 - max(len(answer), new_tokens)
+            begin = beginning(tokenizer, prompt)
+            room = window - len(begin) - max(len(answer), new_tokens)
             if room < 1:
                 raise ValueError(
                     f"an answer of {len(answer)} tokens, or --max_new_tokens {new_tokens}, leaves no room for its "
@@ -88,7 +90,7 @@ def tokenize_examples(
         except ValueError as error:
             raise ValueError(f"{path}, line {example.line or number}: {error}") from error
         cut += len(prompt) > room
-        kept = (tokenizer.bos_id, *prompt[-room:])
+        kept = (*begin, *prompt[-room:])
         done.append(replace(example, ids=(*kept, *answer, tokenizer.eos_id), prompt_length=len(kept)))
     return done, cut
 

@@ -12,6 +12,12 @@ from typing import Any
 from command_line import POSITIVE, OneLineParser
 from option_table import FILTERS, LORA_TARGETS, OPTION_DEFAULTS, PARTS, build_parser, used_by
 
+# What the name of a file may end in, and what is no part of what it is called.
+ENDINGS = tuple(
+    f".{ending}"
+    for ending in "safetensors pt pth bin ckpt gguf model tokens txt tsv csv json jsonl html htm data npy zip".split()
+)
+
 
 def parse_options(
     argv: list[str] | None, saved: dict[str, Any] | None = None
@@ -143,14 +149,24 @@ def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def without_ending(path: str | Path) -> str:
+    """A path without the ending of its name, if that is one of `ENDINGS`: "run-0.pt" and "run-0.1" become "run-0" and
+    "run-0.1". What else follows a dot is a part of the name.
+    """
+    text = str(Path(path))
+    name = Path(text).name
+    ending = next((end for end in ENDINGS if name.lower().endswith(end) and len(name) > len(end)), "")
+    return text[: len(text) - len(ending)]
+
+
 def curve_picture(args: argparse.Namespace) -> str:
     """Where the picture of wise_ft's curve goes."""
-    return str(Path(args.curve_out).with_suffix(".html"))
+    return f"{without_ending(args.curve_out)}.html"
 
 
 def tokenizer_beside(model: str) -> str:
     """Where the tokenizer of a checkpoint is looked for first: beside it, under its name."""
-    return str(Path(model).with_suffix(".model"))
+    return f"{without_ending(model)}.model"
 
 
 def text_and_weight(text: str) -> tuple[str, float]:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from files import read_torch
 from inference import for_running
 from llama import Llama
 from option_table import DEFAULT_PRESET, NEW_MODEL
-from options import text_and_weight
+from options import text_and_weight, without_ending
 from run_directory import RunDirectory
 from tasks import LanguageModelling, Score
 from tokenizer import Tokenizer
@@ -88,14 +89,14 @@ def read_corpus(args: argparse.Namespace, tokenizer: Tokenizer, window: int, pro
             raise ValueError(
                 f"--corpus: {file} is named twice, by itself or by its folder; name it once, with a weight"
             )
-    stems = Counter(Path(path).stem for path, _, _ in named)
+    stems = Counter(Path(without_ending(path)).name for path, _, _ in named)
     texts = []
     for path, weight, files in named:
         if processes.is_main:
             done = [tokenize_text(file, tokenizer, Path(args.tokens_dir)) for file in files]
         done = processes.gather(done if processes.is_main else None)[0]
         tokens = [open_tokens(file, tokenizer) for file in done]
-        stem = Path(path).stem
+        stem = Path(without_ending(path)).name
         name = stem if stem and stems[stem] == 1 else path
         text = Text(name, tokens, window, args.held_out, weight)
         documents = sum(len(one.text_bytes) for one in tokens)
@@ -125,9 +126,9 @@ def pretrain(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         if args.continued:
             checkpoint = open_checkpoint(args, tokenizer)
-            llama, kind = load_llama(args, checkpoint, dtype), checkpoint.kind
+            llama, kind, stop_ids = load_llama(args, checkpoint, dtype), checkpoint.kind, checkpoint.stop_ids
         else:
-            llama, kind = Llama(new_config(args, tokenizer.n_words)), "new, random weights"
+            llama, kind, stop_ids = Llama(new_config(args, tokenizer.n_words)), "new, random weights", ()
         print_header(args, llama, kind, tokenizer, device, dtype)
         check_causal(llama)
         config = llama.config
@@ -159,7 +160,8 @@ def pretrain(args: argparse.Namespace) -> None:
             run.log(line)
 
         def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
-            write_checkpoint(run.best_path, state, config, options=options, epoch=epoch, scores=score.metrics)
+            described: dict[str, Any] = {"options": options, "epoch": epoch, "scores": score.metrics}
+            write_checkpoint(run.best_path, state, config, stop_ids=list(stop_ids), **described)
 
         options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
         if not args.resume:
@@ -169,9 +171,8 @@ def pretrain(args: argparse.Namespace) -> None:
             model.compile(dynamic=False)
         train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log)
         if processes.is_main:
-            write_safetensors(
-                args.model_out, read_torch(run.best_path)["model"], config, DTYPES[args.out_dtype or "fp32"]
-            )
+            best = read_torch(run.best_path)["model"]
+            write_safetensors(args.model_out, best, config, DTYPES[args.out_dtype or "fp32"], stop_ids)
             report(f"wrote {args.model_out}")
             opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
             report_next(*opened, "--temperature", "0.8", "--prompt", args.sample_prompt)
@@ -202,9 +203,13 @@ def perplexity(args: argparse.Namespace) -> None:
                     f"{path} has {len(documents)} documents; --held_out {args.held_out:g} of them cannot be"
                 )
             documents = documents[-count:]
-        ids = [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_many(documents)]
+        ids = [[tokenizer.bos_id] * tokenizer.adds_bos + ids for ids in tokenizer.encode_many(documents)]
         nats, tokens = score_documents(model, ids, window, stride, dtype, device=device)
         size = sum(len(document.encode()) for document in documents)
+        if not tokenizer.adds_bos:  # the first token of a document follows nothing, so it is not scored
+            size -= sum(map(tokenizer.bytes_of_first, documents))
+        if not tokens or not size:
+            raise ValueError(f"{path}: no document has a second token to be scored; give longer ones")
         perplexity = math.exp(min(nats / tokens, 700.0))
         print(
             f"{path}: {len(documents):,} document{'s' * (len(documents) != 1)}, {size:,} bytes, {tokens:,} tokens: "

@@ -20,7 +20,7 @@ from environment import check_alone, report
 from finished_runs import Run, accuracy, find_runs, is_number, read_curves, read_run, samples
 from html_page import chart, colour, document, shaded, table, text, thinned
 from option_table import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, used_by
-from options import defaults
+from options import defaults, path_and_fold, without_ending
 
 NONE = "–"  # in the place of a score that there is not
 # What stands at the head of a group anyway, or is no setting.
@@ -47,14 +47,14 @@ def model_name(run: Run) -> str:
     """The name of the model that the run began from."""
     if run.options["option"] == "pretrain" and not run.options["continued"]:
         return f"new, {run.options['preset'] or DEFAULT_PRESET}"
-    name = Path(str(run.options["pretrained_model_path"])).stem
+    name = Path(without_ending(str(run.options["pretrained_model_path"]))).name
     return re.sub(rf"(?<![^-_.]){re.escape(str(run.options['seed']))}(?![^-_.])", "{seed}", name)
 
 
 def data_name(run: Run) -> str:
     if run.options["option"] == "pretrain":
         return " ".join(os.path.basename(str(text)) for text in run.options["corpus"] or [])
-    return Path(str(run.options["train"])).stem.removesuffix("-train")
+    return Path(without_ending(path_and_fold(str(run.options["train"]))[0])).name.removesuffix("-train")
 
 
 def head_of(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -266,10 +267,12 @@ class LanguageModelling:
                 self.sample_tokens,
                 temperature=0.8,
                 epsilon=0.01,
-                eos_ids=(self.tokenizer.eos_id,),
+                eos_ids=self.tokenizer.stop_ids,
+                banned_ids=self.tokenizer.unused_ids,
                 generator=torch.Generator(device).manual_seed(self.seed),
             )
-        return " ".join(self.tokenizer.decode(ids[0].tolist()).split())
+        new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
+        return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())
 
 
 @dataclass

@@ -94,7 +94,8 @@ class Writer:
         self, prompt: list[int], temperature: float, watch: Callable[[Tensor, Tensor], None] | None = None
     ) -> Iterator[int]:
         """The tokens after one prompt, by the decoder asked for; all at once if that cannot but see them together."""
-        args, stops, count = self.args, self.tokenizer.stop_ids, self.args.max_new_tokens
+        args, count = self.args, self.args.max_new_tokens
+        stops, banned = self.tokenizer.stop_ids, self.tokenizer.unused_ids
         idx = torch.tensor([prompt], device=self.device)
         if args.decoder == "sample":
             for chosen in self.stream(idx, None, temperature, watch):
@@ -102,11 +103,17 @@ class Writer:
             return
         if args.decoder == "beam":
             found, _ = generation.beam_search(
-                self.model, idx, count, beams=args.beams, length_penalty=args.length_penalty, eos_ids=stops
+                self.model,
+                idx,
+                count,
+                beams=args.beams,
+                length_penalty=args.length_penalty,
+                eos_ids=stops,
+                banned_ids=banned,
             )
         elif args.decoder == "contrastive":
             found = generation.contrastive_search(
-                self.model, idx, count, k=args.top_k or 4, alpha=args.contrast, eos_ids=stops
+                self.model, idx, count, k=args.top_k or 4, alpha=args.contrast, eos_ids=stops, banned_ids=banned
             )
         else:
             found = generation.lookup_decoding(
@@ -116,6 +123,7 @@ class Writer:
                 temperature=temperature,
                 filters=self.filters,
                 eos_ids=stops,
+                banned_ids=banned,
                 generator=self.generator,
             )
         yield from found[len(prompt) :].tolist()
@@ -138,6 +146,7 @@ class Writer:
             repetition_penalty=self.args.repetition_penalty,
             attention_mask=mask,
             eos_ids=self.tokenizer.stop_ids,
+            banned_ids=self.tokenizer.unused_ids,
             generator=self.generator,
             watch=watch,
         )
@@ -254,7 +263,7 @@ def overlap(text: str, stop: str) -> int:
 def encode(args: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The ids of a conversation that waits for an answer, or, without --chat, of its last message."""
     if not args.chat:
-        return tokenizer.encode(messages[-1]["content"], bos=True, eos=False)
+        return tokenizer.encode_prompt(messages[-1]["content"])
     system = [{"role": "system", "content": args.system}] if args.system else []
     return tokenizer.encode_chat([*system, *messages])
 

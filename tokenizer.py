@@ -79,7 +79,8 @@ class Tokenizer:
     max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or a
     folder that holds it (default: `default_tokenizer_path`). `path` is the file, `kind` one of the words above,
     `n_words` the size of the vocabulary, `special_ids` the ids of special tokens by name, `stop_ids` the ids at which a
-    reply ends.
+    text ends, eos first. `adds_bos`: whether bos stands before a text, as the files say. `unused_ids`: ids of the model
+    without a piece, never to be generated; see `fit_to_model`.
 
     Raises FileNotFoundError or ValueError if the file is missing, damaged or no tokenizer.
     """
@@ -100,7 +101,10 @@ class Tokenizer:
         self.pad_id = self.model.pad_id
         self.special_ids = self.model.special_ids
         ends = (self.special_ids[name] for name in ("<|end_of_text|>", "<|eot_id|>") if name in self.special_ids)
-        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *ends)))
+        # bos begins another text. It comes last: what ended early is filled with the first.
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *ends, self.bos_id)))
+        self.adds_bos = self.model.adds_bos
+        self.unused_ids: tuple[int, ...] = ()
 
     @property
     def sp_model(self) -> Any:
@@ -115,6 +119,29 @@ class Tokenizer:
         ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued: with bos first if the tokenizer adds one, or if there is nothing
+        else. Raises like `encode`.
+        """
+        ids = self.encode(text, bos=False, eos=False)
+        return [self.bos_id] * (self.adds_bos or not ids) + ids
+
+    def bytes_of_first(self, text: str) -> int:
+        """How many bytes of a text its first token covers."""
+        return self.model.bytes_of_first(_utf8(text))
+
+    def fit_to_model(self, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
+        """Prepares for a model with `vocab_size` ids, at whose own `stop_ids` a text ends, too. Special tokens that the
+        model lacks are dropped. Raises ValueError if text, bos or eos could give an id that the model lacks.
+        """
+        more = [i for i in range(vocab_size, self.n_words) if i not in self.model.holes]
+        if max(self.bos_id, self.eos_id) >= vocab_size or not self.model.keep_out_of_text(more):
+            raise ValueError(f"{self.path} gives ids that a model with a vocabulary of {vocab_size} does not have")
+        self.special_ids = {name: i for name, i in self.special_ids.items() if i < vocab_size}
+        self.stop_ids = tuple(i for i in dict.fromkeys((*self.stop_ids, *stop_ids)) if i < vocab_size)
+        without = {i for i in self.model.holes if i < vocab_size} | set(range(self.n_words, vocab_size))
+        self.unused_ids = tuple(sorted(without - set(self.stop_ids)))
+
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, whole and without marks, on all cores. Raises like `encode`."""
         return self.model.encode_many([_utf8(text) for text in texts])
@@ -124,6 +151,7 @@ class Tokenizer:
         ValueError for an id that is not in the vocabulary.
         """
         ids = [int(i) for i in ids]
+        ids = [i for i in ids if i < self.n_words or i not in self.stop_ids]  # a model may end with what has no piece
         if outside := [i for i in ids if not 0 <= i < self.n_words]:
             raise ValueError(f"{self.path} has ids from 0 to {self.n_words - 1}, not {outside[0]}")
         return self.model.decode(ids)
@@ -198,7 +226,8 @@ def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     return turns
 
 
-# The kinds: each has kind, n_words, special_ids and the ids of the marks, encodes UTF-8 text, decodes ids that it has
+# The kinds: each has kind, n_words, special_ids, the ids of the marks and those without a piece (holes), encodes UTF-8
+# text, decodes ids that it has, and keeps ids out of text where it can.
 
 
 class SentencePieceModel:
@@ -225,6 +254,8 @@ class SentencePieceModel:
         self.pad_id: int = self.processor.piece_to_id("<0x00>")  # where no bytes are among the pieces: the unknown one
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no pieces for beginning and end (bos, eos); train it with both")
+        self.holes: frozenset[int] = frozenset()
+        self.adds_bos = _files_add_bos(path, self.processor.id_to_piece(self.bos_id))
         special = (self.processor.unk_id(), self.bos_id, self.eos_id)
         self.special_ids: dict[str, int] = {self.processor.id_to_piece(i): i for i in special}
 
@@ -233,6 +264,13 @@ class SentencePieceModel:
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         return self.processor.encode(texts, num_threads=-1)
+
+    def keep_out_of_text(self, ids: Sequence[int]) -> bool:
+        return all(self.processor.is_control(i) or self.processor.is_unused(i) for i in ids)
+
+    def bytes_of_first(self, text: str) -> int:
+        first = self.processor.encode(text)[:1]
+        return 1 if self.processor.is_byte(first) == [True] else len(self.processor.decode(first).encode())
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
@@ -262,6 +300,8 @@ class BytePairModel:
         self.n_words = len(ranks) + len(special)
         self.bos_id = len(ranks)
         self.eos_id = self.special_ids[eos]
+        self.holes: frozenset[int] = frozenset()
+        self.adds_bos = True
         self.pad_id = ranks[b"\0"]
 
     def encode(self, text: str) -> list[int]:
@@ -275,6 +315,12 @@ class BytePairModel:
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         with ThreadPoolExecutor() as threads:
             return list(threads.map(self.encode, texts))
+
+    def keep_out_of_text(self, ids: Sequence[int]) -> bool:
+        return all(i >= len(self.ranks) for i in ids)
+
+    def bytes_of_first(self, text: str) -> int:
+        return sum(len(self.processor.decode_single_token_bytes(i)) for i in self.encode(text)[:1])
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode([i for i in ids if i < len(self.ranks)], errors="replace")
@@ -300,9 +346,9 @@ class HuggingFaceModel:
                 read(SMALLEST_TOKENIZER)  # the fault may be the package's
             raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error)[:200]!r}") from error
         with optional_package("tokenizers", purpose, passes=(ValueError,)):
-            self._find_marks(path)
+            self._find_marks(path, content)
 
-    def _find_marks(self, path: Path) -> None:
+    def _find_marks(self, path: Path, content: str) -> None:
         """Takes the marks and sizes from the tokenizer. Raises ValueError if no end of a text is named."""
         self.processor.no_truncation()
         self.processor.no_padding()
@@ -321,7 +367,16 @@ class HuggingFaceModel:
         self.processor.encode_special_tokens = True
         decoder = self.processor.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in decoder.items() if token.special}
-        self.n_words = 1 + max(self.processor.get_vocab().values())
+        used = self.processor.get_vocab().values()
+        self.n_words = 1 + max(used)
+        self.holes = frozenset(range(self.n_words)) - frozenset(used)
+        # As transformers has it: the post-processor counts, whatever tokenizer_config.json says.
+        marks = self.processor.encode("").ids
+        both = self.bos_id == self.eos_id and len(marks) == 1  # one mark, which may stand before a text or behind it
+        self.adds_bos = marks[:1] == [self.bos_id]
+        if self.adds_bos and both:
+            post_processor = json.loads(content).get("post_processor")
+            self.adds_bos = _puts_first(post_processor, self.processor.id_to_token(self.bos_id))
         pad = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
         self.pad_id: int = self.eos_id if pad is None else pad
 
@@ -333,6 +388,24 @@ class HuggingFaceModel:
             return [done.ids for done in self.processor.encode_batch(texts, add_special_tokens=False)]
         except Exception as error:  # bare, such as for a word that is unknown where no token stands for these
             raise ValueError(f"the tokenizer has no ids for a text: {str(error)[:200]!r}") from error
+
+    def keep_out_of_text(self, ids: Sequence[int]) -> bool:
+        added = self.processor.get_added_tokens_decoder()
+        if not all(i in added for i in ids):
+            return False
+        self.processor.add_special_tokens([added[i].content for i in ids])  # these are not looked for in text
+        return True
+
+    def bytes_of_first(self, text: str) -> int:
+        found = self.processor.encode(text, add_special_tokens=False)
+        if not found.ids:
+            return 0
+        (_, end), following = found.offsets[0], found.offsets[1:2]
+        if not following or following[0][0] >= end:
+            return len(text[:end].encode())
+        # A part of a character, a byte or a letter for each; or a space that the tokenizer itself puts first.
+        piece, alone = found.tokens[0], self.decode(found.ids[:1])
+        return len(alone.encode()) if "\ufffd" not in alone else 1 if piece.startswith("<0x") else len(piece)
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
@@ -355,6 +428,25 @@ def _named_marks(path: Path) -> dict[str, str]:
             if isinstance(name, str):
                 marks.setdefault(mark, name)
     return marks
+
+
+def _files_add_bos(path: Path, bos: str) -> bool:
+    """Whether the files of Hugging Face beside a SentencePiece model have bos put before a text; True without any."""
+    fast, slow = path.with_name("tokenizer.json"), path.with_name("tokenizer_config.json")
+    if path.name != "tokenizer.model":
+        return True
+    if fast.is_file():  # then the other is not asked, as in transformers
+        return _puts_first(_json_object(fast, _read(fast)).get("post_processor"), bos)
+    return not slow.is_file() or _json_object(slow, _read(slow)).get("add_bos_token") is not False
+
+
+def _puts_first(processor: Any, bos: str | None) -> bool:
+    """Whether the post-processor of a tokenizer.json puts bos before a text."""
+    if not isinstance(processor, dict):
+        return False
+    parts = [part for part in processor.get("processors", []) if isinstance(part, dict)]
+    first = [piece.get("SpecialToken", {}).get("id") for piece in processor.get("single", [])[:1]]
+    return first == [bos] or bos in processor.get("cls", [])[:1] or any(_puts_first(part, bos) for part in parts)
 
 
 # Files

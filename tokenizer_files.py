@@ -33,7 +33,8 @@ Token = TypeVar("Token", str, bytes)
 
 def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
     """Writes what transformers.AutoTokenizer.from_pretrained(folder) makes the same tokenizer of: tokenizer.json,
-    tokenizer_config.json, and for SentencePiece tokenizer.model. It puts bos before a text and no eos behind it.
+    tokenizer_config.json, and for SentencePiece tokenizer.model. It puts bos before a text if the tokenizer
+    does, and no eos behind it.
 
     Hugging Face's way differs: its encode takes special tokens out of a text; its decode makes U+FFFD of each byte of a
     run that is not UTF-8 all through, and nothing of SentencePiece's unknown piece. A tokenizer.json that was read is
@@ -75,8 +76,9 @@ def _tokenizer_json(tokenizer: Tokenizer, names: dict[int, str], parts: dict[str
     """All of a tokenizer.json, from the parts in which the kinds differ: normalizer, pre_tokenizer, decoder, model."""
     bos = names[tokenizer.bos_id]
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    single = [begin] * tokenizer.adds_bos + [{"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}] * tokenizer.adds_bos
+    second += [{"Sequence": {"id": "B", "type_id": 1}}]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",

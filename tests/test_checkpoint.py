@@ -24,7 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint import METADATA_KEY, read_checkpoint, write_checkpoint, write_safetensors
+from checkpoint import METADATA_KEY, read_checkpoint, read_fine_tuned, write_checkpoint, write_safetensors
 from config import LlamaConfig, parameter_shapes
 from conftest import tiny_llama
 from files import atomic_file, check_writable
@@ -914,3 +914,44 @@ def test_safetensors_that_cannot_be_written_leave_the_old_file(tmp_path, monkeyp
     with pytest.raises(OSError, match="No space left"):
         write_safetensors(path, model.state_dict(), model.config)
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["a"]
+
+
+# Wrappers, ends of texts
+
+
+@pytest.mark.parametrize("where", ["front", "inside"])
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_names_that_wrappers_put_into_keys_are_taken_out(tmp_path, wrapper, where):
+    def wrapped(name: str) -> str:
+        front = f"{wrapper}._orig_mod.{name}"
+        return front if where == "front" else name.replace("layers.0.", f"layers.0.{wrapper}.")
+
+    content = course_content()
+    plain = read_checkpoint(saved(tmp_path / "plain.pt", content))
+    tensors = {wrapped(name): tensor for name, tensor in content["model"].items()}
+    assert tensors.keys() != content["model"].keys()
+    assert same(read_checkpoint(saved(tmp_path / "w.pt", content | {"model": tensors})).state, plain.state)
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, described())
+    assert same(read_checkpoint(path).state, plain.state)
+    fine = {"kind": "classifier", "format_version": 1, "label_names": ["a", "b"]} | content
+    assert same(read_fine_tuned(saved(tmp_path / "f.pt", fine | {"model": tensors})).state, content["model"])
+
+
+def test_two_keys_that_become_one_are_refused(tmp_path):
+    content = course_content()
+    content["model"]["module.norm.weight"] = content["model"]["norm.weight"]
+    with pytest.raises(ValueError, match="'norm.weight' and 'module.norm.weight', which are one tensor"):
+        read_checkpoint(saved(tmp_path / "twice.pt", content))
+
+
+def test_the_ids_at_which_a_text_ends_are_kept_with_the_model(tmp_path):
+    model = tiny_llama()
+    write_safetensors(tmp_path / "m.safetensors", model.state_dict(), model.config, stop_ids=(2, 7))
+    write_checkpoint(tmp_path / "m.pt", model.state_dict(), model.config, stop_ids=[2, 7])
+    write_safetensors(tmp_path / "none.safetensors", model.state_dict(), model.config)
+    found = [read_checkpoint(tmp_path / name).stop_ids for name in ("m.safetensors", "m.pt", "none.safetensors")]
+    assert found == [(2, 7), (2, 7), ()]
+    write_checkpoint(tmp_path / "bad.pt", model.state_dict(), model.config, stop_ids=[2, 64])
+    with pytest.raises(ValueError, match=r"bad.pt: stop_ids is \[2, 64\]; it must be an id from 0 to 63"):
+        read_checkpoint(tmp_path / "bad.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from config import RopeScaling
 from conftest import ROOT, find_asset, tiny_llama
-from formats import renamed
+from formats import renamed, write_huggingface
 from llama import load_pretrained
 from rope import rotary_table
 from run_llama import main
@@ -137,6 +138,39 @@ def test_transformers_reads_the_gguf_file_with_equal_logits(tmp_path):
     ids = torch.randint(4096, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids, targets=ids)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_ids_without_a_piece_are_unused_tokens_in_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path / "tiny-v1.5"
+    folder.mkdir()
+    model = tiny_llama(vocab_size=4160, norm="rmsnorm", causal=True)
+    write_huggingface(folder, model.config, model.state_dict(), 1, 2)
+    (folder / "tokenizer.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
+    path = ["--pretrained-model-path", str(folder), "--model_out", str(tmp_path / "out.gguf")]
+    assert main(["--option", "convert", "--to", "gguf", *path]) == 0
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    fields = {
+        name: reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "token_type", "scores")
+    }
+    assert {len(values) for values in fields.values()} == {4160} and len(set(fields["tokens"])) == 4160
+    assert fields["token_type"][4096:] == [gguf.TokenType.UNUSED] * 64
+    assert reader.get_field("general.name").contents() == "tiny-v1.5"
+
+
+@pytest.mark.parametrize("eos", [[2, 77, 5], 2])
+def test_the_ids_at_which_a_text_ends_go_to_every_format_and_back(tmp_path, eos):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=True)
+    write_huggingface(folder, model.config, model.state_dict(), 1, eos)
+    (folder / "tokenizer.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
+    ours = str(tmp_path / "ours.safetensors")
+    for to, source, out in (("safetensors", str(folder), ours), ("huggingface", ours, str(tmp_path / "again"))):
+        arguments = ["--option", "convert", "--to", to, "--pretrained-model-path", source, "--model_out", out]
+        assert main(arguments) == 0
+    assert read_checkpoint(ours).stop_ids == tuple([eos] if eos == 2 else eos)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == eos
 
 
 def test_gguf_takes_the_merges_of_llama_3(tmp_path):

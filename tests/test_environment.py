@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -12,10 +13,11 @@ import tokenizer as tokenizer_module
 from checkpoint import write_checkpoint, write_safetensors
 from command_line import Process, this_process
 from conftest import ROOT, tiny_llama
-from environment import as_typed, fall_back, load_tokenizer, open_checkpoint
+from environment import as_typed, fall_back, fit_tokenizer, load_tokenizer, open_checkpoint
 from option_checks import check_options
 from options import parse_options
 from tokenizer import Tokenizer
+from tokenizer_files import write_huggingface_tokenizer
 
 SPLITS = ("train", "dev", "test")
 WORDS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
@@ -298,3 +300,69 @@ def test_process_numbers_that_cannot_be_are_told(monkeypatch, values, message):
     with pytest.raises(ValueError, match=message) as told:
         this_process()
     assert "unset" in str(told.value)
+
+
+# A vocabulary and a tokenizer of unlike size
+
+
+@pytest.fixture
+def model_folder(tmp_path, small_tokenizer):
+    """A Hugging Face folder, as far as its tokenizers go: tokenizer.model with 320 pieces, tokenizer.json with a <pad>
+    more; and what makes its vocabulary another size.
+    """
+    write_huggingface_tokenizer(Tokenizer(tokenizer_model=small_tokenizer), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 320, "content": "<pad>"})
+    path.write_text(json.dumps(content))
+
+    def sized(vocab_size: int):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+        return tmp_path
+
+    return sized
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "there", "name", "unused"),
+    [
+        (320, "both", "tokenizer.model", 0),
+        (321, "both", "tokenizer.json", 0),
+        (384, "both", "tokenizer.json", 63),
+        (500, "both", "tokenizer.json", 179),
+        (321, "tokenizer.model", "tokenizer.model", 1),
+        (320, "tokenizer.json", "tokenizer.json", 0),
+    ],
+)
+def test_the_tokenizer_of_a_folder_is_the_one_that_fits(model_folder, vocab_size, there, name, unused):
+    folder = model_folder(vocab_size)
+    for other in {"tokenizer.model", "tokenizer.json"} - {there} if there != "both" else ():
+        (folder / other).unlink()
+    args = SimpleNamespace(option="generate", continued=False, tokenizer=None, pretrained_model_path=str(folder))
+    tokenizer = load_tokenizer(args)
+    assert tokenizer.path.name == name
+    fit_tokenizer(folder, tiny_llama(vocab_size=vocab_size).config, tokenizer)
+    assert len(tokenizer.unused_ids) == unused
+
+
+def test_a_damaged_tokenizer_gives_way_to_a_sound_one(model_folder):
+    folder = model_folder(320)
+    (folder / "tokenizer.model").write_bytes(b"nothing")
+    args = SimpleNamespace(option="generate", continued=False, tokenizer=None, pretrained_model_path=str(folder))
+    assert load_tokenizer(args).path.name == "tokenizer.json"
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
+        load_tokenizer(args)
+
+
+@pytest.mark.parametrize("vocab_size", [321, 328, 384, 512, 1024])
+def test_a_tokenizer_from_elsewhere_may_lack_a_few_pieces_or_those_up_to_a_round_number(small_tokenizer, vocab_size):
+    tokenizer = Tokenizer(tokenizer_model=small_tokenizer)
+    fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, tokenizer, [5])
+    assert tokenizer.unused_ids == tuple(range(320, vocab_size)) and tokenizer.stop_ids == (2, 1, 5)
+
+
+@pytest.mark.parametrize("vocab_size", [319, 312, 300, 329, 400, 500, 640, 4096])
+def test_a_tokenizer_of_another_model_is_refused(small_tokenizer, vocab_size):
+    with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size}, .* one of 320; give the --tokenizer"):
+        fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, Tokenizer(tokenizer_model=small_tokenizer))

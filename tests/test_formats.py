@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
@@ -266,6 +267,8 @@ def test_json_of_something_else_is_refused(tmp_path, name, content):
     folder = huggingface_folder(tmp_path / "model")
     if name == "params.json":
         (folder / "consolidated.00.pth").write_bytes(b"PK\x03\x04")
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match="model") as raised:
         load_pretrained(folder)
@@ -277,7 +280,7 @@ def test_json_of_something_else_is_refused(tmp_path, name, content):
 )
 def test_an_index_reads_only_beside_itself(tmp_path, name):
     folder = huggingface_folder(tmp_path / "model")
-    (tmp_path / "out.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(ValueError, match="only .safetensors beside it are read"):
         load_pretrained(folder)
@@ -287,10 +290,10 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
     folder = huggingface_folder(tmp_path / "model")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks model-00001-of-00002.safetensors, which its index names"):
         load_pretrained(folder)
     (folder / "model.safetensors.index.json").unlink()
-    (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors; fetch it"):
         load_pretrained(folder)
 
@@ -551,3 +554,83 @@ print(peak() - before)
     tokens, memory = map(int, run.stdout.split())
     assert tokens == 6
     assert math.isclose(size, 2.2e9, rel_tol=0.01) and memory < 1.15 * size, f"{memory:,} for {size:,}"
+
+
+# Ends of texts
+
+
+@pytest.mark.parametrize("value, ids", [(5, (5,)), ([7, 2, 7], (7, 2)), (None, ()), ([], ()), ("left out", ())])
+def test_eos_token_id_may_be_one_id_or_a_list(tmp_path, value, ids):
+    assert read_checkpoint(huggingface_folder(tmp_path / "model", eos_token_id=value)).stop_ids == ids
+
+
+def test_the_generation_config_comes_before_the_config(tmp_path):
+    folder = huggingface_folder(tmp_path / "model", eos_token_id=[3, 4])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2]}))
+    assert read_checkpoint(folder).stop_ids == (9, 2)
+    (folder / "generation_config.json").write_text("{}")  # as in transformers, the config is not asked then
+    assert read_checkpoint(folder).stop_ids == ()
+
+
+@pytest.mark.parametrize("value", ["2", True, 2.0, -1, 64, [2, "x"], [[2]], {"a": 2}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_eos_token_id_that_is_none_is_refused_in_one_line(tmp_path, name, value):
+    folder = huggingface_folder(tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text()) | {"eos_token_id": value}
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{name}: eos_token_id is .*; it must be an id from 0 to 63, or a list") as e:
+        read_checkpoint(folder)
+    assert "\n" not in str(e.value)
+
+
+# Leftovers and wrappers
+
+
+def test_a_whole_model_comes_before_an_index_left_over_from_shards(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = huggingface_folder(tmp_path / "model")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    ours = load_pretrained(folder)
+    torch.testing.assert_close(all_logits(ours), theirs(IDS).logits.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_params_without_metas_weights_give_way_to_a_hugging_face_config(tmp_path):
+    folder = huggingface_folder(tmp_path / "model")
+    (folder / "params.json").write_text("{}")
+    assert read_checkpoint(folder).kind == "Hugging Face"
+
+
+WRAPPED = ["module.{}", "_orig_mod.module.{}", "module._orig_mod.{}", "_fsdp_wrapped_module._forward_module.{}"]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_wrapped_tensors_of_other_programs_load(tmp_path, wrapped):
+    folder = huggingface_folder(tmp_path / "model")
+    plain = all_logits(load_pretrained(folder))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors = {
+        wrapped.format(name).replace("layers.0.", "layers.0._checkpoint_wrapped_module."): t
+        for name, t in tensors.items()
+    }
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(all_logits(load_pretrained(folder)), plain)
+    sizes = {"dim": 64, "n_heads": 8, "n_kv_heads": 8, "n_layers": 2, "vocab_size": 64, "multiple_of": 16}
+    model = foreign_llama(**sizes)
+    params = {name: value for name, value in sizes.items() if name != "n_kv_heads"} | {"norm_eps": 1e-5}
+    meta = meta_folder(tmp_path / "meta", model, 1, False, params)
+    plain = all_logits(load_pretrained(meta))
+    content = torch.load(meta / "consolidated.00.pth")
+    torch.save({wrapped.format(name): tensor for name, tensor in content.items()}, meta / "consolidated.00.pth")
+    assert torch.equal(all_logits(load_pretrained(meta)), plain)
+
+
+def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
+    folder = huggingface_folder(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="b.safetensors holds .* again, which another file of"):
+        read_checkpoint(folder)

@@ -748,3 +748,55 @@ def test_decoders_of_one_prompt_say_so(decode):
 def test_guessing_needs_a_cache():
     with pytest.raises(ValueError, match="look-up decoding needs a causal model"):
         lookup_decoding(tiny_llama(causal=False), PROMPTS[:1], 3)
+
+
+# Banned tokens
+
+
+ALL_BUT_TWO = [1.0, 9.0, 2.0, 9.0, 0.5]  # 1 and 3 are banned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "epsilon": 0.0},
+        {"temperature": 1e30, "epsilon": 0.0},
+        {"temperature": 1e-9},
+        {"temperature": 3.0, "repetition_penalty": 100.0},
+        *(
+            {"temperature": 2.0, "epsilon": 0.0, "filters": [filter_of]}
+            for some in FILTERS.values()
+            for filter_of in some
+        ),
+    ],
+)
+def test_banned_tokens_are_never_sampled(settings, dtype):
+    model = Constant(ALL_BUT_TWO)
+    model.logits = model.logits.to(dtype)
+    prompts = torch.zeros(50, 1, dtype=torch.int64)
+    made = generate(model, prompts, 6, banned_ids=(1, 3), generator=seeded(), **settings)
+    assert set(made.unique().tolist()) <= {0, 2, 4} and 2 in made
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3, 50])
+def test_beams_hold_no_banned_token(beams):
+    found, score = beam_search(Constant(ALL_BUT_TWO), PROMPTS[:1] % 5, 3, beams=beams, banned_ids=(1, 3), eos_ids=(4,))
+    assert not {1, 3} & set(found[5:].tolist()) and math.isfinite(score)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_contrastive_search_tries_no_banned_token_though_all_else_is_improbable(k):
+    model = tiny_llama(vocab_size=5, causal=True)
+    with torch.no_grad():
+        model.norm.weight.mul_(500.0)  # so that most probabilities vanish
+    found = contrastive_search(model, PROMPTS[:1] % 5, 12, k=k, alpha=0.99, banned_ids=(1, 3))
+    assert not {1, 3} & set(found[5:].tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_guessing_draws_no_banned_token(temperature):
+    model = tiny_llama(vocab_size=5, causal=True)
+    found = lookup_decoding(model, PROMPTS[:1] % 5, 20, temperature=temperature, banned_ids=(1, 3), generator=seeded())
+    assert not {1, 3} & set(found[5:].tolist())

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import TOKENIZERS
-from dataset import word_ids
+from dataset import Row, tokenize_rows, word_ids
 from instruction_data import NO_TARGET, Example, pack, read_examples, shared_rows, tokenize_examples
+from tokenizer import Tokenizer
 
 
 def test_examples_are_read_whatever_else_is_in_a_line(tmp_path):
@@ -100,3 +101,21 @@ def test_blank_lines_between_examples_are_left_out_and_lines_keep_their_numbers(
     path.write_bytes(end.join([*lines, "", '{"prompt": "a"}']).encode())
     with pytest.raises(ValueError, match=r'a.jsonl, line 7: there is no "answer"'):
         read_examples(path)
+
+
+def test_without_bos_an_example_and_a_row_begin_with_their_text(small_tokenizer, tmp_path):
+    tokenizer = Tokenizer(tokenizer_model=small_tokenizer)
+    example = [Example("the boy", "ran")]
+    for adds, begin in ((True, (1,)), (False, ())):
+        tokenizer.adds_bos = adds
+        (done,), _ = tokenize_examples("x", example, tokenizer, 50, 4)
+        text = tuple(tokenizer.encode("the boy", bos=False, eos=False))
+        assert done.prompt_ids == (*begin, *text)
+        (cut,), lost = tokenize_examples("x", example, tokenizer, 6, 4)
+        assert lost == 1 and len(cut.prompt_ids) == 2
+        (row,), _ = tokenize_rows([Row(0, "the boy")], tokenizer, 50)
+        assert row.ids == (*begin, *text, 2)
+        (short,), lost = tokenize_rows([Row(0, "the boy")], tokenizer, 3)
+        assert lost == 1 and len(short.ids) == 3
+        (empty,), _ = tokenize_rows([Row(0, "")], tokenizer, 50, question="")
+        assert empty.ids == (1,)  # something to read

@@ -15,7 +15,7 @@ from conftest import ROOT, tiny_llama
 from environment import fall_back
 from option_checks import check_options
 from option_table import OPTIONS, build_parser, used_by
-from options import actions, given_options, parse_options, unused
+from options import actions, given_options, parse_options, tokenizer_beside, unused, without_ending
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))
@@ -277,3 +277,28 @@ def test_what_was_typed_and_changes_nothing_is_known():
 def test_every_option_says_what_it_is_used_by():
     assert set(used_by()) == set(actions()) - {"help"}
     assert all(set(users) <= set(OPTIONS) for users in used_by().values())
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("run-0.1", "run-0.1"),
+        ("runs/v1.5/model.safetensors", "runs/v1.5/model"),
+        ("v1.5.PT", "v1.5"),
+        ("a.b.txt", "a.b"),
+        ("a.tokens.model", "a.tokens"),
+        (".model", ".model"),
+        ("plain", "plain"),
+        ("llama-3.2-1b/", "llama-3.2-1b"),
+    ],
+)
+def test_only_a_known_ending_is_taken_off_a_name(path, name):
+    assert without_ending(path) == name
+
+
+def test_models_whose_names_differ_behind_a_dot_have_tokenizers_of_their_own():
+    assert [tokenizer_beside(f"run-0.{n}") for n in (1, 2)] == ["run-0.1.model", "run-0.2.model"]
+    assert tokenizer_beside("out/run.safetensors") == "out/run.model"

@@ -19,10 +19,13 @@ import tasks
 from checkpoint import read_checkpoint, write_checkpoint
 from conftest import ROOT, Program, next_command, some_stories, tiny_llama
 from documents import DOCUMENT_END
+from formats import write_huggingface
 from llama import load_pretrained
 from run_directory import RunDirectory
+from run_llama import main
 from test_evaluation import brute_force
 from tokenizer import Tokenizer
+from tokenizer_files import write_huggingface_tokenizer
 
 SIZES = ["--dim", "16", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1", "--max_seq_len", "32"]
 SHORT = ["--max_steps", "6", "--eval_every", "3", "--batch_size", "4", "--warmup_steps", "1", "--held_out", "4"]
@@ -510,3 +513,32 @@ def test_a_file_whose_name_has_an_equals_sign(command):
     assert command.pretrain("--corpus", "stories=2")[0] == 0
     code, _, err = command.pretrain("--corpus", "stories=2=0.5", run_dir="b")
     assert code == 0 and "stories=2: 40 documents" in err and "weight 0.5" in err
+
+
+def test_perplexity_without_bos_counts_what_is_scored_as_transformers_does(tmp_path, small_tokenizer, capsys):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_llama(vocab_size=320, norm="rmsnorm", causal=True, max_seq_len=64)
+    (tmp_path / "m").mkdir()
+    write_huggingface(tmp_path / "m", model.config, model.state_dict(), 1, 2)
+    write_huggingface_tokenizer(Tokenizer(tokenizer_model=small_tokenizer), tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    documents = ["the boy ran home", "a", "She saw a dog."]
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(documents))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    encode = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    nats, tokens, size = 0.0, 0, 0
+    for document in documents:
+        ids = encode(document, return_tensors="pt").input_ids
+        assert ids[0, 0] != 1
+        if (count := ids.shape[1] - 1) > 0:
+            nats, tokens = nats + count * float(theirs(ids, labels=ids).loss), tokens + count
+        size += len(document.encode()) - len(encode.decode(ids[0, :1]).encode())
+    arguments = ["--option", "perplexity", "--corpus", str(tmp_path / "t.txt")]
+    for name in ("tokenizer.model", "tokenizer.json"):  # each by itself is without bos, by what lies beside it
+        typed = ["--pretrained-model-path", str(tmp_path / "m"), "--tokenizer", str(tmp_path / "m" / name)]
+        assert main([*arguments, *typed]) == 0
+        out = capsys.readouterr().out
+        assert f"{size:,} bytes, {tokens:,} tokens: " in out
+        found = [float(number) for number in re.findall(r"(?:perplexity|per byte) ([\d.]+)", out)]
+        assert found == pytest.approx([math.exp(nats / tokens), nats / size / math.log(2)], rel=1e-4)

@@ -18,9 +18,12 @@ import torch
 import generation
 from checkpoint import read_checkpoint, write_checkpoint
 from conftest import Program, tiny_llama
+from formats import write_huggingface
 from llama import llama_from_checkpoint
+from run_llama import main
 from text_generation import overlap, text_pieces
 from tokenizer import Tokenizer
+from tokenizer_files import write_huggingface_tokenizer
 
 RUN_LLAMA = Path(generation.__file__).with_name("run_llama.py")
 
@@ -509,3 +512,74 @@ def test_an_explanation_can_stand_in_a_configuration_file(command, value):
     (command.folder / "run.json").write_text(json.dumps({"explain": value, "max_new_tokens": 3}), encoding="utf-8")
     code, out, err = command("--config", "run.json", "--temperature", "1")
     assert code == 0 and "kept, and | cut" in out and (command.folder / "page.html").exists() == (value is not True)
+
+
+# Models of other programs
+
+
+def huggingface_model(folder, tokenizer_model, vocab_size, edit=lambda content: None, eos=2):
+    """A folder with a model whose ids from 320 on would be likeliest, and its tokenizer.json as `edit` leaves it."""
+    model = tiny_llama(vocab_size=vocab_size, norm="rmsnorm", causal=True, max_seq_len=64)
+    with torch.no_grad():
+        model.output.weight[320:] *= 20
+        model.output.weight[3:259] = 0  # bytes, of which libraries make different texts where they are no UTF-8
+    folder.mkdir()
+    write_huggingface(folder, model.config, model.state_dict(), 1, eos)
+    write_huggingface_tokenizer(Tokenizer(tokenizer_model=tokenizer_model), folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    edit(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.model").unlink()
+    return folder
+
+
+def test_a_text_ends_where_the_next_would_begin(asset, capsys):
+    path = asset("stories260K/stories260K_v0.bin")
+    arguments = ["--pretrained-model-path", path, "--tokenizer", asset("stories260K/tok512.model"), "--prompt", ""]
+    arguments += ["--temperature", "0", "--max_new_tokens", "400"]
+    assert main([*map(str, arguments), "--json"]) == 0
+    (made,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert made["finish"] == "end" and made["tokens"] < 400
+    assert made["text"].count("Once upon a time") == 1
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_greedy_text_is_that_of_transformers_with_and_without_bos(tmp_path, small_tokenizer, capsys, begins):
+    transformers = pytest.importorskip("transformers")
+    edit = (lambda content: None) if begins else (lambda content: content.update(post_processor=None))
+    folder = huggingface_model(tmp_path / "model", small_tokenizer, 320, edit)
+    path = ["--pretrained-model-path", str(folder), "--prompt", "the boy", "--max_new_tokens", "12"]
+    assert main([*path, "--temperature", "0", "--json"]) == 0
+    (made,) = map(json.loads, capsys.readouterr().out.splitlines())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the boy", return_tensors="pt").input_ids
+    assert (ids[0, 0] == 1) == begins
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    found = theirs.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=[2, 1])
+    prompt = tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert made["text"] == tokenizer.decode(found[0], skip_special_tokens=True).removeprefix(prompt)
+
+
+@pytest.mark.parametrize("decoder", ["sample", "beam", "contrastive", "lookup"])
+def test_ids_without_a_piece_are_told_of_and_never_generated(tmp_path, small_tokenizer, capsys, decoder):
+    folder = huggingface_model(tmp_path / "model", small_tokenizer, 384)
+    (tmp_path / "prompts.txt").write_text("the boy\na dog ran home\n")
+    path = ["--pretrained-model-path", str(folder), "--prompt_file", str(tmp_path / "prompts.txt")]
+    assert main([*path, "--temperature", "0", "--decoder", decoder, "--json", "--max_new_tokens", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert "64 ids of the model have no piece; they are never generated" in err
+    assert [json.loads(line)["tokens"] > 0 for line in out.splitlines()] == [True, True]
+
+
+def test_each_id_of_the_models_own_list_ends_a_text(tmp_path, small_tokenizer, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder = huggingface_model(tmp_path / "model", small_tokenizer, 320)
+    ids = torch.tensor([Tokenizer(tokenizer_model=small_tokenizer).encode_prompt("the boy")])
+    free = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    end = int(free.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, -1])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    arguments = ["--pretrained-model-path", str(folder), "--prompt", "the boy", "--temperature", "0", "--json"]
+    for decoder in ("sample", "lookup"):
+        assert main([*arguments, "--max_new_tokens", "20", "--decoder", decoder]) == 0
+        (made,) = map(json.loads, capsys.readouterr().out.splitlines())
+        assert made["finish"] == "end" and made["tokens"] <= 5

@@ -82,7 +82,7 @@ def lines(asset):
 def test_llama_2_has_its_published_ids(tokenizers):
     tokenizer = tokenizers("sentencepiece")
     assert tokenizer.encode("Hello World!", bos=False, eos=False) == [15043, 2787, 29991]
-    assert (tokenizer.kind, tokenizer.n_words, tokenizer.stop_ids) == ("sentencepiece", 32000, (2,))
+    assert (tokenizer.kind, tokenizer.n_words, tokenizer.stop_ids) == ("sentencepiece", 32000, (2, 1))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
 
 
@@ -91,7 +91,7 @@ def test_llama_3_has_its_published_ids(tokenizers):
     text = "the answer to the ultimate question of life, the universe, and everything is "
     ids = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374, 220]
     assert tokenizer.encode(text, bos=True, eos=False) == ids
-    assert (tokenizer.kind, tokenizer.n_words, tokenizer.stop_ids) == ("llama3", 128256, (128001, 128009))
+    assert (tokenizer.kind, tokenizer.n_words, tokenizer.stop_ids) == ("llama3", 128256, (128001, 128009, 128000))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (128000, 128001)
     special = [
         "<|start_header_id|>",
@@ -498,3 +498,100 @@ def test_messages_that_are_none_are_refused(tokenizers, chat, words):
 def test_a_tokenizer_without_a_chat_format_says_so(tokenizers, kind):
     with pytest.raises(ValueError, match=f"\\({kind}\\) has no chat format"):
         tokenizers(kind).encode_chat(CHAT)
+
+
+# Marks before a text, and the size of a model
+
+
+BEGIN = {"SpecialToken": {"id": "<go>", "type_id": 0}}
+END = {"SpecialToken": {"id": "<halt>", "type_id": 0}}
+TEXT, PAIR = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+
+
+def template(*single):
+    marks = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("<go>", 2), ("<halt>", 3))}
+    return {"type": "TemplateProcessing", "single": single, "pair": [TEXT, PAIR], "special_tokens": marks}
+
+
+WHOLE = {"truncation": None, "padding": None, "added_tokens": []}
+POST_PROCESSORS = {
+    "none": None,
+    "begin": template(BEGIN, TEXT),
+    "end": template(TEXT, END),
+    "both": template(BEGIN, TEXT, END),
+    "bert": {"type": "BertProcessing", "sep": ["<halt>", 3], "cls": ["<go>", 2]},
+    "sequence": {"type": "Sequence", "processors": [template(TEXT), template(BEGIN, TEXT)]},
+}
+
+
+@pytest.mark.parametrize("added", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("name", POST_PROCESSORS)
+def test_bos_stands_before_a_text_where_transformers_puts_it(tmp_path, name, added):
+    transformers = pytest.importorskip("transformers")
+    path = word_level(tmp_path, post_processor=POST_PROCESSORS[name], **WHOLE)
+    beside = tmp_path / "tokenizer_config.json"
+    beside.write_text(json.dumps({"bos_token": "<go>", "eos_token": "<halt>"} | added))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("b").input_ids
+    ours = Tokenizer(tokenizer_model=path)
+    assert ours.adds_bos == (theirs[0] == ours.bos_id)
+    assert ours.encode_prompt("b") == [i for i in theirs if i != ours.eos_id]  # what is continued has no end
+    assert ours.encode_prompt("") == [2]  # something to begin with
+
+
+def test_one_mark_for_both_ends_tells_where_it_stands(tmp_path):
+    for single, adds in (([BEGIN, TEXT], True), ([TEXT, BEGIN], False)):
+        path = word_level(tmp_path, post_processor=template(*single), **WHOLE)
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<go>", "eos_token": "<go>"}')
+        assert Tokenizer(tokenizer_model=path).adds_bos == adds
+
+
+def test_a_sentencepiece_model_has_its_bos_as_the_files_beside_it_say(small_tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(small_tokenizer.read_bytes())
+    assert Tokenizer(tokenizer_model=path).adds_bos
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert not Tokenizer(tokenizer_model=path).adds_bos
+    write_huggingface_tokenizer(Tokenizer(tokenizer_model=small_tokenizer), tmp_path)
+    assert Tokenizer(tokenizer_model=path).adds_bos
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert Tokenizer(tokenizer_model=path).adds_bos  # with tokenizer.json there, it alone is asked
+    content = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    again = Tokenizer(tokenizer_model=path)
+    assert not again.adds_bos
+    write_huggingface_tokenizer(again, tmp_path / "out")
+    assert not Tokenizer(tokenizer_model=tmp_path / "out" / "tokenizer.json").adds_bos
+
+
+@pytest.mark.parametrize("text", ["Once upon", "a", "é", " b", "\n", "\U0001f600 x"])
+def test_the_first_token_covers_the_bytes_of_its_text(tokenizer, text):
+    size, ids = tokenizer.bytes_of_first(text), tokenizer.encode(text, bos=False, eos=False)
+    first = tokenizer.decode(ids[:1])
+    assert size == len(text.encode()) if len(ids) == 1 else 0 <= size < len(text.encode())
+    if "\ufffd" not in first:
+        assert size == len(first.encode()) and text.startswith(first)
+    elif text == "é":
+        assert size == 1  # half of it
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_the_model_lacks_is_kept_out_of_text(tmp_path, special):
+    added = {"id": 4, "content": "<pad>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    path = word_level(tmp_path, added_tokens=[added | {"special": special}], truncation=None, padding=None)
+    tokenizer = Tokenizer(tokenizer_model=path)
+    assert tokenizer.n_words == 5
+    tokenizer.fit_to_model(4, stop_ids=[1])
+    assert 4 not in tokenizer.encode("b <pad> a<pad>", bos=False, eos=False) and "<pad>" not in tokenizer.special_ids
+    assert tokenizer.stop_ids == (3, 2, 1) and tokenizer.unused_ids == ()
+    with pytest.raises(ValueError, match="gives ids that a model with a vocabulary of 3 does not have"):
+        tokenizer.fit_to_model(3)
+
+
+def test_ids_without_a_piece_are_unused_unless_a_text_ends_with_them(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<go>": 2, "<halt>": 3, "c": 6}, "unk_token": "a"}
+    tokenizer = Tokenizer(tokenizer_model=word_level(tmp_path, model=model))
+    tokenizer.fit_to_model(10, stop_ids=(9,))
+    assert tokenizer.unused_ids == (4, 5, 7, 8)
+    assert tokenizer.decode([1, 9]) == "b"
+    with pytest.raises(ValueError, match="has ids from 0 to 6, not 8"):
+        tokenizer.decode([1, 8])
