@@ -777,7 +777,8 @@ def test_banned_tokens_are_never_sampled(settings, dtype):
     model.logits = model.logits.to(dtype)
     prompts = torch.zeros(50, 1, dtype=torch.int64)
     made = generate(model, prompts, 6, banned_ids=(1, 3), generator=seeded(), **settings)
-    assert set(made.unique().tolist()) <= {0, 2, 4} and 2 in made
+    typical = settings.get("filters", [None])[0] in FILTERS["typical"]  # may leave the likeliest out
+    assert set(made.unique().tolist()) <= {0, 2, 4} and (typical or 2 in made)
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3, 50])
