@@ -27,11 +27,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted class ids in the order of the rows; accuracy and macro-F1, None where there are no gold labels."""
+    """Predicted class ids in the order of the rows; accuracy, macro-F1, and the loss, the mean negative log-likelihood
+    of the gold labels; None where there are no gold labels.
+    """
 
     predictions: list[int]
     accuracy: float | None
     macro_f1: float | None
+    loss: float | None = None
+
+    def scores(self, split: str) -> dict[str, float | None]:
+        """The scores by the names that the metrics of a run have for them."""
+        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss")}
 
 
 def bf16_is_native(device: torch.device) -> bool:
@@ -111,14 +118,16 @@ def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings:
     """The class with the highest log-probability for every row, and how often it is right; settings: those of
     `class_log_probs`.
     """
-    predictions = class_log_probs(model, rows, batch_size, **settings).argmax(-1).tolist()
+    log_probs = class_log_probs(model, rows, batch_size, **settings)
+    predictions = log_probs.argmax(-1).tolist()
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
     from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
 
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, average="macro", zero_division=0)
-    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
+    loss = F.nll_loss(log_probs, torch.tensor(gold))
+    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss))
 
 
 @torch.no_grad()
@@ -272,11 +281,12 @@ def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[s
     }
 
 
-def describe(evaluation: Evaluation) -> str:
-    """The scores in words."""
+def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
+    """The scores in words. with_loss: for a model whose log-probabilities are normalised over the labels."""
     if evaluation.accuracy is None:
         return "has no gold labels (one value in the whole label column): no accuracy"
-    return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}"
+    loss = f", loss {evaluation.loss:.4f}" if with_loss and evaluation.loss is not None else ""
+    return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}{loss}"
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """What a run leaves behind, in one folder: its options, its metrics, its log, and the state to go on from.
 
-    options.json     the resolved options, and the versions they ran with
-    metrics.jsonl    a line for each step and each epoch
+    options.json     the resolved options, and the versions they ran with, the project's commit among them
+    metrics.jsonl    a line for each step and each epoch, and at the end one with the scores of dev and test
     log.txt          what was told
     last.pt          everything training needs to go on (a folder of shards under FSDP)
     best.pt          the best model so far
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from files import atomic_file, read_torch, write_json, write_torch
+from provenance import project_commit
 
 
 def new_run_path(parent: Path, name: str) -> Path:
@@ -79,7 +80,12 @@ class RunDirectory:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "commit": project_commit(),
+        }
         write_json(self.path / "options.json", {"options": options, "versions": versions})
 
     def options(self) -> dict[str, Any]:
@@ -106,6 +112,14 @@ class RunDirectory:
         for name, value in values.items():
             if self._tensorboard and isinstance(value, float):
                 self._tensorboard.add_scalar(name, value, step)
+
+    def finish(self, **scores: Any) -> None:
+        """Adds the last line to the metrics: the scores of the best model. Resuming drops the line again."""
+        if not self.writes:
+            return
+        with self.metrics_path.open("r+", encoding="utf-8") as file:
+            step = json.loads(file.read().splitlines()[-1])["step"]
+            file.write(json.dumps({"step": step, "final": True, **scores}) + "\n")
 
     def log(self, line: str) -> None:
         """Adds a line to the log."""
