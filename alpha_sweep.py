@@ -26,12 +26,14 @@ from environment import (
     report,
     report_next,
     tokenize_data,
+    warn,
 )
 from evaluation import Evaluation, describe, evaluate
 from files import atomic_file
 from html_page import chart, colour, document
 from llama import llama_from_checkpoint
 from options import curve_picture, path_and_fold, without_ending
+from provenance import Origin
 from wise_ft import interpolate
 
 
@@ -60,6 +62,8 @@ def wise_ft(args: argparse.Namespace) -> None:
     dtype = choose_dtype(args, device)
     mixes = set(args.alphas) != {1.0}
     model, tokenizer, prompt = load_classifier(args, found, device, dtype, "its base" if mixes else "not read")
+    data = {"dev": (args.dev, len(sets[0].rows)), "test": (args.test, len(test.rows))}
+    origin = Origin.of(args, data, args.finetuned)
     theta_1 = copy.deepcopy(model.llama.state_dict())  # what is tied stays tied
     theta_0 = base_of(args, found) if mixes else theta_1
     report(f"data        dev {args.dev}, test {args.test}{''.join(f', {path}' for path in args.ood)}")
@@ -95,11 +99,25 @@ def wise_ft(args: argparse.Namespace) -> None:
     alpha, dev = args.alphas[best], curve[best][0]
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
     tested = judged(test, alpha)
-    accuracies = [[one.accuracy for one in scores] for scores in curve]
-    write_curve(args, sets, accuracies)
-    for path, judgement, rows in ((args.dev_out, dev, sets[0].rows), (args.test_out, tested, test.rows)):
-        if path is not None:
-            write_predictions(path, judgement.predictions, rows, labels)
+    try:
+        write_curve(args, sets, [[one.accuracy for one in scores] for scores in curve])
+        for one, judgement in ((sets[0], dev), (test, tested)):
+            if (path := getattr(args, f"{one.name}_out")) is not None:
+                write_predictions(path, judgement.predictions, one.rows, labels)
+                quality = {"accuracy": judgement.accuracy, "macro_f1": judgement.macro_f1}
+                warn(origin.write_record(path, one.name, alpha=alpha, **quality))
+        write_mixed(args, found, model, alpha, dev)
+    finally:  # even if a file cannot be written
+        print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
+        print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
+        print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
+    if args.model_out:
+        report(f"wrote {args.model_out}, the model at alpha {alpha:g}")
+        report_next("--option", "classify", "--finetuned", args.model_out, "--prompt", "your sentence")
+
+
+def write_mixed(args: argparse.Namespace, found: FineTuned, model: nn.Module, alpha: float, dev: Evaluation) -> None:
+    """Writes the model at the best alpha, if --model_out asks for it; `dev`: its scores."""
     if args.model_out:
         mixed = {"alpha": alpha, "finetuned": args.finetuned, "base": args.pretrained_model_path}
         described = {name: getattr(found, name) for name in ("head", "label_names", "labels", "options")}
@@ -112,12 +130,6 @@ def wise_ft(args: argparse.Namespace) -> None:
             wise_ft=mixed,
             **described,
         )
-    print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
-    print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
-    print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
-    if args.model_out:
-        report(f"wrote {args.model_out}, the model at alpha {alpha:g}")
-        report_next("--option", "classify", "--finetuned", args.model_out, "--prompt", "your sentence")
 
 
 def labels_of(args: argparse.Namespace, found: FineTuned) -> dict[str, str | None]:

@@ -39,6 +39,7 @@ def speaks_utf8() -> bool:
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
     """The prompts asked for."""
+
     texts = [args.prompt]
     if args.prompt_file is not None:
         what = "file of prompts (one a line)"

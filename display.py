@@ -1,74 +1,114 @@
-"""stdout and stderr that cannot end a run: where they fail, the display is lost and nothing else. Imports no torch."""
+"""stdout and stderr that may fail while a run goes on: the display is lost, and nothing else. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 
 class Display:
-    """A text stream whose failures cost the display only: a reader that left, a full disk, a closed terminal.
+    """A standard stream whose failure costs what it shows and nothing else: the reader may leave, the disk be full, the
+    stream be closed. A character that its encoding cannot express is shown as an escape.
 
-    From the first failure on, `lost` says why, and all that is written goes to the null device. `needed`: failures are
-    raised instead, for a command whose only result is what it prints.
+    failure: the first error, None while all is well. required: raise it instead, as OSError, where nothing else holds
+    the result. Everything that is not defined here is the stream's own.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self.closed_before = stream is None  # by the caller; what is written has to go somewhere
-        self.stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
-        self.needed = False
-        self.lost: Exception | None = None
+    def __init__(self, stream: Any, descriptor: int) -> None:
+        self.failure: Exception | None = None
+        self.required = False
+        self.closed_by_caller = stream is None
+        self.stream = _open_null(descriptor) if stream is None else stream
+        if hasattr(self.stream, "reconfigure"):
+            with suppress(OSError, ValueError):
+                self.stream.reconfigure(errors="backslashreplace")
 
-    def __getattr__(self, name: str) -> Any:  # all else, such as encoding and isatty, is the stream's
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
+    def require(self) -> None:
+        """Has every failure raised from here on. Raises ValueError if the stream was closed by the caller."""
+        if self.closed_by_caller:
+            raise ValueError("the standard output, where the text goes, is closed; send it to a file: > text.txt")
+        self.required = True
+
     def write(self, text: str) -> int:
+        if self.closed_by_caller and text:
+            self.failure = self.failure or OSError("it is closed")
         try:
-            return self.stream.write(text)
-        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.stream.write(text)
+        except (OSError, ValueError) as error:
             self._lose(error)
-            return len(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
         except (OSError, ValueError) as error:
             self._lose(error)
+        self._raise_if_required()
 
     def _lose(self, error: Exception) -> None:
-        # What is buffered goes there, too; else it fails again at each write and when Python exits.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        self.lost = self.lost or error
-        if self.needed:
-            if isinstance(error, BrokenPipeError):
-                raise error
-            raise OSError(f"the standard output failed: {getattr(error, 'strerror', None) or error}") from error
+        """Sends what follows, and what is still buffered, to nowhere: else each flush would fail again, also Python's
+        own at exit.
+        """
+        self.failure = self.failure or error
+        try:
+            descriptor = self.stream.fileno()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+        except (OSError, ValueError, AttributeError):  # no file, or closed in this process
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+        self._raise_if_required()
+
+    def _raise_if_required(self) -> None:
+        if self.required and self.failure is not None:
+            if isinstance(self.failure, BrokenPipeError):
+                raise self.failure
+            raise OSError(f"the standard output failed ({self.why()}); send it to a file with room: > text.txt")
+
+    def why(self) -> str:
+        """The failure in words."""
+        return getattr(self.failure, "strerror", None) or str(self.failure)
+
+
+def _open_null(descriptor: int) -> Any:
+    """A stream to nowhere. It takes a free `descriptor`: a file opened later must not get what C code prints there."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.dup2(null, descriptor)
+        os.close(null)
+        null = descriptor
+    return open(null, "w", encoding="utf-8", closefd=null != descriptor)  # noqa: SIM115
 
 
 @contextmanager
 def safe_display() -> Iterator[Display]:
-    """Within it, sys.stdout and sys.stderr are `Display`s, on which what the encoding cannot say is escaped. Yields
-    the first.
-    """
-    for descriptor in (0, 1, 2):  # one that is closed would be given to the next file that is opened
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    """Puts a Display before stdout and one before stderr, and yields the first; both are flushed at the end."""
     before = sys.stdout, sys.stderr
-    for stream in before:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    displays = Display(before[0]), Display(before[1])
-    sys.stdout, sys.stderr = displays  # type: ignore[assignment]
+    out, err = Display(sys.stdout, 1), Display(sys.stderr, 2)
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     try:
-        yield displays[0]
+        yield out
     finally:
+        out.required = False
+        out.flush()
+        err.flush()
         sys.stdout, sys.stderr = before
-        for display in displays:
-            display.needed = False
-            display.flush()  # else Python does it as it exits, and complains
+
+
+def report_loss(out: Display) -> None:
+    """Tells on stderr that stdout failed, for a command whose results are files."""
+    if out.failure is not None:
+        line = f"warning: the standard output failed ({out.why()}): not all was shown, but the files are whole"
+        print(line, file=sys.stderr, flush=True)

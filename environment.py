@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from command_line import this_process
 from option_checks import output_files
 from option_table import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING
 from options import flag, lora_settings, tokenizer_beside, unused
+from provenance import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from dataset import Row
     from distributed import Processes
     from llama import Llama
+    from run_directory import RunDirectory
     from tokenizer import Tokenizer
     from training import Settings
 
 HERE = Path(__file__).resolve().parent
-BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
 MORE_IDS = 8  # that a model may have beyond its tokenizer's: tokens that were added
 ROUND_UNITS = tuple(8 << n for n in range(8))  # to whose multiples a vocabulary is rounded up: 8 to 1024
 LARGE = 500_000_000  # weights; a model of more is not widened to float32 unasked
@@ -49,6 +50,23 @@ def report(line: str) -> None:
 def report_next(*arguments: str) -> None:
     """Tells how to use what was just made: a command of run_llama.py with these arguments, to be typed or pasted."""
     report(f"next        {shlex.join(['python', as_typed(HERE / 'run_llama.py'), *arguments])}")
+
+
+def warn(problem: str | None) -> None:
+    """Reports a problem that stops nothing, if there is one."""
+    if problem is not None:
+        report(f"warning: {problem}")
+
+
+def log_of(run: RunDirectory | None) -> Callable[[str], None]:
+    """A function that reports a line, and adds it to the log of the run if there is one."""
+
+    def log(line: str) -> None:
+        report(line)
+        if run is not None:
+            run.log(line)
+
+    return log
 
 
 def check_alone(args: argparse.Namespace) -> None:
@@ -102,8 +120,8 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
 
 
 def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
-    """Puts what ships in the place of a default file that is not here, and says so. What was typed stays. For wise_ft
-    and classify what was not typed is None: the file of the fine-tuned model will say it.
+    """Puts what ships in the place of a default file that is not here, says so, and notes it in args.substituted. What
+    was typed stays. For wise_ft and classify what was not typed is None: the file of the fine-tuned model will say it.
     """
     if args.option in ADOPTED:
         judges = ("label_names", "dev_out", "test_out") if args.option == "wise_ft" else ()
@@ -118,10 +136,12 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
                 f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
             )
             args.pretrained_model_path = as_typed(BUNDLED_MODEL)
+            args.substituted.append("pretrained_model_path")
     if args.option == "sft" and not (args.train or args.dev):
         report(f"no --train and --dev were named; taking the demo data, {as_typed(HERE / 'data')}/demo-qa-*")
         for split in ("train", "dev", *(() if args.test else ("test",))):
             setattr(args, split, as_typed(HERE / "data" / f"demo-qa-{split}.jsonl"))
+            args.substituted.append(split)
     if args.option in OUTPUT_ENDINGS:
         needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
         missing = [getattr(args, name) for name in needed if not Path(getattr(args, name)).exists()]
@@ -133,6 +153,7 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
             )
             for name, file in DEMO_DATA.items():
                 setattr(args, name, as_typed(HERE / "data" / file))
+            args.substituted += DEMO_DATA
         own = [name for name in ("dev", "test") if name in typed and f"{name}_out" not in typed]
         left = [name for name in needed if name not in typed]
         if 0 < len(left) < len(needed):
@@ -316,6 +337,9 @@ def adopt(args: argparse.Namespace, found: FineTuned) -> None:
     """
     from config import shown
 
+    inherited = found.options.get("substituted")
+    if isinstance(inherited, list):
+        args.substituted = [name for name in inherited if name not in args.typed]
     for name in ADOPTED[args.option]:
         if getattr(args, name) is None:
             value = found.options.get(name)

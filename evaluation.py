@@ -27,11 +27,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted class ids in the order of the rows; accuracy and macro-F1, None where there are no gold labels."""
+    """Predicted class ids in the order of the rows; accuracy, macro-F1, and the loss, the mean negative log-likelihood
+    of the gold labels; None where there are no gold labels.
+    """
 
     predictions: list[int]
     accuracy: float | None
     macro_f1: float | None
+    loss: float | None = None
+
+    def scores(self, split: str) -> dict[str, float | None]:
+        """The scores by the names that the metrics of a run have for them."""
+        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss")}
 
 
 def bf16_is_native(device: torch.device) -> bool:
@@ -120,7 +127,8 @@ def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings:
 
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, labels=list(classes), average="macro", zero_division=0)
-    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1))
+    loss = F.nll_loss(log_probs, torch.tensor(gold))
+    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss))
 
 
 @torch.no_grad()
@@ -275,11 +283,12 @@ def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[s
     }
 
 
-def describe(evaluation: Evaluation) -> str:
-    """The scores in words."""
+def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
+    """The scores in words. with_loss: for a model whose log-probabilities are normalised over the labels."""
     if evaluation.accuracy is None:
         return "has no gold labels (one value in the whole label column): no accuracy"
-    return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}"
+    loss = f", loss {evaluation.loss:.4f}" if with_loss and evaluation.loss is not None else ""
+    return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}{loss}"
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:

@@ -43,6 +43,7 @@ from typing import IO
 from tqdm import tqdm
 
 from command_line import OneLineParser, try_lock
+from display import report_loss, safe_display
 
 HERE = Path(__file__).resolve().parent
 COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"
@@ -341,7 +342,16 @@ def complain(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code; a standard output that fails stops no download."""
+    with safe_display() as out:
+        code = fetch_all(argv)
+        out.flush()
+        report_loss(out)
+        return code
+
+
+def fetch_all(argv: list[str] | None) -> int:
+    """Fetch what the arguments name and return the exit code."""
     args = build_parser().parse_args(argv)
     try:
         if unknown := [group for group in args.groups if group not in GROUPS]:

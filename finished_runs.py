@@ -106,6 +106,8 @@ def read_run(path: Path, name: str) -> Run:
             seconds += values["seconds"] if is_number(values.get("seconds")) else 0.0
         elif is_number(step) and "train_loss" in values:
             scores.append(values)
+        elif is_number(step) and values.get("final") is True:
+            pass  # the scores of the best epoch's model once more, and those of test
         else:
             bad += 1
     if bad:

@@ -19,34 +19,51 @@ from environment import (
     choose_dtype,
     load_llama,
     load_tokenizer,
+    log_of,
     open_checkpoint,
     print_header,
     put_tokenizer_beside,
     report,
     report_next,
     settings_of,
+    warn,
 )
-from evaluation import DTYPES, answer_prompts, describe_answers
+from evaluation import DTYPES, answer_prompts, answer_scores, describe_answers
 from files import read_torch
 from instruction_data import Example, read_examples, tokenize_examples, write_answers
 from llama import Llama
 from lora import apply_lora, merge_lora_weights
 from options import lora_settings
+from provenance import Origin, check_default_output
 from run_directory import RunDirectory
 from tasks import Instruction, Score
 from tokenizer import Tokenizer
 from training import train
 
 
-def read_data(args: argparse.Namespace, tokenizer: Tokenizer, window: int) -> tuple[dict[str, list[Example]], int]:
-    """The examples of each split that was named, with their ids, and the tokens of a row: `window` where the options
-    say it, else as many as the longest example has. One warning if prompts had to be cut to the window.
+def read_data(args: argparse.Namespace) -> dict[str, list[Example]]:
+    """The examples of each split that was named, not yet tokenized. Raises ValueError if the answers to dev or test
+    would be written, unasked, over those to other prompts.
+    """
+    data = {split: read_examples(path) for split in ("train", "dev", "test") if (path := getattr(args, split))}
+    for split in ("dev", "test"):
+        if examples := data.get(split):
+            check_default_output(args, split, [example.prompt for example in examples])
+    return data
+
+
+def tokenize_data(
+    args: argparse.Namespace, raw: dict[str, list[Example]], tokenizer: Tokenizer, window: int
+) -> tuple[dict[str, list[Example]], int]:
+    """The examples of each split with their ids, and the tokens of a row: `window` where the options say it, else as
+    many as the longest example has. One warning if prompts had to be cut to the window.
     """
     data, cut = {}, 0
-    for split in ("train", "dev", "test"):
-        if path := getattr(args, split):
-            data[split], cut_here = tokenize_examples(path, read_examples(path), tokenizer, window, args.max_new_tokens)
-            cut += cut_here
+    for split, examples in raw.items():
+        data[split], cut_here = tokenize_examples(
+            getattr(args, split), examples, tokenizer, window, args.max_new_tokens
+        )
+        cut += cut_here
     if cut:
         report(
             f"warning: {cut} prompts lost their beginning: a row has room for {window} tokens, of which an answer may "
@@ -78,6 +95,7 @@ def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor]
 
 def instruct(args: argparse.Namespace) -> None:
     """sft: trains a model to answer prompts, writes it with its tokenizer, and answers dev and test with it."""
+    raw = read_data(args)
     tokenizer = load_tokenizer(args)
     tokenizer_content = tokenizer.path.read_bytes()  # as it is now, whatever becomes of the file during the run
     device = choose_device(args)
@@ -86,6 +104,8 @@ def instruct(args: argparse.Namespace) -> None:
         agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)
+        judged = {split: (getattr(args, split), len(raw[split])) for split in raw if split != "train"}
+        origin = Origin.of(args, judged) if processes.is_main else None
         llama = load_llama(args, checkpoint, dtype)
         print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
         check_causal(llama)
@@ -93,14 +113,10 @@ def instruct(args: argparse.Namespace) -> None:
         window = args.window or config.max_seq_len
         if window > config.max_seq_len:
             raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
-        data, width = read_data(args, tokenizer, window)
+        data, width = tokenize_data(args, raw, tokenizer, window)
         if args.lora_rank:
             add_lora(args, llama)
         run = RunDirectory(args.run_dir, writes=processes.is_main)
-
-        def log(line: str) -> None:
-            report(line)
-            run.log(line)
 
         def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
             described: dict[str, Any] = {"options": options, "epoch": epoch, "scores": score.metrics}
@@ -124,17 +140,19 @@ def instruct(args: argparse.Namespace) -> None:
             llama.compile(dynamic=True)
         torch.manual_seed(args.seed + processes.rank)  # dropout differs from process to process
         settings = settings_of(args, dtype)
-        model = train(llama.to(device), task, settings, run, processes=processes, write_best=write_best, log=log)
+        model = train(
+            llama.to(device), task, settings, run, processes=processes, write_best=write_best, log=log_of(run)
+        )
         if processes.is_main:  # from the file, for what was trained may be in shards
             best = read_torch(run.best_path)["model"]
             write_model(args, load_llama(args, checkpoint, dtype), best, checkpoint.stop_ids)
             opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
-        lines = []
-        for split, path in (("dev", args.dev_out), ("test", args.test_out)):
-            if examples := data.get(split):
-                answers = answer_prompts(
+        answers = {}
+        try:
+            for split in judged:
+                answers[split] = answer_prompts(
                     model,
-                    examples,
+                    data[split],
                     tokenizer,
                     args.batch_size,
                     args.max_new_tokens,
@@ -142,9 +160,19 @@ def instruct(args: argparse.Namespace) -> None:
                     processes=processes,
                     name=split,
                 )
-                lines.append(f"{split} {describe_answers(answers, examples)} ({len(examples)} rows)")
-                if processes.is_main:  # before anything is printed that might fail
-                    write_answers(path, answers, examples)
+            if origin is not None:
+                for split, found in answers.items():
+                    path = getattr(args, f"{split}_out")
+                    write_answers(path, found, data[split])
+                    warn(origin.write_record(path, split, **answer_scores(found, data[split])))
+        finally:  # even if a file cannot be written, or the user stops
+            scores: dict[str, float] = {}
+            for split, found in answers.items() if processes.is_main else ():
+                line = f"{split} {describe_answers(found, data[split])} ({len(data[split])} rows)"
+                print(line, flush=True)
+                run.log(line)
+                scores |= {f"{split}_{name}": value for name, value in answer_scores(found, data[split]).items()}
+            if len(answers) == len(judged):
+                run.finish(**scores)
         if processes.is_main:
-            print("\n".join(lines), flush=True)
             report_next(*opened, "--temperature", "0", "--prompt", data["dev"][0].prompt)

@@ -102,6 +102,8 @@ MAY_DIFFER = (
     "tokens_dir",
     "device",
     "use_gpu",
+    "typed",
+    "substituted",
 )
 CORPUS_ENDINGS = (".txt", ".tokens")
 OUTPUT_ENDINGS = {"prompt": "prompting-output.txt", "finetune": "finetuning-output.txt", "lora": "lora-output.txt"}

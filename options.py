@@ -24,6 +24,9 @@ def parse_options(
 ) -> tuple[argparse.Namespace, frozenset[str]]:
     """The options, and the names of those that were typed, be it into the file of --config. `saved`: the defaults of a
     run that goes on.
+
+    Two lists of names stand among the options: `typed`, also when the run that goes on was started, and `substituted`,
+    empty here, for what environment.fall_back replaces.
     """
     parser = build_parser()
     names = vars(parser.parse_args([]))
@@ -32,10 +35,12 @@ def parse_options(
         given = read_config(parser, given["config"]) | given
     defaults = OPTION_DEFAULTS.get(given.get("option", ""), {})
     # What pretraining starts from: a checkpoint that was named, or random weights.
-    derived: dict[str, Any] = {"continued": "pretrained_model_path" in given}
+    derived: dict[str, Any] = {"continued": "pretrained_model_path" in given, "substituted": []}
     if any(name in given for name in FILTERS):
         derived["epsilon"] = 0.0
-    return argparse.Namespace(**(names | derived | defaults | (saved or {}) | given)), frozenset(given)
+    saved = saved or {}
+    typed = {"typed": sorted({*saved.get("typed", ()), *given} - {"config"})}
+    return argparse.Namespace(**(names | derived | defaults | saved | given | typed)), frozenset(given)
 
 
 def in_force(saved: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def writes_two_files(args: argparse.Namespace) -> bool:
 
 
 def only_prints(args: argparse.Namespace) -> bool:
-    """Whether all that an option has to give goes to stdout."""
+    """Whether the standard output holds all that comes of the run: no file does."""
     if args.option == "generate":
         return not writes_two_files(args) and not args.explain
     return args.option in ("classify", "perplexity")

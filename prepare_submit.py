@@ -12,8 +12,12 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from command_line import OneLineParser
+from display import report_loss, safe_display
+from fetch_data import COURSE_DATA
+from provenance import PROMPT, file_sha256, find_record
 
 SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 MB", which may also mean 10 * 2**20
 UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside
@@ -27,7 +31,6 @@ SOURCE_DATA = re.compile(r"(sst|cfimdb)-(train|dev|test)\.txt")
 PREDICTIONS = re.compile(r"(sst|cfimdb)-(dev|test)-(prompting|finetuning|lora|advanced)-output\.txt")
 ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
 LINE_END = re.compile(r"\r{0,2}\n|\r")  # of a source file, as dataset.py reads it; that one would bring torch along
-PROMPT = " Is this movie "  # a prompting file may go on with the prompt after the sentence, as the course's own do
 
 
 class Rejected(Exception):
@@ -208,17 +211,69 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
     return files
 
 
-def print_table(path: Path, files: list[zipfile.ZipInfo]) -> None:
-    """What is inside the zip at `path`, with sizes in bytes."""
+def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict[str, dict[str, Any] | None]:
+    """The record in `folder` of each prediction file and generated text in the zip at `path`, None where it has none;
+    by the name in the zip.
+    """
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in files:
+            name = info.filename.partition("/")[2]
+            if PREDICTIONS.fullmatch(name) or name in GENERATED:
+                found[info.filename] = find_record(folder, name, archive.read(info))
+    return found
+
+
+def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> list[str]:
+    """What a grader would not expect of the prediction file `name`, by its record: another model than the course's, or
+    another data set than the name says. data: the folder of the source files.
+    """
+    if record is None:
+        return ["no record of what it was made from: changed by hand, copied from elsewhere, or of an older version"]
+    problems = []
+    if record.get("bundled_model"):
+        missing = ", because the course's was missing" if record.get("model_substituted") else ""
+        problems.append(f"made by the bundled model{missing}; `python fetch_data.py` brings stories42M.pt")
+    if parts := PREDICTIONS.fullmatch(name):
+        source = f"{parts[1]}-{parts[2]}.txt"
+        expected = {COURSE_DATA[source], file_sha256(data / source)}
+        if record.get("data_sha256") not in expected - {None}:
+            rows = f" ({record['rows']} rows)" if record.get("rows") else ""
+            problems.append(f"predicted from {record.get('data')}{rows}, which is not {source}")
+    return problems
+
+
+def made_from(record: Mapping[str, Any] | None) -> str:
+    """The checkpoint and the accuracy in a record, for the table."""
+    if record is None:
+        return "no record"
+    bundled = " (bundled)" if record.get("bundled_model") else ""
+    accuracy = record.get("accuracy")
+    score = f", accuracy {accuracy:.3f}" if isinstance(accuracy, float) else ""
+    return f"{Path(str(record.get('checkpoint'))).name}{bundled}{score}"
+
+
+def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Prints what is inside the zip at `path`: sizes in bytes, and what the predictions were made from."""
     width = max(len(info.filename) for info in files)
-    print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}")
+    print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}  made from")
     for info in files:
-        print(f"{info.filename:<{width}}  {info.file_size:>11,}  {info.compress_size:>11,}")
+        source = f"  {made_from(records[info.filename])}" if info.filename in records else ""
+        print(f"{info.filename:<{width}}  {info.file_size:>11,}  {info.compress_size:>11,}{source}")
     print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, under the limit of {SIZE_LIMIT:,}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, or 2 if the hand-in or an option is wrong."""
+    with safe_display() as out:
+        status = pack_or_check(arguments)
+        out.flush()
+        report_loss(out)
+        return status
+
+
+def pack_or_check(arguments: list[str] | None) -> int:
+    """Does what the arguments say, and prints the table; returns the exit status."""
     parser = OneLineParser(prog="prepare_submit.py", description="Pack the hand-in zip and check it.")
     parser.add_argument("student", metavar="ID", nargs="?", help="your id in lowercase; names the zip's top folder")
     parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="the project (default: here)")
@@ -241,7 +296,11 @@ def main(arguments: list[str] | None = None) -> int:
             files = check(path, options.student, options.folder / "data")
         else:
             files = pack(options.student, options.folder, path)
-        print_table(path, files)
+        records = find_records(path, files, options.folder)
+        for full_name, record in records.items():
+            if problems := origin_problems(full_name.partition("/")[2], record, options.folder / "data"):
+                print(f"{parser.prog}: warning: {full_name}: {'; '.join(problems)}", file=sys.stderr)
+        print_table(path, files, records)
     except Rejected as rejected:
         more = [f"and {len(rejected.args) - SHOWN} problems more"] if len(rejected.args) > SHOWN else []
         for problem in (*rejected.args[:SHOWN], *more):

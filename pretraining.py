@@ -24,6 +24,7 @@ from environment import (
     choose_dtype,
     load_llama,
     load_tokenizer,
+    log_of,
     open_checkpoint,
     print_header,
     put_tokenizer_beside,
@@ -155,10 +156,6 @@ def pretrain(args: argparse.Namespace) -> None:
         )
         run = RunDirectory(args.run_dir, writes=processes.is_main)
 
-        def log(line: str) -> None:
-            report(line)
-            run.log(line)
-
         def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
             described: dict[str, Any] = {"options": options, "epoch": epoch, "scores": score.metrics}
             write_checkpoint(run.best_path, state, config, stop_ids=list(stop_ids), **described)
@@ -169,7 +166,7 @@ def pretrain(args: argparse.Namespace) -> None:
         model = llama.to(device)
         if args.compile:
             model.compile(dynamic=False)
-        train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log)
+        train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log_of(run))
         if processes.is_main:
             best = read_torch(run.best_path)["model"]
             write_safetensors(args.model_out, best, config, DTYPES[args.out_dtype or "fp32"], stop_ids)

@@ -160,7 +160,7 @@ def run_table(members: Sequence[Run]) -> str:
     labelled = False
     if any(run.curve("bits_per_byte") for run in members):
         scores = {"bits/byte": "bits_per_byte"}
-    elif any(run.curve("dev_loss") for run in members):
+    elif any(run.curve("dev_loss") and not run.curve("dev_accuracy") for run in members):
         scores = {"exact match": "dev_exact_match", "F1": "dev_f1", "dev loss": "dev_loss"}
     else:
         labelled, scores = True, {"dev": "dev_accuracy", "macro-F1": "dev_macro_f1"}
@@ -201,7 +201,7 @@ def figures(members: Sequence[Run]) -> str:
         chart("Held-out bits per byte", "step", bits),
         chart("Answers to dev after each epoch", "step", answers),
         chart(
-            "Loss on the answers of dev", "step", [(name, run.curve("dev_loss"), colour(i)) for i, name, run in named]
+            "Loss on dev after each epoch", "step", [(name, run.curve("dev_loss"), colour(i)) for i, name, run in named]
         ),
     ]
     return f'<div class="grid">{"".join(drawn)}</div>'

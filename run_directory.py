@@ -1,7 +1,7 @@
 """A run's folder: its options, its metrics, its log, the state to go on from, and a lock.
 
-    options.json     the resolved options, and the versions they ran with
-    metrics.jsonl    a line for each step and each epoch
+    options.json     the resolved options, and the versions they ran with, the project's commit among them
+    metrics.jsonl    a line for each step and each epoch, and at the end one with the scores of dev and test
     log.txt          what was told
     last.pt          everything training needs to go on (a folder of shards under FSDP)
     best.pt          the best model so far
@@ -31,6 +31,7 @@ import torch
 from command_line import PackageError, is_still_at, optional_package, try_lock
 from files import atomic_file, read_torch, write_json, write_torch
 from option_table import RUN_FILES
+from provenance import project_commit
 
 _locked: set[Path] = set()  # the lock files that this process has locked
 
@@ -180,7 +181,12 @@ class RunDirectory:
         """Writes `options` into the folder, which is there (`new_run` makes it)."""
         if not self.writes:
             return
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "commit": project_commit(),
+        }
         write_json(self.path / "options.json", {"options": options, "versions": versions})
 
     def options(self) -> dict[str, Any]:
@@ -221,6 +227,14 @@ class RunDirectory:
             self._tensorboard = False
             if not error.missing:
                 print(f"notice: {error}", file=sys.stderr, flush=True)
+
+    def finish(self, **scores: Any) -> None:
+        """Adds the last line to the metrics: the scores of the best model. Resuming drops the line again."""
+        if not self.writes:
+            return
+        with self.metrics_path.open("r+", encoding="utf-8") as file:
+            step = json.loads(file.read().splitlines()[-1])["step"]
+            file.write(json.dumps({"step": step, "final": True, **scores}) + "\n")
 
     def log(self, line: str) -> None:
         """Adds a line to the log."""

@@ -8,13 +8,13 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import this_process
-from display import Display, safe_display
+from command_line import Process, this_process
+from display import Display, report_loss, safe_display
 from environment import (
     add_lora,
     agree_on_run,
@@ -23,12 +23,14 @@ from environment import (
     fall_back,
     load_llama,
     load_tokenizer,
+    log_of,
     open_checkpoint,
     print_header,
     report,
     report_next,
     settings_of,
     tokenize_data,
+    warn,
 )
 from option_checks import check_options, output_files
 from option_table import MAY_DIFFER, RUNS, TRAINING
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
     from dataset import Row
     from distributed import Processes
+    from provenance import Origin
+    from run_directory import RunDirectory
     from tasks import Score
     from tokenizer import Tokenizer
 
@@ -70,39 +74,56 @@ def predict(
     dtype: torch.dtype,
     pad_id: int,
     processes: Processes,
-    log: Callable[[str], None] = report,
+    origin: Origin | None,
+    run: RunDirectory | None = None,
 ) -> None:
-    """Classifies dev and test, writes both prediction files, then prints the scores."""
+    """Classifies dev and test, writes both prediction files, each with its record, and tells the scores: on stdout, and
+    in the log and the metrics of the run. The scores are told even if a file cannot be written, or the user stops.
+
+    origin: of the records, which the main process has.
+    """
     from dataset import class_names, write_predictions
     from evaluation import describe, describe_chance, describe_classes, evaluate
 
     label_names = class_names(labels)
     outputs = {"dev": args.dev_out, "test": args.test_out}
     results, seconds = {}, {}
-    for split in outputs:
-        start = time.perf_counter()
-        results[split] = evaluate(
-            model,
-            data[split],
-            args.batch_size,
-            pad_id=pad_id,
-            dtype=dtype,
-            bucketed=args.pooling == "last_token",
-            processes=processes,
-            name=split,
-        )
-        seconds[split] = time.perf_counter() - start
-    if processes.is_main:  # before anything is printed that might fail
-        for split, path in outputs.items():
-            write_predictions(path, results[split].predictions, data[split], labels)
-    for split, result in results.items():
-        if processes.is_main:
-            chance = describe_chance(result, data[split], len(label_names)) if args.option == "prompt" else ""
-            line = f"{split} {describe(result)} ({len(data[split])} rows)"
-            print(f"{line}; {chance}" if chance else line, flush=True)
-        log(f"{split} took {seconds[split]:.1f} s")
-        if classes := describe_classes(result, data[split], label_names):
-            log(f"\n{classes}\n")
+    try:
+        for split in outputs:
+            start = time.perf_counter()
+            results[split] = evaluate(
+                model,
+                data[split],
+                args.batch_size,
+                pad_id=pad_id,
+                dtype=dtype,
+                bucketed=args.pooling == "last_token",
+                processes=processes,
+                name=split,
+            )
+            seconds[split] = time.perf_counter() - start
+        if origin is not None:
+            for split, path in outputs.items():
+                write_predictions(path, results[split].predictions, data[split], labels)
+                scores = {"accuracy": results[split].accuracy, "macro_f1": results[split].macro_f1}
+                warn(origin.write_record(path, split, **scores))
+    finally:
+        log = log_of(run)
+        lines = []
+        for split, result in results.items():
+            line = f"{split} {describe(result, with_loss=args.option != 'prompt')} ({len(data[split])} rows)"
+            if args.option == "prompt" and (chance := describe_chance(result, data[split], len(label_names))):
+                line += f"; {chance}"
+            lines.append(line)
+            if processes.is_main:
+                print(line, flush=True)
+            log(f"{split} took {seconds[split]:.1f} s")
+            if classes := describe_classes(result, data[split], label_names):
+                log(f"\n{classes}\n")
+        if run is not None and len(results) == len(outputs):
+            for line in lines:
+                run.log(line)
+            run.finish(**{name: score for split, one in results.items() for name, score in one.scores(split).items()})
 
 
 def zero_shot(
@@ -145,6 +166,7 @@ def classify(args: argparse.Namespace) -> None:
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
     from dataset import class_names, prompt_parts, read_labels
     from distributed import started
+    from provenance import Origin, check_default_output
 
     labels = read_labels(args.label_names)
     label_names = class_names(labels)
@@ -156,6 +178,8 @@ def classify(args: argparse.Namespace) -> None:
         )
     splits = ("dev", "test") if args.option == "prompt" else ("train", "dev", "test")
     raw = read_data(args, splits, labels)
+    for split in ("dev", "test"):
+        check_default_output(args, split, [row.sentence for row in raw[split]])
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
@@ -163,6 +187,8 @@ def classify(args: argparse.Namespace) -> None:
         agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)
+        judged = {split: (getattr(args, split), len(raw[split])) for split in ("dev", "test")}
+        origin = Origin.of(args, judged) if processes.is_main else None
         llama = load_llama(args, checkpoint, dtype)
         print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
         config = SimpleNamespace(
@@ -172,7 +198,7 @@ def classify(args: argparse.Namespace) -> None:
             option=args.option,
             pooling=args.pooling,
         )
-        log: Callable[[str], None] = report
+        run: RunDirectory | None = None
         asked = args.option == "prompt" or args.head == "prompt"
         prompt = prompt_parts(args.template, words, args.pooling)
         if asked:
@@ -191,8 +217,8 @@ def classify(args: argparse.Namespace) -> None:
                 )
             if args.option == "lora":
                 add_lora(args, head, "" if asked else ", beside the head")
-            model, log = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
-        predict(args, model, data, labels, dtype, tokenizer.pad_id, processes, log)
+            model, run = fine_tune(args, head.to(device), data, labels, dtype, tokenizer.pad_id, processes)
+        predict(args, model, data, labels, dtype, tokenizer.pad_id, processes, origin, run)
         if args.option != "prompt":
             report(f"wrote {best_model_path(args)}, the model that is best on dev")
             report_next("--option", "classify", "--finetuned", best_model_path(args), "--prompt", "your sentence")
@@ -206,9 +232,9 @@ def fine_tune(
     dtype: torch.dtype,
     pad_id: int,
     processes: Processes,
-) -> tuple[torch.nn.Module, Callable[[str], None]]:
+) -> tuple[torch.nn.Module, RunDirectory]:
     """Trains `model` in the run's folder; the best by dev accuracy is there and at `best_model_path`. Returns the model
-    to predict with, and where to tell of it."""
+    to predict with, and the folder."""
     import torch
 
     from checkpoint import write_checkpoint
@@ -223,10 +249,6 @@ def fine_tune(
     options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
     config = model.llama.config
     run = RunDirectory(args.run_dir, writes=processes.is_main)
-
-    def log(line: str) -> None:
-        report(line)
-        run.log(line)
 
     def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
         write_checkpoint(
@@ -262,10 +284,12 @@ def fine_tune(
     if args.compile:
         model.compile(dynamic=True)
     torch.manual_seed(args.seed + processes.rank)  # dropout differs from process to process
-    trained = train(model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log)
+    trained = train(
+        model, task, settings_of(args, dtype), run, processes=processes, write_best=write_best, log=log_of(run)
+    )
     if processes.is_main:
         link_or_copy(run.best_path, best_model_path(args))  # another run may have had that name since
-    return trained, log
+    return trained, run
 
 
 def resumed(args: argparse.Namespace, argv: list[str] | None, held: ExitStack) -> argparse.Namespace:
@@ -343,63 +367,67 @@ def run_option(args: argparse.Namespace) -> None:
         ](args)
 
 
+def run_command(
+    args: argparse.Namespace, typed: frozenset[str], argv: list[str] | None, process: Process, out: Display
+) -> None:
+    """Checks the options, and runs what --option names. typed: the options that were typed, in `argv` or a file of
+    --config. out: the standard output.
+    """
+    args.processes = process.world
+    with ExitStack() as held:  # the run's lock
+        if args.resume:
+            args = resumed(args, argv, held)
+        else:
+            fall_back(args, typed)
+        check_options(args)
+        out.required = False
+        if only_prints(args):
+            out.require()
+        from files import check_writable  # from here on torch is imported
+
+        check_writable(*output_files(args))
+        if args.option in TRAINING and not args.resume:
+            name_run(args, held)
+        run_option(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one option; the exit code is 0, 2 for bad input (one line on stderr), or 128 and the number of the signal
     that stopped it (Ctrl-C: 130).
+
+    A standard output that fails stops only a command that has no other result (a reader that left: 141).
     """
-    with safe_display() as stdout:
-        code = run(argv, stdout)
-        if code == 0 and stdout.lost:
-            report(f"notice: what was printed is lost ({stdout.lost}); every file is written")
-        return code
-
-
-def run(argv: list[str] | None, stdout: Display) -> int:
-    """What `main` says, on a display that is safe."""
-    args, typed = parse_options(argv)
-    try:
-        process = this_process()
-    except ValueError as error:
-        print(f"run_llama.py: error: {error}", file=sys.stderr)
-        return 2
-    args.processes = process.world
-    try:
-        with ExitStack() as held:  # the run's lock
-            if args.resume:
-                args = resumed(args, argv, held)
-            else:
-                fall_back(args, typed)
-            check_options(args)
-            stdout.needed = only_prints(args)
-            if stdout.needed and stdout.closed_before:
-                raise ValueError("the standard output, where the result goes, is closed; send it to a file: > text.txt")
-            from files import check_writable  # from here on torch is imported
-
-            check_writable(*output_files(args))
-            if args.option in TRAINING and not args.resume:
-                name_run(args, held)
-            run_option(args)
-            stdout.flush()
-    except BrokenPipeError:  # whoever read the output has enough of it
-        return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:
-        # From every process, for the cause may be in one of them only.
-        who = f" (process {process.rank})" if process.rank else ""
-        print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except ImportError as error:  # missing or broken; the optional packages have errors of their own
-        reason = " ".join(str(error).split())[:300]
-        print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
-        if process.world == 1:
-            raise
-        print(f"run_llama.py: error (process {process.rank}): {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:  # Stopped is one, too
-        report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")
-        return 128 + getattr(stop, "number", 2)
-    return 0
+    with safe_display() as out:
+        out.required = True  # --help has no other result
+        process = Process(0, 1, 0)  # until the options are read: --help works whatever the environment
+        try:
+            try:
+                options = parse_options(argv)
+                process = this_process()
+                run_command(*options, argv, process, out)
+            finally:
+                out.flush()
+        except BrokenPipeError:  # whoever read the output has enough of it
+            return 128 + signal.SIGPIPE
+        except (ValueError, OSError) as error:
+            # From every process, for the cause may be in one of them only.
+            who = f" (process {process.rank})" if process.rank else ""
+            print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
+            return 2
+        except ImportError as error:  # missing or broken; the optional packages have errors of their own
+            reason = " ".join(str(error).split())[:300]
+            print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
+            return 2
+        except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
+            if process.world == 1:
+                raise
+            print(f"run_llama.py: error (process {process.rank}): {str(error).splitlines()[0]}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:  # Stopped is one, too
+            report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")
+            return 128 + getattr(stop, "number", 2)
+        report_loss(out)
+        return 0
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ class Classification:
         }
         metrics: dict[str, float | None] = {f"{split}_accuracy": one.accuracy for split, one in found.items()}
         metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
-        text = ", ".join(f"{split} {describe(one)}" for split, one in found.items())
+        metrics["dev_loss"] = found["dev"].loss  # "train_loss" is the epoch's running mean, under dropout
+        text = ", ".join(f"{split} {describe(one, with_loss=True)}" for split, one in found.items())
         return Score(found["dev"].accuracy, text, metrics)
 
 

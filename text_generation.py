@@ -19,12 +19,13 @@ from tqdm import tqdm
 import generation
 from console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
 from dataset import pad
-from environment import ready, report
+from environment import ready, report, warn
 from explanation import Explanation
 from files import atomic_file
 from generation import Filter, LanguageModel
 from inference import for_running
 from options import writes_two_files
+from provenance import Origin
 from tokenizer import Tokenizer
 
 
@@ -293,12 +294,14 @@ def generate(args: argparse.Namespace) -> None:
     elif not writes_two_files(args):
         writer.one(prompts[0], temperature, show)
     else:
+        origin = Origin.of(args, {})
         for each, path in ((0.0, args.generated_sentence_low_temp_out), (1.0, args.generated_sentence_high_temp_out)):
             report(f"\ntemperature {each:g} -> {path}")
             writer.start_anew()
             made = writer.one(prompts[0], each, show)
             with atomic_file(path) as file:
                 file.write(made.prompt + made.text + "\n")
+            warn(origin.write_record(path, temperature=each))
 
 
 def warn_of_length(prompt: int, new: int, context: int) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -80,8 +81,9 @@ class Interrupts:
     def _note(self, number: int, frame: object) -> None:
         self.number = number
         self.__exit__()
-        # Written at a stroke, for print is not to be entered again from a handler.
-        os.write(2, b"\nstopping after this step; once more stops at once, and loses what is not saved\n")
+        # Written at a stroke, for print is not to be entered again from a handler; nobody may be there to read it.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more stops at once, and loses what is not saved\n")
 
 
 @dataclass

@@ -25,17 +25,17 @@ class Failing(io.StringIO):
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "full"), ValueError("closed file")])
 def test_a_stream_that_fails_is_lost_and_goes_on(error):
-    display = Display(Failing(error))
-    assert print("a", "b", file=display, flush=True) is None and display.lost is error
+    display = Display(Failing(error), 1)
+    assert print("a", "b", file=display, flush=True) is None and display.failure is error
 
 
 def test_a_stream_that_is_needed_says_what_failed():
-    display = Display(Failing(OSError(28, "No space left on device")))
-    display.needed = True
-    with pytest.raises(OSError, match="the standard output failed: No space left on device"):
+    display = Display(Failing(OSError(28, "No space left on device")), 1)
+    display.required = True
+    with pytest.raises(OSError, match=r"the standard output failed \(No space left on device\)"):
         print("a", file=display)
-    display = Display(Failing(BrokenPipeError(32, "Broken pipe")))
-    display.needed = True
+    display = Display(Failing(BrokenPipeError(32, "Broken pipe")), 1)
+    display.required = True
     with pytest.raises(BrokenPipeError):
         print("a", file=display)
 
@@ -47,7 +47,7 @@ def test_the_streams_are_put_back_and_what_they_cannot_say_is_escaped(monkeypatc
     with safe_display() as stdout:
         print("né 🙂")
         print("lost", file=sys.stderr)
-        assert not stdout.closed_before and sys.stderr.closed_before
+        assert not stdout.closed_by_caller and sys.stderr.closed_by_caller
     assert sys.stdout is latin and sys.stderr is None
     assert latin.buffer.getvalue() == b"n\\xe9 \\U0001f642\n"
 
@@ -93,7 +93,7 @@ def test_predictions_are_written_whatever_becomes_of_the_display(shell, tmp_path
     result = shell(f"$FINETUNE {ending}; echo ${{PIPESTATUS[0]}}")
     assert result.stdout.endswith("0\n") and written(tmp_path, outputs("finetune")) == [13, 13], result
     if "head" in ending or "full" in ending and "err" in ending:
-        assert "notice: what was printed is lost" in (tmp_path / "err").read_text()
+        assert "warning: the standard output failed" in (tmp_path / "err").read_text()
 
 
 @pytest.mark.parametrize("ending", ["2>&1 | head -c 1", ">/dev/full 2>&1", ">&- 2>&-"])
@@ -108,9 +108,11 @@ def test_where_the_text_on_stdout_is_all_a_reader_that_left_ends_it_and_a_full_d
     assert result.stdout.endswith("141\n") and "Traceback" not in (tmp_path / "err").read_text()
     result = shell("$GENERATE --temperature 0 >/dev/full")
     assert result.returncode == 2
-    assert result.stderr.endswith("run_llama.py: error: the standard output failed: No space left on device\n")
+    assert result.stderr.endswith(
+        "error: the standard output failed (No space left on device); send it to a file with room: > text.txt\n"
+    )
     result = shell("$GENERATE --temperature 0 >&-")
-    assert result.returncode == 2 and "the standard output, where the result goes, is closed" in result.stderr
+    assert result.returncode == 2 and "the standard output, where the text goes, is closed" in result.stderr
 
 
 def test_a_closed_stream_is_not_given_to_a_file_that_is_opened(shell, tmp_path):

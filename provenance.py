@@ -1,0 +1,210 @@
+"""Where results come from: the project's commit, checksums, and a record of what each prediction file was made from.
+
+The record of FOLDER/NAME is FOLDER/runs/predictions/NAME.json. It is found by the file's content: a renamed or copied
+file still has its record, a file changed by hand has none. Imports no torch: prepare_submit.py reads the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from options import path_and_fold
+
+HERE = Path(__file__).resolve().parent
+BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+PROMPT = " Is this movie "  # the course's prompting files may go on with the prompt after the sentence
+DATA_OPTIONS = ("train", "dev", "test", "label_names")
+NOT_RECORDED = ("typed", "substituted")  # among the options, for they have fields of their own
+
+
+def project_commit(folder: Path = HERE) -> str | None:
+    """The git commit of the code in `folder`, with "-dirty" where tracked files differ from it; None without git, or if
+    the code is in no repository.
+    """
+    # A hook of another repository sets variables that would lead there.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+        return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
+
+    try:
+        if not git("ls-files", "--", Path(__file__).name):  # a copy inside some other repository
+            return None
+        commit = git("rev-parse", "HEAD")
+        dirty = commit and git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if dirty else commit or None
+
+
+def file_sha256(path: str | Path) -> str | None:
+    """The SHA-256 of a file's bytes; None for a folder, a device, or a file that cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        if not os.path.isfile(path):
+            return None
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def is_bundled(path: str | Path, sha256: str | None) -> bool:
+    """Whether the checkpoint is the bundled model, under whatever name; sha256: the file's."""
+    try:
+        same_size = os.path.getsize(path) == BUNDLED_MODEL.stat().st_size
+    except OSError:
+        return False
+    return sha256 is not None and same_size and sha256 == file_sha256(BUNDLED_MODEL)
+
+
+# Records
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What predictions will be made from. Taken before the work, for the files may change while it goes on.
+
+    inputs: fields that every record of the run has; data: by split, the fields of the rows that are predicted.
+    """
+
+    inputs: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, data: Mapping[str, tuple[str, int]], *more_models: str) -> Origin:
+        """data: the path and the number of rows of each split. The checkpoint is the first of `more_models`, models
+        read beside --pretrained-model-path, else that one.
+        """
+        models = [*more_models, args.pretrained_model_path]
+        sums = {path: file_sha256(path) for path in models}
+        options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+        return cls(
+            {
+                "option": args.option,
+                "checkpoint": models[0],
+                "checkpoint_sha256": sums[models[0]],
+                "bundled_model": any(is_bundled(path, sums[path]) for path in models),
+                "model_substituted": "pretrained_model_path" in args.substituted,
+                "data_substituted": any(name in args.substituted for name in DATA_OPTIONS),
+                "label_names": args.label_names if data else None,
+                "seed": args.seed,
+                "typed": args.typed,
+                "options": options,
+                "commit": project_commit(),
+            },
+            {
+                split: {"data": path, "rows": rows, "data_sha256": file_sha256(path_and_fold(path)[0])}
+                for split, (path, rows) in data.items()
+            },
+        )
+
+    def write_record(self, path: str | Path, split: str | None = None, **results: Any) -> str | None:
+        """Writes the record of the file just written at `path`. Returns what went wrong, for the file itself is whole;
+        None if nothing did. A device or a pipe has no record.
+        """
+        from files import write_json
+
+        target = record_path(path)
+        sha256 = file_sha256(path)
+        if sha256 is None:
+            return None
+        no_data = {"data": None, "rows": None, "data_sha256": None}
+        scores = {"accuracy": None, "macro_f1": None} | results
+        record = {"file": Path(path).name, "sha256": sha256, **self.inputs, **(self.data[split] if split else no_data)}
+        record |= {**scores, "time": datetime.now().astimezone().isoformat(timespec="seconds")}
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old = read_record(target)
+            if old is not None and old["sha256"] != sha256:  # that file may live on under another name
+                os.replace(target, target.with_name(f"{Path(path).name}.{old['sha256'][:12]}.json"))
+            write_json(target, record)
+        except OSError as error:
+            return f"{path} has no record of what it was made from: {target} cannot be written ({error.strerror})"
+        return None
+
+
+def record_path(path: str | Path) -> Path:
+    """Where the record of a prediction file is written."""
+    return Path(path).parent / "runs" / "predictions" / f"{Path(path).name}.json"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file, None if it holds none."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("sha256"), str) else None
+
+
+def find_record(folder: Path, name: str, content: bytes) -> dict[str, Any] | None:
+    """The record in `folder`/runs/predictions of a file with this content, None if there is none; of several that of
+    the file called `name`, else the latest.
+    """
+    sha256 = hashlib.sha256(content).hexdigest()
+    records = (read_record(path) for path in sorted((folder / "runs" / "predictions").glob("*.json")))
+    found = [record for record in records if record is not None and record["sha256"] == sha256]
+    return max(found, key=lambda record: (record.get("file") == name, str(record.get("time"))), default=None)
+
+
+# Default outputs
+
+
+def check_default_output(args: argparse.Namespace, split: str, sentences: Sequence[str]) -> None:
+    """Raises ValueError if the predictions of `sentences` would be written over a file of other rows, or one that holds
+    no predictions, though nobody asked for it: --dev_out or --test_out was not typed.
+    """
+    option = f"{split}_out"
+    path = Path(getattr(args, option))
+    if option in args.typed or not path.is_file():
+        return
+    advice = f"name another file with --{option}, or move this one away"
+    try:
+        content = path.read_bytes()
+        held = sentences_in(path.suffix, content) if content.strip() else None
+    except OSError as error:
+        raise ValueError(f"{path} is there already and cannot be read ({error.strerror}); {advice}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is there already and holds no predictions; {advice}") from error
+    if held is not None and not same_sentences(held, sentences):
+        record = find_record(path.parent, path.name, content)
+        source = f" of {record['data']}" if record is not None and record.get("data") else ""
+        raise ValueError(
+            f"{path} holds predictions for {len(held)} rows{source}, not for the {len(sentences)} of "
+            f"{getattr(args, split)}; {advice}"
+        )
+
+
+def sentences_in(suffix: str, content: bytes) -> list[str]:
+    """The sentences of a prediction file, or the prompts of a .jsonl file of answers. Raises ValueError, LookupError or
+    TypeError if it is neither.
+    """
+    lines = content.decode("utf-8").rstrip("\r\n").split("\n")
+    if suffix == ".jsonl":
+        return [json.loads(line)["prompt"] for line in lines]
+    parts = [line.partition(" ||| ") for line in lines]
+    if not all(separator for _, separator, _ in parts):
+        raise ValueError("a line without a separator")
+    return [sentence.strip() for _, _, sentence in parts]
+
+
+def same_sentences(held: Sequence[str], sentences: Iterable[str]) -> bool:
+    """Whether a prediction file is of these rows, in this order."""
+    wanted = list(sentences)
+    return len(held) == len(wanted) and all(
+        one == other or one.startswith(other + PROMPT) for one, other in zip(held, wanted, strict=True)
+    )
