@@ -1,122 +1,170 @@
-"""A result is not lost because its display is: real processes with a reader that leaves, a full or a closed stdout."""
+"""Output streams that fail: a command whose results are files goes on, one that only prints stops."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT
+from checkpoint import write_checkpoint
+from conftest import ROOT, tiny_llama
 from display import Display, safe_display
-from test_cli import Command, outputs
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+LEFT = "{ sleep 0.1; true; }"  # a reader that reads nothing
+WAYS = {
+    "left": f" | {LEFT}",
+    "both left": f" 2>&1 | {LEFT}",
+    "full": " > /dev/full",
+    "stderr full": " 2> /dev/full",
+    "closed": " >&-",
+    "stderr closed": " 2>&-",
+    "both closed": " >&- 2>&-",
+}
 
 
-class Failing(io.StringIO):
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
+class Shell:
+    """A folder with tiny data and a tiny model, and bash in it."""
 
-    def write(self, text):
-        raise self.error
+    def __init__(self, folder, tokenizer):
+        self.folder = folder
+        lines = [f"{i % 2} ||| {'a bad film' if i % 2 == 0 else 'one good day 😀'} {i}" for i in range(4)]
+        pairs = [{"prompt": f"what is {i}", "answer": "good 😀"} for i in range(3)]
+        for split in ("train", "dev", "test"):
+            (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        (folder / "names.json").write_text('["bad", "good"]', encoding="utf-8")
+        (folder / "model.model").write_bytes(tokenizer.read_bytes())
+        model = tiny_llama(vocab_size=512, max_seq_len=64, causal=True)
+        write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
 
+    def __call__(self, option, *more, way=""):
+        """The finished process; its exit code is that of run_llama.py."""
+        words = [sys.executable, str(ROOT / "run_llama.py"), "--option", option]
+        words += ["--pretrained-model-path", "model.pt", "--max_new_tokens", "4", *more]
+        if option in ("prompt", "finetune", "lora"):
+            kind = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}[option]
+            words += ["--label-names", "names.json"]
+            words += [w for s in ("train", "dev", "test") for w in (f"--{s}", f"{s}.txt")]
+            words += [w for s in ("dev", "test") for w in (f"--{s}_out", f"{s}-{kind}-output.txt")]
+        line = " ".join(f"'{word}'" for word in words)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        return subprocess.run(
+            ["bash", "-c", f"{line}{way}; exit ${{PIPESTATUS[0]}}"],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "full"), ValueError("closed file")])
-def test_a_stream_that_fails_is_lost_and_goes_on(error):
-    display = Display(Failing(error), 1)
-    assert print("a", "b", file=display, flush=True) is None and display.failure is error
-
-
-def test_a_stream_that_is_needed_says_what_failed():
-    display = Display(Failing(OSError(28, "No space left on device")), 1)
-    display.required = True
-    with pytest.raises(OSError, match=r"the standard output failed \(No space left on device\)"):
-        print("a", file=display)
-    display = Display(Failing(BrokenPipeError(32, "Broken pipe")), 1)
-    display.required = True
-    with pytest.raises(BrokenPipeError):
-        print("a", file=display)
-
-
-def test_the_streams_are_put_back_and_what_they_cannot_say_is_escaped(monkeypatch):
-    latin = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", latin)
-    monkeypatch.setattr(sys, "stderr", None)
-    with safe_display() as stdout:
-        print("né 🙂")
-        print("lost", file=sys.stderr)
-        assert not stdout.closed_by_caller and sys.stderr.closed_by_caller
-    assert sys.stdout is latin and sys.stderr is None
-    assert latin.buffer.getvalue() == b"n\\xe9 \\U0001f642\n"
+    def lines(self, name):
+        return len((self.folder / name).read_text(encoding="utf-8").splitlines())
 
 
 @pytest.fixture
-def shell(asset, tmp_path, monkeypatch, capsys):
-    """Runs a line of the shell in a folder with data and a model, in which $FINETUNE and others are our commands."""
-    monkeypatch.chdir(tmp_path)
-    Command(tmp_path, asset("stories260K/tok512.model"), capsys)
-    for split in ("train", "dev", "test"):
-        with (tmp_path / f"{split}.txt").open("a", encoding="utf-8") as file:
-            file.write("1 ||| one good day é 🙂\n")
-    program = (
-        f'"{sys.executable}" "{ROOT / "run_llama.py"}" --pretrained-model-path model.pt --tokenizer tokenizer.model'
-    )
-    data = (
-        "--train train.txt --dev dev.txt --test test.txt --label-names names.json --epochs 1 --batch_size 5 --lr 1e-3"
-    )
-
-    def named(option):
-        dev, test = outputs(option)
-        return f"{program} --option {option} {data} --dev_out {dev} --test_out {test}"
-
-    commands = {"GENERATE": f"{program} --max_new_tokens 5 --prompt é"} | {
-        option.upper(): named(option) for option in ("prompt", "finetune")
-    }
-
-    def run(line):
-        for name, command in commands.items():
-            line = line.replace(f"${name}", command)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=120)
-
-    return run
+def shell(asset, tmp_path):
+    return Shell(tmp_path, asset("stories260K/tok512.model"))
 
 
-def written(folder, names):
-    return [(folder / name).read_text(encoding="utf-8").count("\n") for name in names]
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_predictions_are_whole_whatever_becomes_of_the_streams(shell, way):
+    done = shell("prompt", way=way)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert shell.lines("dev-prompting-output.txt") == shell.lines("test-prompting-output.txt") == 4
 
 
-@pytest.mark.parametrize("ending", ["2>err | head -c 1", "2>err >/dev/full", "2>err >&-", "2>&-", "2>/dev/full"])
-def test_predictions_are_written_whatever_becomes_of_the_display(shell, tmp_path, ending):
-    result = shell(f"$FINETUNE {ending}; echo ${{PIPESTATUS[0]}}")
-    assert result.stdout.endswith("0\n") and written(tmp_path, outputs("finetune")) == [13, 13], result
-    if "head" in ending or "full" in ending and "err" in ending:
-        assert "warning: the standard output failed" in (tmp_path / "err").read_text()
+@pytest.mark.parametrize("way", ["left", "full", "closed"])
+def test_training_ends_with_its_files_and_says_that_the_display_was_lost(shell, way):
+    done = shell("lora", "--epochs", "1", "--run_dir", "run", way=WAYS[way])
+    assert done.returncode == 0 and "warning: the standard output failed (" in done.stderr.splitlines()[-1]
+    assert shell.lines("dev-lora-output.txt") == shell.lines("test-lora-output.txt") == 4
+    assert "test accuracy" in (shell.folder / "run" / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
 
 
-@pytest.mark.parametrize("ending", ["2>&1 | head -c 1", ">/dev/full 2>&1", ">&- 2>&-"])
-def test_the_two_generated_texts_are_whole_whatever_becomes_of_the_display(shell, tmp_path, ending):
-    result = shell(f"$GENERATE {ending}; echo ${{PIPESTATUS[0]}}")
-    texts = [f"generated-sentence-temp-{temperature}.txt" for temperature in (0, 1)]
-    assert result.stdout.endswith("0\n") and min(written(tmp_path, texts)) >= 1, result
+@pytest.mark.parametrize("way", ["left", "full", "both closed"])
+def test_both_generated_texts_are_whole(shell, way):
+    assert shell("generate", "--prompt", "one day", way=WAYS[way]).returncode == 0
+    for temperature in (0, 1):
+        text = (shell.folder / f"generated-sentence-temp-{temperature}.txt").read_text(encoding="utf-8")
+        assert text.startswith("one day") and text.endswith("\n")
 
 
-def test_where_the_text_on_stdout_is_all_a_reader_that_left_ends_it_and_a_full_disk_is_one_line(shell, tmp_path):
-    result = shell("$GENERATE --temperature 0 --max_new_tokens 300 2>err | head -c 1; echo ${PIPESTATUS[0]}")
-    assert result.stdout.endswith("141\n") and "Traceback" not in (tmp_path / "err").read_text()
-    result = shell("$GENERATE --temperature 0 >/dev/full")
-    assert result.returncode == 2
-    assert result.stderr.endswith(
-        "error: the standard output failed (No space left on device); send it to a file with room: > text.txt\n"
-    )
-    result = shell("$GENERATE --temperature 0 >&-")
-    assert result.returncode == 2 and "the standard output, where the text goes, is closed" in result.stderr
+def test_answers_and_mixed_predictions_are_whole(shell):
+    splits = [word for split in ("train", "dev", "test") for word in (f"--{split}", f"{split}.jsonl")]
+    settings = ["--epochs", "1", "--model_out", "out.safetensors", "--run_dir", "run"]
+    assert shell("sft", *splits, *settings, way=WAYS["left"]).returncode == 0
+    assert shell.lines("sft-dev-answers.jsonl") == shell.lines("sft-test-answers.jsonl") == 3
+    assert shell("finetune", "--epochs", "1", "--run_dir", "fine").returncode == 0
+    mixed = ["--finetuned", "fine/best.pt", "--alphas", "0,1", "--dev_out", "d.txt", "--test_out", "t.txt"]
+    assert shell("wise_ft", *mixed, way=WAYS["full"]).returncode == 0
+    assert shell.lines("d.txt") == shell.lines("t.txt") == 4 and shell.lines("wise-ft-curve.csv") == 3
 
 
-def test_a_closed_stream_is_not_given_to_a_file_that_is_opened(shell, tmp_path):
+@pytest.mark.parametrize(
+    "way, code, line",
+    [
+        ("left", 141, ""),
+        ("full", 2, "run_llama.py: error: the standard output failed (No space left on device); send it"),
+        ("closed", 2, "run_llama.py: error: the standard output, where the text goes, is closed; send it"),
+    ],
+)
+@pytest.mark.parametrize(
+    "option, more", [("generate", ["--temperature", "0", "--prompt", "one"]), ("perplexity", ["--corpus", "dev.txt"])]
+)
+def test_a_command_that_only_prints_stops_where_nothing_can_be_printed(shell, option, more, way, code, line):
+    done = shell(option, *more, way=WAYS[way])
+    assert done.returncode == code and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(line)
+
+
+def test_what_an_encoding_cannot_express_is_shown_as_an_escape():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    Display(stream, 1).write("café 😀")
+    assert stream.buffer.getvalue() == rb"caf\xe9 \U0001f600"
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("broken", [Broken, lambda: open(os.devnull), lambda: closed(io.StringIO())])
+def test_a_failure_is_remembered_or_raised_where_the_output_is_required(broken):
+    lenient, strict = Display(broken(), 1), Display(broken(), 1)
+    for _ in range(2):
+        assert lenient.write("text") == 4
+        lenient.flush()
+    assert lenient.failure is not None
+    strict.require()
+    with pytest.raises(OSError, match="Broken pipe|the standard output failed"):
+        strict.write("text")
+
+
+def closed(stream):
+    stream.close()
+    return stream
+
+
+def test_the_streams_come_back(monkeypatch):
+    ours = io.StringIO()
+    monkeypatch.setattr("sys.stdout", ours)
+    monkeypatch.setattr("sys.stderr", None)
+    with pytest.raises(KeyError, match="stop"), safe_display() as out:
+        print("shown")
+        print("nowhere", file=sys.stderr)
+        assert out.failure is None
+        raise KeyError("stop")
+    assert sys.stdout is ours and sys.stderr is None and ours.getvalue() == "shown\n"
+
+
+def test_a_closed_stream_is_not_given_to_a_file_that_is_opened(tmp_path):
     """What C code prints to descriptor 1 or 2 would land in it."""
-    code = "import os; from display import safe_display\nwith safe_display(): print(open('file', 'w').fileno() > 2)"
-    result = shell(f'cd "{tmp_path}" && PYTHONPATH="{ROOT}" "{sys.executable}" -c "{code}" 2>&-')
-    assert result.stdout == "True\n"
+    code = "from display import safe_display\nwith safe_display(): print(open('file', 'w').fileno() > 2)"
+    line = f'"{sys.executable}" -c "{code}" 2>&-'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n"
