@@ -358,7 +358,6 @@ def run_command(argv: list[str] | None, out: Display) -> None:
     else:
         fall_back(args, typed)
     check_options(args)
-    out.required = False
     if only_prints(args):
         out.require()
     from files import check_writable  # from here on torch is imported
@@ -376,7 +375,6 @@ def main(argv: list[str] | None = None) -> int:
     A standard output that fails stops only a command that has no other result (a reader that left: 141).
     """
     with display() as out:
-        out.required = True  # --help has no other result
         try:
             try:
                 run_command(argv, out)

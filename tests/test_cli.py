@@ -357,7 +357,8 @@ def test_an_option_prints_scores_and_writes_predictions(command, option, pooling
     code, out, err = command(option, "--pooling", pooling)
     best = {"prompt": set(), "finetune": {"finetune-1-0.001.pt"}, "lora": {"lora-1-0.001.pt"}}[option]
     assert code == 0 and set(command.files()) - before == set(outputs(option)) | best
-    scores = r"accuracy [01]\.\d{3}, macro-F1 [01]\.\d{3} \(12 rows\)"
+    loss = "" if option == "prompt" else r", loss \d\.\d{4}"
+    scores = rf"accuracy [01]\.\d{{3}}, macro-F1 [01]\.\d{{3}}{loss} \(12 rows\)"
     if option == "prompt":
         scores += r"; 95 % interval 0\.\d{3} to [01]\.\d{3}, chance 0\.500, commonest class 0\.500"
     assert re.fullmatch(rf"dev {scores}\ntest {scores}\n", out)
@@ -548,14 +549,49 @@ def test_a_run_leaves_options_metrics_log_and_checkpoints(command):
     saved = json.loads((run / "options.json").read_text(encoding="utf-8"))
     assert saved["options"]["epochs"] == 2 and saved["options"]["dtype"] != "auto"
     assert saved["versions"]["torch"] == torch.__version__
-    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * 3 + 2
+    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * 3 + 2 + 1
     assert "confusion matrix" in (run / "log.txt").read_text(encoding="utf-8")
+    commit = saved["versions"]["commit"]
+    assert commit is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", commit)
     best = (command.folder / "lora-2-0.001.pt").read_bytes()
     assert best == (run / "best.pt").read_bytes()
 
     code, _, err = command("lora", "--run_dir", "runs/a")
     assert code == 2 and "runs/a holds a run; add --resume" in err
     assert (command.folder / "lora-2-0.001.pt").read_bytes() == best
+
+
+def last_scores(run):
+    """The last line of the metrics."""
+    return json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+def test_a_run_ends_with_the_scores_that_were_printed_and_resuming_adds_none(command):
+    code, out, err = command("finetune", "--run_dir", "run", "--epochs", "2")
+    assert code == 0
+    run = command.folder / "run"
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    scores = json.loads(lines[-1])
+    for split, printed in zip(("dev", "test"), out.splitlines(), strict=True):
+        told = [scores[f"{split}_{name}"] for name in ("accuracy", "macro_f1", "loss")]
+        assert printed == "{} accuracy {:.3f}, macro-F1 {:.3f}, loss {:.4f} (12 rows)".format(split, *told)
+    assert (scores["step"], scores["final"]) == (6, True)
+    epochs = [line for line in map(json.loads, lines) if "train_loss" in line]
+    assert len(epochs) == 2 and scores["dev_loss"] == pytest.approx(
+        next(line for line in epochs if line["dev_accuracy"] == scores["dev_accuracy"])["dev_loss"], abs=1e-4
+    )
+    assert f"loss {epochs[0]['dev_loss']:.4f} (best so far)" in err
+    log = (run / "log.txt").read_text(encoding="utf-8")
+    assert log.endswith(f"\n{out}") and log.count("test accuracy") == 1
+    assert main(["--resume", "--run_dir", "run"]) == 0
+    assert (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == lines
+
+
+def test_the_last_line_of_a_run_without_gold_labels_has_no_scores(command):
+    text("test.txt", "0 ||| a\n0 ||| b\n")(command.folder)
+    assert command("lora", "--run_dir", "run")[0] == 0
+    scores = last_scores(command.folder / "run")
+    assert scores["test_accuracy"] is scores["test_loss"] is None and scores["dev_accuracy"] is not None
 
 
 def test_a_lora_run_of_any_kind_leaves_an_adapter_that_is_read_as_what_it_was(command):

@@ -61,7 +61,7 @@ def metrics(folder, run):
 
 def assert_equals_the_run_alone(folder, run, alone="alone"):
     wanted, got = metrics(folder, alone), metrics(folder, run)
-    assert len(got) == len(wanted) == 3 * 4 + 3
+    assert len(got) == len(wanted) == 3 * 4 + 3 + 1
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
     weights, reference = (torch.load(folder / r / "best.pt", weights_only=True)["model"] for r in (run, alone))

@@ -57,6 +57,9 @@ def test_without_gold_labels_there_is_no_accuracy():
     assert len(result.predictions) == 11 and result.accuracy is None and result.macro_f1 is None
     assert "no gold labels" in describe(result)
     assert describe(Evaluation([1], 0.5, 0.25)) == "accuracy 0.500, macro-F1 0.250"
+    whole = Evaluation([1], 0.5, 0.25, 0.75)
+    assert describe(whole) == describe(Evaluation([1], 0.5, 0.25))
+    assert describe(whole, with_loss=True) == "accuracy 0.500, macro-F1 0.250, loss 0.7500"
 
 
 @pytest.mark.parametrize("was_training", [True, False])

@@ -225,7 +225,9 @@ def test_a_classifier_is_judged_by_its_accuracy_on_dev(evaluate_train):
     found = {"dev": evaluate(model, dev, 4)} | ({"train": evaluate(model, rows, 4)} if evaluate_train else {})
     wanted = {f"{split}_accuracy": one.accuracy for split, one in found.items()}
     wanted |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
-    assert score.metrics == wanted and score.quality == found["dev"].accuracy and score.remark == ""
+    wanted["dev_loss"] = found["dev"].loss
+    assert score.metrics == wanted and f"loss {found['dev'].loss:.4f}" in score.text
+    assert score.quality == found["dev"].accuracy and score.remark == ""
     assert ("train accuracy" in score.text) == evaluate_train and "dev accuracy" in score.text
 
 
