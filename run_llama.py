@@ -380,7 +380,6 @@ def run_command(
         else:
             fall_back(args, typed)
         check_options(args)
-        out.required = False
         if only_prints(args):
             out.require()
         from files import check_writable  # from here on torch is imported
@@ -398,7 +397,6 @@ def main(argv: list[str] | None = None) -> int:
     A standard output that fails stops only a command that has no other result (a reader that left: 141).
     """
     with safe_display() as out:
-        out.required = True  # --help has no other result
         process = Process(0, 1, 0)  # until the options are read: --help works whatever the environment
         try:
             try:

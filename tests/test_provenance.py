@@ -120,9 +120,12 @@ def test_what_was_substituted_is_in_the_record(command, monkeypatch):
         assert record["data"] is None and record["options"]["max_new_tokens"] == 2
         assert record["temperature"] == temperature
     shutil.copy("bundled.pt", "renamed.pt")
-    assert command.classify("prompt", "--pretrained-model-path", "renamed.pt")[0] == 0
+    assert command.classify("prompt", "--pretrained-model-path", "renamed.pt", "--tokenizer", "model.model")[0] == 0
     record = command.record(DEFAULT)
     assert record["bundled_model"] and not record["model_substituted"]
+    assert command("--option", "prompt")[0] == 0
+    record = command.record("demo-dev-prompting-output.txt")
+    assert record["model_substituted"] and record["data_substituted"] and record["data"].endswith("demo-dev.txt")
 
 
 def test_predictions_of_a_fine_tuned_or_mixed_model_have_records(command):

@@ -15,7 +15,7 @@ from dataset import Row
 from evaluation import Evaluation, describe_classes
 from finished_runs import find_runs, logged_matrices, read_curves, read_run
 from html_page import chart, text, thinned, ticks
-from report import page
+from report import grouped, page
 from run_llama import main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
@@ -291,6 +291,34 @@ def test_groups_are_told_apart_by_their_settings_as_they_would_be_typed(tmp_path
         "lora sst, model, lr 0.0003, dora on, lora_targets mlp compute_query seed 1",
         "lora sst, model, lr 0.001, lora_targets mlp seed 1",
     ]
+
+
+def with_last_line(folder, **scores):
+    """A finished run of today: loss on dev after each epoch, and a last line with the scores of dev and test."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line | ({"dev_loss": 0.7} if "train_loss" in line else {}) for line in lines]
+    lines.append({"step": lines[-1]["step"], "final": True} | scores)
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_last_line_of_a_finished_run_is_neither_damage_nor_an_epoch(tmp_path):
+    today = with_last_line(a_run(tmp_path / "s1", [0.5, 0.25], seed=1), dev_accuracy=0.5, dev_loss=0.7, test_accuracy=1)
+    older = a_run(tmp_path / "s2", [0.25], seed=2)
+    run = read_run(today, "run")
+    assert run.problems == [] and len(run.scores) == 2 and run.best()["epoch"] == 1
+    shown = Page(page([read_run(path, path.name) for path in (today, older)]))
+    (head, *_) = (row for row in shown.rows if row[0] == "seed")
+    assert "macro-F1" in head and "exact match" not in head  # a classifier, though it has a loss on dev
+    assert "Loss on dev after each epoch" in shown.text
+
+
+def test_what_was_typed_and_substituted_does_not_tell_runs_apart(tmp_path):
+    new = a_run(tmp_path / "s1", [0.5], seed=1, typed=["seed"], substituted=["pretrained_model_path"])
+    old = a_run(tmp_path / "s2", [0.5], seed=2)
+    ((_, members),) = grouped([read_run(path, path.name) for path in (new, old)])
+    assert len(members) == 2
 
 
 def test_samples_and_bits_per_byte_of_pretraining_are_shown(tmp_path):

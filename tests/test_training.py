@@ -610,3 +610,13 @@ def test_the_optimizer_is_saved_by_name(fit):
     name = "llama.layers.1.attention.compute_value.lora_B"
     assert name in state["model"] and state["optimizer"]["state"][name]["exp_avg"].shape == state["model"][name].shape
     assert not any("original_layer" in name for name in state["model"])  # frozen weights are in their own file
+
+
+def test_a_signal_is_noted_though_nobody_reads_stderr(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("os.write", broken)
+    with training.Interrupts() as interrupts:
+        interrupts._note(signal.SIGTERM, None)
+    assert interrupts.number == signal.SIGTERM
