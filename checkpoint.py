@@ -80,7 +80,8 @@ class Checkpoint:
                     f"{self.path}: output.weight differs from tok_embeddings.weight, though model_args tie them "
                     "(tie_embeddings); one of the two is wrong"
                 )
-        for name in [name for name in state if name.endswith("norm.bias") and name not in shapes]:
+        unneeded = [name for name in state if name.endswith("norm.bias") and name.replace("bias", "weight") in shapes]
+        for name in (name for name in unneeded if name not in shapes):
             if state.pop(name).any():
                 raise ValueError(
                     f"{self.path}: {name} is not zero, so the model is LayerNorm; leave out --norm rmsnorm"
@@ -88,7 +89,11 @@ class Checkpoint:
 
         for name, shape in shapes.items():
             if name not in state:
-                raise ValueError(f"{self.path}: tensor {name} is missing; this is not a whole Llama checkpoint")
+                instead = next((f", and there is {other}" for other in sorted(set(state) - set(shapes))), "")
+                raise ValueError(
+                    f"{self.path}: tensor {name} is missing{instead}; this is not a whole Llama checkpoint under the "
+                    "course's names"
+                )
             if tuple(state[name].shape) != shape:
                 raise ValueError(
                     f"{self.path}: {name} has shape {tuple(state[name].shape)}, its model_args ask for {shape}; "

@@ -75,6 +75,7 @@ class OneLineParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, message)
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "it takes no value, and there is")
         self.exit(2, f"{self.prog}: error: {self.source}{message}; see python {self.prog} --help\n")
 
 
@@ -85,9 +86,13 @@ def plain(name: str) -> str:
 
 
 def closest(name: str, known: Iterable[Any]) -> str | None:
-    """The known name that is most like the one typed; None if none is like it."""
-    by_plain = {plain(str(one)).lower(): str(one) for one in known}
-    near = difflib.get_close_matches(plain(name).lower(), by_plain, n=1, cutoff=0.5)
+    """The known name that is most like the one typed: the only one that begins so, else the most similar; None if none
+    is like it. The dashes before a flag do not count.
+    """
+    by_plain = {plain(str(one)).lower().lstrip("-"): str(one) for one in known}
+    typed = plain(name).lower().lstrip("-")
+    begun = [one for one in by_plain if one.startswith(typed)] if len(typed) > 1 else []
+    near = begun if len(begun) == 1 else difflib.get_close_matches(typed, by_plain, n=1, cutoff=0.54)
     return by_plain[near[0]] if near else None
 
 
@@ -173,9 +178,10 @@ def this_process() -> Process:
     """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK. One process, unless both of the first two are set; without
     LOCAL_RANK the rank stands for it. Raises ValueError for a value that is no number, or out of range.
     """
-    rank, world, local_rank = map(_from_environment, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world = map(_from_environment, ("RANK", "WORLD_SIZE"))
     if rank is None or world is None or (rank, world) == (0, 1):
         return Process()
+    local_rank = _from_environment("LOCAL_RANK")
     if world < 1 or not 0 <= rank < world or (local_rank is not None and local_rank < 0):
         raise ValueError(
             f"the environment has RANK={rank}, WORLD_SIZE={world}, LOCAL_RANK={local_rank}; a rank must be from 0 to "

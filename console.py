@@ -16,7 +16,7 @@ from dataset import LINE_END, decoded_text, read_text
 from environment import report
 
 HISTORY = ".mini-llama-history"  # in the home folder: what was typed in the interactive loop
-STDIN = ("-", "/dev/stdin")  # names of the standard input; opening the second fails where it is a socket
+STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # its names; opening them fails where it is a socket
 
 
 def check_stdin(args: argparse.Namespace) -> None:

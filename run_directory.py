@@ -69,7 +69,9 @@ def _open_lock(path: Path) -> IO[str]:
         file.close()
         if not is_ours:
             who = f"process {owner}" if owner.isdigit() else "another process"
-            raise ValueError(f"{path.parent} is still being trained by {who}; wait until it ends, or stop it")
+            raise ValueError(
+                f"{path.parent} is still being trained by {who}; wait until it ends, stop it, or name another folder with --run_dir"
+            )
         # Else the process that had it has removed it since.
 
 

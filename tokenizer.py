@@ -255,7 +255,7 @@ class SentencePieceModel:
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no pieces for beginning and end (bos, eos); train it with both")
         self.holes: frozenset[int] = frozenset()
-        self.adds_bos = _files_add_bos(path, self.processor.id_to_piece(self.bos_id))
+        self.adds_bos = _files_add_bos(path, self.bos_id)
         special = (self.processor.unk_id(), self.bos_id, self.eos_id)
         self.special_ids: dict[str, int] = {self.processor.id_to_piece(i): i for i in special}
 
@@ -376,7 +376,7 @@ class HuggingFaceModel:
         self.adds_bos = marks[:1] == [self.bos_id]
         if self.adds_bos and both:
             post_processor = json.loads(content).get("post_processor")
-            self.adds_bos = _puts_first(post_processor, self.processor.id_to_token(self.bos_id))
+            self.adds_bos = _puts_first(post_processor, self.bos_id)
         pad = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
         self.pad_id: int = self.eos_id if pad is None else pad
 
@@ -430,23 +430,27 @@ def _named_marks(path: Path) -> dict[str, str]:
     return marks
 
 
-def _files_add_bos(path: Path, bos: str) -> bool:
+def _files_add_bos(path: Path, bos_id: int) -> bool:
     """Whether the files of Hugging Face beside a SentencePiece model have bos put before a text; True without any."""
     fast, slow = path.with_name("tokenizer.json"), path.with_name("tokenizer_config.json")
     if path.name != "tokenizer.model":
         return True
     if fast.is_file():  # then the other is not asked, as in transformers
-        return _puts_first(_json_object(fast, _read(fast)).get("post_processor"), bos)
+        return _puts_first(_json_object(fast, _read(fast)).get("post_processor"), bos_id)
     return not slow.is_file() or _json_object(slow, _read(slow)).get("add_bos_token") is not False
 
 
-def _puts_first(processor: Any, bos: str | None) -> bool:
-    """Whether the post-processor of a tokenizer.json puts bos before a text."""
+def _puts_first(processor: Any, bos_id: int) -> bool:
+    """Whether the post-processor of a tokenizer.json puts bos before a text; by its id, whatever it is called there."""
     if not isinstance(processor, dict):
         return False
     parts = [part for part in processor.get("processors", []) if isinstance(part, dict)]
-    first = [piece.get("SpecialToken", {}).get("id") for piece in processor.get("single", [])[:1]]
-    return first == [bos] or bos in processor.get("cls", [])[:1] or any(_puts_first(part, bos) for part in parts)
+    names = [piece.get("SpecialToken", {}).get("id") for piece in processor.get("single", [])[:1]]
+    tokens = processor.get("special_tokens") or {}
+    first = [tokens[name].get("ids", []) for name in names if isinstance(tokens.get(name), dict)]
+    if [bos_id] in first or bos_id in processor.get("cls", [])[1:]:
+        return True
+    return any(_puts_first(part, bos_id) for part in parts)
 
 
 # Files

@@ -116,7 +116,7 @@ def test_the_processes_of_a_run_share_the_folder_that_one_of_them_made_and_locke
     process = start(folder, None, "--epochs", "1")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (path for path in (folder / "runs").iterdir() if path.name != "predictions")
     assert {"options.json", "best.pt", "lock"} <= {path.name for path in run.iterdir()}
     with locked(run):
         process = start(folder, f"runs/{run.name}", "--epochs", "1", "--resume")

@@ -149,6 +149,7 @@ def test_each_option_runs_as_the_readme_says(course_folder, command):
         assert made <= wanted[option] and (made or not wanted[option])
         return
     if option == "generate":
+        made.discard("runs")  # which has the record of what they were made from
         assert made == {"generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt"}
         return
     for name in {name for name in made if name.endswith("-output.txt")}:

@@ -200,7 +200,8 @@ def test_in_half_precision_the_term_is_float32s(dtype):
         lambda: forward(model, batch.ids, batch.mask, dtype),
         forward(model, batch.ids, batch.mask, dtype),
     )
-    assert (all_in_half - exact).abs().max() > 3 * exact.max()  # what this guards against
+    # What this guards against; how much float16 rounds depends on the processor's kernels.
+    assert (all_in_half - exact).abs().max() > (3 if dtype == torch.bfloat16 else 1.5) * exact.max()
 
 
 # Averages
