@@ -33,7 +33,7 @@ from files import atomic_file
 from html_page import chart, colour, document
 from llama import llama_from_checkpoint
 from options import curve_picture, path_and_fold, without_ending
-from provenance import Origin
+from provenance import Origin, writing_turn
 from wise_ft import interpolate
 
 
@@ -103,9 +103,10 @@ def wise_ft(args: argparse.Namespace) -> None:
         write_curve(args, sets, [[one.accuracy for one in scores] for scores in curve])
         for one, judgement in ((sets[0], dev), (test, tested)):
             if (path := getattr(args, f"{one.name}_out")) is not None:
-                write_predictions(path, judgement.predictions, one.rows, labels)
                 quality = {"accuracy": judgement.accuracy, "macro_f1": judgement.macro_f1}
-                warn(origin.write_record(path, one.name, alpha=alpha, **quality))
+                with writing_turn(path):
+                    write_predictions(path, judgement.predictions, one.rows, labels)
+                    warn(origin.write_record(path, one.name, alpha=alpha, **quality))
         write_mixed(args, found, model, alpha, dev)
     finally:  # even if a file cannot be written
         print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")

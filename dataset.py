@@ -269,7 +269,8 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
         allowed = f"0 to {len(labels) - 1} ({', '.join(classes)})"
     raise ValueError(
         f"{where}: label {label[:60]!r} is none of {allowed}; mend it, or give the label file that belongs to it "
-        "(--label-names, for one of --ood --ood_label_names)"
+        "(--label-names, for one of --ood --ood_label_names); where labels are not 0, 1, ... it is an object such as "
+        '{"1": "bad", "2": "good"}'
     )
 
 

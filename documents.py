@@ -78,13 +78,18 @@ def _walk(path: Path) -> tuple[list[Path], list[str]]:
     """The files below a folder, and what is left out that may hold texts, each with the reason."""
     files: list[Path] = []
     left_out: list[str] = []
-    seen = set()  # real folders: a link may lead back to one above
+    seen = set()  # real folders: two links may lead to one
+    top = os.path.realpath(path)
 
     def unreadable(error: OSError) -> None:
         left_out.append(f"{os.path.relpath(error.filename, path)} ({error.strerror})")
 
     for name, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
-        if (real := os.path.realpath(name)) in seen:
+        real = os.path.realpath(name)
+        above = real != top and os.path.join(top, "").startswith(os.path.join(real, ""))
+        if above:
+            left_out.append(f"{os.path.relpath(name, path)} (a link to a folder above)")
+        if above or real in seen:
             folders.clear()
             continue
         seen.add(real)
@@ -200,7 +205,8 @@ def train_tokenizer(
             minloglevel=3,  # what goes wrong is said below
         )
     except RuntimeError as error:
-        reason = str(error).strip().rpartition("] ")[2].rstrip(".") or "the library does not say why"
+        reason = str(error).strip().rpartition("] ")[2].partition(". Increase")[0].rstrip(".")
+        reason = reason or "the library does not say why"
         raise ValueError(
             f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {reason}; give another "
             "--vocab_size (at least 260 and one for each letter), or more text"

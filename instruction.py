@@ -34,7 +34,7 @@ from instruction_data import Example, read_examples, tokenize_examples, write_an
 from llama import Llama
 from lora import apply_lora, merge_lora_weights
 from options import lora_settings
-from provenance import Origin, check_default_output
+from provenance import Origin, check_default_output, settled_output, writing_turn
 from run_directory import RunDirectory
 from tasks import Instruction, Score
 from tokenizer import Tokenizer
@@ -162,9 +162,11 @@ def instruct(args: argparse.Namespace) -> None:
                 )
             if origin is not None:
                 for split, found in answers.items():
-                    path = getattr(args, f"{split}_out")
-                    write_answers(path, found, data[split])
-                    warn(origin.write_record(path, split, **answer_scores(found, data[split])))
+                    with writing_turn(getattr(args, f"{split}_out")):
+                        path, moved = settled_output(args, split, [example.prompt for example in data[split]])
+                        write_answers(path, found, data[split])
+                        warn(origin.write_record(path, split, **answer_scores(found, data[split])))
+                    warn(moved)
         finally:  # even if a file cannot be written, or the user stops
             scores: dict[str, float] = {}
             for split, found in answers.items() if processes.is_main else ():

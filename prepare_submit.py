@@ -119,7 +119,9 @@ def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
         elif name.endswith(".txt") and (problem := encoding_problem(name, raw)):
             problems.append(problem)
         elif PREDICTIONS.fullmatch(name) and (problem := prediction_problem(name, raw, data)):
-            problems.append(problem)
+            record = find_record(data.parent, name, raw)
+            source = f"; it was made from {record['data']}" if record is not None and record.get("data") else ""
+            problems.append(f"{problem}{source}; make it: {required_outputs().get(name, 'as before')}")
     return problems
 
 
@@ -239,7 +241,7 @@ def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> 
         expected = {COURSE_DATA[source], file_sha256(data / source)}
         if record.get("data_sha256") not in expected - {None}:
             rows = f" ({record['rows']} rows)" if record.get("rows") else ""
-            problems.append(f"predicted from {record.get('data')}{rows}, which is not {source}")
+            problems.append(f"predicted from {record.get('data')}{rows}, which is not {source} as the course has it")
     return problems
 
 

@@ -7,16 +7,17 @@ file still has its record, a file changed by hand has none. Imports no torch: pr
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from command_line import try_lock
 from options import path_and_fold
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +31,8 @@ def project_commit(folder: Path = HERE) -> str | None:
     """The git commit of the code in `folder`, with "-dirty" where tracked files differ from it; None without git, or if
     the code is in no repository.
     """
+    import subprocess  # here, and hashlib below, for --help is to come at once
+
     # A hook of another repository sets variables that would lead there.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -50,6 +53,8 @@ def project_commit(folder: Path = HERE) -> str | None:
 
 def file_sha256(path: str | Path) -> str | None:
     """The SHA-256 of a file's bytes; None for a folder, a device, or a file that cannot be read."""
+    import hashlib
+
     digest = hashlib.sha256()
     try:
         if not os.path.isfile(path):
@@ -155,10 +160,48 @@ def find_record(folder: Path, name: str, content: bytes) -> dict[str, Any] | Non
     """The record in `folder`/runs/predictions of a file with this content, None if there is none; of several that of
     the file called `name`, else the latest.
     """
+    import hashlib
+
     sha256 = hashlib.sha256(content).hexdigest()
     records = (read_record(path) for path in sorted((folder / "runs" / "predictions").glob("*.json")))
     found = [record for record in records if record is not None and record["sha256"] == sha256]
     return max(found, key=lambda record: (record.get("file") == name, str(record.get("time"))), default=None)
+
+
+# Writing
+
+
+@contextmanager
+def writing_turn(path: str | Path) -> Iterator[None]:
+    """Has the processes that write predictions into the folder of `path` take turns, so that a file and its record are
+    of one run. Where a lock cannot be had, they go on without.
+    """
+    folder = record_path(path).parent
+    descriptor = None
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try_lock(descriptor, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def settled_output(args: argparse.Namespace, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
+    """Where the predictions of a split go, and a line about it if it is another file than the options say: another run
+    may have written predictions of other data to the default one since this one began.
+    """
+    path = getattr(args, f"{split}_out")
+    try:
+        check_default_output(args, split, sentences)
+        return path, None
+    except ValueError:
+        folder, name = os.path.split(path)
+        free = (os.path.join(folder, f"{number}-{name}") for number in count(2))
+        chosen = next(one for one in free if not os.path.exists(one))
+        return chosen, f"{path} now holds predictions for other data, of another run; these go to {chosen}"
 
 
 # Default outputs

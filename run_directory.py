@@ -69,9 +69,7 @@ def _open_lock(path: Path) -> IO[str]:
         file.close()
         if not is_ours:
             who = f"process {owner}" if owner.isdigit() else "another process"
-            raise ValueError(
-                f"{path.parent} is still being trained by {who}; wait until it ends, stop it, or name another folder with --run_dir"
-            )
+            raise ValueError(f"{path.parent} is still being trained by {who}; wait until it ends, or stop it")
         # Else the process that had it has removed it since.
 
 
@@ -134,7 +132,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def latest_run_path(parent: Path) -> Path:
-    """The folder under `parent` whose run was active last. Raises FileNotFoundError if there is none."""
+    """The folder under `parent` whose run was active last; where that is still going, the last one that stopped before
+    its end, if there is one. Raises FileNotFoundError if there is no run.
+    """
     runs = [path.parent for path in parent.glob("*/options.json")]
     if not runs:
         raise FileNotFoundError(f"there is no run under {parent} to resume; name its folder with --run_dir")
@@ -144,7 +144,26 @@ def latest_run_path(parent: Path) -> Path:
         files = (run / name for name in RUN_FILES if name != "lock")
         return max(file.stat().st_mtime for file in files if file.exists())
 
-    return max(runs, key=active)
+    latest, *earlier = sorted(runs, key=active, reverse=True)
+    if is_locked(latest):
+        return next((run for run in earlier if not is_locked(run) and not is_finished(run)), latest)
+    return latest
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process is at work on a run."""
+    try:
+        with (run / "lock").open("rb") as file:
+            return not try_lock(file)
+    except OSError:  # without a lock
+        return False
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has told its last scores."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()[-1:] if path.exists() else []
+    return any(b'"final": true' in line for line in lines)
 
 
 class RunDirectory:

@@ -84,6 +84,7 @@ def predict(
     """
     from dataset import class_names, write_predictions
     from evaluation import describe, describe_chance, describe_classes, evaluate
+    from provenance import settled_output, writing_turn
 
     label_names = class_names(labels)
     outputs = {"dev": args.dev_out, "test": args.test_out}
@@ -104,9 +105,12 @@ def predict(
             seconds[split] = time.perf_counter() - start
         if origin is not None:
             for split, path in outputs.items():
-                write_predictions(path, results[split].predictions, data[split], labels)
                 scores = {"accuracy": results[split].accuracy, "macro_f1": results[split].macro_f1}
-                warn(origin.write_record(path, split, **scores))
+                with writing_turn(path):
+                    path, moved = settled_output(args, split, [row.sentence for row in data[split]])
+                    write_predictions(path, results[split].predictions, data[split], labels)
+                    warn(origin.write_record(path, split, **scores))
+                warn(moved)
     finally:
         log = log_of(run)
         lines = []

@@ -25,7 +25,7 @@ from files import atomic_file
 from generation import Filter, LanguageModel
 from inference import for_running
 from options import writes_two_files
-from provenance import Origin
+from provenance import Origin, writing_turn
 from tokenizer import Tokenizer
 
 
@@ -299,9 +299,10 @@ def generate(args: argparse.Namespace) -> None:
             report(f"\ntemperature {each:g} -> {path}")
             writer.start_anew()
             made = writer.one(prompts[0], each, show)
-            with atomic_file(path) as file:
-                file.write(made.prompt + made.text + "\n")
-            warn(origin.write_record(path, temperature=each))
+            with writing_turn(path):
+                with atomic_file(path) as file:
+                    file.write(made.prompt + made.text + "\n")
+                warn(origin.write_record(path, temperature=each))
 
 
 def warn_of_length(prompt: int, new: int, context: int) -> None:

@@ -235,6 +235,7 @@ class Training:
 
     def restore(self) -> None:
         """Goes back to the state last saved in the run's folder, if there is one."""
+        begun = self.run.metrics_path.exists()
         if self.processes.fsdp:
             import torch.distributed.checkpoint as shards
 
@@ -250,6 +251,8 @@ class Training:
             state = self.run.load()
         self.processes.wait()
         if state is None:
+            if begun:
+                self.log(f"{self.run.path} had saved nothing yet: it starts from the beginning")
             return
         if state["base"] != self.base:
             raise ValueError(

@@ -243,6 +243,10 @@ def without_query(content):
     del content["model"]["layers.0.attention.compute_query.weight"]
 
 
+def under_a_name_of_its_own(content):
+    content["model"] = {f"llama.{name}": tensor for name, tensor in content["model"].items()}
+
+
 def without_embedding(content):
     del content["model"]["tok_embeddings.weight"]
 
@@ -352,6 +356,10 @@ def asking_for_more_than_any_memory(content):
     [
         (without_query, "tensor layers.0.attention.compute_query.weight is missing"),
         (without_embedding, "tensor tok_embeddings.weight is missing"),
+        (
+            under_a_name_of_its_own,
+            "tensor tok_embeddings.weight is missing, and there is llama.layers.0.attention.compute_key.weight; ",
+        ),
         (with_another_layer, r"tensor layers.1.ffn_norm.weight \(of 1\) belongs to no Llama of this config"),
         (with_a_cut_matrix, r"w2.weight has shape \(32, 95\), its model_args ask for \(32, 96\)"),
         (with_nan, "layers.0.feed_forward.w1.weight holds NaN or infinity"),

@@ -427,8 +427,13 @@ def test_links_are_followed_and_each_file_counts_once(tmp_path):
     (folder / "self").symlink_to(folder)
     (folder / "z.txt").symlink_to(folder / "a.txt")
     (folder / "nothing.txt").symlink_to(folder / "none.txt")
+    (folder / "sub" / "up").symlink_to(tmp_path)  # all that lies around the folder
     os.link(folder / "a.txt", folder / "y.txt")
     told = []
     files = text_files(folder, told.append)
     assert sorted(file.name for file in files) == ["a.txt", "b.txt", "c.txt"]
-    assert told == [f"notice: left out of {folder}: nothing.txt (no file, or a link to nothing)"]
+    above, nothing = (
+        f"{os.path.join('sub', 'up')} (a link to a folder above)",
+        "nothing.txt (no file, or a link to nothing)",
+    )
+    assert told == [f"notice: left out of {folder}: {nothing}, {above}"]

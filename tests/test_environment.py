@@ -270,6 +270,7 @@ ALONE = Process(0, 1, 0)
         (("3", " ", "3"), ALONE),
         (("-1", None, "-1"), ALONE),
         (("0", "1", None), ALONE),
+        ((None, None, "x"), ALONE),
         (("3", "4", "1"), Process(3, 4, 1)),
         (("3", "4", None), Process(3, 4, 3)),
         (("3", "4", ""), Process(3, 4, 3)),

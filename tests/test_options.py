@@ -209,6 +209,8 @@ def test_the_page_of_the_examples_names_each():
         (["--lora_target", "mlp"], "unrecognized arguments: --lora_target mlp; the nearest is --lora_targets; see"),
         (["--lora-rnk=3", "b"], "unrecognized arguments: --lora-rnk=3 b; the nearest is --lora_rank; see"),
         (["--zzzzzzzzzz"], "unrecognized arguments: --zzzzzzzzzz; see"),
+        (["--opt", "lora"], "unrecognized arguments: --opt lora; the nearest is --option; see"),
+        (["--use-gpu=1"], "argument --use_gpu: it takes no value, and there is '1'; see"),
         (["lora_rank"], "unrecognized arguments: lora_rank; did you mean --lora_rank?; see"),
         (["finetune", "--lr", "1"], "unrecognized arguments: finetune; did you mean --option finetune?; see"),
         (["fine-tune"], "unrecognized arguments: fine-tune; did you mean --option finetune?; see"),

@@ -467,6 +467,7 @@ BAD = [
     ("no text", "tokenizer", ["--corpus", "none.txt"], None, "none.txt: no such text"),
     ("too many pieces", "tokenizer", ["--vocab_size", "100000"], None, "give another --vocab_size"),
     ("too few pieces", "tokenizer", ["--vocab_size", "20"], None, "give another --vocab_size"),
+    ("fewer pieces than letters", "tokenizer", ["--vocab_size", "265"], None, "265 vs 2"),
     ("no output", "tokenizer", ["--model_out", ""], None, "needs --model_out"),
     ("an output that is read", "tokenizer", ["--model_out", "./stories.txt"], None, "to be read and to be written"),
     ("a missing text", "perplexity", [*FROM, "--corpus", "none.txt"], a_model(), "none.txt: no such text"),

@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+import time
 
 import pytest
 
+import evaluation
 import provenance
 from checkpoint import write_checkpoint
 from conftest import Program, tiny_llama
-from provenance import find_record, project_commit, same_sentences
+from provenance import find_record, project_commit, same_sentences, sentences_in, writing_turn
 
 SENTENCES = ["a bad film", "one good day", "so dull", "so fine"]
 DEFAULT = "cfimdb-dev-prompting-output.txt"
@@ -123,9 +126,14 @@ def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     assert command.classify("prompt", "--pretrained-model-path", "renamed.pt", "--tokenizer", "model.model")[0] == 0
     record = command.record(DEFAULT)
     assert record["bundled_model"] and not record["model_substituted"]
+    monkeypatch.setattr("environment.HERE", command.folder)
+    (command.folder / "data").mkdir()
+    shutil.copy("names.json", "data/demo-label-mapping.json")
+    for split in ("train", "dev", "test"):
+        shutil.copy(f"{split}.txt", f"data/demo-{split}.txt")
     assert command("--option", "prompt")[0] == 0
     record = command.record("demo-dev-prompting-output.txt")
-    assert record["model_substituted"] and record["data_substituted"] and record["data"].endswith("demo-dev.txt")
+    assert record["model_substituted"] and record["data_substituted"] and record["data"] == "data/demo-dev.txt"
 
 
 def test_predictions_of_a_fine_tuned_or_mixed_model_have_records(command):
@@ -170,6 +178,44 @@ def test_a_default_output_never_replaces_predictions_of_other_rows(command, opti
         "name another file with --test_out, or move this one away"
     )
     assert command.classify(option, "--test_out", f"cfimdb-test-{kind}-output.txt")[0] == 0
+
+
+def test_predictions_that_another_run_has_written_meanwhile_are_kept_too(command, monkeypatch):
+    """Two runs at once on other data, both with the default outputs: the guard at the start sees neither's."""
+    evaluate = evaluation.evaluate
+
+    def while_another_writes(*arguments, **settings):
+        write_rows(command.folder / "cfimdb-dev-prompting-output.txt", ["of", "another"])
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", while_another_writes)
+    code, _, err = command.classify()
+    kept, moved = "cfimdb-dev-prompting-output.txt", "2-cfimdb-dev-prompting-output.txt"
+    assert (
+        code == 0
+        and f"warning: {kept} now holds predictions for other data, of another run; these go to {moved}" in err
+    )
+    assert sentences_in(".txt", (command.folder / kept).read_bytes()) == ["of", "another"]
+    assert sentences_in(".txt", (command.folder / moved).read_bytes()) == SENTENCES
+    assert command.record(moved)["file"] == moved
+
+
+def test_a_file_and_its_record_are_of_one_run(tmp_path):
+    """Of two runs that write one file, one waits until the other has both."""
+    path, order = tmp_path / "output.txt", []
+
+    def run(name):
+        with writing_turn(path):
+            order.append(f"{name} begins")
+            time.sleep(0.05)
+            order.append(f"{name} ends")
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [one[0] for one in order[::2]] == [one[0] for one in order[1::2]] and len(order) == 6
 
 
 def test_the_data_of_what_would_be_lost_are_named(command):

@@ -129,6 +129,11 @@ def test_the_latest_run_is_the_one_that_was_trained_last_not_the_one_that_was_lo
     with locked(tmp_path / "older"):
         (tmp_path / "older" / ".last.pt.x.tmp").symlink_to("a file that was renamed a moment ago")
         assert latest_run_path(tmp_path) == tmp_path / "newer"
+    with locked(tmp_path / "newer"):  # still going: the one that stopped is meant, unless it has ended
+        assert latest_run_path(tmp_path) == tmp_path / "older"
+        (tmp_path / "older" / "metrics.jsonl").write_text('{"step": 1, "final": true, "dev_accuracy": 1.0}\n')
+        os.utime(tmp_path / "older" / "metrics.jsonl", (1, 1))
+        assert latest_run_path(tmp_path) == tmp_path / "newer"
 
 
 # The lock

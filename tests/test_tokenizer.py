@@ -555,6 +555,9 @@ def test_a_sentencepiece_model_has_its_bos_as_the_files_beside_it_say(small_toke
     assert Tokenizer(tokenizer_model=path).adds_bos
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert Tokenizer(tokenizer_model=path).adds_bos  # with tokenizer.json there, it alone is asked
+    renamed = (tmp_path / "tokenizer.json").read_text().replace('"<s>"', '"[BEGIN]"')
+    (tmp_path / "tokenizer.json").write_text(renamed)  # another name for the same id
+    assert Tokenizer(tokenizer_model=path).adds_bos
     content = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     again = Tokenizer(tokenizer_model=path)
