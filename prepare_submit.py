@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from command_line import OneLineParser
-from display import report_loss, safe_display
 from fetch_data import COURSE_DATA
-from provenance import PROMPT, file_sha256, find_record
+from minillama.cli.display import report_loss, safe_display
+from minillama.cli.parser import OneLineParser
+from minillama.cli.provenance import PROMPT, find_record
+from minillama.environment import file_sha256
 
 SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 MB", which may also mean 10 * 2**20
 UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser, into_and_seed  # noqa: E402
+from minillama.cli.parser import OneLineParser, into_and_seed  # noqa: E402
 
 Rows = dict[str, list[dict[str, str]]]  # {"prompt": ..., "answer": ...} by split
 

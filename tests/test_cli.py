@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
-import files
-import tasks
-import training
-from adapters import read_adapter
-from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, next_command, tiny_llama
-from dataset import read_rows
 from llama import load_pretrained
 from lora import lora_layers
-from run_directory import locked
+from minillama.formats import files
+from minillama.formats.adapters import read_adapter
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.text.labelled import read_rows
+from minillama.training import evaluation
+from minillama.training import loop as training
+from minillama.training import task as tasks
+from minillama.training.regularizers import Smart
+from minillama.training.run_directory import locked
 from run_llama import main
-from smart import Smart
 
 OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
 BEFORE = "from an earlier run\n"

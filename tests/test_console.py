@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import console
 from conftest import ROOT
+from minillama.cli import console
 from test_optional_packages import break_package
 
 

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
-from display import Display, safe_display
+from minillama.cli.display import Display, safe_display
+from minillama.formats.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 LEFT = "{ sleep 0.1; true; }"  # a reader that reads nothing

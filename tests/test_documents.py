@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, some_stories
-from corpus import Text
-from documents import (
+from minillama.text.corpus import Text
+from minillama.text.documents import (
     DOCUMENT_END,
     HEADER_SIZE,
     MAGIC,

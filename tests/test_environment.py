@@ -8,16 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-import environment
-import tokenizer as tokenizer_module
-from checkpoint import write_checkpoint, write_safetensors
-from command_line import Process, this_process
 from conftest import ROOT, tiny_llama
-from environment import as_typed, fall_back, fit_tokenizer, load_tokenizer, open_checkpoint
-from option_checks import check_options
-from options import parse_options
+from minillama.cli import loading as environment
+from minillama.cli.checks import check_options
+from minillama.cli.loading import as_typed, fall_back, fit_tokenizer, load_tokenizer, open_checkpoint
+from minillama.cli.options import parse_options
+from minillama.environment import Process, this_process
+from minillama.formats import tokenizers as tokenizer_module
+from minillama.formats.checkpoint import write_checkpoint, write_safetensors
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from tokenizer import Tokenizer
-from tokenizer_files import write_huggingface_tokenizer
 
 SPLITS = ("train", "dev", "test")
 WORDS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}

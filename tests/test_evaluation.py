@@ -10,11 +10,12 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
-import evaluation
 from conftest import tiny_llama
-from dataset import Row
-from distributed import Processes
-from evaluation import (
+from minillama.text.examples import Example
+from minillama.text.labelled import Row
+from minillama.training import evaluation
+from minillama.training.distributed import Processes
+from minillama.training.evaluation import (
     Evaluation,
     answer_prompts,
     answer_scores,
@@ -28,7 +29,6 @@ from evaluation import (
     token_f1,
     wilson_interval,
 )
-from instruction_data import Example
 from test_training import Bag, some_rows
 
 

@@ -15,12 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from config import PRESETS, LlamaConfig, RopeScaling
 from conftest import ROOT, find_asset, tiny_llama
-from formats import KEYS, renamed, to_pairs, to_split_halves, write_huggingface
 from llama import Llama, load_pretrained
-from llama2c import write_llama2c
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
+from minillama.formats.huggingface import write_huggingface
+from minillama.formats.keys import KEYS, renamed, to_pairs, to_split_halves
+from minillama.formats.llama2c import write_llama2c
 
 IDS = torch.randint(64, (2, 30), generator=torch.Generator().manual_seed(0))
 

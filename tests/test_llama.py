@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import generation
 from config import LlamaConfig, feed_forward_size
 from conftest import tiny_config, tiny_llama
 from llama import (
@@ -20,10 +19,11 @@ from llama import (
     LayerNorm,
     Llama,
     RMSNorm,
-    last_real,
+    last_token_state,
     load_pretrained,
-    visible_positions,
+    position_mask,
 )
+from minillama.decoding import sampling as generation
 
 DOUBLE_TOLERANCE = 1e-10
 SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary tables
@@ -440,7 +440,7 @@ def test_the_last_hidden_state_is_that_of_the_whole_pass_and_so_are_its_gradient
     results = []
     for shortcut in (True, False):
         model.zero_grad()
-        state = model.last_hidden(ids, mask) if shortcut else last_real(model(ids, attention_mask=mask)[1], mask)
+        state = model.last_hidden(ids, mask) if shortcut else last_token_state(model(ids, attention_mask=mask)[1], mask)
         state.square().sum().backward()
         results.append([state, *(p.grad for p in model.parameters())])
     for got, wanted in zip(*results, strict=True):
@@ -476,7 +476,7 @@ def test_the_pieces_are_the_whole(monkeypatch, causal, at_once):
     attention = Attention(tiny_config(causal=causal)).double()
     query, key, value = torch.randn(3, 5, 4, 7, 8, dtype=torch.float64).unbind()
     mask = torch.arange(7) < torch.tensor([[7], [1], [4], [6], [2]])
-    for visible in (None, visible_positions(mask, 7, causal, query.device)):
+    for visible in (None, position_mask(mask, 7, causal, query.device)):
         got = attention.attention_in_pieces(query, key, value, visible)
         torch.testing.assert_close(got, attention.compute_query_key_value_scores(query, key, value, visible))
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import generation
 import reference
-from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from config import LlamaConfig, check_rmsnorm, parameter_shapes
 from conftest import tiny_config, tiny_llama
-from formats import renamed, to_split_halves
-from inference import InferenceLlama, for_running
 from llama import Attention, DifferentialAttention, Llama, load_pretrained
 from lora import apply_lora, merge_lora_weights
+from minillama.decoding import sampling as generation
+from minillama.decoding.fast_llama import InferenceLlama, fast_model
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
+from minillama.formats.keys import renamed, to_split_halves
 from test_llama import padded, random_ids, read_in_parts, with_kernel
 
 ALIBI = {"position_embedding_type": "alibi"}
@@ -194,7 +194,7 @@ def test_the_model_for_running_computes_the_same(choice):
     model, ids = model_of(choice), random_ids(3, 9)
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :4] = mask[1, :1] = False
-    fast = for_running(copy.deepcopy(model))
+    fast = fast_model(copy.deepcopy(model))
     assert isinstance(fast, Llama if choice.get("attention_type") else InferenceLlama)
     for given in (None, mask):
         torch.testing.assert_close(fast(ids, ids, given)[0], model(ids, ids, given)[0], rtol=0, atol=1e-4)
@@ -207,7 +207,7 @@ def test_the_model_for_running_computes_the_same(choice):
 def test_generation_with_a_cache_is_that_without_past_the_context_too(choice):
     model = model_of(choice, max_seq_len=12)
     ids, mask = padded([random_ids(1, 5)[0], random_ids(1, 2)[0]], "left")
-    for one in (model, for_running(copy.deepcopy(model))):
+    for one in (model, fast_model(copy.deepcopy(model))):
         drawn = [
             generation.generate(
                 one, ids, 10, attention_mask=mask, generator=torch.Generator().manual_seed(1), use_cache=cached
@@ -224,7 +224,7 @@ def test_generation_with_a_cache_is_that_without_past_the_context_too(choice):
 def test_in_half_precision_it_says_nearly_the_same(choice, weights):
     model, ids = model_of(choice), random_ids(2, 9)
     wanted = model(ids, ids)[0].log_softmax(-1)
-    fast = for_running(copy.deepcopy(model).to(weights), torch.bfloat16)
+    fast = fast_model(copy.deepcopy(model).to(weights), torch.bfloat16)
     found, hidden = fast(ids, ids)
     assert hidden.dtype == torch.float32 and not torch.equal(found.float(), wanted)
     # Random weights, the hardest case.
@@ -236,7 +236,7 @@ def test_in_half_precision_it_says_nearly_the_same(choice, weights):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype):
-    fast = for_running(model_of(DIFFERENTIAL).to(weights), dtype)
+    fast = fast_model(model_of(DIFFERENTIAL).to(weights), dtype)
     kinds = []
     fast.layers[1].feed_forward.w2.register_forward_hook(lambda _, given, made: kinds.append(made.dtype))
     logits, hidden = fast(random_ids(2, 9))
@@ -246,7 +246,7 @@ def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype
 def test_no_copy_for_running_is_made_of_differential_attention():
     model = model_of(DIFFERENTIAL)
     with pytest.raises(ValueError, match="a model with differential attention has no copy .* leave out --quantize"):
-        for_running(model, quantize="int8")
+        fast_model(model, quantize="int8")
     assert len(model.layers) == 2
 
 

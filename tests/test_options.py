@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
-from environment import fall_back
-from option_checks import check_options
-from option_table import OPTIONS, build_parser, used_by
-from options import actions, given_options, parse_options, tokenizer_beside, unused, without_ending
+from minillama.cli.checks import check_options
+from minillama.cli.flags import OPTIONS, build_parser, used_by
+from minillama.cli.loading import fall_back
+from minillama.cli.options import actions, given_options, parse_options, unused
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.formats.names import tokenizer_beside, without_ending
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))

@@ -12,11 +12,12 @@ import time
 
 import pytest
 
-import evaluation
-import provenance
-from checkpoint import write_checkpoint
 from conftest import Program, tiny_llama
-from provenance import find_record, project_commit, same_sentences, sentences_in, writing_turn
+from minillama.cli import provenance
+from minillama.cli.provenance import find_record, same_sentences, sentences_in, writing_turn
+from minillama.environment import project_commit
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.training import evaluation
 
 SENTENCES = ["a bad film", "one good day", "so dull", "so fine"]
 DEFAULT = "cfimdb-dev-prompting-output.txt"

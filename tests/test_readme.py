@@ -15,15 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import environment
 import sanity_check
-import tokenizer
-from checkpoint import write_checkpoint
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, tiny_llama
 from llama import load_pretrained
-from option_table import OPTIONS
-from options import actions
+from minillama.cli import loading as environment
+from minillama.cli.flags import OPTIONS
+from minillama.cli.options import actions
+from minillama.formats import tokenizers as tokenizer
+from minillama.formats.checkpoint import write_checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)

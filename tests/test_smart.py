@@ -13,14 +13,15 @@ from torch import nn
 
 from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
 from conftest import tiny_llama
-from dataset import Row, to_batch
-from evaluation import forward
 from lora import apply_lora
-from run_directory import RunDirectory
-from smart import MovingAverage, Smart, random_state, replayed, shifted, symmetric_kl
-from tasks import Classification, row_losses
+from minillama.text.batches import to_batch
+from minillama.text.labelled import Row
+from minillama.training.classification import Classification, row_losses
+from minillama.training.evaluation import forward
+from minillama.training.loop import Settings, train
+from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, shifted, symmetric_kl
+from minillama.training.run_directory import RunDirectory
 from test_training import Crash, assert_same, state_of
-from training import Settings, train
 
 
 class Words:

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import generation
-from checkpoint import read_checkpoint, write_checkpoint
 from conftest import Program, tiny_llama
-from formats import write_huggingface
 from llama import llama_from_checkpoint
+from minillama.commands.generate import overlap, text_pieces
+from minillama.decoding import sampling as generation
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
+from minillama.formats.huggingface import write_huggingface
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from run_llama import main
-from text_generation import overlap, text_pieces
 from tokenizer import Tokenizer
-from tokenizer_files import write_huggingface_tokenizer
 
 RUN_LLAMA = Path(generation.__file__).with_name("run_llama.py")
 
