@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from minillama.cli.provenance import HERE
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HERE = Path(__file__).resolve().parent.parent  # the project's folder
 
 
 class PackageError(ValueError):
@@ -116,7 +121,7 @@ def project_commit(folder: Path = HERE) -> str | None:
         return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
 
     try:
-        if not git("ls-files", "--", Path(__file__).name):  # a copy inside some other repository
+        if not git("ls-files", "--", "run_llama.py"):  # a copy inside some other repository
             return None
         commit = git("rev-parse", "HEAD")
         dirty = commit and git("status", "--porcelain", "--untracked-files=no")

@@ -13,12 +13,13 @@ import torch
 import reference
 from config import LlamaConfig, check_rmsnorm, parameter_shapes
 from conftest import tiny_config, tiny_llama
-from llama import Attention, DifferentialAttention, Llama, load_pretrained
+from llama import Attention, Llama, load_pretrained
 from lora import apply_lora, merge_lora_weights
 from minillama.decoding import sampling as generation
 from minillama.decoding.fast_llama import InferenceLlama, fast_model
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from minillama.formats.keys import renamed, to_split_halves
+from minillama.layers.masks import default_mask
 from test_llama import padded, random_ids, read_in_parts, with_kernel
 
 ALIBI = {"position_embedding_type": "alibi"}
@@ -91,9 +92,11 @@ def test_attention_by_itself_does_as_the_config_says(choice):
     torch.manual_seed(0)
     attention = Attention(tiny_config(causal=True, **choice)).eval()
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
-    visible = attention.visible_alone(query)
-    for path in (attention.compute_query_key_value_scores, attention.fused_attention, attention.attention_in_pieces):
-        torch.testing.assert_close(path(query, key, value), path(query, key, value, visible), rtol=0, atol=1e-12)
+    mask = default_mask(7, attention.config, query.dtype, query.device)
+    for kernel in ("manual", "fused", "pieces"):
+        attend = Attention(tiny_config(causal=True, attention_kernel=kernel, **choice)).eval().attend
+        given, by_config = attend(query, key, value, mask), attend(query, key, value, None)
+        torch.testing.assert_close(by_config, given, rtol=0, atol=1e-12)
     a_window = attention.compute_query_key_value_scores(query, key, value)[:, :, 5]
     changed = key.clone()
     changed[:, :, :2] += 1
@@ -289,7 +292,7 @@ def test_differential_attention_starts_as_the_paper_has_it_but_for_the_gain():
     model = Llama(tiny_config(dim=1024, n_layers=3, vocab_size=8, **DIFFERENTIAL))
     for depth, wanted in enumerate((0.2, 0.8 - 0.6 * 0.7408182, 0.8 - 0.6 * 0.5488116)):
         attention = model.layers[depth].attention
-        assert isinstance(attention, DifferentialAttention)
+        assert attention.differential
         assert attention.lambda_init == pytest.approx(wanted, abs=1e-6)
         for vector in (attention.lambda_q1, attention.lambda_k1, attention.lambda_q2, attention.lambda_k2):
             assert 0.08 < vector.std() < 0.12 and vector.mean().abs() < 0.03

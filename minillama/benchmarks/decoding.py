@@ -48,7 +48,7 @@ def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Cont
     import torch
 
     from llama import load_pretrained
-    from minillama.decoding import sampling as generation
+    from minillama.decoding import sampling
     from minillama.decoding.fast_llama import InferenceLlama
 
     llama = load_pretrained(path).to(device)
@@ -57,7 +57,7 @@ def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Cont
 
     def run(prompts: torch.Tensor, new: int) -> list[float]:
         seconds, last = [], time.perf_counter()
-        for chosen in generation.stream(model, prompts, new, temperature=0.0):
+        for chosen in sampling.stream(model, prompts, new, temperature=0.0):
             chosen.tolist()  # as a terminal would need it
             now = time.perf_counter()
             seconds.append(now - last)

@@ -13,7 +13,7 @@ from minillama.cli.checks import output_files
 from minillama.cli.flags import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING
 from minillama.cli.options import flag, lora_settings, unused
 from minillama.cli.provenance import BUNDLED_MODEL
-from minillama.environment import this_process
+from minillama.environment import HERE, this_process
 from minillama.formats.names import tokenizer_beside
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 
-HERE = Path(__file__).resolve().parent
 MORE_IDS = 8  # that a model may have beyond its tokenizer's: tokens that were added
 ROUND_UNITS = tuple(8 << n for n in range(8))  # to whose multiples a vocabulary is rounded up: 8 to 1024
 LARGE = 500_000_000  # weights; a model of more is not widened to float32 unasked

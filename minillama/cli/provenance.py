@@ -17,10 +17,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minillama.environment import file_sha256, project_commit, try_lock
+from minillama.environment import HERE, file_sha256, project_commit, try_lock
 from minillama.formats.names import path_and_fold
 
-HERE = Path(__file__).resolve().parent
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
 PROMPT = " Is this movie "  # the course's prompting files may go on with the prompt after the sentence
 DATA_OPTIONS = ("train", "dev", "test", "label_names")

@@ -20,10 +20,13 @@ from minillama.cli.console import check_stdin, lines_typed, prompts_of, show, sp
 from minillama.cli.loading import ready, report, warn
 from minillama.cli.options import writes_two_files
 from minillama.cli.provenance import Origin, writing_turn
-from minillama.decoding import sampling as generation
+from minillama.decoding import filters, sampling
+from minillama.decoding.beam_search import beam_search
+from minillama.decoding.contrastive_search import contrastive_search
 from minillama.decoding.explanation import Explanation
 from minillama.decoding.fast_llama import fast_model
 from minillama.decoding.filters import Filter
+from minillama.decoding.lookup import lookup_decoding
 from minillama.decoding.sampling import LanguageModel
 from minillama.formats.files import atomic_file
 from minillama.text.batches import pad
@@ -64,12 +67,12 @@ class Speed:
 def filters_of(args: argparse.Namespace) -> list[Filter]:
     """The filters asked for, --epsilon first."""
     chosen = (
-        (generation.epsilon_filter, "epsilon", args.epsilon or None),
-        (generation.eta_filter, "eta", args.eta),
-        (generation.top_k_filter, "k", args.top_k),
-        (generation.top_p_filter, "p", args.top_p),
-        (generation.min_p_filter, "p", args.min_p),
-        (generation.typical_filter, "mass", args.typical_p),
+        (filters.epsilon_filter, "epsilon", args.epsilon or None),
+        (filters.eta_filter, "eta", args.eta),
+        (filters.top_k_filter, "k", args.top_k),
+        (filters.top_p_filter, "p", args.top_p),
+        (filters.min_p_filter, "p", args.min_p),
+        (filters.typical_filter, "mass", args.typical_p),
     )
     return [partial(kept, **{name: value}) for kept, name, value in chosen if value is not None]
 
@@ -104,7 +107,7 @@ class Writer:
                 yield int(chosen)
             return
         if args.decoder == "beam":
-            found, _ = generation.beam_search(
+            found, _ = beam_search(
                 self.model,
                 idx,
                 count,
@@ -114,11 +117,11 @@ class Writer:
                 banned_ids=banned,
             )
         elif args.decoder == "contrastive":
-            found = generation.contrastive_search(
+            found = contrastive_search(
                 self.model, idx, count, k=args.top_k or 4, alpha=args.contrast, eos_ids=stops, banned_ids=banned
             )
         else:
-            found = generation.lookup_decoding(
+            found = lookup_decoding(
                 self.model,
                 idx,
                 count,
@@ -137,8 +140,8 @@ class Writer:
         temperature: float,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
-        """`generation.stream` with the options' settings."""
-        return generation.stream(
+        """`sampling.stream` with the options' settings."""
+        return sampling.stream(
             self.model,
             idx,
             self.args.max_new_tokens,

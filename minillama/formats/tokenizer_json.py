@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from minillama.formats.files import atomic_file
 from minillama.formats.tokenizers import BYTE_LETTERS, BytePairModel, HuggingFaceModel, SentencePieceModel
-from tokenizer import Tokenizer
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 # Numbers of fields and values in sentencepiece_model.proto.
@@ -30,7 +29,7 @@ ALL = 1 << 30  # more spaces than there can be
 Token = TypeVar("Token", str, bytes)
 
 
-def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: str | PathLike[str]) -> None:
+def write_huggingface_tokenizer(tokenizer: Any, folder: str | PathLike[str]) -> None:
     """Writes what transformers.AutoTokenizer.from_pretrained(folder) makes the same tokenizer of: tokenizer.json,
     tokenizer_config.json, and for SentencePiece tokenizer.model. It puts bos before a text if the tokenizer
     does, and no eos behind it.
@@ -71,7 +70,7 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _tokenizer_json(tokenizer: Tokenizer, names: dict[int, str], parts: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: Any, names: dict[int, str], parts: dict[str, Any]) -> dict[str, Any]:
     """All of a tokenizer.json, from the parts in which the kinds differ: normalizer, pre_tokenizer, decoder, model."""
     bos = names[tokenizer.bos_id]
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}

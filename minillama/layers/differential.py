@@ -22,7 +22,7 @@ from config import LlamaConfig
 from minillama.layers.precision import at_least_float32
 
 # The paper says nothing of the norm's first gain, and its program has 1. The norm lifts the flat mean over the context,
-# which is all that attention gives at first, to full size, and a small model's embeddings drown in it (docs/results.md).
+# all that attention gives at first, to full size, and a small model's embeddings drown in it (docs/results.md).
 FIRST_GAIN = 0.1
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minillama.decoding import sampling as generation
+from minillama.decoding import sampling
 from minillama.layers.precision import autocast, not_finite
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
@@ -138,7 +138,7 @@ def answer_prompts(
             for mine, counted in sharing.share(positions):
                 ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
                 with autocast(device, dtype):
-                    made = generation.generate(
+                    made = sampling.generate(
                         llama,
                         ids.to(device),
                         max_new_tokens,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.decoding import sampling as generation
+from minillama.decoding import sampling
 from minillama.layers.precision import autocast
 from minillama.text.corpus import Corpus, evenly, to_tensor
 from minillama.training.distributed import Processes
@@ -112,7 +112,7 @@ class LanguageModelling:
         device = next(llama.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
         with autocast(device, dtype):
-            ids = generation.generate(
+            ids = sampling.generate(
                 llama,
                 prompt,
                 self.sample_tokens,
