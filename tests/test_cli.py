@@ -23,9 +23,9 @@ from minillama.formats import files
 from minillama.formats.adapters import read_adapter
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.text.labelled import read_rows
+from minillama.training import classification as tasks
 from minillama.training import evaluation
 from minillama.training import loop as training
-from minillama.training import task as tasks
 from minillama.training.regularizers import Smart
 from minillama.training.run_directory import locked
 from run_llama import main

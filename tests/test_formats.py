@@ -205,7 +205,7 @@ def test_scaling_changes_what_is_computed(tmp_path):
 @pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 16)])
 def test_our_folders_load_in_transformers(tmp_path, monkeypatch, dtype, tied, scaling):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("formats.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("minillama.formats.huggingface.SHARD_BYTES", 30_000)
     model = foreign_llama(tie_embeddings=tied, rope_scaling=scaling, rope_theta=5000.0)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_huggingface(tmp_path, model.config, state, 1, 2)

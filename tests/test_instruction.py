@@ -17,7 +17,7 @@ from lora import merge_lora_weights
 from minillama.formats.adapters import read_adapter
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.text.examples import read_examples, tokenize_examples
-from minillama.training import task as tasks
+from minillama.training import answering as tasks
 from minillama.training.evaluation import answer_prompts, describe_answers
 from test_pretraining import Crash, crashes_at_step
 from tokenizer import Tokenizer

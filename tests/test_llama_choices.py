@@ -17,6 +17,7 @@ from llama import Attention, Llama, load_pretrained
 from lora import apply_lora, merge_lora_weights
 from minillama.decoding import sampling as generation
 from minillama.decoding.fast_llama import InferenceLlama, fast_model
+from minillama.decoding.lookup import lookup_decoding
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from minillama.formats.keys import renamed, to_split_halves
 from minillama.layers.masks import default_mask
@@ -218,7 +219,7 @@ def test_generation_with_a_cache_is_that_without_past_the_context_too(choice):
             for cached in (True, False)
         ]
         assert drawn[0].equal(drawn[1])
-        assert generation.lookup_decoding(one, ids[:1], 6).equal(generation.generate(one, ids[:1], 6, temperature=0)[0])
+        assert lookup_decoding(one, ids[:1], 6).equal(generation.generate(one, ids[:1], 6, temperature=0)[0])
 
 
 @choices

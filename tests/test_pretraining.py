@@ -21,7 +21,7 @@ from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.formats.huggingface import write_huggingface
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from minillama.text.documents import DOCUMENT_END
-from minillama.training import task as tasks
+from minillama.training import language_modelling as tasks
 from minillama.training.run_directory import RunDirectory
 from run_llama import main
 from test_evaluation import brute_force

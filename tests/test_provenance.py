@@ -115,7 +115,7 @@ def test_labels_without_gold_have_no_scores_in_the_record(command):
 def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     write_checkpoint("bundled.pt", (model := tiny_llama(vocab_size=512, max_seq_len=64)).state_dict(), model.config)
     shutil.copy("model.model", "bundled.model")
-    for module in ("provenance", "environment"):
+    for module in ("minillama.cli.provenance", "minillama.cli.loading"):
         monkeypatch.setattr(f"{module}.BUNDLED_MODEL", command.folder / "bundled.pt")
     assert command("--max_new_tokens", "2", "--prompt", "one")[0] == 0
     for temperature in (0, 1):
@@ -157,7 +157,7 @@ def test_scores_are_told_even_if_the_predictions_cannot_be_written(command, monk
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dataset.write_predictions", fails)
+    monkeypatch.setattr("minillama.text.labelled.write_predictions", fails)
     code, out, err = command.classify()
     assert code == 2 and "No space left" in err and "dev accuracy" in out and "test accuracy" in out
 
