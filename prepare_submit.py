@@ -24,6 +24,7 @@ SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 M
 UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside
 SHOWN = 40  # problems printed at most
 CODE = ("run_llama.py", "llama.py", "optimizer.py", "classifier.py", "rope.py")
+PACKAGE = "minillama"  # what the modules use
 GENERATED = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
 LABELS = {"sst": 5, "cfimdb": 2}  # data set: number of its labels
 FORBIDDEN_FOLDERS = {"__pycache__", "data", "runs", "tests", "venv"}  # and every name that starts with a dot
@@ -197,7 +198,9 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
 
     Raises Rejected, and leaves `out` as it was, if anything is missing or wrong.
     """
-    wanted = [path.name for path in folder.glob("[!.]*.py")] + list(required_outputs()) + optional_files(student)
+    code = [*folder.glob("[!.]*.py"), *(folder / PACKAGE).rglob("[!.]*.py")]
+    wanted = [path.relative_to(folder).as_posix() for path in code]
+    wanted += [*required_outputs(), *optional_files(student)]
     contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}
     if problems := content_problems(contents, folder / "data"):
         raise Rejected(*problems)
