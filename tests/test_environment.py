@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import tokenizer as tokenizer_module
 from conftest import ROOT, tiny_llama
 from minillama.cli import loading as environment
 from minillama.cli.checks import check_options
 from minillama.cli.loading import as_typed, fall_back, fit_tokenizer, load_tokenizer, open_checkpoint
 from minillama.cli.options import parse_options
 from minillama.environment import Process, this_process
-from minillama.formats import tokenizers as tokenizer_module
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from tokenizer import Tokenizer

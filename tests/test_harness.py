@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tokenizer as tokenizer_module
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from config import LlamaConfig
 from conftest import CONFORMANCE
 from llama import Attention, FeedForward, LayerNorm, Llama, LlamaLayer, load_pretrained
 from lora import LoRALayer, apply_lora, count_lora_parameters, get_lora_optimizer_params, merge_lora_weights
 from minillama.cli.flags import build_parser
-from minillama.formats import tokenizers as tokenizer_module
 from optimizer import AdamW
 from rope import apply_rotary_emb, reshape_for_broadcast
 from run_llama import main

@@ -270,7 +270,7 @@ def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monke
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
     code = tmp_path / "repository" / "code"
     code.mkdir(parents=True)
-    (code / "provenance.py").write_text("1\n", encoding="utf-8")
+    (code / "run_llama.py").write_text("1\n", encoding="utf-8")
     assert project_commit(code) is None  # in no repository
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -289,7 +289,7 @@ def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monke
     head = git("rev-parse", "HEAD")
     (code / "untracked.txt").write_text("1\n", encoding="utf-8")
     assert len(head) == 40 and project_commit(code) == head
-    (code / "provenance.py").write_text("2\n", encoding="utf-8")
+    (code / "run_llama.py").write_text("2\n", encoding="utf-8")
     assert project_commit(code) == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
     assert project_commit(code) is None  # no git

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import sanity_check
+import tokenizer
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, tiny_llama
 from llama import load_pretrained
 from minillama.cli import loading as environment
 from minillama.cli.flags import OPTIONS
 from minillama.cli.options import actions
-from minillama.formats import tokenizers as tokenizer
 from minillama.formats.checkpoint import write_checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
