@@ -842,7 +842,8 @@ def test_help_teaches_at_once_and_imports_no_torch():
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 def test_a_process_number_that_is_none_is_told_in_one_line(command, monkeypatch, name):
-    monkeypatch.setenv(name, "two")
+    for one, value in {"RANK": "0", "WORLD_SIZE": "2", name: "two"}.items():  # LOCAL_RANK counts beside these alone
+        monkeypatch.setenv(one, value)
     code, out, err = command("finetune")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert f"the environment variable {name} is 'two'; it must be a whole number" in err and f"`unset {name}`" in err
