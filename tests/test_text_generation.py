@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import Program, tiny_llama
+from conftest import ROOT, Program, tiny_llama
 from llama import llama_from_checkpoint
 from minillama.commands.generate import overlap, text_pieces
 from minillama.decoding import sampling as generation
@@ -29,7 +29,7 @@ from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from run_llama import main
 from tokenizer import Tokenizer
 
-RUN_LLAMA = Path(generation.__file__).with_name("run_llama.py")
+RUN_LLAMA = ROOT / "run_llama.py"
 
 
 class Command(Program):
