@@ -184,7 +184,7 @@ def ours(
 def transformers(
     args: argparse.Namespace, llama: Llama, rows: dict[str, list[Row]], labels: int, dtype: torch.dtype, pad_id: int
 ) -> Contender:
-    """The same rows in the same batches through transformers' classifier (RMSNorm, causal), torch's fused AdamW."""
+    """transformers' classifier (RMSNorm, causal) with torch's fused AdamW, on the same rows in the same batches."""
     import torch
     import torch.nn.functional as F
 
@@ -302,7 +302,7 @@ def course(
 
 
 def in_turns(names: Sequence[str], rounds: int, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """What each contender measured, `rounds` times, each time in a process of its own."""
+    """The measurements of each contender, `rounds` times, each time in a process of its own."""
     from tqdm import tqdm
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

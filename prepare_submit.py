@@ -36,7 +36,7 @@ LINE_END = re.compile(r"\r{0,2}\n|\r")  # of a source file, as dataset.py reads 
 
 
 class Rejected(Exception):
-    """What is wrong with a hand-in, one problem each in `args`."""
+    """A hand-in is refused; `args` holds its problems, one each."""
 
 
 def required_outputs() -> dict[str, str]:
@@ -113,7 +113,7 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
 
 
 def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
-    """What is missing or malformed among `files`, the hand-in's name -> content."""
+    """All that is missing or malformed in `files`, the hand-in's name -> content."""
     problems = missing_files(files)
     for name, raw in files.items():
         if not raw.strip() and (name in CODE or name.endswith((".txt", ".pdf"))):
@@ -128,7 +128,7 @@ def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
 
 
 def member_problem(info: zipfile.ZipInfo) -> str | None:
-    """What is wrong with the path or the type of one entry of a zip."""
+    """The problem of one entry's path or type in a zip, None if there is none."""
     parts = info.filename.rstrip("/").split("/")
     if parts[0] == "" or "\\" in info.filename or ":" in parts[0]:
         return f"{info.filename!r} is an absolute or a Windows path"
@@ -231,8 +231,8 @@ def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict
 
 
 def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> list[str]:
-    """What a grader would not expect of the prediction file `name`, by its record: another model than the course's, or
-    another data set than the name says. data: the folder of the source files.
+    """All that a grader would not expect of the prediction file `name`, by its record: another model than the course's,
+    or another data set than the name says. data: the folder of the source files.
     """
     if record is None:
         return ["no record of what it was made from: changed by hand, copied from elsewhere, or of an older version"]

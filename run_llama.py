@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 from minillama.cli.checks import check_options, output_files
 from minillama.cli.display import Display, report_loss, safe_display
-from minillama.cli.flags import MAY_DIFFER, TRAINING
+from minillama.cli.flags import RESUME_MAY_CHANGE, TRAINING
 from minillama.cli.loading import (
     add_lora,
     agree_on_run,
     choose_device,
     choose_dtype,
-    fall_back,
     load_llama,
     load_tokenizer,
     log_of,
@@ -31,9 +30,10 @@ from minillama.cli.loading import (
     report_next,
     settings_of,
     tokenize_data,
+    use_bundled_defaults,
     warn,
 )
-from minillama.cli.options import best_model_path, flag, in_force, only_prints, parse_options
+from minillama.cli.options import active_options, best_model_path, flag, only_prints, parse_options
 from minillama.environment import Process, this_process
 from minillama.formats.names import RUNS
 
@@ -173,7 +173,7 @@ def classify(args: argparse.Namespace) -> None:
     from minillama.cli.provenance import Origin, check_default_output
     from minillama.text.batches import prompt_parts
     from minillama.text.labelled import class_names, read_labels
-    from minillama.training.distributed import started
+    from minillama.training.distributed import process_group
 
     labels = read_labels(args.label_names)
     label_names = class_names(labels)
@@ -190,7 +190,7 @@ def classify(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
-    with started(device, args.fsdp) as processes:
+    with process_group(device, args.fsdp) as processes:
         agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)
@@ -312,14 +312,14 @@ def resumed(args: argparse.Namespace, argv: list[str] | None, held: ExitStack) -
     run.options()  # where there is no run, no lock is made
     if this_process().rank == 0:
         held.enter_context(locked(run.path))
-    saved = in_force(run.options())
+    saved = active_options(run.options())
     processes = args.processes
     args, _ = parse_options(argv, saved)
     args.resume, args.run_dir, args.processes = True, folder, processes
     if args.dtype == "auto":
         args.dtype = saved.get("dtype", "auto")
     for name, value in saved.items():
-        if name not in MAY_DIFFER and getattr(args, name) != value:
+        if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
             raise ValueError(
                 f"{flag(name).lstrip('-')} is {getattr(args, name)}, but {folder} was started with {value}; "
                 "give that, or leave it out"
@@ -339,7 +339,7 @@ def name_run(args: argparse.Namespace, held: ExitStack) -> None:
 
 
 def run_option(args: argparse.Namespace) -> None:
-    """What --option names."""
+    """Runs the option that --option names."""
     if args.option == "generate":
         from minillama.commands.generate import generate
 
@@ -385,7 +385,7 @@ def run_command(
         if args.resume:
             args = resumed(args, argv, held)
         else:
-            fall_back(args, typed)
+            use_bundled_defaults(args, typed)
         check_options(args)
         if only_prints(args):
             out.require()

@@ -151,7 +151,7 @@ class Tokenizer:
 
 
 def _utf8(text: str) -> str:
-    """The same text. Raises TypeError or ValueError if it is none."""
+    """The text, unchanged. Raises TypeError or ValueError if it is not UTF-8 text."""
     if not isinstance(text, str):
         raise TypeError(f"encode takes a string, not {type(text).__name__}")
     try:

@@ -43,7 +43,7 @@ QUESTIONS = (
 
 
 def verdict(label: int, draw: random.Random) -> str:
-    """What follows a piece of text: a question or none, and the answer."""
+    """The lines after a piece of text: a question or none, and the answer."""
     return f"{draw.choice(QUESTIONS)}{draw.choice(WORDS[label])}."
 
 

@@ -148,7 +148,7 @@ def write_files(folder: Path, rows: Rows) -> None:
 
 
 def question_of(prompt: str) -> str:
-    """What a prompt asks, behind its story."""
+    """The question of a prompt, behind its story."""
     return re.split(r"[.?!\"] (?=[A-Z])", prompt)[-1]
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the program: the processes that torchrun started, locks, optional packages, the project's commit.
+"""Surroundings of the program: the processes that torchrun started, locks, optional packages, the project's commit.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -57,8 +57,9 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK. One process, unless both of the first two are set; without
-    LOCAL_RANK the rank stands for it. Raises ValueError for a value that is no number, or out of range.
+    """This process by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets. One process, unless both of the first two
+    are set; without LOCAL_RANK the rank stands for it. Raises ValueError for a value that is no number, or out of
+    range.
     """
     rank, world = map(_from_environment, ("RANK", "WORLD_SIZE"))
     if rank is None or world is None or (rank, world) == (0, 1):

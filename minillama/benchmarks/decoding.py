@@ -44,7 +44,7 @@ Continue = Callable[[Any, int], list[float]]
 
 
 def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Continue, int]:
-    """What --option generate does; and the number of bytes of its weights."""
+    """Decoding as --option generate does it, and the number of bytes of its weights."""
     import torch
 
     from llama import load_pretrained

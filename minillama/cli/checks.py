@@ -9,13 +9,13 @@ from pathlib import Path
 
 from minillama.cli.flags import (
     ADAPTER_FORMATS,
-    ADOPTED,
     CORPUS_ENDINGS,
     FILTERS,
     FOLDER_FORMATS,
     LORA_VARIANTS,
     NEW_MODEL,
     OF_GENERATE,
+    OPTIONS_FROM_FINE_TUNED,
     OUTPUT_ENDINGS,
     PARTS,
     REGULARIZERS,
@@ -258,7 +258,7 @@ def input_files(args: argparse.Namespace) -> list[str]:
         args.tokenizer,
         args.adapter,
         args.prompt_file,
-        *([args.finetuned] if args.option in ADOPTED else []),
+        *([args.finetuned] if args.option in OPTIONS_FROM_FINE_TUNED else []),
         *([] if new else [args.pretrained_model_path]),
     ]
     if args.option in OUTPUT_ENDINGS:

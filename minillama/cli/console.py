@@ -90,7 +90,7 @@ def open_history() -> tuple[ModuleType | None, Path | None]:
 
 
 def lines_typed() -> Iterable[str]:
-    """What is typed, line by line, until Ctrl-D; on a terminal with a history that the next time still has."""
+    """The lines that are typed, until Ctrl-D; on a terminal with a history that the next time still has."""
     asks = "> " if sys.stdin.isatty() else ""
     readline, history = open_history() if asks else (None, None)
     if hasattr(sys.stdin, "reconfigure"):

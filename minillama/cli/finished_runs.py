@@ -1,4 +1,4 @@
-"""What runs left in their folders (run_directory.py), read for the report: what is damaged or missing gets a line, and
+"""The folders of runs (training/run_directory.py), read for the report: what is damaged or missing gets a line, and
 the rest is kept.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from minillama.cli.charts import Point
 from minillama.cli.flags import OUTPUT_ENDINGS
-from minillama.cli.options import in_force, parse_options
+from minillama.cli.options import active_options, parse_options
 from minillama.formats.names import RUNS
 
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
@@ -25,8 +25,8 @@ MOST_SAMPLES = 6  # of what one run wrote
 
 @dataclass
 class Run:
-    """What one run's folder holds, as far as it can be read; `problems` says what could not, `missing` which matrices
-    there are not, and why.
+    """The content of one run's folder, as far as it can be read; `problems` says what could not, `missing` which
+    matrices there are not, and why.
     """
 
     path: Path
@@ -82,7 +82,7 @@ def find_runs(folders: Sequence[str]) -> list[Path]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """What is in a run's folder; raises nothing for what is damaged or missing."""
+    """Reads a run's folder; raises nothing for what is damaged or missing."""
     problems = []
     options: dict[str, Any] = {}
     try:
@@ -90,7 +90,7 @@ def read_run(path: Path, name: str) -> Run:
         if not isinstance(saved["option"], str) or not isinstance(saved.get("corpus"), list | None):
             raise TypeError
         # An older run lacks the options that came later: it had their defaults.
-        options = vars(parse_options([], in_force(saved))[0])
+        options = vars(parse_options([], active_options(saved))[0])
     except FileNotFoundError:
         problems.append("no options.json")
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -206,8 +206,8 @@ def logged_matrices(log: str) -> dict[str, Matrix]:
 
 
 def predicted_matrix(run: Run, split: str) -> Matrix:
-    """The same from the predictions written for a split. Raises ValueError or OSError, which says why, if they or the
-    data are gone, or are not the run's.
+    """The confusion matrix from the predictions written for a split. Raises ValueError or OSError, which says why, if
+    they or the data are gone, or are not the run's.
     """
     from minillama.text.labelled import class_names, has_gold_labels, read_labels, read_rows
 
@@ -237,7 +237,7 @@ def accuracy(matrix: Matrix) -> float:
 
 
 def samples(run: Run) -> list[tuple[str, str]]:
-    """What the model wrote after a judgement, as its log has it: (epoch, text), at most MOST_SAMPLES evenly spread, the
+    """The samples in a run's log, written after each judgement: (epoch, text), at most MOST_SAMPLES evenly spread, the
     first and the last among them.
     """
     found = dict(re.findall(r"^epoch ([0-9]{1,9}): [^\n]*\n {4}([^\n]*)", run.log, flags=re.M))

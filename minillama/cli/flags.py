@@ -12,10 +12,10 @@ from minillama.cli.parser import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, P
 from minillama.formats.names import COURSE_TEMPLATE, RUNS
 
 # What an option takes from the run that made the fine-tuned model, where it is not typed.
-ADOPTED: dict[str, tuple[str, ...]] = {
+OPTIONS_FROM_FINE_TUNED: dict[str, tuple[str, ...]] = {
     "classify": ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling", "batch_size")
 }
-ADOPTED["wise_ft"] = (*ADOPTED["classify"], "dev", "test")
+OPTIONS_FROM_FINE_TUNED["wise_ft"] = (*OPTIONS_FROM_FINE_TUNED["classify"], "dev", "test")
 COURSE_PROMPT = (
     "I have wanted to see this thriller for a while, and it didn't disappoint. "
     "Keanu Reeves, playing the hero John Wick, is"
@@ -91,7 +91,7 @@ DEFAULT_PRESET = "mini"  # the bundled model's sizes
 NEW_MODEL = ("position", "sliding_window", "differential")  # beside its sizes; a checkpoint says them itself
 
 # What may differ between runs, and when one is resumed: it changes no number.
-MAY_DIFFER = (
+RESUME_MAY_CHANGE = (
     "config",
     "resume",
     "run_dir",

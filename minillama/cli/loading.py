@@ -1,4 +1,4 @@
-"""What a run works with: device, precision, tokenizer, model; and the header that tells of it."""
+"""Device, precision, tokenizer and model of a run, and the header that names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli.checks import output_files
-from minillama.cli.flags import ADOPTED, DEFAULT_PRESET, OUTPUT_ENDINGS, TRAINING
+from minillama.cli.flags import DEFAULT_PRESET, OPTIONS_FROM_FINE_TUNED, OUTPUT_ENDINGS, TRAINING
 from minillama.cli.options import flag, lora_settings, unused
 from minillama.cli.provenance import BUNDLED_MODEL
 from minillama.environment import HERE, this_process
@@ -50,7 +50,7 @@ def report(line: str) -> None:
 
 def report_next(*arguments: str) -> None:
     """Tells how to use what was just made: a command of run_llama.py with these arguments, to be typed or pasted."""
-    report(f"next        {shlex.join(['python', as_typed(HERE / 'run_llama.py'), *arguments])}")
+    report(f"next        {shlex.join(['python', display_path(HERE / 'run_llama.py'), *arguments])}")
 
 
 def warn(problem: str | None) -> None:
@@ -120,13 +120,13 @@ def choose_dtype(args: argparse.Namespace, device: torch.device, checkpoint: Che
     return DTYPES["bf16" if bf16_is_native(device) else "fp32"]
 
 
-def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
+def use_bundled_defaults(args: argparse.Namespace, typed: Container[str]) -> None:
     """Puts what ships in the place of a default file that is not here, says so, and notes it in args.substituted. What
     was typed stays. For wise_ft and classify what was not typed is None: the file of the fine-tuned model will say it.
     """
-    if args.option in ADOPTED:
+    if args.option in OPTIONS_FROM_FINE_TUNED:
         judges = ("label_names", "dev_out", "test_out") if args.option == "wise_ft" else ()
-        for name in (*ADOPTED[args.option], *judges):
+        for name in (*OPTIONS_FROM_FINE_TUNED[args.option], *judges):
             if name not in typed:
                 setattr(args, name, None)
         return
@@ -134,14 +134,14 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
         if args.option not in ("pretrain", "tokenizer", "report"):
             report(
                 f"{args.pretrained_model_path} is not here (python fetch_data.py brings it); "
-                f"taking the bundled model, {as_typed(BUNDLED_MODEL)}"
+                f"taking the bundled model, {display_path(BUNDLED_MODEL)}"
             )
-            args.pretrained_model_path = as_typed(BUNDLED_MODEL)
+            args.pretrained_model_path = display_path(BUNDLED_MODEL)
             args.substituted.append("pretrained_model_path")
     if args.option == "sft" and not (args.train or args.dev):
-        report(f"no --train and --dev were named; taking the demo data, {as_typed(HERE / 'data')}/demo-qa-*")
+        report(f"no --train and --dev were named; taking the demo data, {display_path(HERE / 'data')}/demo-qa-*")
         for split in ("train", "dev", *(() if args.test else ("test",))):
-            setattr(args, split, as_typed(HERE / "data" / f"demo-qa-{split}.jsonl"))
+            setattr(args, split, display_path(HERE / "data" / f"demo-qa-{split}.jsonl"))
             args.substituted.append(split)
     if args.option in OUTPUT_ENDINGS:
         needed = [name for name in DEMO_DATA if name != "train" or args.option != "prompt"]
@@ -150,10 +150,10 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
         if demo:
             report(
                 f"{missing[0]} is not here (python fetch_data.py brings it); taking the demo data, "
-                f"{as_typed(HERE / 'data')}/demo-*"
+                f"{display_path(HERE / 'data')}/demo-*"
             )
             for name, file in DEMO_DATA.items():
-                setattr(args, name, as_typed(HERE / "data" / file))
+                setattr(args, name, display_path(HERE / "data" / file))
             args.substituted += DEMO_DATA
         own = [name for name in ("dev", "test") if name in typed and f"{name}_out" not in typed]
         left = [name for name in needed if name not in typed]
@@ -170,7 +170,7 @@ def fall_back(args: argparse.Namespace, typed: Container[str]) -> None:
             )
 
 
-def as_typed(path: Path) -> str:
+def display_path(path: Path) -> str:
     """A path of ours as one would type it here."""
     try:
         return str(path.relative_to(Path.cwd()))
@@ -202,7 +202,7 @@ def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
         try:
             path = default_tokenizer_path()
         except FileNotFoundError:
-            if args.option in ADOPTED:
+            if args.option in OPTIONS_FROM_FINE_TUNED:
                 raise FileNotFoundError(
                     f"{args.finetuned} was trained with the tokenizer that lies with {args.pretrained_model_path}, and "
                     "there is none; name it with --tokenizer"
@@ -297,7 +297,7 @@ def tokenize_data(
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of the model against its checkpoint."""
+    """The fields of the model's config that the command line overrides."""
     causal = None if args.attention is None else args.attention == "causal"
     given = {"norm": args.norm, "causal": causal, "dropout": args.dropout}
     return {name: value for name, value in given.items() if value is not None}
@@ -325,7 +325,9 @@ def fit_tokenizer(
 
 
 def open_checkpoint(args: argparse.Namespace, tokenizer: Tokenizer) -> Checkpoint:
-    """What is at --pretrained-model-path, to which the tokenizer is fitted. Raises ValueError if it is another's."""
+    """The checkpoint at --pretrained-model-path, to which the tokenizer is fitted. Raises ValueError if it is
+    another's.
+    """
     from minillama.formats.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(args.pretrained_model_path)
@@ -342,7 +344,7 @@ def adopt(args: argparse.Namespace, found: FineTuned) -> None:
     inherited = found.options.get("substituted")
     if isinstance(inherited, list):
         args.substituted = [name for name in inherited if name not in args.typed]
-    for name in ADOPTED[args.option]:
+    for name in OPTIONS_FROM_FINE_TUNED[args.option]:
         if getattr(args, name) is None:
             value = found.options.get(name)
             kind = int if name in ("max_sentence_len", "batch_size") else str
@@ -350,7 +352,7 @@ def adopt(args: argparse.Namespace, found: FineTuned) -> None:
             if not optional and (type(value) is not kind or not value):
                 raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with --{name.replace('_', '-')}")
             if kind is str and name != "pooling" and value and not Path(value).exists():
-                value = as_typed(HERE / value) if (HERE / value).exists() else value
+                value = display_path(HERE / value) if (HERE / value).exists() else value
                 if name == "tokenizer" and not Path(value).exists():
                     raise FileNotFoundError(
                         f"{found.path} was trained with the tokenizer {value}, which is not here; name it with "
@@ -402,7 +404,7 @@ def load_llama(args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dt
 def print_header(
     args: argparse.Namespace, llama: Llama, kind: str, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """What is about to run, on what, from and to which files."""
+    """Prints what is about to run, on what, from and to which files."""
     config = llama.config
     size = sum(parameter.numel() for parameter in llama.parameters())
     report(f"option      {args.option}, seed {args.seed}")
@@ -460,8 +462,10 @@ def add_lora(args: argparse.Namespace, model: nn.Module, beside: str = "") -> No
     report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")
 
 
-def ready(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device, torch.dtype]:
-    """What an option that only runs a model needs, in one process: the model on its device, announced by the header."""
+def load_for_inference(args: argparse.Namespace) -> tuple[Llama, Tokenizer, torch.device, torch.dtype]:
+    """All that an option needs which only runs a model, in one process: the model on its device, announced by the
+    header.
+    """
     check_alone(args)
     tokenizer = load_tokenizer(args)
     device = choose_device(args)

@@ -1,4 +1,4 @@
-"""What was asked for: the options typed, those of a file, and what follows from them alone. Imports no torch."""
+"""The options: those typed, those of a file, and what follows from them alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_options(
     run that goes on.
 
     Two lists of names stand among the options: `typed`, also when the run that goes on was started, and `substituted`,
-    empty here, for what environment.fall_back replaces.
+    empty here, for what environment.use_bundled_defaults replaces.
     """
     parser = build_parser()
     names = vars(parser.parse_args([]))
@@ -38,7 +38,7 @@ def parse_options(
     return argparse.Namespace(**(names | derived | defaults | saved | given | typed)), frozenset(given)
 
 
-def in_force(saved: dict[str, Any]) -> dict[str, Any]:
+def active_options(saved: dict[str, Any]) -> dict[str, Any]:
     """A run's options without the parts of what it had off: these may have had other defaults then, and change
     nothing.
     """
@@ -104,7 +104,7 @@ def actions() -> dict[str, argparse.Action]:
 
 @lru_cache(maxsize=1)
 def defaults() -> dict[str, Any]:
-    """What every option is if nothing is typed."""
+    """The value of every option if nothing is typed."""
     return vars(build_parser().parse_args([]))
 
 
@@ -120,7 +120,7 @@ def flag(name: str) -> str:
 
 
 def changed(args: argparse.Namespace, *names: str) -> list[str]:
-    """Those of the options that are not as they are by default."""
+    """The options among `names` that are not at their defaults."""
     return [name for name in names if getattr(args, name) != defaults()[name]]
 
 

@@ -1,5 +1,4 @@
-"""What the commands share: a parser that complains in one line, types of options that say what is allowed, a check that
-an optional package works, the numbers that torchrun gives its processes, and locks.
+"""The parser that all commands share, which complains in one line, and types of options that say what is allowed.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -55,7 +54,7 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def _meant(self, argument: str) -> str:
-        """What was probably meant by an argument that is none: the nearest flag, or the flag that takes such a word."""
+        """The probable meaning of an unknown argument: the nearest flag, or the flag that takes such a word."""
         name = argument.partition("=")[0]
         if name.startswith("-"):
             return nearest(name, self._option_string_actions)

@@ -40,7 +40,7 @@ def is_bundled(path: str | Path, sha256: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """What predictions will be made from. Taken before the work, for the files may change while it goes on.
+    """The inputs that predictions will be made from. Taken before the work, for the files may change while it goes on.
 
     inputs: fields that every record of the run has; data: by split, the fields of the rows that are predicted.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.cli.console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
-from minillama.cli.loading import ready, report, warn
+from minillama.cli.loading import load_for_inference, report, warn
 from minillama.cli.options import writes_two_files
 from minillama.cli.provenance import Origin, writing_turn
 from minillama.decoding import filters, sampling
@@ -178,7 +178,9 @@ class Writer:
             report(str(speed))
 
     def shown(self, prompt: list[int]) -> list[int]:
-        """What of a prompt stands before its continuation: in a chat nothing, the answer is a text of its own."""
+        """The part of a prompt that is shown before its continuation: in a chat nothing, the answer is a text of its
+        own.
+        """
         return [] if self.args.chat else prompt
 
     def continuation(
@@ -277,7 +279,7 @@ def generate(args: argparse.Namespace) -> None:
     """generate: continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
     check_stdin(args)
     texts = [] if args.interactive else prompts_of(args)
-    llama, tokenizer, device, dtype = ready(args)
+    llama, tokenizer, device, dtype = load_for_inference(args)
     context, causal = llama.config.max_seq_len, llama.config.causal
     prompts = [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
     if prompts:

@@ -20,13 +20,13 @@ from minillama.cli.loading import (
     check_causal,
     choose_device,
     choose_dtype,
+    load_for_inference,
     load_llama,
     load_tokenizer,
     log_of,
     open_checkpoint,
     print_header,
     put_tokenizer_beside,
-    ready,
     report,
     report_next,
     settings_of,
@@ -39,7 +39,7 @@ from minillama.formats.names import without_ending
 from minillama.layers.precision import DTYPES
 from minillama.text.corpus import Corpus, Text, held_out_count
 from minillama.text.documents import open_tokens, read_documents, text_files, tokenize_text, train_tokenizer
-from minillama.training.distributed import Processes, started
+from minillama.training.distributed import Processes, process_group
 from minillama.training.evaluation import score_documents
 from minillama.training.language_modelling import LanguageModelling
 from minillama.training.loop import train
@@ -125,7 +125,7 @@ def pretrain(args: argparse.Namespace) -> None:
         raise ValueError(f"--vocab_size is {args.vocab_size}, but {tokenizer.path} has {tokenizer.n_words} pieces")
     device = choose_device(args)
     dtype = choose_dtype(args, device)
-    with started(device, args.fsdp) as processes:
+    with process_group(device, args.fsdp) as processes:
         agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         if args.continued:
@@ -181,7 +181,7 @@ def pretrain(args: argparse.Namespace) -> None:
 def perplexity(args: argparse.Namespace) -> None:
     """perplexity: how well the model predicts texts, document by document."""
     files = {path: text_files(path, report) for path, _ in map(text_and_weight, args.corpus)}
-    llama, tokenizer, device, dtype = ready(args)
+    llama, tokenizer, device, dtype = load_for_inference(args)
     check_causal(llama)
     model = llama if args.quantize is None else fast_model(llama, quantize=args.quantize)
     context = llama.config.max_seq_len

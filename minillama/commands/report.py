@@ -18,14 +18,24 @@ from tqdm import tqdm
 
 from minillama.cli.charts import chart, colour, document, shaded, table, text, thinned
 from minillama.cli.finished_runs import Run, accuracy, find_runs, is_number, read_curves, read_run, samples
-from minillama.cli.flags import DEFAULT_PRESET, MAY_DIFFER, OPTION_DEFAULTS, used_by
+from minillama.cli.flags import DEFAULT_PRESET, OPTION_DEFAULTS, RESUME_MAY_CHANGE, used_by
 from minillama.cli.loading import check_alone, report
 from minillama.cli.options import defaults
 from minillama.formats.names import path_and_fold, without_ending
 
 NONE = "–"  # in the place of a score that there is not
 # What stands at the head of a group anyway, or is no setting.
-NOT_SETTINGS = {*MAY_DIFFER, "option", "seed", "train", "dev", "test", "label_names", "corpus", "pretrained_model_path"}
+NOT_SETTINGS = {
+    *RESUME_MAY_CHANGE,
+    "option",
+    "seed",
+    "train",
+    "dev",
+    "test",
+    "label_names",
+    "corpus",
+    "pretrained_model_path",
+}
 NOT_SETTINGS |= {"continued", "processes", "tokenizer", "out_dtype"}
 
 
@@ -33,12 +43,12 @@ NOT_SETTINGS |= {"continued", "processes", "tokenizer", "out_dtype"}
 
 
 def group_key(run: Run) -> str:
-    """The same for runs that differ in nothing but the seed, and in what changes no number. A model made for each seed
-    (random-1 for seed 1) counts as one.
+    """A key that is equal for runs that differ in nothing but the seed, and in what changes no number. A model made for
+    each seed (random-1 for seed 1) counts as one.
     """
     if not run.options:
         return str(run.path)
-    settings = {name: value for name, value in run.options.items() if name not in (*MAY_DIFFER, "seed")}
+    settings = {name: value for name, value in run.options.items() if name not in (*RESUME_MAY_CHANGE, "seed")}
     settings["tokenizer"] = Path(str(settings["tokenizer"])).name  # a model has one, wherever it lies
     settings["pretrained_model_path"] = str(Path(str(settings["pretrained_model_path"])).parent / model_name(run))
     return json.dumps(settings, sort_keys=True, default=str)
@@ -59,7 +69,7 @@ def data_name(run: Run) -> str:
 
 
 def head_of(run: Run) -> str:
-    """What was done, with which data and model; the run's name where that is not known."""
+    """The option, the data and the model of a run; the run's name where that is not known."""
     return f"{run.options['option']} {data_name(run)}, {model_name(run)}" if run.options else run.name
 
 

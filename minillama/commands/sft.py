@@ -35,7 +35,7 @@ from minillama.formats.files import read_torch
 from minillama.layers.precision import DTYPES
 from minillama.text.examples import Example, read_examples, tokenize_examples, write_answers
 from minillama.training.answering import Instruction
-from minillama.training.distributed import started
+from minillama.training.distributed import process_group
 from minillama.training.evaluation import answer_prompts, answer_scores, describe_answers
 from minillama.training.loop import train
 from minillama.training.run_directory import RunDirectory
@@ -102,7 +102,7 @@ def instruct(args: argparse.Namespace) -> None:
     tokenizer_content = tokenizer.path.read_bytes()  # as it is now, whatever becomes of the file during the run
     device = choose_device(args)
     dtype = choose_dtype(args, device)
-    with started(device, args.fsdp) as processes:
+    with process_group(device, args.fsdp) as processes:
         agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)

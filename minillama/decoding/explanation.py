@@ -1,4 +1,4 @@
-"""What each generated token was chosen from: which candidates the filters kept and which they cut, as a table for the
+"""The candidates of each generated token: which candidates the filters kept and which they cut, as a table for the
 terminal and as a page of its own.
 """
 
@@ -109,7 +109,7 @@ class Explanation:
         return ", ".join((f"Temperature {self.temperature:g}", *penalty, *filters))
 
     def _pieces(self) -> Iterator[str]:
-        """What each token added to the text; a character of several tokens comes with the last of them."""
+        """The text that each token added; a character of several tokens comes with the last of them."""
         before = self.prompt
         start = len(self.ids) - len(self.steps)
         for end in range(start + 1, len(self.ids) + 1):
@@ -130,7 +130,7 @@ class Explanation:
         return "\n".join(lines)
 
     def page(self) -> str:
-        """The same as an HTML page that needs nothing else: a bar for each candidate, as long as it is likely."""
+        """An HTML page of the candidates that needs nothing else: a bar for each candidate, as long as it is likely."""
         rows = "\n".join(
             f"<section><h2><code>{escape(shown(step.chosen))}</code> <small>{step.chosen.before:.3f} → "
             f"{step.chosen.after:.3f}</small></h2>\n<div class=sides><div><h3>kept: {step.kept_count:,}</h3>"

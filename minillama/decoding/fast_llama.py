@@ -92,7 +92,7 @@ def packs(weight: Tensor) -> bool:
 
 
 class InferenceLayer(NamedTuple):
-    """What is left of a `LlamaLayer`."""
+    """A `LlamaLayer` as products and norms alone."""
 
     attention_norm: nn.Module
     query_key_value: Product  # (B, T, D) -> (B, T, (H + 2 K) hd)
@@ -154,7 +154,7 @@ class InferenceLlama:
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Llama.forward`."""
+        """See `Llama.forward`."""
         config = self.config
         H, K = config.n_heads, config.kv_heads
         T = tokens.shape[1]
@@ -201,7 +201,7 @@ class InferenceLlama:
         return self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None]), hidden
 
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
-        """As `Llama.new_cache`."""
+        """See `Llama.new_cache`."""
         return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
 
 

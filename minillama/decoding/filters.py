@@ -96,7 +96,9 @@ def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
 
 
 def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
-    """What is drawn from: probabilities, float32, of logits (..., V) after temperature (above 0) and filters."""
+    """The distribution to draw from: probabilities, float32, of logits (..., V) after temperature (above 0) and
+    filters.
+    """
     logits = logits.float()
     logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # at no temperature is a banned token drawn
     # Shifted before the division: at a tiny temperature the quotients overflow, all but the likeliest one's, which is 0

@@ -63,7 +63,7 @@ def lookup_decoding(
 
 
 def guessed(text: list[int], longest_match: int) -> list[int]:
-    """What followed the last occurrence, before its end, of as many of the text's last tokens as occur together."""
+    """The tokens after the last occurrence, before its end, of as many of the text's last tokens as occur together."""
     for size in range(min(longest_match, len(text) - 1), 0, -1):
         pattern = text[-size:]
         for start in range(len(text) - size - 1, -1, -1):

@@ -17,15 +17,15 @@ from minillama.decoding.filters import BANNED, Filter, check_finite, distributio
 
 
 class Config(Protocol):
-    """What decoding needs to know of a model's config."""
+    """The part of a model's config that decoding reads."""
 
     @property
     def max_seq_len(self) -> int: ...
 
 
 class LanguageModel(Protocol):
-    """What decoding needs of a model: a context length, and logits (B, 1, V) of each row's last real token, (B, T, V)
-    with `targets`. One that has `new_cache` takes what that returns as `cache`.
+    """The part of a model that decoding uses: a context length, and logits (B, 1, V) of each row's last real token, (B,
+    T, V) with `targets`. One that has `new_cache` takes what that returns as `cache`.
     """
 
     @property
@@ -107,7 +107,7 @@ class Reader:
         self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        """What the model says of the whole text tokens (B, T) after having read it before up to the cache's length."""
+        """The model's output for the whole text tokens (B, T), which it has read up to the cache's length before."""
         logits, hidden = self._read(tokens, attention_mask, **options)
         if self.banned_ids:
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # BANNED is infinity in float16

@@ -33,7 +33,7 @@ ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude
 
 @dataclass
 class Adapter:
-    """What a LoRA adapter is: its tensors by our names, "layers.0.attention.compute_query.lora_A", and their scale."""
+    """A LoRA adapter: its tensors by our names, "layers.0.attention.compute_query.lora_A", and their scale."""
 
     state: dict[str, Tensor]
     rank: int

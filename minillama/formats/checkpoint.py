@@ -46,7 +46,7 @@ METADATA_KEY = "mini-llama"  # of our part of a safetensors file's metadata
 
 @dataclass
 class Checkpoint:
-    """What a file holds: the config, the tensors by the course's keys, and whatever else stood beside them."""
+    """The content of a file: the config, the tensors by the course's keys, and whatever else stood beside them."""
 
     path: Path
     kind: str
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of the weights in the file, as the embedding has it; None where there is no embedding."""
+        """The dtype of the weights in the file, as the embedding has it; None where there is no embedding."""
         embedding = self.state.get("tok_embeddings.weight")
         return None if embedding is None else embedding.dtype
 
@@ -170,7 +170,7 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 
 def _described_safetensors(path: Path) -> dict[str, Any]:
-    """The same content as that of our torch files."""
+    """The content in the form that our torch files have."""
     try:
         described = json.loads(safetensors_metadata(path).get(METADATA_KEY, "{}"))
         return {"model": read_safetensors(path), **described}

@@ -28,8 +28,8 @@ SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float3
 
 
 def read_torch(path: Path, mapped: bool = False) -> Any:
-    """What a torch file holds: tensors and plain values, nothing that runs. `mapped`: read a tensor's bytes only as it
-    is used, where the file allows. Raises ValueError for all else.
+    """The content of a torch file: tensors and plain values, nothing that runs. `mapped`: read a tensor's bytes only as
+    it is used, where the file allows. Raises ValueError for all else.
     """
     try:
         with path.open("rb") as file:

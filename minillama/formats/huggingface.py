@@ -220,7 +220,7 @@ def write_huggingface(
 
 
 def to_huggingface_config(config: LlamaConfig, dtype: str, bos_id: int, eos_id: int | Sequence[int]) -> dict[str, Any]:
-    """What config.json says, in the words of transformers 4 and of 5. eos_id: one, or all at which a text ends."""
+    """The content of config.json, in the words of transformers 4 and of 5. eos_id: one, or all at which a text ends."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= config.rope_scaling._asdict() | {"rope_type": "llama3"}

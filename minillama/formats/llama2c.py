@@ -112,7 +112,7 @@ def read_llama2c(path: Path) -> tuple[str, LlamaConfig, State] | None:
 
 
 def _llama2c_bytes(shape: tuple[int, ...], group: int | None = None) -> int:
-    """Of one tensor: float32; or a matrix in int8 with a float32 a group."""
+    """The bytes of one tensor: float32; or a matrix in int8 with a float32 a group."""
     count = math.prod(shape)
     return 4 * count if group is None or len(shape) == 1 else count + 4 * (count // group)
 

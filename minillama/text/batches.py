@@ -14,7 +14,7 @@ from tokenizer import Tokenizer
 
 
 class Tokenized(Protocol):
-    """What has token ids: a row, or an example of instruction_data.py."""
+    """Anything with token ids: a row, or an example of examples.py."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -36,7 +36,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def prompt_parts(template: str, words: Sequence[str], pooling: str = "last_token") -> tuple[str, str]:
-    """What stands before and behind the sentence in a template, with `words` in the place of {labels}. A word's first
+    """The parts of a template before and behind the sentence, with `words` instead of {labels}. A word's first
     piece brings its own space, so the prompt ends without one; not so in the course's reading, "last_column".
     """
     before, _, behind = (part.replace("{labels}", listed(words)) for part in template.partition("{sentence}"))
@@ -44,7 +44,7 @@ def prompt_parts(template: str, words: Sequence[str], pooling: str = "last_token
 
 
 def prompt_question(label_names: Sequence[str]) -> str:
-    """What follows a sentence to ask for its class: ` Is this movie bad, average, or good? This movie is `."""
+    """The question for the class of a sentence: ` Is this movie bad, average, or good? This movie is `."""
     return prompt_parts(COURSE_TEMPLATE, label_names, "last_column")[1]
 
 

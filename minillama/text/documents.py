@@ -120,7 +120,7 @@ def read_documents(path: str | PathLike[str]) -> Iterator[str]:
 
 
 def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
-    """The same, but a long document in several pieces, each with whether it is the document's last."""
+    """The documents of one file, a long one in several pieces, each with whether it is the document's last."""
     if is_tokens(Path(path)):
         raise ValueError(f"{path} holds tokens, not text; give the text they were made from")
     parts: list[str] = []
@@ -152,8 +152,8 @@ def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
-    """What `parts` make up, in a list; none of what is blank, unless it ends what has begun. A document has no empty
-    lines at its ends.
+    """The text of `parts`, in a list; an empty list if it is blank, unless it ends a document that has begun. A
+    document has no empty lines at its ends.
     """
     text = "".join(parts)
     text = text if begun else text.lstrip("\n")

@@ -94,7 +94,7 @@ def read_label_names(path: str | PathLike[str]) -> list[str]:
 
 
 class Record(NamedTuple):
-    """What a data file says of one row; fold: what the row is marked with beside its label, for choosing rows by."""
+    """One row as a data file has it; fold: what the row is marked with beside its label, for choosing rows by."""
 
     line: int
     label: str
@@ -287,7 +287,7 @@ def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names:
 
 
 def beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """What stands before the ids of a text: bos if the tokenizer adds one, or if there is nothing else."""
+    """The ids before those of a text: bos if the tokenizer adds one, or if there is nothing else."""
     return [tokenizer.bos_id] if getattr(tokenizer, "adds_bos", True) or not ids else []
 
 

@@ -50,7 +50,7 @@ class Processes:
         return total.tolist()
 
     def gather(self, what: Any) -> list[Any]:
-        """What each process has, in the order of their ranks, on all of them."""
+        """The value of each process, in the order of their ranks, on all of them."""
         if self.world == 1:
             return [what]
         everything = [None] * self.world
@@ -91,7 +91,7 @@ class Processes:
 
 
 @contextmanager
-def started(device: torch.device, fsdp: bool) -> Iterator[Processes]:
+def process_group(device: torch.device, fsdp: bool) -> Iterator[Processes]:
     """The processes that torchrun started, ready to talk: gloo on CPU, NCCL on CUDA. Alone without torchrun.
 
     Raises ValueError if a shard for each process is asked for where there is one process, or the processes cannot meet.

@@ -1,4 +1,4 @@
-"""What a model says of rows, and how right it is; the precision it computes in."""
+"""Predictions of a model, and their scores."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
-    """What the accuracy is to be held against: its confidence interval, the accuracy of guessing, and that of naming
+    """Numbers to compare the accuracy with: its confidence interval, the accuracy of guessing, and that of naming
     the commonest class always; "" where there are no gold labels.
     """
     if evaluation.accuracy is None:

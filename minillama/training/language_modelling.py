@@ -68,7 +68,7 @@ class LanguageModelling:
         return self._losses(model, to_tensor([self.corpus.window(i) for i in positions]), dtype)
 
     def _losses(self, model: nn.Module, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of windows (B, length + 1): every token but the first is a target."""
+        """The losses of windows (B, length + 1): every token but the first is a target."""
         device = next(model.parameters()).device
         inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
         with autocast(device, dtype):

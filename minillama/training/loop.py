@@ -173,8 +173,8 @@ class Training:
         self.saved_at = (0, 0)  # (epoch, step)
 
     def _checksum(self, model: nn.Module) -> int:
-        """Of what the saved state leaves out and a resumed run must find again: the task's data, the shapes of the
-        weights, and those that are frozen.
+        """A checksum of what the saved state leaves out and a resumed run must find again: the task's data, the shapes
+        of the weights, and those that are frozen.
         """
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
         total = zlib.crc32(repr(shapes).encode(), self.task.checksum())
@@ -374,7 +374,7 @@ class Training:
         return loss_sum / targets, int(right)
 
     def last_good(self) -> str:
-        """What there is to go on from, in words."""
+        """The last checkpoint to go on from, in words."""
         if self.saved_at == (0, 0):
             return "nothing was saved before"
         path = self.run.shards_path if self.processes.fsdp else self.run.last_path

@@ -113,7 +113,7 @@ class MovingAverage:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """Of the generators that a pass on this device draws dropout from."""
+    """The states of the generators that a pass on this device draws dropout from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 

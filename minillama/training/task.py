@@ -1,4 +1,4 @@
-"""What a training run learns: from what batches, with what loss, and how it is judged. The loop knows no more of it."""
+"""A task: its batches, its loss, and how the model is judged. The loop knows no more of it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Score:
 
 
 class Task(Protocol):
-    """What the training loop needs to know. A position is the number of a training row; a target is what the loss is a
-    mean over.
+    """All that the training loop needs to know. A position is the number of a training row; a target is what the loss
+    is a mean over.
     """
 
     unit: str  # of targets, for the progress bar
@@ -42,10 +42,10 @@ class Task(Protocol):
 
     @property
     def average(self) -> MovingAverage | None:
-        """Of the weights, where the losses ask for one; the loop keeps it up to date and saves it."""
+        """The moving average of the weights, if the losses ask for one; the loop keeps it up to date and saves it."""
 
     def checksum(self) -> int:
-        """Of all the data: a run goes on only with the same."""
+        """A checksum of all the data: a run goes on only with the same."""
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch; a function of seed and epoch."""
