@@ -353,7 +353,7 @@ def test_texts_named_alike_have_tokens_of_their_own(tmp_path, tokenizer):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from documents import open_tokens, tokenize_text
+from minillama.text.documents import open_tokens, tokenize_text
 from tokenizer import Tokenizer
 text, tokenizer, folder = sys.argv[1:]
 tokenizer = Tokenizer(tokenizer_model=tokenizer)

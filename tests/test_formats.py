@@ -541,11 +541,11 @@ import resource, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 from llama import load_pretrained
-from evaluation import precision
+from minillama.layers.precision import autocast
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 model = load_pretrained(sys.argv[2], dtype=None)
-with precision(torch.device("cpu"), torch.bfloat16):
+with autocast(torch.device("cpu"), torch.bfloat16):
     print(model.generate(torch.tensor([[1, 5, 9]]), 3, temperature=0.0).shape[1])
 print(peak() - before)
 """

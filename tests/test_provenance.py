@@ -127,7 +127,7 @@ def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     assert command.classify("prompt", "--pretrained-model-path", "renamed.pt", "--tokenizer", "model.model")[0] == 0
     record = command.record(DEFAULT)
     assert record["bundled_model"] and not record["model_substituted"]
-    monkeypatch.setattr("environment.HERE", command.folder)
+    monkeypatch.setattr("minillama.cli.loading.HERE", command.folder)
     (command.folder / "data").mkdir()
     shutil.copy("names.json", "data/demo-label-mapping.json")
     for split in ("train", "dev", "test"):

@@ -169,9 +169,11 @@ def test_the_python_snippet_runs(monkeypatch):
     assert out.getvalue().startswith("Once upon a time")
 
 
-def test_the_table_of_files_names_every_module_and_nothing_else():
-    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, flags=re.M))
-    assert listed == {path.name for path in ROOT.glob("*.py")}
+def test_the_table_of_files_names_every_module_and_folder_and_nothing_else():
+    table = README[README.index("| where | holds |") :].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")}
+    rooms = {path.name for path in (ROOT / "minillama").iterdir() if (path / "__init__.py").exists()}
+    assert set(re.findall(r"`minillama/(\w+)/`", table)) == rooms - {"benchmarks"}  # which benchmark.py stands for
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"data/{name}.md" for name in ("README", "MODEL_CARD"))]

@@ -20,7 +20,7 @@ from minillama.formats.files import link_or_copy
 from minillama.training import run_directory
 from minillama.training.run_directory import RunDirectory, latest_run_path, locked, new_run
 
-OTHER = "import os, sys; from pathlib import Path; from run_directory import locked\n"
+OTHER = "import os, sys; from pathlib import Path; from minillama.training.run_directory import locked\n"
 OTHER += "with locked(Path(sys.argv[1])): print(os.getpid(), flush=True); sys.stdin.read()"
 
 

@@ -22,9 +22,9 @@ from minillama.cli.options import parse_options
 from minillama.formats.files import write_torch
 from minillama.text.batches import shuffled_batches
 from minillama.text.labelled import Row
+from minillama.training import classification as tasks
 from minillama.training import evaluation
 from minillama.training import loop as training
-from minillama.training import task as tasks
 from minillama.training.classification import Classification, row_losses
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import Evaluation, evaluate
