@@ -37,14 +37,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import decoding_speed
-from command_line import COUNT, SEED, OneLineParser, optional_package
+from minillama.benchmarks import decoding as decoding_speed
+from minillama.cli.parser import COUNT, SEED, OneLineParser
+from minillama.environment import optional_package
 
 if TYPE_CHECKING:
     import torch
 
-    from dataset import Row
     from llama import Llama
+    from minillama.text.labelled import Row
 
 CONTENDERS = ("ours", "transformers", "course")
 LR, RANK, ALPHA = 2e-5, 4, 1
@@ -82,9 +83,10 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """One epoch of one contender: seconds for its training steps and for its evaluations, and its peak memory."""
     import torch
 
-    from dataset import class_names, read_labels, read_rows, shuffled_batches, tokenize_rows
-    from evaluation import DTYPES
     from llama import Llama, LlamaConfig, load_pretrained
+    from minillama.layers.precision import DTYPES
+    from minillama.text.batches import shuffled_batches, tokenize_rows
+    from minillama.text.labelled import class_names, read_labels, read_rows
     from tokenizer import Tokenizer
 
     torch.manual_seed(args.seed)
@@ -159,12 +161,12 @@ def ours(
 ) -> Contender:
     """The training loop's own step, and its evaluation on dev."""
     from classifier import LlamaEmbeddingClassifier
-    from distributed import Processes
-    from evaluation import evaluate
     from lora import apply_lora
-    from run_directory import RunDirectory
-    from tasks import Classification
-    from training import Settings, Training
+    from minillama.training.classification import Classification
+    from minillama.training.distributed import Processes
+    from minillama.training.evaluation import evaluate
+    from minillama.training.loop import Settings, Training
+    from minillama.training.run_directory import RunDirectory
 
     config = SimpleNamespace(llama=llama, num_labels=labels, hidden_dropout_prob=0.3, option="finetune")
     model = LlamaEmbeddingClassifier(config).to(args.device).train()
@@ -182,11 +184,11 @@ def ours(
 def transformers(
     args: argparse.Namespace, llama: Llama, rows: dict[str, list[Row]], labels: int, dtype: torch.dtype, pad_id: int
 ) -> Contender:
-    """The same rows in the same batches through transformers' classifier (RMSNorm, causal), torch's fused AdamW."""
+    """transformers' classifier (RMSNorm, causal) with torch's fused AdamW, on the same rows in the same batches."""
     import torch
     import torch.nn.functional as F
 
-    from dataset import by_length, cut_in_batches, to_batch
+    from minillama.text.batches import by_length, cut_in_batches, to_batch
 
     with optional_package("transformers", "the comparison needs transformers (or give --without transformers)"):
         from transformers import LlamaConfig as TheirConfig
@@ -250,12 +252,17 @@ def course(
     import torch
     import torch.nn.functional as F
 
-    from dataset import cut_in_batches, to_batch
     from llama import LayerNorm, Llama
     from lora import apply_lora
+    from minillama.text.batches import cut_in_batches, to_batch
     from optimizer import AdamW
 
-    LayerNorm.forward = LayerNorm.by_formula  # type: ignore[method-assign]
+    def by_formula(norm: LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        centred = x.float() - x.float().mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
+        return (normed * norm.weight + norm.bias).to(x.dtype)
+
+    LayerNorm.forward = by_formula  # type: ignore[assignment]
 
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
@@ -295,7 +302,7 @@ def course(
 
 
 def in_turns(names: Sequence[str], rounds: int, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """What each contender measured, `rounds` times, each time in a process of its own."""
+    """The measurements of each contender, `rounds` times, each time in a process of its own."""
     from tqdm import tqdm
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -368,8 +375,8 @@ def compare(args: argparse.Namespace, argv: list[str]) -> None:
 
 def words(args: argparse.Namespace) -> None:
     """How far counting words gets on these files."""
-    from dataset import read_labels, read_rows
-    from evaluation import counting_words
+    from minillama.text.labelled import read_labels, read_rows
+    from minillama.training.evaluation import counting_words
 
     labels = read_labels(args.label_names)
     rows = {split: read_rows(getattr(args, split), labels) for split in ("train", "dev", "test")}

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters import adapter_of
-from checkpoint import FineTuned
-from dataset import word_ids
 from llama import Llama, last_positions, load_pretrained
 from lora import merge_lora_weights
+from minillama.formats.adapters import adapter_of
+from minillama.formats.checkpoint import FineTuned
+from minillama.text.batches import word_ids
 from tokenizer import Tokenizer
 
 POOLINGS = ("last_token", "last_column")

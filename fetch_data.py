@@ -42,8 +42,9 @@ from typing import IO
 
 from tqdm import tqdm
 
-from command_line import OneLineParser, try_lock
-from display import report_loss, safe_display
+from minillama.cli.display import report_loss, safe_display
+from minillama.cli.parser import OneLineParser
+from minillama.environment import try_lock
 
 HERE = Path(__file__).resolve().parent
 COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"

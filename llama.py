@@ -1,10 +1,9 @@
-"""The Llama decoder: pre-norm blocks of rotary grouped-query attention and SwiGLU, with tied embeddings. For models of
-one's own, ALiBi in the place of rotary positions, a sliding window, and differential attention.
+"""The Llama decoder: pre-norm blocks of grouped-query attention with rotary positions, and SwiGLU.
 
-Shapes, one meaning per letter throughout:
+Shapes, one meaning per letter in all files:
     B  rows of the batch        D   model width (dim)             H  query heads
-    T  tokens of a row          hd  width of one head, D / H      K  key/value heads, K <= H
-    V  vocabulary               F   width of the feed-forward layer
+    T  query positions          hd  width of one head, D / H      K  key/value heads, K <= H
+    S  key positions, cached ones included                        V  vocabulary
 """
 
 from __future__ import annotations
@@ -19,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import generation
-from checkpoint import Checkpoint, read_checkpoint
 from config import LlamaConfig, feed_forward_size
-from kv_cache import KVCache, visible_positions, visible_to, with_alibi
+from minillama.formats.checkpoint import Checkpoint, read_checkpoint
+from minillama.layers import kernels
+from minillama.layers.differential import add_differential_parameters, share_values, subtract_maps
+from minillama.layers.kv_cache import KVCache
+from minillama.layers.masks import build_mask, default_mask
+from minillama.layers.precision import at_least_float32, downcast_under_autocast, upcast_under_autocast
 from rope import apply_rotary_emb
 
 
@@ -34,13 +36,6 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
-
-    def by_formula(self, x: Tensor) -> Tensor:
-        """The readable path; `forward` is the same by torch's kernel."""
-        wide = at_least_float32(x)
-        centred = wide - wide.mean(-1, keepdim=True)
-        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight + self.bias).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
@@ -56,149 +51,51 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def by_formula(self, x: Tensor) -> Tensor:
-        """The readable path; `forward` is the same by torch's kernel."""
-        wide = at_least_float32(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
 NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
-def narrowed(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where autocast is on: cast once here, not once in each of the products it goes into."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32, where autocast is on: what adds up over the layers stays wide, whatever the weights are kept in."""
-    return at_least_float32(x) if torch.is_autocast_enabled(x.device.type) else x
-
-
-def attention_of_one(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-    """What a single new token, (B, H, 1, hd), takes from all keys and values, (B, K, S, hd) -> (B, H, 1, hd): the heads
-    of a group are rows of one product, so that each key is read once. visible: as `visible_to` has it.
-    """
-    B, K = key.shape[:2]
-    grouped = query.reshape(B, K, -1, query.shape[-1])  # (B, K, H / K, hd)
-    if visible is not None and visible.shape[1] > 1:  # each head has its own
-        visible = visible.reshape(len(visible), K, -1, visible.shape[-1])  # (B or 1, K, H / K, S)
-    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=of_kernel(visible, query.dtype))
-    return mixed.reshape(*query.shape[:-1], -1)
-
-
-def of_kernel(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as torch's kernels take it: bool, or of the queries' dtype."""
-    return visible if visible is None or visible.dtype == torch.bool else visible.to(dtype)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it is wider (float64 references run through the same code)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions, or with what ALiBi adds to the scores."""
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    A config may ask for more than the write-up has: ALiBi instead of rotary positions and a sliding window (both are
+    in the mask, see layers/masks.py), and differential heads (layers/differential.py), whose first weights depend on
+    `depth`, the number of the layer.
+    """
+
+    def __init__(self, config: LlamaConfig, depth: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.value_dim = config.head_dim
+        self.differential = config.attention_type == "differential"
+        self.value_dim = 2 * config.head_dim if self.differential else config.head_dim
         self.compute_query = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.compute_key = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.compute_value = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.residual_dropout = nn.Dropout(config.dropout)
-
-    def compute_query_key_value_scores(
-        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None
-    ) -> Tensor:
-        """softmax(query key^T / sqrt(hd)) value: three times (B, H, T, hd) -> (B, H, T, hd), the readable path.
-
-        visible: broadcast to (B, H, T, T); bool, True = attend, or a float that is added to the scores. Without it the
-        config decides.
-        """
-        if visible is None:
-            visible = self.visible_alone(query)
-        # Scaled before the product, which may overflow in float16.
-        scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
-        if visible is not None and visible.dtype == torch.bool:
-            scores = scores.masked_fill_(~visible, -math.inf)  # in place: nothing else needs the product
-        elif visible is not None:
-            scores = scores + visible
-        # Whatever the dtype, torch's softmax adds up in float32.
-        weights = F.dropout(scores.softmax(-1), self.config.dropout, self.training)
-        return weights.to(value.dtype) @ value
-
-    def visible_alone(self, query: Tensor) -> Tensor | None:
-        """What the config has the queries (B, H, T, hd) of a text by itself see of its keys."""
-        config, T = self.config, query.shape[-2]
-        visible = visible_positions(None, T, config.causal, query.device, config.sliding_window)
-        return with_alibi(visible, 0, T, config, query.dtype, query.device)
-
-    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The same as `compute_query_key_value_scores`, by torch's fused kernel."""
-        if visible is None and (self.config.sliding_window or self.config.position_embedding_type == "alibi"):
-            visible = self.visible_alone(query)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=of_kernel(visible, query.dtype),
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=self.config.causal and visible is None,
-        )
-
-    def attention_in_pieces(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-        """`compute_query_key_value_scores`, for as many rows at a time as keep the scores in the processor's cache."""
-        B, H, T, _ = query.shape
-        at_once = max(1, SCORES_AT_ONCE // (H * T * key.shape[-2]))
-        if visible is not None:
-            visible = visible.expand(B, -1, -1, -1)
-        mixed = [
-            self.compute_query_key_value_scores(
-                query[rows], key[rows], value[rows], None if visible is None else visible[rows]
-            )
-            for rows in (slice(start, start + at_once) for start in range(0, B, at_once))
-        ]
-        return torch.cat(mixed)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        """The path that the config asks for, or the fastest: torch's kernel, but in half precision on the CPU, where
-        that takes up to five times as long as the matrix products of pieces (docs/results.md).
-        """
-        kernel = self.config.attention_kernel
-        if kernel == "auto":
-            half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-            kernel = "pieces" if half_on_cpu and query.shape[-2] <= 1024 else "fused"
-        paths = {
-            "manual": self.compute_query_key_value_scores,
-            "pieces": self.attention_in_pieces,
-            "fused": self.fused_attention,
-        }
-        return paths[kernel](query, key, value, visible)
+        if self.differential:
+            add_differential_parameters(self, config, depth)
 
     def forward(
         self,
         x: Tensor,
-        visible: Tensor | None = None,
+        mask: Tensor | None = None,
         only: Tensor | None = None,
         cache: KVCache | None = None,
         layer_id: int = 0,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names; visible as in
-        `compute_query_key_value_scores`. cache: x follows the tokens in it, and goes there, as layer `layer_id`.
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names.
+
+        mask: see `compute_query_key_value_scores`. cache: x follows the tokens in it, and is added to it, as layer
+        `layer_id`.
         """
         config = self.config
         B, T, _ = x.shape
-        x = narrowed(x)
+        x = downcast_under_autocast(x)
         query = self.compute_query(x).view(B, T, config.n_heads, config.head_dim)  # (B, T, H, hd)
         key = self.compute_key(x).view(B, T, config.kv_heads, config.head_dim)  # (B, T, K, hd)
         value = self.compute_value(x).view(B, T, -1, self.value_dim)  # (B, T, K, hd)
@@ -210,69 +107,60 @@ class Attention(nn.Module):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H or K, T, hd)
         if cache is not None:
             key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
-        mixed = self.mix(query, key, value, visible, only)  # (B, H, T, hd)
-        mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
-        return self.residual_dropout(self.compute_output(mixed))
+        if self.differential:
+            value = share_values(value)
+        if T == 1 < key.shape[2]:
+            mixed = kernels.single_token_attention(query, key, value, mask)  # (B, H, 1, hd)
+        else:
+            group = query.shape[1] // key.shape[1]  # query heads that share one key/value head
+            if group > 1:
+                key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # (B, H, S, hd)
+            if only is not None:
+                mask = default_mask(T, config, query.dtype, query.device) if mask is None else mask
+                mask = None if mask is None else gather_positions(mask.expand(B, -1, -1, -1), only)
+                query = gather_positions(query, only)
+            mixed = self.attend(query, key, value, mask)  # (B, H, T or 1, hd)
+        if self.differential:
+            mixed = subtract_maps(self, mixed)
+        return self.residual_dropout(self.compute_output(mixed.transpose(1, 2).flatten(-2)))  # (B, T or 1, D)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, only: Tensor | None) -> Tensor:
-        """What the queries (B, H, T, hd) take of the values (B, K, S, hd) by their keys: (B, H, T, hd); with `only`, or
-        one query, (B, H, 1, hd).
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention of `compute_query_key_value_scores` by the kernel that the config names, or the fastest one:
+        torch's, but in half precision on the CPU, where that takes up to five times as long as the matrix products of
+        a few rows at a time (docs/results.md).
         """
-        if query.shape[-2] == 1 < key.shape[-2]:
-            return attention_of_one(query, key, value, visible)
-        group = query.shape[1] // key.shape[1]  # query heads that share one key/value head
-        if group > 1:
-            key = key.repeat_interleave(group, dim=1)  # (B, H, S, hd)
-            value = value.repeat_interleave(group, dim=1)  # (B, H, S, hd)
-        if only is not None:
-            visible = self.visible_alone(query) if visible is None else visible
-            if visible is not None:
-                visible = at_positions(visible.expand(len(query), -1, -1, -1), only)  # (B, 1 or H, 1, S)
-            query = at_positions(query, only)  # (B, H, 1, hd)
-        return self.attend(query, key, value, visible)
+        config, kernel = self.config, self.config.attention_kernel
+        if kernel == "auto":
+            half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+            kernel = "pieces" if half_on_cpu and query.shape[-2] <= 1024 else "fused"
+        if kernel == "manual":
+            return self.compute_query_key_value_scores(query, key, value, mask)
+        if kernel == "pieces":
+            return kernels.attention_in_pieces(self.compute_query_key_value_scores, query, key, value, mask)
+        if mask is None and (config.sliding_window or config.position_embedding_type == "alibi"):
+            mask = default_mask(query.shape[-2], config, query.dtype, query.device)
+        dropout = config.dropout if self.training else 0.0
+        return kernels.fused_attention(query, key, value, mask, causal=config.causal, dropout=dropout)
 
+    def compute_query_key_value_scores(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """softmax(query key^T / sqrt(hd) + mask) value: three times (B, H, T, hd) -> (B, H, T, hd). The readable path.
 
-class DifferentialAttention(Attention):
-    """Differential attention (arXiv 2410.05258): a head weighs its values by the difference of two softmaxes,
-
-        (softmax(Q1 K1^T / sqrt(hd)) - l softmax(Q2 K2^T / sqrt(hd))) V,   l = exp(lq1 . lk1) - exp(lq2 . lk2) + l0,
-
-    so that what both maps see, noise, falls away; then RMSNorm within each head, times 1 - l0. l0 = 0.8 - 0.6 exp(-0.3
-    depth), depth the number of the layer, from 0.
-
-    Two query heads of the config make one head here, and two key/value heads one key/value head, with values twice as
-    wide: the projections keep their sizes. Of the H query heads, the first half are the Q1, the second half the Q2;
-    likewise of the keys. l's vectors belong to the layer, all its heads have them in common.
-
-    The norm's gain starts at 0.1, where the paper says nothing and its program has 1: a norm lifts the flat mean over
-    the context, which is all that attention gives at first, to full size, and a small model's embeddings drown in it
-    (docs/results.md).
-    """
-
-    FIRST_GAIN = 0.1
-
-    def __init__(self, config: LlamaConfig, depth: int) -> None:
-        super().__init__(config)
-        self.value_dim = 2 * config.head_dim
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
-        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
-            nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)) for _ in range(4)
-        )
-        self.head_norm = RMSNorm(self.value_dim, eps=1e-5)
-        nn.init.constant_(self.head_norm.weight, self.FIRST_GAIN)
-
-    def balance(self) -> Tensor:
-        """l, how much of the second softmax is taken off the first: a number."""
-        q1, k1, q2, k2 = map(at_least_float32, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
-        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
-
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, only: Tensor | None) -> Tensor:
-        """As `Attention.mix`, of query (B, H, T, hd), key (B, K, S, hd) and value (B, K / 2, S, 2 hd): (B, H / 2, T,
-        2 hd).
+        mask: broadcast to (B, H, T, T); bool, True = attend, or a float that is added to the scores. Without it the
+        config decides.
         """
-        value = value.repeat(1, 2, 1, 1)  # (B, K, S, 2 hd): both maps weigh the same values
-        first, second = super().mix(query, key, value, visible, only).chunk(2, dim=1)
-        return (1 - self.lambda_init) * self.head_norm(first - self.balance() * second)
+        if mask is None:
+            mask = default_mask(query.shape[-2], self.config, query.dtype, query.device)
+        # Divided before the product, which may overflow in float16.
+        scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill_(~mask, -math.inf)  # in place: nothing else needs the product
+        elif mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1)  # torch sums in float32 whatever the dtype
+        weights = F.dropout(weights, self.config.dropout, self.training)
+        return weights.to(value.dtype) @ value
 
 
 class FeedForward(nn.Module):
@@ -288,8 +176,8 @@ class FeedForward(nn.Module):
 
     def SwiGLU(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> (B, T, D), before dropout."""
-        x = narrowed(x)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F) inside
+        x = downcast_under_autocast(x)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.SwiGLU(x))
@@ -302,18 +190,17 @@ class LlamaLayer(nn.Module):
         super().__init__()
         norm = NORM_CLASSES[config.norm]
         self.layer_id = layer_id
-        differential = config.attention_type == "differential"
-        self.attention = DifferentialAttention(config, layer_id) if differential else Attention(config)
+        self.attention = Attention(config, layer_id)
         self.feed_forward = FeedForward(config.dim, config.hidden_dim, config.multiple_of, config.dropout)
         self.attention_norm = norm(config.dim, config.layer_norm_eps)
         self.ffn_norm = norm(config.dim, config.layer_norm_eps)
 
     def forward(
-        self, x: Tensor, visible: Tensor | None = None, only: Tensor | None = None, cache: KVCache | None = None
+        self, x: Tensor, mask: Tensor | None = None, only: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names."""
-        mixed = self.attention(self.attention_norm(x), visible, only, cache, self.layer_id)
-        x = (x if only is None else at_positions(x, only)) + mixed
+        mixed = self.attention(self.attention_norm(x), mask, only, cache, self.layer_id)
+        x = (x if only is None else gather_positions(x, only)) + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -340,7 +227,7 @@ class Llama(nn.Module):
         """N(0, 0.02); the two projections that write into the residual stream N(0, 0.02 / sqrt(2 * n_layers)).
 
         Each of the 2 * n_layers writes adds its variance to the stream, hence the root (GPT-2). The course and llama2.c
-        scale w3 instead of w2; the loaded weights make that moot, pretraining does not.
+        scale w3 instead of w2; loaded weights make that irrelevant, pretraining does not.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -360,23 +247,21 @@ class Llama(nn.Module):
 
         Logits are (B, T, V) when `targets` is given (its values are not looked at), else (B, 1, V): those of each row's
         last real token. attention_mask: bool (B, T), True for real tokens, padding on either side, or, with `targets`,
-        (B, T, T), True where a query may see a key; without it every token is real. cache: tokens follow those that it
-        holds, and are added to it; their number may differ from call to call. Raises ValueError if they do not fit into
-        it.
+        (B, T, T), True where a query may attend to a key; without it every token is real. cache: tokens follow those in
+        it, and are added to it; their number may differ from call to call. Raises ValueError if they do not fit.
         """
-        hidden = self.norm(self._through_layers(tokens, attention_mask, cache=cache))
-        logits = self.output(hidden if targets is not None else last_real(hidden, attention_mask)[:, None])
+        hidden = self.norm(self.residual_stream(tokens, attention_mask, cache=cache))
+        logits = self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None])
         return logits, hidden
 
     def last_hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The hidden state (B, D) of each row's last real token, as `forward` has it among the others.
+        """The hidden state (B, D) of each row's last real token, equal to the one that `forward` returns.
 
         The last layer computes its keys and values for all positions, the rest for this one only: nobody reads more.
         """
-        last = last_positions(tokens, attention_mask)
-        return self.norm(self._through_layers(tokens, attention_mask, last))[:, 0]
+        return self.norm(self.residual_stream(tokens, attention_mask, last_positions(tokens, attention_mask)))[:, 0]
 
-    def _through_layers(
+    def residual_stream(
         self,
         tokens: Tensor,
         attention_mask: Tensor | None,
@@ -384,12 +269,12 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
-        visible = visible_to(tokens, attention_mask, cache, self.config, self.tok_embeddings.weight.dtype)
-        x = self.dropout(widened(self.tok_embeddings(tokens)))  # (B, T, D)
-        *others, last_layer = self.layers
-        for layer in others:
-            x = layer(x, visible, cache=cache)
-        x = last_layer(x, visible, only, cache)
+        mask = build_mask(tokens, attention_mask, cache, self.config, self.tok_embeddings.weight.dtype)
+        x = self.dropout(upcast_under_autocast(self.tok_embeddings(tokens)))  # (B, T, D)
+        *earlier, last = self.layers
+        for layer in earlier:
+            x = layer(x, mask, cache=cache)
+        x = last(x, mask, only, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         return x
@@ -407,14 +292,16 @@ class Llama(nn.Module):
         epsilon: float = 0.05,
         **settings: Any,
     ) -> Tensor:
-        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). More settings, such as
-        `filters`, `attention_mask`, `eos_ids` and `generator`: see `generation.stream`.
+        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). For more settings, such
+        as `filters`, `attention_mask`, `eos_ids` and `generator`, see `minillama.decoding.sampling.stream`.
         """
-        return generation.generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **settings)
+        from minillama.decoding.sampling import generate
+
+        return generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **settings)
 
 
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Where each row's last real token stands (B,); the last column where there is no mask.
+    """The position of each row's last real token (B,); the last column where there is no mask.
 
     The mask decides, never the ids: a padding id may also occur as a token.
     """
@@ -424,20 +311,20 @@ def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (torch.arange(columns, device=tokens.device) * attention_mask).argmax(-1)
 
 
-def at_positions(x: Tensor, positions: Tensor) -> Tensor:
-    """Picks one position of each row: x (B, ..., T, d), positions (B,) -> (B, ..., 1, d)."""
+def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """One position of each row: x (B, ..., T, d), positions (B,) -> (B, ..., 1, d)."""
     index = positions.view(-1, *[1] * (x.dim() - 1)).expand(*x.shape[:-2], 1, x.shape[-1])
     return x.gather(-2, index)
 
 
-def last_real(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Picks each row's last real token from hidden (B, T, D) -> (B, D)."""
-    return at_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
+def last_token_state(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The state of each row's last real token: hidden (B, T, D) -> (B, D)."""
+    return gather_positions(hidden, last_positions(hidden, attention_mask))[:, 0]
 
 
-class Uninitialised(TorchFunctionMode):
-    """Within it, modules do not initialise their parameters. (To draw what has no memory, torch would import its
-    compiler, which takes a second.)
+class SkipParameterInit(TorchFunctionMode):
+    """Within it, modules do not initialise their parameters. (Initialising parameters on the device "meta" would make
+    torch import its compiler, which takes a second.)
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -447,12 +334,12 @@ class Uninitialised(TorchFunctionMode):
 
 
 def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
-    """Builds the model of a checkpoint that was read. dtype: of the weights; None keeps the file's, and what is in it
-    already is not copied. overrides: fields of the config that are to be other than the checkpoint says.
+    """The model of a checkpoint that was read. dtype: of the weights; None keeps the file's, without a copy. overrides:
+    fields of the config that replace the checkpoint's.
     """
     config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
-    with torch.device("meta"), Uninitialised():  # sizes without memory, for the tensors are there
+    with torch.device("meta"), SkipParameterInit():  # sizes without memory, for the tensors exist already
         model = Llama(config)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()

@@ -166,7 +166,7 @@ def get_lora_optimizer_params(model: nn.Module) -> list[nn.Parameter]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The same with their dotted names."""
+    """Every lora_A, lora_B and lora_magnitude of `model`, with its dotted name."""
     for name, layer in lora_layers(model):
         for own_name, parameter in layer.named_parameters(recurse=False):
             yield f"{name}.{own_name}", parameter

@@ -105,7 +105,7 @@ def one_by_one(parameters: list[nn.Parameter], states: dict[Tensor, Any], group:
 
 
 def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group: dict[str, Any]) -> None:
-    """The same update by torch's fused AdamW kernel, with settings that make its formula ours.
+    """The update of `one_by_one` by torch's fused AdamW kernel, with settings that make its formula ours.
 
     The kernel computes p * (1 - lr' wd') - lr' / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps'). With
     keep = 1 - lr wd, ours is that at lr' = lr keep, wd' = wd / keep and eps' = eps / sqrt(1 - b2^t). Without bias

@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from command_line import OneLineParser
-from display import report_loss, safe_display
 from fetch_data import COURSE_DATA
-from provenance import PROMPT, file_sha256, find_record
+from minillama.cli.display import report_loss, safe_display
+from minillama.cli.parser import OneLineParser
+from minillama.cli.provenance import PROMPT, find_record
+from minillama.environment import file_sha256
 
 SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 MB", which may also mean 10 * 2**20
 UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside
 SHOWN = 40  # problems printed at most
 CODE = ("run_llama.py", "llama.py", "optimizer.py", "classifier.py", "rope.py")
+PACKAGE = "minillama"  # what the modules use
 GENERATED = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
 LABELS = {"sst": 5, "cfimdb": 2}  # data set: number of its labels
 FORBIDDEN_FOLDERS = {"__pycache__", "data", "runs", "tests", "venv"}  # and every name that starts with a dot
@@ -34,7 +36,7 @@ LINE_END = re.compile(r"\r{0,2}\n|\r")  # of a source file, as dataset.py reads 
 
 
 class Rejected(Exception):
-    """What is wrong with a hand-in, one problem each in `args`."""
+    """A hand-in is refused; `args` holds its problems, one each."""
 
 
 def required_outputs() -> dict[str, str]:
@@ -111,7 +113,7 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
 
 
 def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
-    """What is missing or malformed among `files`, the hand-in's name -> content."""
+    """All that is missing or malformed in `files`, the hand-in's name -> content."""
     problems = missing_files(files)
     for name, raw in files.items():
         if not raw.strip() and (name in CODE or name.endswith((".txt", ".pdf"))):
@@ -126,7 +128,7 @@ def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
 
 
 def member_problem(info: zipfile.ZipInfo) -> str | None:
-    """What is wrong with the path or the type of one entry of a zip."""
+    """The problem of one entry's path or type in a zip, None if there is none."""
     parts = info.filename.rstrip("/").split("/")
     if parts[0] == "" or "\\" in info.filename or ":" in parts[0]:
         return f"{info.filename!r} is an absolute or a Windows path"
@@ -196,7 +198,9 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
 
     Raises Rejected, and leaves `out` as it was, if anything is missing or wrong.
     """
-    wanted = [path.name for path in folder.glob("[!.]*.py")] + list(required_outputs()) + optional_files(student)
+    code = [*folder.glob("[!.]*.py"), *(folder / PACKAGE).rglob("[!.]*.py")]
+    wanted = [path.relative_to(folder).as_posix() for path in code]
+    wanted += [*required_outputs(), *optional_files(student)]
     contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}
     if problems := content_problems(contents, folder / "data"):
         raise Rejected(*problems)
@@ -227,8 +231,8 @@ def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict
 
 
 def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> list[str]:
-    """What a grader would not expect of the prediction file `name`, by its record: another model than the course's, or
-    another data set than the name says. data: the folder of the source files.
+    """All that a grader would not expect of the prediction file `name`, by its record: another model than the course's,
+    or another data set than the name says. data: the folder of the source files.
     """
     if record is None:
         return ["no record of what it was made from: changed by hand, copied from elsewhere, or of an older version"]

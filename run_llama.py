@@ -13,14 +13,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import Process, this_process
-from display import Display, report_loss, safe_display
-from environment import (
+from minillama.cli.checks import check_options, output_files
+from minillama.cli.display import Display, report_loss, safe_display
+from minillama.cli.flags import RESUME_MAY_CHANGE, TRAINING
+from minillama.cli.loading import (
     add_lora,
     agree_on_run,
     choose_device,
     choose_dtype,
-    fall_back,
     load_llama,
     load_tokenizer,
     log_of,
@@ -30,11 +30,12 @@ from environment import (
     report_next,
     settings_of,
     tokenize_data,
+    use_bundled_defaults,
     warn,
 )
-from option_checks import check_options, output_files
-from option_table import MAY_DIFFER, RUNS, TRAINING
-from options import best_model_path, flag, in_force, only_prints, parse_options
+from minillama.cli.options import active_options, best_model_path, flag, only_prints, parse_options
+from minillama.environment import Process, this_process
+from minillama.formats.names import RUNS
 
 if TYPE_CHECKING:
     from types import SimpleNamespace
@@ -43,11 +44,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
-    from dataset import Row
-    from distributed import Processes
-    from provenance import Origin
-    from run_directory import RunDirectory
-    from tasks import Score
+    from minillama.cli.provenance import Origin
+    from minillama.text.labelled import Row
+    from minillama.training.distributed import Processes
+    from minillama.training.run_directory import RunDirectory
+    from minillama.training.task import Score
     from tokenizer import Tokenizer
 
 # What is put in the place of a sentence to learn how probable a label is without one.
@@ -58,7 +59,7 @@ def read_data(
     args: argparse.Namespace, splits: tuple[str, ...], labels: Mapping[str, str | None]
 ) -> dict[str, list[Row]]:
     """The rows of each split, not yet tokenized."""
-    from dataset import class_names, missing_classes, read_rows
+    from minillama.text.labelled import class_names, missing_classes, read_rows
 
     data = {split: read_rows(getattr(args, split), labels) for split in splits}
     if "train" in data and (missing := missing_classes(args.train, data["train"], class_names(labels))):
@@ -82,9 +83,9 @@ def predict(
 
     origin: of the records, which the main process has.
     """
-    from dataset import class_names, write_predictions
-    from evaluation import describe, describe_chance, describe_classes, evaluate
-    from provenance import settled_output, writing_turn
+    from minillama.cli.provenance import settled_output, writing_turn
+    from minillama.text.labelled import class_names, write_predictions
+    from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
     label_names = class_names(labels)
     outputs = {"dev": args.dev_out, "test": args.test_out}
@@ -143,8 +144,9 @@ def zero_shot(
     """The classifier that asks which of `words` follows `prompt`, what stands before and behind a sentence, calibrated
     as the options say; and the tokenized prompts of each split."""
     from classifier import LlamaZeroShotClassifier
-    from dataset import Row, pad, tokenize_rows
-    from evaluation import precision
+    from minillama.layers.precision import autocast
+    from minillama.text.batches import pad, tokenize_rows
+    from minillama.text.labelled import Row
 
     model = LlamaZeroShotClassifier(config, tokenizer, words).to(device).eval()
     data = tokenize_data(args, raw, tokenizer, model.max_input_len, *prompt)
@@ -153,7 +155,7 @@ def zero_shot(
         before, question = prompt
         prompts, _ = tokenize_rows(empty, tokenizer, model.max_input_len, before=before, question=question)
         ids, mask = pad([row.ids for row in prompts], tokenizer.pad_id)
-        with precision(device, dtype):
+        with autocast(device, dtype):
             prior = model.calibrate(ids.to(device), None if mask is None else mask.to(device))
         shares = prior.softmax(-1).tolist()  # without content
         shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares, strict=True))
@@ -168,9 +170,10 @@ def classify(args: argparse.Namespace) -> None:
     import torch
 
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
-    from dataset import class_names, prompt_parts, read_labels
-    from distributed import started
-    from provenance import Origin, check_default_output
+    from minillama.cli.provenance import Origin, check_default_output
+    from minillama.text.batches import prompt_parts
+    from minillama.text.labelled import class_names, read_labels
+    from minillama.training.distributed import process_group
 
     labels = read_labels(args.label_names)
     label_names = class_names(labels)
@@ -187,7 +190,7 @@ def classify(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args)
     device = choose_device(args)
     dtype = choose_dtype(args, device)
-    with started(device, args.fsdp) as processes:
+    with process_group(device, args.fsdp) as processes:
         agree_on_run(args, processes)
         torch.manual_seed(args.seed)
         checkpoint = open_checkpoint(args, tokenizer)
@@ -241,14 +244,14 @@ def fine_tune(
     to predict with, and the folder."""
     import torch
 
-    from checkpoint import write_checkpoint
-    from dataset import class_names
-    from evaluation import DTYPES
-    from files import link_or_copy
-    from run_directory import RunDirectory
-    from smart import MovingAverage, Smart
-    from tasks import Classification
-    from training import train
+    from minillama.formats.checkpoint import write_checkpoint
+    from minillama.formats.files import link_or_copy
+    from minillama.layers.precision import DTYPES
+    from minillama.text.labelled import class_names
+    from minillama.training.classification import Classification
+    from minillama.training.loop import train
+    from minillama.training.regularizers import MovingAverage, Smart
+    from minillama.training.run_directory import RunDirectory
 
     options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
     config = model.llama.config
@@ -302,21 +305,21 @@ def resumed(args: argparse.Namespace, argv: list[str] | None, held: ExitStack) -
 
     Raises ValueError or FileNotFoundError if there is no such run, it is still going, or an option contradicts it.
     """
-    from run_directory import RunDirectory, latest_run_path, locked
+    from minillama.training.run_directory import RunDirectory, latest_run_path, locked
 
     folder = args.run_dir or str(latest_run_path(Path(RUNS)))
     run = RunDirectory(folder)
     run.options()  # where there is no run, no lock is made
     if this_process().rank == 0:
         held.enter_context(locked(run.path))
-    saved = in_force(run.options())
+    saved = active_options(run.options())
     processes = args.processes
     args, _ = parse_options(argv, saved)
     args.resume, args.run_dir, args.processes = True, folder, processes
     if args.dtype == "auto":
         args.dtype = saved.get("dtype", "auto")
     for name, value in saved.items():
-        if name not in MAY_DIFFER and getattr(args, name) != value:
+        if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
             raise ValueError(
                 f"{flag(name).lstrip('-')} is {getattr(args, name)}, but {folder} was started with {value}; "
                 "give that, or leave it out"
@@ -329,42 +332,42 @@ def name_run(args: argparse.Namespace, held: ExitStack) -> None:
     process does; the others learn the name later (`agree_on_run`). When `held` is closed, the lock ends, and a folder
     without a run is removed. Raises ValueError if the folder is taken or cannot be made.
     """
-    from run_directory import new_run
+    from minillama.training.run_directory import new_run
 
     if this_process().rank == 0:
         args.run_dir = str(held.enter_context(new_run(args.run_dir, Path(RUNS), args.option)))
 
 
 def run_option(args: argparse.Namespace) -> None:
-    """What --option names."""
+    """Runs the option that --option names."""
     if args.option == "generate":
-        from text_generation import generate
+        from minillama.commands.generate import generate
 
         generate(args)
     elif args.option in ("prompt", "finetune", "lora"):
         classify(args)
     elif args.option == "classify":
-        from labelling import label_sentences
+        from minillama.commands.classify import label_sentences
 
         label_sentences(args)
     elif args.option == "convert":
-        from conversion import convert
+        from minillama.commands.convert import convert
 
         convert(args)
     elif args.option == "sft":
-        from instruction import instruct
+        from minillama.commands.sft import instruct
 
         instruct(args)
     elif args.option == "wise_ft":
-        from alpha_sweep import wise_ft
+        from minillama.commands.wise_ft import wise_ft
 
         wise_ft(args)
     elif args.option == "report":
-        from report import write_report
+        from minillama.commands.report import write_report
 
         write_report(args)
     else:
-        import pretraining
+        from minillama.commands import pretrain as pretraining
 
         {"pretrain": pretraining.pretrain, "perplexity": pretraining.perplexity, "tokenizer": pretraining.tokenizer}[
             args.option
@@ -382,11 +385,11 @@ def run_command(
         if args.resume:
             args = resumed(args, argv, held)
         else:
-            fall_back(args, typed)
+            use_bundled_defaults(args, typed)
         check_options(args)
         if only_prints(args):
             out.require()
-        from files import check_writable  # from here on torch is imported
+        from minillama.formats.files import check_writable  # from here on torch is imported
 
         check_writable(*output_files(args))
         if args.option in TRAINING and not args.resume:

@@ -22,12 +22,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from command_line import OneLineParser
+from minillama.cli.parser import OneLineParser
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from checkpoint import Checkpoint
+    from minillama.formats.checkpoint import Checkpoint
 
 HERE = Path(__file__).resolve().parent
 CONFORMANCE = HERE / "tests" / "conformance"
@@ -107,7 +107,7 @@ def run(asked: list[Path], path: Path) -> list[Check]:
     """Compares the checkpoint at `path` with the references asked for, else the tiny model, the bundled one and the
     course's references; prints each comparison, and what brings what is missing.
     """
-    from checkpoint import read_checkpoint
+    from minillama.formats.checkpoint import read_checkpoint
 
     checks = [] if asked else [check_conformance(), check_bundled()]
     references = asked or course_references()
@@ -160,8 +160,8 @@ def check_conformance() -> Check:
     """The tiny model of tests/conformance against what a course-conforming implementation computed with it."""
     import torch
 
-    from files import read_torch
     from llama import load_pretrained
+    from minillama.formats.files import read_torch
 
     expected = read_torch(CONFORMANCE / "course_tiny_expected.pt")
     # The file says nothing of it, but its greedy tokens continue a prefix just as logits over the whole row foretell.
@@ -234,7 +234,7 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     """{"logits": (2, 1, V), "hidden_states": (2, 8, D)}. Raises ValueError for anything else."""
     import torch
 
-    from files import is_dense, read_torch
+    from minillama.formats.files import is_dense, read_torch
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such reference file; python fetch_data.py references brings the course's")

@@ -27,10 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser  # noqa: E402
-from dataset import prompt_question  # noqa: E402
-from documents import DOCUMENT_END, read_documents  # noqa: E402
-from files import atomic_file  # noqa: E402
+from minillama.cli.parser import OneLineParser  # noqa: E402
+from minillama.formats.files import atomic_file  # noqa: E402
+from minillama.text.batches import prompt_question  # noqa: E402
+from minillama.text.documents import DOCUMENT_END, read_documents  # noqa: E402
 
 HELD_OUT_STORIES = 980
 HELD_OUT_FOLD = "cv9"
@@ -43,7 +43,7 @@ QUESTIONS = (
 
 
 def verdict(label: int, draw: random.Random) -> str:
-    """What follows a piece of text: a question or none, and the answer."""
+    """The lines after a piece of text: a question or none, and the answer."""
     return f"{draw.choice(QUESTIONS)}{draw.choice(WORDS[label])}."
 
 

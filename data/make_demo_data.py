@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser, into_and_seed  # noqa: E402
+from minillama.cli.parser import OneLineParser, into_and_seed  # noqa: E402
 
 Rows = dict[str, list[tuple[int, str]]]  # (label, sentence) by split
 
@@ -276,8 +276,8 @@ def write_files(folder: Path, rows: Rows) -> None:
 
 def baseline(rows: Rows) -> dict[str, float | None]:
     """How far counting words gets on these rows."""
-    from dataset import Row  # takes a second or two: not for --help
-    from evaluation import counting_words
+    from minillama.text.labelled import Row  # takes a second or two: not for --help
+    from minillama.training.evaluation import counting_words
 
     return counting_words({split: [Row(label, text) for label, text in rows[split]] for split in rows})
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import OneLineParser, into_and_seed  # noqa: E402
+from minillama.cli.parser import OneLineParser, into_and_seed  # noqa: E402
 
 Rows = dict[str, list[dict[str, str]]]  # {"prompt": ..., "answer": ...} by split
 
@@ -148,7 +148,7 @@ def write_files(folder: Path, rows: Rows) -> None:
 
 
 def question_of(prompt: str) -> str:
-    """What a prompt asks, behind its story."""
+    """The question of a prompt, behind its story."""
     return re.split(r"[.?!\"] (?=[A-Z])", prompt)[-1]
 
 

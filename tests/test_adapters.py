@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import Adapter, read_adapter, write_adapter, write_peft
-from checkpoint import write_checkpoint
 from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
-from formats import write_huggingface
 from llama import Llama, load_pretrained
 from lora import (
     ATTENTION_PROJECTIONS,
@@ -25,6 +22,9 @@ from lora import (
     remove_lora,
     unmerge_lora,
 )
+from minillama.formats.adapters import Adapter, read_adapter, write_adapter, write_peft
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.formats.huggingface import write_huggingface
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 THEIR_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

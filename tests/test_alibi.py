@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from alibi import alibi_mask, alibi_slopes
+from minillama.layers.alibi import alibi_mask, alibi_slopes
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-import alpha_sweep
-from checkpoint import read_checkpoint, write_checkpoint
 from classifier import LlamaEmbeddingClassifier, MergedClasses
 from conftest import next_command, tiny_llama
-from dataset import read_rows, tokenize_rows
-from evaluation import evaluate
 from llama import load_pretrained
+from minillama.commands import wise_ft as alpha_sweep
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
+from minillama.text.batches import tokenize_rows
+from minillama.text.labelled import read_rows
+from minillama.training.evaluation import evaluate
 from run_llama import main
 from test_cli import Command, outputs, text
 from tokenizer import Tokenizer

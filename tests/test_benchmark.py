@@ -5,9 +5,9 @@ import json
 import pytest
 
 import benchmark
-import decoding_speed
-from checkpoint import write_checkpoint
 from conftest import tiny_llama
+from minillama.benchmarks import decoding as decoding_speed
+from minillama.formats.checkpoint import write_checkpoint
 
 
 @pytest.fixture

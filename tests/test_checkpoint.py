@@ -24,11 +24,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint import METADATA_KEY, read_checkpoint, read_fine_tuned, write_checkpoint, write_safetensors
 from config import LlamaConfig, parameter_shapes
 from conftest import tiny_llama
-from files import atomic_file, check_writable
 from llama import Llama, load_pretrained
+from minillama.formats.checkpoint import (
+    METADATA_KEY,
+    read_checkpoint,
+    read_fine_tuned,
+    write_checkpoint,
+    write_safetensors,
+)
+from minillama.formats.files import atomic_file, check_writable
 
 IDS = torch.randint(64, (2, 6), generator=torch.Generator().manual_seed(0))
 COURSE_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")

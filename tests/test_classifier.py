@@ -9,9 +9,10 @@ import torch
 
 from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
 from conftest import CONFORMANCE, ROOT, tiny_llama
-from dataset import Row, cut_in_batches, pad, read_rows, to_batch, tokenize_rows
 from llama import load_pretrained
 from lora import apply_lora
+from minillama.text.batches import cut_in_batches, pad, to_batch, tokenize_rows
+from minillama.text.labelled import Row, read_rows
 from tokenizer import Tokenizer
 
 NAMES = ["x", "yx", "yz", "yxz"]

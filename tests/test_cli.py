@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
-import files
-import tasks
-import training
-from adapters import read_adapter
-from checkpoint import write_checkpoint
 from conftest import CONFORMANCE, ROOT, next_command, tiny_llama
-from dataset import read_rows
 from llama import load_pretrained
 from lora import lora_layers
-from run_directory import locked
+from minillama.formats import files
+from minillama.formats.adapters import read_adapter
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.layers import precision
+from minillama.text.labelled import read_rows
+from minillama.training import classification as tasks
+from minillama.training import loop as training
+from minillama.training.regularizers import Smart
+from minillama.training.run_directory import locked
 from run_llama import main
-from smart import Smart
 
 OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
 BEFORE = "from an earlier run\n"
@@ -583,7 +583,7 @@ def test_the_header_says_what_runs_and_what_it_writes(command, option, more, wor
 
 def test_auto_scores_in_bf16_where_that_is_native_and_generates_in_float32(command, monkeypatch):
     for native, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(evaluation, "bf16_is_native", lambda device, native=native: native)
+        monkeypatch.setattr(precision, "bf16_is_native", lambda device, native=native: native)
         assert f"matrix products in {dtype}" in command("prompt")[2]
         assert "matrix products in float32" in command("generate")[2]
 
@@ -836,7 +836,7 @@ def test_help_teaches_at_once_and_imports_no_torch():
     assert min(times) < 0.5
     for word in ("--option", "--epsilon", "--lora_rank", "examples:", "default: 1337"):
         assert word in out
-    code = "import sys, options, run_llama; options.build_parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys, run_llama; run_llama.parse_options([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

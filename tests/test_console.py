@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import console
 from conftest import ROOT
+from minillama.cli import console
 from test_optional_packages import break_package
 
 
@@ -151,7 +151,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import pwd
 def unknown(uid): raise KeyError(f"getpwuid(): uid not found: {{uid}}")
 pwd.getpwuid = unknown
-import run_llama, text_generation, labelling, alpha_sweep, instruction, pretraining, conversion, report
+import run_llama
+from minillama.commands import classify, convert, generate, pretrain, report, sft, wise_ft
 from pathlib import Path
 try: Path.home()
 except RuntimeError: print("no home")

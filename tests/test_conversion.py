@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from config import RopeScaling
 from conftest import ROOT, find_asset, tiny_llama
-from formats import renamed, write_huggingface
 from llama import load_pretrained
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
+from minillama.formats.huggingface import write_huggingface
+from minillama.formats.keys import renamed
 from rope import rotary_table
 from run_llama import main
 
@@ -189,8 +190,8 @@ def test_gguf_takes_the_merges_of_llama_3(tmp_path):
 
 
 def test_an_adapter_is_merged_or_written_by_itself(folder, tmp_path, capsys):
-    from adapters import Adapter, write_peft
     from lora import apply_lora, lora_layers, lora_state_dict, merge_lora_weights
+    from minillama.formats.adapters import Adapter, write_peft
 
     model = load_pretrained(folder / "model.safetensors")
     torch.manual_seed(0)

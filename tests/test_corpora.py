@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from documents import DOCUMENT_END, read_documents
+from minillama.text.documents import DOCUMENT_END, read_documents
 
 sys.path.insert(0, str(ROOT / "data"))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from corpus import Corpus, Text, evenly, held_out_count, to_tensor
-from documents import Tokens
+from minillama.text.corpus import Corpus, Text, evenly, held_out_count, to_tensor
+from minillama.text.documents import Tokens
 
 
 def counting_tokens(lengths, first=0, name="t"):

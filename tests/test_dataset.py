@@ -7,24 +7,26 @@ import pytest
 import torch
 
 from conftest import ROOT
-from dataset import (
-    Row,
+from minillama.text.batches import (
     by_length,
-    class_labels,
-    class_names,
     cut_in_batches,
-    has_gold_labels,
-    missing_classes,
     pad,
     prompt_parts,
     prompt_question,
-    read_label_names,
-    read_labels,
-    read_rows,
     shuffled_batches,
     to_batch,
     tokenize_rows,
     word_ids,
+)
+from minillama.text.labelled import (
+    Row,
+    class_labels,
+    class_names,
+    has_gold_labels,
+    missing_classes,
+    read_label_names,
+    read_labels,
+    read_rows,
     write_predictions,
 )
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from conftest import ROOT
-from dataset import read_label_names, read_rows
+from minillama.text.labelled import read_label_names, read_rows
 
 FILES = [f"demo-{split}.txt" for split in ("train", "dev", "test")] + ["demo-label-mapping.json"]
 

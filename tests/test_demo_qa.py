@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from conftest import ROOT
-from instruction_data import read_examples
+from minillama.text.examples import read_examples
 
 SPLITS = {"train": 1700, "dev": 150, "test": 150}
 

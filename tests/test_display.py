@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
-from display import Display, safe_display
+from minillama.cli.display import Display, safe_display
+from minillama.formats.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 LEFT = "{ sleep 0.1; true; }"  # a reader that reads nothing
@@ -159,7 +159,7 @@ def test_the_streams_come_back(monkeypatch):
 
 def test_a_closed_stream_is_not_given_to_a_file_that_is_opened(tmp_path):
     """What C code prints to descriptor 1 or 2 would land in it."""
-    code = "from display import safe_display\nwith safe_display(): print(open('file', 'w').fileno() > 2)"
+    code = "from minillama.cli.display import safe_display\nwith safe_display(): print(open('file', 'w').fileno() > 2)"
     line = f'"{sys.executable}" -c "{code}" 2>&-'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
-from run_directory import locked
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.training.run_directory import locked
 
 OUTPUTS = ["dev-finetuning-output.txt", "test-finetuning-output.txt"]
 TOLERANCE = 1e-5  # float32, summed in another order

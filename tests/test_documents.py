@@ -1,4 +1,4 @@
-"""documents.py: no document is lost or cut in the wrong place, and tokens survive on the disk."""
+"""minillama.text.documents.py: no document is lost or cut in the wrong place, and tokens survive on the disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, some_stories
-from corpus import Text
-from documents import (
+from minillama.text.corpus import Text
+from minillama.text.documents import (
     DOCUMENT_END,
     HEADER_SIZE,
     MAGIC,
@@ -73,7 +73,7 @@ def test_a_text_that_is_not_utf8_is_refused(tmp_path, content):
 
 
 def test_a_very_long_document_is_read_in_pieces_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("documents.LONGEST_PIECE", 100)
+    monkeypatch.setattr("minillama.text.documents.LONGEST_PIECE", 100)
     lines = [f"line {i} of a long book" for i in range(50)]
     path = written(tmp_path / "a.txt", "\n\n" + "\n".join(lines) + f"\n\n{DOCUMENT_END}\nshort")
     pieces = list(read_pieces(path))
@@ -85,7 +85,7 @@ def test_a_very_long_document_is_read_in_pieces_cut_at_the_end_of_a_line(tmp_pat
 def test_a_long_document_is_one_document_of_tokens(tmp_path, tokenizer, monkeypatch):
     long, short = "\n".join(f"line {i} of a long book" for i in range(50)), "a short one"
     whole = tokenized(tmp_path, tokenizer, [long, short], "whole.txt")
-    monkeypatch.setattr("documents.LONGEST_PIECE", 100)
+    monkeypatch.setattr("minillama.text.documents.LONGEST_PIECE", 100)
     parted = tokenized(tmp_path, tokenizer, [long, short], "parted.txt")
     for tokens in (whole, parted):
         assert tokens.text_bytes.tolist() == [len(long), len(short)]
@@ -100,7 +100,7 @@ def test_a_long_document_is_one_document_of_tokens(tmp_path, tokenizer, monkeypa
 @pytest.mark.parametrize("gap", range(60, 105))
 def test_a_file_without_line_ends_is_cut_yet_parted_at_every_mark(tmp_path, monkeypatch, gap):
     """Wherever the mark stands, also across the place where the reading pauses."""
-    monkeypatch.setattr("documents.LONGEST_PIECE", 100)
+    monkeypatch.setattr("minillama.text.documents.LONGEST_PIECE", 100)
     for more in (250, 400 - gap - len(DOCUMENT_END)):  # the latter ends where a reading ends
         path = written(tmp_path / "a.txt", "a" * gap + DOCUMENT_END + "b" * more)
         assert max(len(piece) for piece, _ in read_pieces(path)) < 200
@@ -219,7 +219,7 @@ def test_tokens_on_the_disk_are_the_documents(tmp_path, tokenizer, documents):
 
 def test_tokens_are_the_same_however_the_text_is_grouped(tmp_path, tokenizer, monkeypatch):
     whole = tokenized(tmp_path, tokenizer, some_stories(9), "a.txt")
-    monkeypatch.setattr("documents.AT_ONCE", 300)
+    monkeypatch.setattr("minillama.text.documents.AT_ONCE", 300)
     parted = tokenized(tmp_path, tokenizer, some_stories(9), "b.txt")
     assert whole.path != parted.path
     assert np.array_equal(whole.ids, parted.ids) and np.array_equal(whole.starts, parted.starts)
@@ -321,7 +321,7 @@ def test_damaged_tokens_are_refused(tmp_path, tokenizer, damage):
 
 
 def test_tokenizing_that_is_interrupted_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("documents.AT_ONCE", 100)
+    monkeypatch.setattr("minillama.text.documents.AT_ONCE", 100)
     groups, encode_many = [], tokenizer.encode_many
 
     def interrupted(texts):
@@ -353,7 +353,7 @@ def test_texts_named_alike_have_tokens_of_their_own(tmp_path, tokenizer):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from documents import open_tokens, tokenize_text
+from minillama.text.documents import open_tokens, tokenize_text
 from tokenizer import Tokenizer
 text, tokenizer, folder = sys.argv[1:]
 tokenizer = Tokenizer(tokenizer_model=tokenizer)

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-import environment
 import tokenizer as tokenizer_module
-from checkpoint import write_checkpoint, write_safetensors
-from command_line import Process, this_process
 from conftest import ROOT, tiny_llama
-from environment import as_typed, fall_back, fit_tokenizer, load_tokenizer, open_checkpoint
-from option_checks import check_options
-from options import parse_options
+from minillama.cli import loading as environment
+from minillama.cli.checks import check_options
+from minillama.cli.loading import display_path, fit_tokenizer, load_tokenizer, open_checkpoint, use_bundled_defaults
+from minillama.cli.options import parse_options
+from minillama.environment import Process, this_process
+from minillama.formats.checkpoint import write_checkpoint, write_safetensors
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from tokenizer import Tokenizer
-from tokenizer_files import write_huggingface_tokenizer
 
 SPLITS = ("train", "dev", "test")
 WORDS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
@@ -36,7 +36,7 @@ def resolve(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         args, typed = parse_options(list(arguments))
         args.processes = 1
-        fall_back(args, typed)
+        use_bundled_defaults(args, typed)
         check_options(args)
         return args, capsys.readouterr().err.splitlines()
 
@@ -164,9 +164,9 @@ def test_generating_reads_no_data_and_says_nothing_of_it(resolve):
 
 def test_a_path_of_ours_is_told_as_one_would_type_it(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert as_typed(ROOT / "data" / "demo-dev.txt") == "data/demo-dev.txt"
+    assert display_path(ROOT / "data" / "demo-dev.txt") == "data/demo-dev.txt"
     monkeypatch.chdir(tmp_path)
-    assert as_typed(ROOT / "data" / "demo-dev.txt") == str(ROOT / "data" / "demo-dev.txt")
+    assert display_path(ROOT / "data" / "demo-dev.txt") == str(ROOT / "data" / "demo-dev.txt")
 
 
 # The tokenizer

@@ -10,11 +10,12 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
-import evaluation
 from conftest import tiny_llama
-from dataset import Row
-from distributed import Processes
-from evaluation import (
+from minillama.layers.precision import autocast, bf16_is_native
+from minillama.text.examples import Example
+from minillama.text.labelled import Row
+from minillama.training.distributed import Processes
+from minillama.training.evaluation import (
     Evaluation,
     answer_prompts,
     answer_scores,
@@ -28,7 +29,6 @@ from evaluation import (
     token_f1,
     wilson_interval,
 )
-from instruction_data import Example
 from test_training import Bag, some_rows
 
 
@@ -192,11 +192,11 @@ def test_scores_of_documents_that_are_no_numbers_are_refused():
 
 def test_autocast_makes_matrix_products_narrow_and_leaves_the_loss_wide():
     linear = nn.Linear(8, 8)
-    with evaluation.precision(torch.device("cpu"), torch.bfloat16):
+    with autocast(torch.device("cpu"), torch.bfloat16):
         product = linear(torch.randn(2, 8))
         assert product.dtype == torch.bfloat16
         assert F.nll_loss(product.log_softmax(-1), torch.tensor([0, 1])).dtype == torch.float32
-    with evaluation.precision(torch.device("cpu"), torch.float32):
+    with autocast(torch.device("cpu"), torch.float32):
         assert linear(torch.randn(2, 8)).dtype == torch.float32
 
 
@@ -206,7 +206,7 @@ def test_autocast_makes_matrix_products_narrow_and_leaves_the_loss_wide():
 )
 def test_bf16_is_native_where_the_processor_says_so(monkeypatch, capabilities, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert evaluation.bf16_is_native(torch.device("cpu")) is native
+    assert bf16_is_native(torch.device("cpu")) is native
 
 
 # Answers

@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from explanation import Explanation, shown
-from generation import epsilon_filter, stream, top_k_filter
+from minillama.decoding.explanation import Explanation, shown
+from minillama.decoding.filters import epsilon_filter, top_k_filter
+from minillama.decoding.sampling import stream
 
 
 class WordTokenizer:

@@ -15,12 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from config import PRESETS, LlamaConfig, RopeScaling
 from conftest import ROOT, find_asset, tiny_llama
-from formats import KEYS, renamed, to_pairs, to_split_halves, write_huggingface
 from llama import Llama, load_pretrained
-from llama2c import write_llama2c
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
+from minillama.formats.huggingface import write_huggingface
+from minillama.formats.keys import KEYS, renamed, to_pairs, to_split_halves
+from minillama.formats.llama2c import write_llama2c
 
 IDS = torch.randint(64, (2, 30), generator=torch.Generator().manual_seed(0))
 
@@ -204,7 +205,7 @@ def test_scaling_changes_what_is_computed(tmp_path):
 @pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 16)])
 def test_our_folders_load_in_transformers(tmp_path, monkeypatch, dtype, tied, scaling):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("formats.SHARD_BYTES", 30_000)
+    monkeypatch.setattr("minillama.formats.huggingface.SHARD_BYTES", 30_000)
     model = foreign_llama(tie_embeddings=tied, rope_scaling=scaling, rope_theta=5000.0)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_huggingface(tmp_path, model.config, state, 1, 2)
@@ -540,11 +541,11 @@ import resource, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 from llama import load_pretrained
-from evaluation import precision
+from minillama.layers.precision import autocast
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 model = load_pretrained(sys.argv[2], dtype=None)
-with precision(torch.device("cpu"), torch.bfloat16):
+with autocast(torch.device("cpu"), torch.bfloat16):
     print(model.generate(torch.tensor([[1, 5, 9]]), 3, temperature=0.0).shape[1])
 print(peak() - before)
 """

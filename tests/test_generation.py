@@ -12,24 +12,20 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from generation import (
-    beam_search,
-    check_settings,
-    contrastive_search,
+from minillama.decoding.beam_search import beam_search
+from minillama.decoding.contrastive_search import contrastive_search
+from minillama.decoding.filters import (
     distribution,
     epsilon_filter,
     eta_filter,
-    generate,
-    guessed,
-    lookup_decoding,
     min_p_filter,
-    next_token,
     repetition_penalised,
-    stream,
     top_k_filter,
     top_p_filter,
     typical_filter,
 )
+from minillama.decoding.lookup import guessed, lookup_decoding
+from minillama.decoding.sampling import check_settings, generate, next_token, stream
 
 PROMPTS = torch.randint(64, (3, 5), generator=torch.Generator().manual_seed(0))
 

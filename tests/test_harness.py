@@ -22,8 +22,8 @@ from config import LlamaConfig
 from conftest import CONFORMANCE
 from llama import Attention, FeedForward, LayerNorm, Llama, LlamaLayer, load_pretrained
 from lora import LoRALayer, apply_lora, count_lora_parameters, get_lora_optimizer_params, merge_lora_weights
+from minillama.cli.flags import build_parser
 from optimizer import AdamW
-from option_table import build_parser
 from rope import apply_rotary_emb, reshape_for_broadcast
 from run_llama import main
 from tokenizer import Tokenizer

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-import inference
 from config import RopeScaling
 from conftest import tiny_llama
-from generation import beam_search, generate, lookup_decoding
-from inference import (
+from minillama.decoding import fast_llama as inference
+from minillama.decoding.beam_search import beam_search
+from minillama.decoding.fast_llama import (
     InferenceLlama,
     dense_product,
     int8_product,
@@ -20,6 +20,8 @@ from inference import (
     packs,
     product_of,
 )
+from minillama.decoding.lookup import lookup_decoding
+from minillama.decoding.sampling import generate
 
 IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(3, 9, dtype=torch.bool)

@@ -11,14 +11,14 @@ import sys
 import pytest
 import torch
 
-import tasks
-from adapters import read_adapter
-from checkpoint import read_checkpoint, write_checkpoint
 from conftest import ADJECTIVES, ANIMALS, ROOT, Program, next_command, tiny_llama
-from evaluation import answer_prompts, describe_answers
-from instruction_data import read_examples, tokenize_examples
 from llama import load_pretrained
 from lora import merge_lora_weights
+from minillama.formats.adapters import read_adapter
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
+from minillama.text.examples import read_examples, tokenize_examples
+from minillama.training import answering as tasks
+from minillama.training.evaluation import answer_prompts, describe_answers
 from test_pretraining import Crash, crashes_at_step
 from tokenizer import Tokenizer
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import TOKENIZERS
-from dataset import Row, tokenize_rows, word_ids
-from instruction_data import NO_TARGET, Example, pack, read_examples, shared_rows, tokenize_examples
+from minillama.text.batches import tokenize_rows, word_ids
+from minillama.text.examples import NO_TARGET, Example, pack, read_examples, shared_rows, tokenize_examples
+from minillama.text.labelled import Row
 from tokenizer import Tokenizer
 
 

@@ -14,8 +14,8 @@ import time
 import pytest
 import torch
 
-from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
+from minillama.formats.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.slow
 KILLS = 25

@@ -12,14 +12,15 @@ import sys
 import pytest
 import torch
 
-import environment
-import labelling
 import test_alpha_sweep
-from checkpoint import read_fine_tuned
 from classifier import classifier_of
 from conftest import ROOT
-from dataset import read_rows, tokenize_rows
-from evaluation import class_log_probs
+from minillama.cli import loading as environment
+from minillama.commands import classify as labelling
+from minillama.formats.checkpoint import read_fine_tuned
+from minillama.text.batches import tokenize_rows
+from minillama.text.labelled import read_rows
+from minillama.training.evaluation import class_log_probs
 from test_alpha_sweep import fine_tuned, run_with
 from test_cli import outputs
 from tokenizer import Tokenizer

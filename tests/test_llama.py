@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import generation
 from config import LlamaConfig, feed_forward_size
 from conftest import tiny_config, tiny_llama
 from llama import (
@@ -20,10 +19,12 @@ from llama import (
     LayerNorm,
     Llama,
     RMSNorm,
-    last_real,
+    last_token_state,
     load_pretrained,
-    visible_positions,
 )
+from minillama.decoding import sampling as generation
+from minillama.layers import kernels as kernels_module
+from minillama.layers.masks import position_mask
 
 DOUBLE_TOLERANCE = 1e-10
 SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary tables
@@ -151,19 +152,19 @@ def attention_by_loops(query, key, value, visible):
     return result
 
 
-@pytest.mark.parametrize("path", ["compute_query_key_value_scores", "fused_attention"])
+@pytest.mark.parametrize("kernel", ["manual", "fused", "pieces"])
 @pytest.mark.parametrize("mask", ["none", "random"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_equals_a_loop_over_the_visible_keys(path, mask, causal):
+def test_attention_equals_a_loop_over_the_visible_keys(kernel, mask, causal):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 5, 8, dtype=torch.float64)
-    attention = Attention(tiny_config(causal=causal)).eval()
+    attention = Attention(tiny_config(causal=causal, attention_kernel=kernel)).eval()
     if mask == "none":
         given, visible = None, torch.ones(2, 5, 5).tril() if causal else torch.ones(2, 5, 5)
     else:
         visible = (torch.rand(2, 5, 5) < 0.5) | torch.eye(5, dtype=torch.bool)
         given = visible[:, None]
-    got = getattr(attention, path)(query, key, value, given)
+    got = attention.attend(query, key, value, given)
     torch.testing.assert_close(got, attention_by_loops(query, key, value, visible), atol=1e-12, rtol=0)
 
 
@@ -186,9 +187,11 @@ def test_manual_and_fused_attention_agree_in_outputs_and_gradients(causal, n_kv_
 
 def test_the_config_chooses_the_kernel(monkeypatch):
     called = []
-    for path in ("compute_query_key_value_scores", "fused_attention"):
-        real = getattr(Attention, path)
-        monkeypatch.setattr(Attention, path, lambda *a, path=path, real=real: called.append(path) or real(*a))
+    for owner, path in ((Attention, "compute_query_key_value_scores"), (kernels_module, "fused_attention")):
+        real = getattr(owner, path)
+        monkeypatch.setattr(
+            owner, path, lambda *a, path=path, real=real, **more: called.append(path) or real(*a, **more)
+        )
     for kernel in ("manual", "fused"):
         tiny_llama(attention_kernel=kernel, n_layers=1)(random_ids(1, 3))
     assert called == ["compute_query_key_value_scores", "fused_attention"]
@@ -378,14 +381,13 @@ def test_dropout_acts_at_each_of_its_places(place):
 @kernels
 def test_attention_weights_are_dropped_in_training_mode_only(kernel):
     torch.manual_seed(0)
-    attention = Attention(tiny_config(dropout=0.5))
-    path = attention.fused_attention if kernel == "fused" else attention.compute_query_key_value_scores
+    attention = Attention(tiny_config(dropout=0.5, attention_kernel=kernel))
     query, key = torch.randn(2, 1, 2, 6, 8)
     ones = torch.ones(1, 2, 6, 8)
     attention.eval()
-    torch.testing.assert_close(path(query, key, ones), ones)
+    torch.testing.assert_close(attention.attend(query, key, ones, None), ones)
     attention.train()
-    assert (path(query, key, ones) - ones).abs().max() > 0.1
+    assert (attention.attend(query, key, ones, None) - ones).abs().max() > 0.1
 
 
 def test_a_bfloat16_model_stays_near_its_float32_self():
@@ -440,7 +442,7 @@ def test_the_last_hidden_state_is_that_of_the_whole_pass_and_so_are_its_gradient
     results = []
     for shortcut in (True, False):
         model.zero_grad()
-        state = model.last_hidden(ids, mask) if shortcut else last_real(model(ids, attention_mask=mask)[1], mask)
+        state = model.last_hidden(ids, mask) if shortcut else last_token_state(model(ids, attention_mask=mask)[1], mask)
         state.square().sum().backward()
         results.append([state, *(p.grad for p in model.parameters())])
     for got, wanted in zip(*results, strict=True):
@@ -455,14 +457,17 @@ def test_layer_norm_is_its_formula(dtype):
         norm.bias.normal_()
     x = torch.randn(3, 5, 24).to(dtype)
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-6}[dtype]
-    torch.testing.assert_close(norm(x), norm.by_formula(x), atol=tolerance, rtol=tolerance)
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    wanted = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x), wanted.to(dtype), atol=tolerance, rtol=tolerance)
 
 
 def test_half_precision_on_the_cpu_goes_in_pieces(monkeypatch):
     attention = Attention(tiny_config())
     taken = []
     for path in ("fused_attention", "attention_in_pieces"):
-        monkeypatch.setattr(attention, path, lambda *_, path=path: taken.append(path))
+        monkeypatch.setattr(kernels_module, path, lambda *_, path=path, **more: taken.append(path))
     query = torch.zeros(1, 4, 8, 8)
     for given in (query, query.bfloat16(), query.half(), query.bfloat16()[:, :, :1]):
         attention.attend(given, given, given, None)
@@ -472,13 +477,13 @@ def test_half_precision_on_the_cpu_goes_in_pieces(monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("at_once", [1, 300, 10**9])
 def test_the_pieces_are_the_whole(monkeypatch, causal, at_once):
-    monkeypatch.setattr("llama.SCORES_AT_ONCE", at_once)
-    attention = Attention(tiny_config(causal=causal)).double()
+    monkeypatch.setattr(kernels_module, "SCORES_AT_ONCE", at_once)
+    attention = Attention(tiny_config(causal=causal, attention_kernel="pieces")).double()
     query, key, value = torch.randn(3, 5, 4, 7, 8, dtype=torch.float64).unbind()
-    mask = torch.arange(7) < torch.tensor([[7], [1], [4], [6], [2]])
-    for visible in (None, visible_positions(mask, 7, causal, query.device)):
-        got = attention.attention_in_pieces(query, key, value, visible)
-        torch.testing.assert_close(got, attention.compute_query_key_value_scores(query, key, value, visible))
+    real = torch.arange(7) < torch.tensor([[7], [1], [4], [6], [2]])
+    for mask in (None, position_mask(real, 7, causal, query.device)):
+        got = attention.attend(query, key, value, mask)
+        torch.testing.assert_close(got, attention.compute_query_key_value_scores(query, key, value, mask))
 
 
 # The config

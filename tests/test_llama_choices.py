@@ -10,15 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-import generation
 import reference
-from checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from config import LlamaConfig, check_rmsnorm, parameter_shapes
 from conftest import tiny_config, tiny_llama
-from formats import renamed, to_split_halves
-from inference import InferenceLlama, for_running
-from llama import Attention, DifferentialAttention, Llama, load_pretrained
+from llama import Attention, Llama, load_pretrained
 from lora import apply_lora, merge_lora_weights
+from minillama.decoding import sampling as generation
+from minillama.decoding.fast_llama import InferenceLlama, fast_model
+from minillama.decoding.lookup import lookup_decoding
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
+from minillama.formats.keys import renamed, to_split_halves
+from minillama.layers.masks import default_mask
 from test_llama import padded, random_ids, read_in_parts, with_kernel
 
 ALIBI = {"position_embedding_type": "alibi"}
@@ -91,9 +93,11 @@ def test_attention_by_itself_does_as_the_config_says(choice):
     torch.manual_seed(0)
     attention = Attention(tiny_config(causal=True, **choice)).eval()
     query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64)
-    visible = attention.visible_alone(query)
-    for path in (attention.compute_query_key_value_scores, attention.fused_attention, attention.attention_in_pieces):
-        torch.testing.assert_close(path(query, key, value), path(query, key, value, visible), rtol=0, atol=1e-12)
+    mask = default_mask(7, attention.config, query.dtype, query.device)
+    for kernel in ("manual", "fused", "pieces"):
+        attend = Attention(tiny_config(causal=True, attention_kernel=kernel, **choice)).eval().attend
+        given, by_config = attend(query, key, value, mask), attend(query, key, value, None)
+        torch.testing.assert_close(by_config, given, rtol=0, atol=1e-12)
     a_window = attention.compute_query_key_value_scores(query, key, value)[:, :, 5]
     changed = key.clone()
     changed[:, :, :2] += 1
@@ -194,7 +198,7 @@ def test_the_model_for_running_computes_the_same(choice):
     model, ids = model_of(choice), random_ids(3, 9)
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :4] = mask[1, :1] = False
-    fast = for_running(copy.deepcopy(model))
+    fast = fast_model(copy.deepcopy(model))
     assert isinstance(fast, Llama if choice.get("attention_type") else InferenceLlama)
     for given in (None, mask):
         torch.testing.assert_close(fast(ids, ids, given)[0], model(ids, ids, given)[0], rtol=0, atol=1e-4)
@@ -207,7 +211,7 @@ def test_the_model_for_running_computes_the_same(choice):
 def test_generation_with_a_cache_is_that_without_past_the_context_too(choice):
     model = model_of(choice, max_seq_len=12)
     ids, mask = padded([random_ids(1, 5)[0], random_ids(1, 2)[0]], "left")
-    for one in (model, for_running(copy.deepcopy(model))):
+    for one in (model, fast_model(copy.deepcopy(model))):
         drawn = [
             generation.generate(
                 one, ids, 10, attention_mask=mask, generator=torch.Generator().manual_seed(1), use_cache=cached
@@ -215,7 +219,7 @@ def test_generation_with_a_cache_is_that_without_past_the_context_too(choice):
             for cached in (True, False)
         ]
         assert drawn[0].equal(drawn[1])
-        assert generation.lookup_decoding(one, ids[:1], 6).equal(generation.generate(one, ids[:1], 6, temperature=0)[0])
+        assert lookup_decoding(one, ids[:1], 6).equal(generation.generate(one, ids[:1], 6, temperature=0)[0])
 
 
 @choices
@@ -224,7 +228,7 @@ def test_generation_with_a_cache_is_that_without_past_the_context_too(choice):
 def test_in_half_precision_it_says_nearly_the_same(choice, weights):
     model, ids = model_of(choice), random_ids(2, 9)
     wanted = model(ids, ids)[0].log_softmax(-1)
-    fast = for_running(copy.deepcopy(model).to(weights), torch.bfloat16)
+    fast = fast_model(copy.deepcopy(model).to(weights), torch.bfloat16)
     found, hidden = fast(ids, ids)
     assert hidden.dtype == torch.float32 and not torch.equal(found.float(), wanted)
     # Random weights, the hardest case.
@@ -236,7 +240,7 @@ def test_in_half_precision_it_says_nearly_the_same(choice, weights):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype):
-    fast = for_running(model_of(DIFFERENTIAL).to(weights), dtype)
+    fast = fast_model(model_of(DIFFERENTIAL).to(weights), dtype)
     kinds = []
     fast.layers[1].feed_forward.w2.register_forward_hook(lambda _, given, made: kinds.append(made.dtype))
     logits, hidden = fast(random_ids(2, 9))
@@ -246,7 +250,7 @@ def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype
 def test_no_copy_for_running_is_made_of_differential_attention():
     model = model_of(DIFFERENTIAL)
     with pytest.raises(ValueError, match="a model with differential attention has no copy .* leave out --quantize"):
-        for_running(model, quantize="int8")
+        fast_model(model, quantize="int8")
     assert len(model.layers) == 2
 
 
@@ -289,7 +293,7 @@ def test_differential_attention_starts_as_the_paper_has_it_but_for_the_gain():
     model = Llama(tiny_config(dim=1024, n_layers=3, vocab_size=8, **DIFFERENTIAL))
     for depth, wanted in enumerate((0.2, 0.8 - 0.6 * 0.7408182, 0.8 - 0.6 * 0.5488116)):
         attention = model.layers[depth].attention
-        assert isinstance(attention, DifferentialAttention)
+        assert attention.differential
         assert attention.lambda_init == pytest.approx(wanted, abs=1e-6)
         for vector in (attention.lambda_q1, attention.lambda_k1, attention.lambda_q2, attention.lambda_k2):
             assert 0.08 < vector.std() < 0.12 and vector.mean().abs() < 0.03

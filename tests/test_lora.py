@@ -23,7 +23,7 @@ from lora import (
     remove_lora,
     unmerge_lora,
 )
-from option_table import LORA_TARGETS
+from minillama.cli.flags import LORA_TARGETS
 
 IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from command_line import PackageError, optional_package
-from run_directory import RunDirectory
+from minillama.environment import PackageError, optional_package
+from minillama.training.run_directory import RunDirectory
 from tokenizer import Tokenizer
 
 

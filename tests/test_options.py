@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import write_checkpoint
 from conftest import ROOT, tiny_llama
-from environment import fall_back
-from option_checks import check_options
-from option_table import OPTIONS, build_parser, used_by
-from options import actions, given_options, parse_options, tokenizer_beside, unused, without_ending
+from minillama.cli.checks import check_options
+from minillama.cli.flags import OPTIONS, build_parser, used_by
+from minillama.cli.loading import use_bundled_defaults
+from minillama.cli.options import actions, given_options, parse_options, unused
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.formats.names import tokenizer_beside, without_ending
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))
@@ -81,7 +82,7 @@ def test_pretraining_in_a_file_has_its_own_defaults_and_knows_where_it_starts(co
 
 def test_what_a_file_names_does_not_fall_back(configured, capsys):
     args, typed = configured({"option": "prompt", "dev": "mine.txt", "pretrained-model-path": "mine.pt"})
-    fall_back(args, typed)
+    use_bundled_defaults(args, typed)
     assert (args.dev, args.pretrained_model_path) == ("mine.txt", "mine.pt")
     assert "bundled" not in capsys.readouterr().err
 

@@ -20,12 +20,17 @@ from prepare_submit import CODE, GENERATED, Rejected, check, main, pack, require
 SENTENCES = ["A warm , funny film .", "No ||| one goes\u2028unindicted here .", "Na\u00efve\x85."]
 
 
+MORE_CODE = ("config.py", "minillama/__init__.py", "minillama/text/batches.py")
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A complete project with the source data of all four prediction pairs."""
     folder = tmp_path / "project"
     (folder / "data").mkdir(parents=True)
-    for name in (*CODE, "config.py"):
+    (folder / "minillama" / "text" / "__pycache__").mkdir(parents=True)
+    (folder / "minillama" / "text" / "__pycache__" / "batches.pyc").write_bytes(b"\0")
+    for name in (*CODE, *MORE_CODE):
         (folder / name).write_text(f'"""{name}"""\n')
     for name in required_outputs():
         write_rows(folder / name, SENTENCES)
@@ -64,10 +69,27 @@ def test_packs_code_predictions_and_options_and_nothing_else(project: Path, tmp_
     (project / "tests" / "test_llama.py").write_text("")
     pack("ada", project, tmp_path / "ada.zip")
     options = {"feedback.txt", "ada-report.pdf", "sst-dev-advanced-output.txt"}
-    expected = {*CODE, "config.py", *required_outputs(), *options}
+    expected = {*CODE, *MORE_CODE, *required_outputs(), *options}
     with zipfile.ZipFile(tmp_path / "ada.zip") as archive:
         assert archive.namelist() == sorted(f"ada/{name}" for name in expected)
         assert archive.read("ada/llama.py") == b'"""llama.py"""\n'
+
+
+def test_the_code_that_is_packed_is_all_that_it_imports(project: Path, tmp_path: Path) -> None:
+    for path in project.rglob("*.py"):
+        path.unlink()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "minillama").rglob("*.py")]:
+        target = project / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    pack("ada", project, tmp_path / "ada.zip")
+    with zipfile.ZipFile(tmp_path / "ada.zip") as archive:
+        archive.extractall(tmp_path)
+    program = tmp_path / "ada" / "run_llama.py"
+    imports = "import classifier, llama, minillama.commands.generate, minillama.commands.wise_ft"
+    for command in ([str(program), "--help"], ["-c", imports]):
+        done = subprocess.run([sys.executable, *command], cwd=program.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_same_files_give_the_same_bytes(project: Path, tmp_path: Path, packed: Path) -> None:
@@ -83,7 +105,7 @@ def test_command_prints_a_table_and_leaves_only_the_zip(
     monkeypatch.chdir(tmp_path)
     assert main(["ada", "--folder", "project"]) == 0
     out = capsys.readouterr().out
-    assert "ada/llama.py" in out and "ada.zip: 20 files" in out
+    assert "ada/llama.py" in out and "ada.zip: 22 files" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ada.zip", "project"]
     assert main(["--check", "ada.zip", "--folder", "project"]) == 0
     assert capsys.readouterr().out == out
@@ -175,7 +197,7 @@ def test_the_limit_itself_is_too_much(packed: Path, project: Path, monkeypatch: 
     with pytest.raises(Rejected, match="must stay under"):
         check(packed, "ada", project / "data")
     monkeypatch.setattr(prepare_submit, "SIZE_LIMIT", packed.stat().st_size + 1)
-    assert len(check(packed, "ada", project / "data")) == 20
+    assert len(check(packed, "ada", project / "data")) == 22
 
 
 @pytest.mark.parametrize(
@@ -207,7 +229,7 @@ def test_check_refuses_what_must_not_be_inside(packed: Path, tmp_path: Path, nam
 
 def test_check_takes_the_report(packed: Path, project: Path, tmp_path: Path) -> None:
     good = rewrite(packed, tmp_path / "good.zip", ("ada/ada-report.pdf", b"%PDF-1.7"))
-    assert len(check(good, None, project / "data")) == 21
+    assert len(check(good, None, project / "data")) == 23
 
 
 def test_check_refuses_links_doubles_and_gaps(packed: Path, tmp_path: Path) -> None:

@@ -15,17 +15,17 @@ import sys
 import pytest
 import torch
 
-import tasks
-from checkpoint import read_checkpoint, write_checkpoint
 from conftest import ROOT, Program, next_command, some_stories, tiny_llama
-from documents import DOCUMENT_END
-from formats import write_huggingface
 from llama import load_pretrained
-from run_directory import RunDirectory
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
+from minillama.formats.huggingface import write_huggingface
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
+from minillama.text.documents import DOCUMENT_END
+from minillama.training import language_modelling as tasks
+from minillama.training.run_directory import RunDirectory
 from run_llama import main
 from test_evaluation import brute_force
 from tokenizer import Tokenizer
-from tokenizer_files import write_huggingface_tokenizer
 
 SIZES = ["--dim", "16", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1", "--max_seq_len", "32"]
 SHORT = ["--max_steps", "6", "--eval_every", "3", "--batch_size", "4", "--warmup_steps", "1", "--held_out", "4"]

@@ -12,11 +12,12 @@ import time
 
 import pytest
 
-import evaluation
-import provenance
-from checkpoint import write_checkpoint
 from conftest import Program, tiny_llama
-from provenance import find_record, project_commit, same_sentences, sentences_in, writing_turn
+from minillama.cli import provenance
+from minillama.cli.provenance import find_record, same_sentences, sentences_in, writing_turn
+from minillama.environment import project_commit
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.training import evaluation
 
 SENTENCES = ["a bad film", "one good day", "so dull", "so fine"]
 DEFAULT = "cfimdb-dev-prompting-output.txt"
@@ -114,7 +115,7 @@ def test_labels_without_gold_have_no_scores_in_the_record(command):
 def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     write_checkpoint("bundled.pt", (model := tiny_llama(vocab_size=512, max_seq_len=64)).state_dict(), model.config)
     shutil.copy("model.model", "bundled.model")
-    for module in ("provenance", "environment"):
+    for module in ("minillama.cli.provenance", "minillama.cli.loading"):
         monkeypatch.setattr(f"{module}.BUNDLED_MODEL", command.folder / "bundled.pt")
     assert command("--max_new_tokens", "2", "--prompt", "one")[0] == 0
     for temperature in (0, 1):
@@ -126,7 +127,7 @@ def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     assert command.classify("prompt", "--pretrained-model-path", "renamed.pt", "--tokenizer", "model.model")[0] == 0
     record = command.record(DEFAULT)
     assert record["bundled_model"] and not record["model_substituted"]
-    monkeypatch.setattr("environment.HERE", command.folder)
+    monkeypatch.setattr("minillama.cli.loading.HERE", command.folder)
     (command.folder / "data").mkdir()
     shutil.copy("names.json", "data/demo-label-mapping.json")
     for split in ("train", "dev", "test"):
@@ -156,7 +157,7 @@ def test_scores_are_told_even_if_the_predictions_cannot_be_written(command, monk
     def fails(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dataset.write_predictions", fails)
+    monkeypatch.setattr("minillama.text.labelled.write_predictions", fails)
     code, out, err = command.classify()
     assert code == 2 and "No space left" in err and "dev accuracy" in out and "test accuracy" in out
 
@@ -269,7 +270,7 @@ def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monke
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
     code = tmp_path / "repository" / "code"
     code.mkdir(parents=True)
-    (code / "provenance.py").write_text("1\n", encoding="utf-8")
+    (code / "run_llama.py").write_text("1\n", encoding="utf-8")
     assert project_commit(code) is None  # in no repository
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
@@ -288,7 +289,7 @@ def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monke
     head = git("rev-parse", "HEAD")
     (code / "untracked.txt").write_text("1\n", encoding="utf-8")
     assert len(head) == 40 and project_commit(code) == head
-    (code / "provenance.py").write_text("2\n", encoding="utf-8")
+    (code / "run_llama.py").write_text("2\n", encoding="utf-8")
     assert project_commit(code) == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
     assert project_commit(code) is None  # no git

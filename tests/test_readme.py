@@ -15,15 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import environment
 import sanity_check
 import tokenizer
-from checkpoint import write_checkpoint
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT, tiny_llama
 from llama import load_pretrained
-from option_table import OPTIONS
-from options import actions
+from minillama.cli import loading as environment
+from minillama.cli.flags import OPTIONS
+from minillama.cli.options import actions
+from minillama.formats.checkpoint import write_checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
@@ -169,9 +169,11 @@ def test_the_python_snippet_runs(monkeypatch):
     assert out.getvalue().startswith("Once upon a time")
 
 
-def test_the_table_of_files_names_every_module_and_nothing_else():
-    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, flags=re.M))
-    assert listed == {path.name for path in ROOT.glob("*.py")}
+def test_the_table_of_files_names_every_module_and_folder_and_nothing_else():
+    table = README[README.index("| where | holds |") :].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")}
+    rooms = {path.name for path in (ROOT / "minillama").iterdir() if (path / "__init__.py").exists()}
+    assert set(re.findall(r"`minillama/(\w+)/`", table)) == rooms - {"benchmarks"}  # which benchmark.py stands for
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"data/{name}.md" for name in ("README", "MODEL_CARD"))]

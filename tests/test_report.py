@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dataset import Row
-from evaluation import Evaluation, describe_classes
-from finished_runs import find_runs, logged_matrices, read_curves, read_run
-from html_page import chart, text, thinned, ticks
-from report import grouped, page
+from minillama.cli.charts import chart, text, thinned, ticks
+from minillama.cli.finished_runs import find_runs, logged_matrices, read_curves, read_run
+from minillama.commands.report import grouped, page
+from minillama.text.labelled import Row
+from minillama.training.evaluation import Evaluation, describe_classes
 from run_llama import main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
@@ -443,7 +443,7 @@ def test_nonsense_gets_one_line_and_no_page(runs, capsys, arguments, message):
     "labels", [{"4": "bad", "7": "fair", "9": "good"}, {"a": "bad", "b": None, "c": "fair", "d": "good"}]
 )
 def test_predictions_are_read_with_the_labels_of_the_label_file(tmp_path, labels):
-    from dataset import class_labels, write_predictions
+    from minillama.text.labelled import class_labels, write_predictions
 
     run = a_run(tmp_path / "run", [0.625])
     (tmp_path / "names.json").write_text(json.dumps(labels), encoding="utf-8")

@@ -13,14 +13,14 @@ from datetime import datetime
 
 import pytest
 
-import command_line
-import run_directory
-from command_line import try_lock
 from conftest import ROOT
-from files import link_or_copy
-from run_directory import RunDirectory, latest_run_path, locked, new_run
+from minillama.cli import parser as command_line
+from minillama.environment import try_lock
+from minillama.formats.files import link_or_copy
+from minillama.training import run_directory
+from minillama.training.run_directory import RunDirectory, latest_run_path, locked, new_run
 
-OTHER = "import os, sys; from pathlib import Path; from run_directory import locked\n"
+OTHER = "import os, sys; from pathlib import Path; from minillama.training.run_directory import locked\n"
 OTHER += "with locked(Path(sys.argv[1])): print(os.getpid(), flush=True); sys.stdin.read()"
 
 

@@ -14,8 +14,8 @@ import torch
 
 import make_bundled_reference
 import sanity_check
-from checkpoint import write_checkpoint, write_safetensors
 from conftest import ROOT, tiny_llama
+from minillama.formats.checkpoint import write_checkpoint, write_safetensors
 
 CONVENTIONS = [("layernorm", False), ("layernorm", True), ("rmsnorm", False), ("rmsnorm", True)]
 

@@ -13,14 +13,15 @@ from torch import nn
 
 from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
 from conftest import tiny_llama
-from dataset import Row, to_batch
-from evaluation import forward
 from lora import apply_lora
-from run_directory import RunDirectory
-from smart import MovingAverage, Smart, random_state, replayed, shifted, symmetric_kl
-from tasks import Classification, row_losses
+from minillama.text.batches import to_batch
+from minillama.text.labelled import Row
+from minillama.training.classification import Classification, row_losses
+from minillama.training.evaluation import forward
+from minillama.training.loop import Settings, train
+from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, shifted, symmetric_kl
+from minillama.training.run_directory import RunDirectory
 from test_training import Crash, assert_same, state_of
-from training import Settings, train
 
 
 class Words:
@@ -125,7 +126,10 @@ def test_symmetric_kl_is_both_ways_of_kl():
 
 def test_the_move_stays_within_eps_whatever_the_noise(monkeypatch):
     seen = []
-    monkeypatch.setattr("smart.shifted", lambda embedding, by: seen.append(by.detach()) or shifted(embedding, by))
+    monkeypatch.setattr(
+        "minillama.training.regularizers.shifted",
+        lambda embedding, by: seen.append(by.detach()) or shifted(embedding, by),
+    )
     losses(classifier(), task(smart=Smart(1.0, eps=1e-3, step=1e-2, noise=1.0)))
     first, worst = seen
     assert first.std() > 0.5 and worst.abs().max() <= 1e-3 and (worst.abs() == 1e-3).double().mean() > 0.5
@@ -136,7 +140,10 @@ def test_the_step_goes_up_from_the_noise(monkeypatch):
     """Far from where the divergence is least, a small step up raises it and one down lowers it."""
     model, rows = classifier(classes=3, layer_norm_eps=1e-3).double(), some_rows((4, 4, 4, 4), classes=3)
     seen = []
-    monkeypatch.setattr("smart.shifted", lambda embedding, by: seen.append(by.detach()) or shifted(embedding, by))
+    monkeypatch.setattr(
+        "minillama.training.regularizers.shifted",
+        lambda embedding, by: seen.append(by.detach()) or shifted(embedding, by),
+    )
     ids = torch.tensor([row.ids for row in rows])
     torch.manual_seed(0)
     Smart(1.0, eps=1.0, step=1e-3, noise=0.1).penalty(model, ids.shape, lambda: model(ids), model(ids))
@@ -153,7 +160,10 @@ def test_the_gradient_is_that_of_the_divergence_at_the_move_found(monkeypatch, h
     rows = some_rows(classes=3)
     chosen, base = task(rows, smart=Smart(50.0, eps=0.05, step=0.1, noise=0.05)), task(rows)
     kept = []
-    monkeypatch.setattr("smart.shifted", lambda embedding, by: kept.append(by.detach()) or shifted(embedding, by))
+    monkeypatch.setattr(
+        "minillama.training.regularizers.shifted",
+        lambda embedding, by: kept.append(by.detach()) or shifted(embedding, by),
+    )
     weights = [p for p in model.parameters() if p.requires_grad]
     term = losses(model, chosen).sum() - losses(model, base).sum()
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(term, weights)])

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-import tasks
 from conftest import ROOT, some_stories, tiny_llama
-from corpus import Corpus, Text, evenly
-from distributed import Processes
-from documents import Tokens
-from evaluation import answer_prompts, answer_scores, evaluate
-from instruction_data import Example, pack, tokenize_examples
-from tasks import Classification, Instruction, LanguageModelling
+from minillama.text.corpus import Corpus, Text, evenly
+from minillama.text.documents import Tokens
+from minillama.text.examples import Example, pack, tokenize_examples
+from minillama.training import task as tasks
+from minillama.training.answering import Instruction
+from minillama.training.classification import Classification
+from minillama.training.distributed import Processes
+from minillama.training.evaluation import answer_prompts, answer_scores, evaluate
+from minillama.training.language_modelling import LanguageModelling
 from test_training import Bag, some_rows
 from tokenizer import Tokenizer
 

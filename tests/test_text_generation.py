@@ -15,17 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import generation
-from checkpoint import read_checkpoint, write_checkpoint
-from conftest import Program, tiny_llama
-from formats import write_huggingface
+from conftest import ROOT, Program, tiny_llama
 from llama import llama_from_checkpoint
+from minillama.commands.generate import overlap, text_pieces
+from minillama.decoding import sampling as generation
+from minillama.decoding.beam_search import beam_search
+from minillama.decoding.contrastive_search import contrastive_search
+from minillama.decoding.filters import top_k_filter
+from minillama.decoding.lookup import lookup_decoding
+from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
+from minillama.formats.huggingface import write_huggingface
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from run_llama import main
-from text_generation import overlap, text_pieces
 from tokenizer import Tokenizer
-from tokenizer_files import write_huggingface_tokenizer
 
-RUN_LLAMA = Path(generation.__file__).with_name("run_llama.py")
+RUN_LLAMA = ROOT / "run_llama.py"
 
 
 class Command(Program):
@@ -293,7 +297,7 @@ def test_the_page_is_written_before_the_table_is_printed(command, monkeypatch):
         assert (command.folder / "page.html").exists()
         raise OSError("stdout is full")
 
-    monkeypatch.setattr("explanation.Explanation.table", table)
+    monkeypatch.setattr("minillama.decoding.explanation.Explanation.table", table)
     code, _, err = command("--prompt", "one day", "--max_new_tokens", "4", "--explain", "page.html")
     assert code == 2 and "stdout is full" in err
 
@@ -347,23 +351,23 @@ def made_of(command):
 @pytest.mark.parametrize(
     "more, decode",
     [
-        (["beam"], lambda llama, idx: generation.beam_search(llama, idx, 16)[0]),
+        (["beam"], lambda llama, idx: beam_search(llama, idx, 16)[0]),
         (
             ["beam", "--beams", "2", "--length_penalty", "-3"],
-            lambda llama, idx: generation.beam_search(llama, idx, 16, beams=2, length_penalty=-3.0)[0],
+            lambda llama, idx: beam_search(llama, idx, 16, beams=2, length_penalty=-3.0)[0],
         ),
         (
             ["contrastive", "--contrast", "0.9", "--top_k", "9"],
-            lambda llama, idx: generation.contrastive_search(llama, idx, 16, k=9, alpha=0.9),
+            lambda llama, idx: contrastive_search(llama, idx, 16, k=9, alpha=0.9),
         ),
         (
             ["lookup", "--temperature", "1.3", "--top_k", "5"],
-            lambda llama, idx: generation.lookup_decoding(
+            lambda llama, idx: lookup_decoding(
                 llama,
                 idx,
                 16,
                 temperature=1.3,
-                filters=[partial(generation.top_k_filter, k=5)],
+                filters=[partial(top_k_filter, k=5)],
                 generator=torch.Generator().manual_seed(1337),
             ),
         ),

@@ -15,8 +15,9 @@ import sys
 import pytest
 
 from conftest import ROOT
-from tokenizer import LLAMA3_PATTERN, Tokenizer
-from tokenizer_files import write_huggingface_tokenizer
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
+from minillama.formats.tokenizers import LLAMA3_PATTERN
+from tokenizer import Tokenizer
 
 KINDS = ("sentencepiece", "llama3", "gpt2", "huggingface")
 LOOKS_SPECIAL = "<s></s><|begin_of_text|><|end_of_text|><|eot_id|><|start_header_id|><|endoftext|>"

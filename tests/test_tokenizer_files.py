@@ -8,8 +8,8 @@ import random
 import pytest
 
 from conftest import ROOT
+from minillama.formats.tokenizer_json import _fields, write_huggingface_tokenizer
 from tokenizer import Tokenizer
-from tokenizer_files import _fields, write_huggingface_tokenizer
 
 SPACES = [
     "",
@@ -180,7 +180,7 @@ def test_a_proto_is_read_as_sentencepiece_reads_it():
 
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
-    import tokenizer_files
+    from minillama.formats import tokenizer_json as tokenizer_files
 
     tokenizer = Tokenizer(tokenizer_model=ROOT / "data/mini-llama.model")
     write_huggingface_tokenizer(tokenizer, tmp_path)

@@ -14,22 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evaluation
-import tasks
-import training
 from classifier import LlamaEmbeddingClassifier
 from conftest import tiny_llama
-from dataset import Row, shuffled_batches
-from distributed import Processes
-from environment import settings_of
-from evaluation import Evaluation, evaluate
-from files import write_torch
 from lora import apply_lora
+from minillama.cli.loading import settings_of
+from minillama.cli.options import parse_options
+from minillama.formats.files import write_torch
+from minillama.text.batches import shuffled_batches
+from minillama.text.labelled import Row
+from minillama.training import classification as tasks
+from minillama.training import evaluation
+from minillama.training import loop as training
+from minillama.training.classification import Classification, row_losses
+from minillama.training.distributed import Processes
+from minillama.training.evaluation import Evaluation, evaluate
+from minillama.training.loop import Settings, Stopped, train
+from minillama.training.run_directory import RunDirectory
 from optimizer import AdamW, decay_groups, learning_rate
-from options import parse_options
-from run_directory import RunDirectory
-from tasks import Classification, row_losses
-from training import Settings, Stopped, train
 
 
 class Bag(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from wise_ft import interpolate
+from minillama.training.weight_mixing import interpolate
 
 ENDS = [tiny_llama(seed=seed, causal=True).state_dict() for seed in (1, 2)]
 

@@ -1,0 +1,183 @@
+"""The HTML of a page that needs nothing else: text, tables, charts as SVG; for any screen, and for paper."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+
+Point = tuple[float, float]
+Line = tuple[str, Sequence[Point], str]  # its name, its points, its CSS class
+MOST_POINTS = 150  # of a curve; more are averaged
+COLOURS = 8
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --ink: #1b1b1f; --quiet: #5c5f66; --rule: #d8dae0; --shade: 0, 114, 178;
+  --c0: #0072b2; --c1: #d55e00; --c2: #00845f; --c3: #b04f8f; --c4: #a87400; --c5: #2a8fc4; --c6: #6a3d9a; --c7: #666;
+}
+@media screen and (prefers-color-scheme: dark) { :root {
+  --paper: #17181b; --ink: #e8e8ea; --quiet: #a2a6af; --rule: #3a3d44; --shade: 74, 168, 232;
+  --c0: #4aa8e8; --c1: #ff8f4a; --c2: #35c79b; --c3: #e69bc2; --c4: #f0b840; --c5: #8fd0f5; --c6: #b493e0; --c7: #bbb;
+} }
+* { box-sizing: border-box }
+body {
+  margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+h1 { font-size: 1.6rem; margin: .5rem 0 }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
+p, ul { margin: .3rem 0 }
+ul { padding-left: 1.2rem }
+a { color: inherit }
+section { border-top: 1px solid var(--rule); margin-top: 2rem }
+section > h2 { margin-top: 1rem }
+.quiet { color: var(--quiet); font-size: .875rem }
+.scroll { overflow-x: auto }
+table { overflow-wrap: break-word; border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule) }
+th:first-child, td:first-child { padding-left: 0 }
+th:last-child, td:last-child { padding-right: 0 }
+th { font-weight: 600 }
+td + td { white-space: nowrap }
+.n { text-align: right }
+.grid {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; align-items: start;
+}
+figure { margin: .5rem 0; min-width: 0; break-inside: avoid }
+figcaption { font-weight: 600; font-size: .875rem; margin-bottom: .3rem }
+svg { width: 100%; height: auto; max-width: 34rem; display: block }
+svg text { font-size: 11px; fill: var(--quiet) }
+svg path { stroke: var(--rule) }
+polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round }
+.dashed polyline { stroke-dasharray: 5 3; stroke-width: 1.2 }
+circle { fill: var(--c) }
+.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .8rem }
+.legend i { display: inline-block; width: 1.4em; border-top: 3px solid var(--c); vertical-align: middle }
+.legend i.dashed { border-top-style: dashed }
+.matrix th, .matrix td { padding: .25rem .35rem; text-align: right; border: 0; font-size: .8rem; font-weight: 400 }
+.matrix tbody td {
+  min-width: 2.6rem; background: rgba(var(--shade), calc(var(--share) * .65));
+  -webkit-print-color-adjust: exact; print-color-adjust: exact;
+}
+blockquote { margin: .4rem 0; padding-left: .8rem; border-left: 3px solid var(--rule); font-size: .9rem }
+blockquote b { color: var(--quiet) }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt }
+  .scroll { overflow: visible }
+  h2, h3 { break-after: avoid }
+  tr, blockquote { break-inside: avoid }
+}
+"""
+STYLE += "".join(f".c{i} {{ --c: var(--c{i}) }}\n" for i in range(COLOURS))
+
+
+def text(value: object) -> str:
+    """Any text as HTML shows it, nothing in it taken for a tag; what HTML has no place for becomes U+FFFD."""
+    plain = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", plain))
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from at or below `low` to at or above `high`."""
+    span = (high - low) or abs(high) or 1.0
+    size = 10 ** math.floor(math.log10(max(span / count, 1e-300)))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= count)
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [number * step for number in range(first, last + 1)]
+
+
+def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
+    """The means of stretches of equal length, few enough to draw, and how many points make one."""
+    size = max(1, math.ceil(len(points) / MOST_POINTS))
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts], size
+
+
+def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -> str:
+    """A figure of curves with its legend; "" if no line has two points: one alone is no curve."""
+    lines = [line for line in lines if line[1]]
+    if all(len(points) < 2 for _, points, _ in lines):
+        return ""
+    width, height, left, right, top, bottom = 400, 240, 44, 12, 10, 38
+    xs = [x for _, points, _ in lines for x, _ in points]
+    ys = [y for _, points, _ in lines for _, y in points]
+    x_ticks, y_ticks = ticks(min(0.0, *xs), max(*xs, 1e-9)), ticks(min(ys), max(ys))
+    x_low, x_high = min(0.0, *xs), max(*xs, 1e-9)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(point: Point) -> tuple[str, str]:
+        x = left + (point[0] - x_low) / (x_high - x_low) * (width - left - right)
+        y = height - bottom - (point[1] - y_low) / (y_high - y_low) * (height - top - bottom)
+        return f"{x:.1f}", f"{y:.1f}"
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(caption)}">']
+    for tick in y_ticks:
+        _, y = place((x_low, tick))
+        parts.append(f'<path class="grid" d="M{left} {y}H{width - right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{shown(tick)}</text>')
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            x, _ = place((tick, y_low))
+            parts.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{shown(tick)}</text>')
+    middle = (left + width - right) / 2
+    parts.append(f'<text x="{middle:g}" y="{height - 5}" text-anchor="middle">{text(across)}</text>')
+    for name, points, style in lines:
+        placed = [place(point) for point in points]
+        parts.append(f'<g class="{style}"><title>{text(name)}</title>')
+        parts.append(f'<polyline points="{" ".join(",".join(xy) for xy in placed)}"/>')
+        if len(placed) == 1 or (dots and len(placed) <= 40):
+            parts += [
+                f'<circle cx="{x}" cy="{y}" r="2.5"><title>{text(name)}: {value[1]:.4f}</title></circle>'
+                for (x, y), value in zip(placed, points, strict=True)
+            ]
+        parts.append("</g>")
+    legend = "".join(f'<li><i class="{style}"></i> {text(name)}</li>' for name, _, style in lines)
+    drawn = f'{"".join(parts)}</svg><ul class="legend">{legend}</ul>'
+    return f"<figure><figcaption>{text(caption)}</figcaption>{drawn}</figure>"
+
+
+def shown(number: float) -> str:
+    """A number at an axis."""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{round(number, 6):g}"
+
+
+def colour(number: int, dashed: bool = False) -> str:
+    return f"c{number % COLOURS}" + " dashed" * dashed
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """Rows of HTML under heads of text; the columns `words` hold words, the others numbers."""
+    kinds = ["" if i in words else ' class="n"' for i in range(len(head))]
+    heads = "".join(f"<th{kind}>{text(name)}</th>" for kind, name in zip(kinds, head, strict=True))
+    lines = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def shaded(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
+    """A figure of counts under the same names down and across, shaded by the share of each line."""
+    head = "".join(f"<th>{text(name)}</th>" for name in names)
+    body = []
+    for name, row in zip(names, rows, strict=True):
+        cells = (f'<td style="--share:{n / max(1, sum(row)):.3f}">{n}</td>' for n in row)
+        body.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
+    return (
+        f"<figure><figcaption>{text(caption)}</figcaption>"
+        f'<div class="scroll"><table class="matrix"><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div></figure>"
+    )
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A whole page of parts of HTML. By its policy nothing in it can load or run anything."""
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )

@@ -1,0 +1,134 @@
+"""The parser that all commands share, which complains in one line, and types of options that say what is allowed.
+
+Imports no torch, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that complains in one line, names the nearest right word, and exits with status 2; `-` and `_`
+    are the same in the name of a flag. Its help keeps the text as laid out.
+    """
+
+    source = ""  # where arguments come from that were not typed, for what is said of them
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        # What argparse takes for a value though it begins with "-": not -1 alone, but -1,0 and -1e-3, too.
+        self._negative_number_matcher = re.compile(r"-\.?[0-9]")
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self._spelled(sys.argv[1:] if args is None else args), namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
+        return found
+
+    def _spelled(self, args: Iterable[str]) -> list[str]:
+        """The arguments with the names of flags as they were declared, whichever of `-` and `_` were typed in them."""
+        declared = {plain(name): name for name in self._option_string_actions}
+        args = list(args)
+        for i, argument in enumerate(args):
+            if argument == "--":
+                break
+            name, sign, value = argument.partition("=")
+            if name.startswith("--"):
+                args[i] = declared.get(plain(name), name) + sign + value
+        return args
+
+    def _meant(self, argument: str) -> str:
+        """The probable meaning of an unknown argument: the nearest flag, or the flag that takes such a word."""
+        name = argument.partition("=")[0]
+        if name.startswith("-"):
+            return nearest(name, self._option_string_actions)
+        meant = self._spelled([f"--{name}"])
+        if meant[0] not in self._option_string_actions:
+            flags = [action for action in self._actions if action.option_strings and action.choices]
+            words = [(action.option_strings[0], closest(name, action.choices or ())) for action in flags]
+            meant = [f"{flag} {word}" for flag, word in words if word]
+        return f"; did you mean {meant[0]}?" if meant else "; the name of a flag begins with --"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            message = f"invalid choice: {value!r}{nearest(str(value), choices)} (choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, message)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "it takes no value, and there is")
+        self.exit(2, f"{self.prog}: error: {self.source}{message}; see python {self.prog} --help\n")
+
+
+def plain(name: str) -> str:
+    """A name with `_` for each `-` behind its beginning."""
+    stem = name.lstrip("-")
+    return name[: len(name) - len(stem)] + stem.replace("-", "_")
+
+
+def closest(name: str, known: Iterable[Any]) -> str | None:
+    """The known name that is most like the one typed: the only one that begins so, else the most similar; None if none
+    is like it. The dashes before a flag do not count.
+    """
+    by_plain = {plain(str(one)).lower().lstrip("-"): str(one) for one in known}
+    typed = plain(name).lower().lstrip("-")
+    begun = [one for one in by_plain if one.startswith(typed)] if len(typed) > 1 else []
+    near = begun if len(begun) == 1 else difflib.get_close_matches(typed, by_plain, n=1, cutoff=0.54)
+    return by_plain[near[0]] if near else None
+
+
+def nearest(name: str, known: Iterable[Any]) -> str:
+    """`; the nearest is NAME`, or nothing."""
+    near = closest(name, known)
+    return f"; the nearest is {near}" if near else ""
+
+
+def into_and_seed(parser: OneLineParser, arguments: list[str] | None, here: Path) -> argparse.Namespace:
+    """The options of a script that makes data: --into, a folder that is there (default: `here`), and --seed."""
+    parser.add_argument("--into", type=Path, default=here, metavar="DIR", help="where to write (default: this folder)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0 or more; 0, the default, gives what ships")
+    options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: it must be 0 or more")
+    if not options.into.is_dir():
+        parser.error(f"--into {options.into}: there is no such folder")
+    return options
+
+
+def number(kind: type, allowed: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: `kind(text)`, refused unless `accepts` it; `allowed` says in words what is."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {allowed}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, "a whole number of 1 or more", lambda value: value >= 1)
+COUNT_OR_ZERO = number(int, "a whole number of 0 or more", lambda value: value >= 0)
+SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63)
+POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = number(float, "0 or a number above", lambda value: 0 <= value < math.inf)
+FRACTION = number(float, "in [0, 1)", lambda value: 0 <= value < 1)

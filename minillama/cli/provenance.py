@@ -1,0 +1,212 @@
+"""Where results come from: the project's commit, checksums, and a record of what each prediction file was made from.
+
+The record of FOLDER/NAME is FOLDER/runs/predictions/NAME.json. It is found by the file's content: a renamed or copied
+file still has its record, a file changed by hand has none. Imports no torch: prepare_submit.py reads the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from minillama.environment import HERE, file_sha256, project_commit, try_lock
+from minillama.formats.names import path_and_fold
+
+BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+PROMPT = " Is this movie "  # the course's prompting files may go on with the prompt after the sentence
+DATA_OPTIONS = ("train", "dev", "test", "label_names")
+NOT_RECORDED = ("typed", "substituted")  # among the options, for they have fields of their own
+
+
+def is_bundled(path: str | Path, sha256: str | None) -> bool:
+    """Whether the checkpoint is the bundled model, under whatever name; sha256: the file's."""
+    try:
+        same_size = os.path.getsize(path) == BUNDLED_MODEL.stat().st_size
+    except OSError:
+        return False
+    return sha256 is not None and same_size and sha256 == file_sha256(BUNDLED_MODEL)
+
+
+# Records
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The inputs that predictions will be made from. Taken before the work, for the files may change while it goes on.
+
+    inputs: fields that every record of the run has; data: by split, the fields of the rows that are predicted.
+    """
+
+    inputs: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, data: Mapping[str, tuple[str, int]], *more_models: str) -> Origin:
+        """data: the path and the number of rows of each split. The checkpoint is the first of `more_models`, models
+        read beside --pretrained-model-path, else that one.
+        """
+        models = [*more_models, args.pretrained_model_path]
+        sums = {path: file_sha256(path) for path in models}
+        options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+        return cls(
+            {
+                "option": args.option,
+                "checkpoint": models[0],
+                "checkpoint_sha256": sums[models[0]],
+                "bundled_model": any(is_bundled(path, sums[path]) for path in models),
+                "model_substituted": "pretrained_model_path" in args.substituted,
+                "data_substituted": any(name in args.substituted for name in DATA_OPTIONS),
+                "label_names": args.label_names if data else None,
+                "seed": args.seed,
+                "typed": args.typed,
+                "options": options,
+                "commit": project_commit(),
+            },
+            {
+                split: {"data": path, "rows": rows, "data_sha256": file_sha256(path_and_fold(path)[0])}
+                for split, (path, rows) in data.items()
+            },
+        )
+
+    def write_record(self, path: str | Path, split: str | None = None, **results: Any) -> str | None:
+        """Writes the record of the file just written at `path`. Returns what went wrong, for the file itself is whole;
+        None if nothing did. A device or a pipe has no record.
+        """
+        from minillama.formats.files import write_json
+
+        target = record_path(path)
+        sha256 = file_sha256(path)
+        if sha256 is None:
+            return None
+        no_data = {"data": None, "rows": None, "data_sha256": None}
+        scores = {"accuracy": None, "macro_f1": None} | results
+        record = {"file": Path(path).name, "sha256": sha256, **self.inputs, **(self.data[split] if split else no_data)}
+        record |= {**scores, "time": datetime.now().astimezone().isoformat(timespec="seconds")}
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old = read_record(target)
+            if old is not None and old["sha256"] != sha256:  # that file may live on under another name
+                os.replace(target, target.with_name(f"{Path(path).name}.{old['sha256'][:12]}.json"))
+            write_json(target, record)
+        except OSError as error:
+            return f"{path} has no record of what it was made from: {target} cannot be written ({error.strerror})"
+        return None
+
+
+def record_path(path: str | Path) -> Path:
+    """Where the record of a prediction file is written."""
+    return Path(path).parent / "runs" / "predictions" / f"{Path(path).name}.json"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file, None if it holds none."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("sha256"), str) else None
+
+
+def find_record(folder: Path, name: str, content: bytes) -> dict[str, Any] | None:
+    """The record in `folder`/runs/predictions of a file with this content, None if there is none; of several that of
+    the file called `name`, else the latest.
+    """
+    import hashlib
+
+    sha256 = hashlib.sha256(content).hexdigest()
+    records = (read_record(path) for path in sorted((folder / "runs" / "predictions").glob("*.json")))
+    found = [record for record in records if record is not None and record["sha256"] == sha256]
+    return max(found, key=lambda record: (record.get("file") == name, str(record.get("time"))), default=None)
+
+
+# Writing
+
+
+@contextmanager
+def writing_turn(path: str | Path) -> Iterator[None]:
+    """Has the processes that write predictions into the folder of `path` take turns, so that a file and its record are
+    of one run. Where a lock cannot be had, they go on without.
+    """
+    folder = record_path(path).parent
+    descriptor = None
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try_lock(descriptor, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def settled_output(args: argparse.Namespace, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
+    """Where the predictions of a split go, and a line about it if it is another file than the options say: another run
+    may have written predictions of other data to the default one since this one began.
+    """
+    path = getattr(args, f"{split}_out")
+    try:
+        check_default_output(args, split, sentences)
+        return path, None
+    except ValueError:
+        folder, name = os.path.split(path)
+        free = (os.path.join(folder, f"{number}-{name}") for number in count(2))
+        chosen = next(one for one in free if not os.path.exists(one))
+        return chosen, f"{path} now holds predictions for other data, of another run; these go to {chosen}"
+
+
+# Default outputs
+
+
+def check_default_output(args: argparse.Namespace, split: str, sentences: Sequence[str]) -> None:
+    """Raises ValueError if the predictions of `sentences` would be written over a file of other rows, or one that holds
+    no predictions, though nobody asked for it: --dev_out or --test_out was not typed.
+    """
+    option = f"{split}_out"
+    path = Path(getattr(args, option))
+    if option in args.typed or not path.is_file():
+        return
+    advice = f"name another file with --{option}, or move this one away"
+    try:
+        content = path.read_bytes()
+        held = sentences_in(path.suffix, content) if content.strip() else None
+    except OSError as error:
+        raise ValueError(f"{path} is there already and cannot be read ({error.strerror}); {advice}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is there already and holds no predictions; {advice}") from error
+    if held is not None and not same_sentences(held, sentences):
+        record = find_record(path.parent, path.name, content)
+        source = f" of {record['data']}" if record is not None and record.get("data") else ""
+        raise ValueError(
+            f"{path} holds predictions for {len(held)} rows{source}, not for the {len(sentences)} of "
+            f"{getattr(args, split)}; {advice}"
+        )
+
+
+def sentences_in(suffix: str, content: bytes) -> list[str]:
+    """The sentences of a prediction file, or the prompts of a .jsonl file of answers. Raises ValueError, LookupError or
+    TypeError if it is neither.
+    """
+    lines = content.decode("utf-8").rstrip("\r\n").split("\n")
+    if suffix == ".jsonl":
+        return [json.loads(line)["prompt"] for line in lines]
+    parts = [line.partition(" ||| ") for line in lines]
+    if not all(separator for _, separator, _ in parts):
+        raise ValueError("a line without a separator")
+    return [sentence.strip() for _, _, sentence in parts]
+
+
+def same_sentences(held: Sequence[str], sentences: Iterable[str]) -> bool:
+    """Whether a prediction file is of these rows, in this order."""
+    wanted = list(sentences)
+    return len(held) == len(wanted) and all(
+        one == other or one.startswith(other + PROMPT) for one, other in zip(held, wanted, strict=True)
+    )

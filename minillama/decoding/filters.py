@@ -1,0 +1,117 @@
+"""Logits filters, each a pure function of logits, and the distribution that a token is drawn from.
+
+A filter cuts a token by setting its logit to -inf, row by row, and always keeps at least one: the row's arg-max, or in
+typical sampling the token whose surprise is nearest to the entropy. Order: repetition penalty, temperature, the
+filters, then renormalise (softmax), then sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
+BANNED = -1e30  # a logit below all others; finite, for an infinite one tells of damaged weights
+
+
+# Filters
+
+
+def cut(logits: Tensor, dropped: Tensor) -> Tensor:
+    """The logits with those `dropped` (bool, the same shape) at -inf, but for each row's arg-max."""
+    return logits.masked_fill(dropped.scatter(-1, logits.argmax(-1, keepdim=True), False), -math.inf)
+
+
+def epsilon_filter(logits: Tensor, epsilon: float) -> Tensor:
+    """Keeps the tokens with probability >= epsilon (arXiv 2210.15191); logits (..., V) -> (..., V).
+
+    The course's 0.05 keeps at most 20 tokens; the paper suggests 3e-4 to 9e-4. 0 keeps everything.
+    """
+    return cut(logits, logits.softmax(-1) < epsilon)
+
+
+def eta_filter(logits: Tensor, eta: float) -> Tensor:
+    """Keeps probability >= min(eta, sqrt(eta) exp(-H)), H the row's entropy in nats (arXiv 2210.15191): the flatter the
+    row, the lower the bar. The paper suggests 3e-4 to 4e-3.
+    """
+    log_probabilities = logits.log_softmax(-1)
+    bar = (math.sqrt(eta) * torch.exp(-entropy(log_probabilities))).clamp(max=eta)
+    return cut(logits, log_probabilities.exp() < bar)
+
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """Keeps the k likeliest tokens, and what is just as likely as the last of them. Raises ValueError for k below 1."""
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be 1 or more")
+    if k >= logits.shape[-1]:
+        return logits
+    return cut(logits, logits < logits.topk(k, dim=-1).values[..., -1:])
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keeps the likeliest tokens, as few as have probability p together (nucleus sampling, arXiv 1904.09751)."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # of all likelier ones
+    return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p))
+
+
+def min_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keeps probability >= p times that of the likeliest token (arXiv 2407.01082)."""
+    return cut(logits, logits < logits.amax(-1, keepdim=True) + math.log(p))
+
+
+def typical_filter(logits: Tensor, mass: float) -> Tensor:
+    """Keeps the tokens whose surprise -log p is nearest to the row's entropy, as few as have probability `mass`
+    together, and what is just as near as the last of them (arXiv 2202.00666). The nearest is always kept. The arg-max
+    is cut where it is not typical.
+    """
+    log_probabilities = logits.log_softmax(-1)
+    distance = (-log_probabilities - entropy(log_probabilities)).abs()
+    ordered, order = distance.sort(-1)
+    reached = logits.gather(-1, order).softmax(-1).cumsum(-1)
+    last = (reached < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return logits.masked_fill(distance > ordered.gather(-1, last), -math.inf)
+
+
+def entropy(log_probabilities: Tensor) -> Tensor:
+    """(..., V) -> (..., 1), in nats; what is impossible adds nothing."""
+    return -(log_probabilities.exp() * log_probabilities).nan_to_num(nan=0.0).sum(-1, keepdim=True)
+
+
+def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits of the tokens that a row has seen, divided by the penalty where positive and multiplied by it where
+    negative (arXiv 1909.05858); logits (B, V), seen (B, T) -> (B, V). 1 changes nothing.
+    """
+    if penalty == 1.0:
+        return logits
+    before = logits.gather(-1, seen)
+    return logits.scatter(-1, seen, torch.where(before > 0, before / penalty, before * penalty))
+
+
+# One draw
+
+
+def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
+    """The distribution to draw from: probabilities, float32, of logits (..., V) after temperature (above 0) and
+    filters.
+    """
+    logits = logits.float()
+    logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # at no temperature is a banned token drawn
+    # Shifted before the division: at a tiny temperature the quotients overflow, all but the likeliest one's, which is 0
+    # (or 0 / 0, where the temperature itself vanishes in float32).
+    logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
+    for kept in filters:
+        logits = kept(logits)
+    return logits.softmax(-1)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises ValueError if the logits are not finite."""
+    if not logits.sum(dtype=torch.float32).isfinite():  # NaN and infinity, of either sign or both, stay in a sum
+        raise ValueError(
+            f"the model's logits ({logits.dtype}) hold NaN or infinity; damaged weights, or try --dtype fp32"
+        )

@@ -1,0 +1,90 @@
+"""Look-up decoding: guesses ahead from the text so far, which the model checks in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minillama.decoding.filters import Filter, check_finite, distribution
+from minillama.decoding.sampling import LanguageModel, Reader, check_one_prompt, check_settings
+
+
+@torch.no_grad()
+def lookup_decoding(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    filters: Sequence[Filter] = (),
+    eos_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    draft_tokens: int = 8,
+    longest_match: int = 3,
+) -> Tensor:
+    """Continues one prompt, idx (1, T) -> (T + new,), guessing what follows from the text so far, and having the model
+    check all guessed tokens in one pass: what is kept is what `stream` would have chosen, in distribution, and at
+    temperature 0 token for token (speculative sampling, arXiv 2211.17192, with prompt look-up for a draft).
+
+    A guess is what followed the last occurrence of the text's last tokens, `longest_match` of them or fewer. Each is
+    certain, so it is accepted with the probability that the model gives it; the first that is not is replaced by a draw
+    from the others. Pays where text repeats itself. Raises ValueError for settings out of range, and for a model
+    without a cache.
+    """
+    check_settings(max_new_tokens, temperature, 0.0)
+    check_one_prompt(idx, "look-up decoding")
+    if draft_tokens < 0:
+        raise ValueError(f"draft_tokens is {draft_tokens}; it must be 0 or more")
+    if longest_match < 1:
+        raise ValueError(f"longest_match is {longest_match}; it must be 1 or more")
+    text, goal = idx[0].tolist(), idx.shape[1] + max_new_tokens
+    read = Reader(model, goal + draft_tokens, banned_ids=banned_ids)
+    if read.cache is None:
+        raise ValueError("look-up decoding needs a causal model, whose cache it checks the guesses with")
+    while len(text) < goal:
+        room = min(goal, read.context) - len(text) - 1
+        guess = guessed(text, longest_match)[: max(0, min(draft_tokens, room))]
+        tokens = idx.new_tensor([text + guess])
+        logits = read(tokens, targets=tokens)[0][0, -1 - len(guess) :]  # after the text, and after each guess
+        check_finite(logits)
+        for place, row in enumerate(logits):
+            proposed = guess[place] if place < len(guess) else None
+            text.append(_checked(row, proposed, temperature, filters, generator))
+            if text[-1] != proposed or text[-1] in eos_ids:
+                break
+        if read.cache is not None:
+            read.cache.keep(len(text) - 1)
+        if text[-1] in eos_ids:
+            break
+    return idx.new_tensor(text)
+
+
+def guessed(text: list[int], longest_match: int) -> list[int]:
+    """The tokens after the last occurrence, before its end, of as many of the text's last tokens as occur together."""
+    for size in range(min(longest_match, len(text) - 1), 0, -1):
+        pattern = text[-size:]
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == pattern:
+                return text[start + size :]
+    return []
+
+
+def _checked(
+    logits: Tensor,
+    proposed: int | None,
+    temperature: float,
+    filters: Sequence[Filter],
+    generator: torch.Generator | None,
+) -> int:
+    """A token drawn as always, given one that was proposed for certain: that, or else one of the others."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    probabilities = distribution(logits, temperature, filters)
+    if proposed is not None:
+        if torch.rand((), generator=generator, device=logits.device) < probabilities[proposed]:
+            return proposed
+        probabilities[proposed] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,196 @@
+"""Sampling over any language model, token by token.
+
+A model with a cache computes each token once; past its context, where the first tokens fall out and all others move,
+and without a cache, the whole window is computed for each new token. The tokens chosen are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minillama.decoding.filters import BANNED, Filter, check_finite, distribution, epsilon_filter, repetition_penalised
+
+
+class Config(Protocol):
+    """The part of a model's config that decoding reads."""
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+
+class LanguageModel(Protocol):
+    """The part of a model that decoding uses: a context length, and logits (B, 1, V) of each row's last real token, (B,
+    T, V) with `targets`. One that has `new_cache` takes what that returns as `cache`.
+    """
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def __call__(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
+
+
+def next_token(
+    logits: Tensor,
+    temperature: float,
+    epsilon: float = 0.0,
+    generator: torch.Generator | None = None,
+    filters: Sequence[Filter] = (),
+) -> Tensor:
+    """Chooses one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the arg-max.
+
+    Raises ValueError if the logits are not finite.
+    """
+    check_finite(logits)
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    if epsilon > 0.0:
+        filters = (lambda logits: epsilon_filter(logits, epsilon), *filters)
+    return torch.multinomial(distribution(logits, temperature, filters), 1, generator=generator).squeeze(-1)
+
+
+def check_settings(max_new_tokens: int, temperature: float, epsilon: float, repetition_penalty: float = 1.0) -> None:
+    """Raises ValueError for a decoding setting out of its range."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if not (0.0 <= temperature < math.inf):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a finite number above")
+    if not 0.0 <= epsilon < 1.0:
+        raise ValueError(f"epsilon is {epsilon}; it must be in [0, 1)")
+    if not 0.01 <= repetition_penalty <= 100.0:  # with a few zeros more logits leave the range of their numbers
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be from 0.01 to 100 (1 changes nothing)")
+
+
+def check_prompts(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The mask as bool. Raises ValueError for an empty or right-padded prompt, and for a mask of another shape."""
+    if idx.dim() != 2 or 0 in idx.shape:
+        raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, tokens) with at least one of each")
+    if attention_mask is not None:
+        if attention_mask.shape != idx.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, idx {tuple(idx.shape)}; they must be the same"
+            )
+        attention_mask = attention_mask.to(torch.bool)
+        if not attention_mask[:, -1].all():
+            raise ValueError("a prompt ends in padding; pad prompts of unequal length on the left")
+    return attention_mask
+
+
+def check_one_prompt(idx: Tensor, decoder: str) -> None:
+    """Raises ValueError unless idx is (1, T), for a decoder that takes one prompt."""
+    check_prompts(idx, None)
+    if idx.shape[0] != 1:
+        raise ValueError(f"{decoder} takes one prompt, not {idx.shape[0]}")
+
+
+# Reading
+
+
+class Reader:
+    """A model that reads a growing text: through its cache while the text fits the context, then window by window.
+
+    banned_ids: tokens that are never to be generated; their logits are `BANNED`.
+    """
+
+    def __init__(
+        self, model: LanguageModel, capacity: int, use_cache: bool = True, banned_ids: Sequence[int] = ()
+    ) -> None:
+        self.model = model
+        self.banned_ids = list(banned_ids)
+        self.context = model.config.max_seq_len
+        new_cache = getattr(model, "new_cache", None)
+        self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
+
+    def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """The model's output for the whole text tokens (B, T), which it has read up to the cache's length before."""
+        logits, hidden = self._read(tokens, attention_mask, **options)
+        if self.banned_ids:
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # BANNED is infinity in float16
+            logits = wide.index_fill(-1, tokens.new_tensor(self.banned_ids), BANNED)
+        return logits, hidden
+
+    def _read(self, tokens: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        end = tokens.shape[1]
+        if self.cache is None or end > self.context:
+            self.cache = None  # the first tokens fall out now and all others move
+            window = slice(max(0, end - self.context), end)
+            mask = None if attention_mask is None else attention_mask[:, window]
+            return self.model(tokens[:, window], attention_mask=mask, **options)
+        new = slice(self.cache.length, end)
+        # Only a prompt has padding; what is generated has none.
+        mask = attention_mask[:, new] if attention_mask is not None and new.start == 0 else None
+        return self.model(tokens[:, new], attention_mask=mask, cache=self.cache, **options)
+
+
+# Decoding
+
+
+@torch.no_grad()
+def stream(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    epsilon: float = 0.05,
+    filters: Sequence[Filter] = (),
+    repetition_penalty: float = 1.0,
+    attention_mask: Tensor | None = None,
+    eos_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    banned_ids: Sequence[int] = (),
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """The tokens (B,) that follow the prompts of idx (B, T), one step after the other, as they are chosen.
+
+    attention_mask: bool (B, T), True for real tokens; prompts of unequal length are padded on the left, so that each
+    row's continuation follows its prompt (rotary positions are relative: a shift changes nothing). eos_ids: a row that
+    produced one of them goes on with the first, and the stream ends once every row did. Past the model's context the
+    window slides. Draws come from `generator` (on idx's device), else from torch's default one. watch: is told of each
+    step the logits (B, V), after the repetition penalty, and what was chosen (B,). banned_ids: tokens that are never
+    chosen.
+
+    Raises ValueError for an empty or right-padded prompt and for settings out of range.
+    """
+    check_settings(max_new_tokens, temperature, epsilon, repetition_penalty)
+    attention_mask = check_prompts(idx, attention_mask)
+    tokens = torch.cat((idx, idx.new_empty(idx.shape[0], max_new_tokens)), dim=1)
+    if attention_mask is not None:
+        new = torch.ones(idx.shape[0], max_new_tokens, dtype=torch.bool, device=idx.device)
+        attention_mask = torch.cat((attention_mask, new), dim=1)
+    ends = idx.new_tensor(list(eos_ids))
+    finished = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
+    read = Reader(model, tokens.shape[1], use_cache, banned_ids)
+    for end in range(idx.shape[1], tokens.shape[1]):
+        mask = None if attention_mask is None else attention_mask[:, :end]
+        logits = read(tokens[:, :end], mask)[0][:, -1]
+        if repetition_penalty != 1.0:
+            check_finite(logits)
+            seen = tokens[:, :end] if mask is None else torch.where(mask, tokens[:, :end], tokens[:, end - 1 : end])
+            logits = repetition_penalised(logits, seen, repetition_penalty)  # padding was not seen, the last token was
+        chosen = next_token(logits, temperature, epsilon, generator, filters)
+        if watch is not None:
+            watch(logits, chosen)
+        if len(ends):
+            chosen = torch.where(finished, ends[0], chosen)
+            finished |= torch.isin(chosen, ends)
+        tokens[:, end] = chosen
+        yield chosen
+        if len(ends) and finished.all():
+            return
+
+
+def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
+    """Continues every prompt of idx (B, T) by max_new_tokens: int64 (B, T + max_new_tokens). Settings are those of
+    `stream`; where that ends early, the rest is filled with the first of `eos_ids`.
+    """
+    new = list(stream(model, idx, max_new_tokens, **settings))
+    tokens = torch.cat((idx, *(chosen[:, None] for chosen in new)), dim=1)
+    missing = max_new_tokens - len(new)
+    return torch.cat((tokens, tokens.new_full((len(tokens), missing), (*settings.get("eos_ids", ()), 0)[0])), dim=1)

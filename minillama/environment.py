@@ -1,0 +1,147 @@
+"""Surroundings of the program: the processes that torchrun started, locks, optional packages, the project's commit.
+
+Imports no torch, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HERE = Path(__file__).resolve().parent.parent  # the project's folder
+
+
+class PackageError(ValueError):
+    """An optional package is missing, or does not work here; `missing` says which of the two."""
+
+    def __init__(self, package: str, purpose: str, error: BaseException) -> None:
+        module = getattr(error, "name", None) or ""
+        self.missing = isinstance(error, ModuleNotFoundError) and module.partition(".")[0] == package
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.short = f"{purpose}, for {package} is broken here ({reason})"
+        if self.missing:
+            super().__init__(f"{purpose}: pip install {package}")
+        else:
+            super().__init__(
+                f"{purpose}, and {package} is broken here ({reason}): pip install --force-reinstall {package}"
+            )
+
+
+@contextmanager
+def optional_package(package: str, purpose: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Imports and uses an optional package: whatever goes wrong inside becomes a PackageError, a line with the reason
+    and the command to type. purpose: what needs the package, as the line begins. Ctrl-C and `passes` go through.
+    """
+    try:
+        yield
+    except BaseException as error:  # a broken package may raise anything, also SystemExit, or a panic of Rust's
+        if isinstance(error, (KeyboardInterrupt, *passes)):
+            raise
+        raise PackageError(package, purpose, error) from error
+
+
+class Process(NamedTuple):
+    """This process's number among those that torchrun started, of how many, and its number on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def this_process() -> Process:
+    """This process by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets. One process, unless both of the first two
+    are set; without LOCAL_RANK the rank stands for it. Raises ValueError for a value that is no number, or out of
+    range.
+    """
+    rank, world = map(_from_environment, ("RANK", "WORLD_SIZE"))
+    if rank is None or world is None or (rank, world) == (0, 1):
+        return Process()
+    local_rank = _from_environment("LOCAL_RANK")
+    if world < 1 or not 0 <= rank < world or (local_rank is not None and local_rank < 0):
+        raise ValueError(
+            f"the environment has RANK={rank}, WORLD_SIZE={world}, LOCAL_RANK={local_rank}; a rank must be from 0 to "
+            "WORLD_SIZE - 1: start several processes with torchrun, or type `unset RANK WORLD_SIZE` for one"
+        )
+    return Process(rank, world, rank if local_rank is None else local_rank)
+
+
+def _from_environment(name: str) -> int | None:
+    """The number in an environment variable; None if it is missing or empty."""
+    text = os.environ.get(name, "").strip()
+    try:
+        return int(text) if text else None
+    except ValueError:
+        raise ValueError(
+            f"the environment variable {name} is {text[:40]!r}; it must be a whole number, as torchrun sets it: type "
+            f"`unset {name}` to run one process"
+        ) from None
+
+
+def try_lock(file: IO[Any] | int, wait: bool = False) -> bool:
+    """Locks an open file or folder until it is closed or the process dies; False if another has locked it and this one
+    is not to wait. Where the system or the file system knows no locks, nothing is locked, and that is True.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # an old network file system, for one
+        pass
+    return True
+
+
+def is_still_at(path: Path, file: IO[Any]) -> bool:
+    """Whether the open `file` is what lies at `path`, and was not removed or replaced since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def project_commit(folder: Path = HERE) -> str | None:
+    """The git commit of the code in `folder`, with "-dirty" where tracked files differ from it; None without git, or if
+    the code is in no repository.
+    """
+    import subprocess  # here, and hashlib below, for --help is to come at once
+
+    # A hook of another repository sets variables that would lead there.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+        return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
+
+    try:
+        if not git("ls-files", "--", "run_llama.py"):  # a copy inside some other repository
+            return None
+        commit = git("rev-parse", "HEAD")
+        dirty = commit and git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if dirty else commit or None
+
+
+def file_sha256(path: str | Path) -> str | None:
+    """The SHA-256 of a file's bytes; None for a folder, a device, or a file that cannot be read."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    try:
+        if not os.path.isfile(path):
+            return None
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""Names and layouts of tensors in the checkpoints of other programs, and the way to and from ours.
+
+Two things differ. The names: one table, `KEYS`. The layout of query and key: Meta and llama2.c keep a head's rotary
+pairs side by side, as this program does, Hugging Face keeps them in split halves, see `to_split_halves`.
+docs/checkpoints.md has it all on one page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from config import LlamaConfig
+
+State = dict[str, Tensor]
+# One row a tensor: ours, Meta's (and llama2.c's .pt), Hugging Face's, GGUF's. ".weight" follows in each, and the number
+# of the layer stands for "{}".
+DIALECTS = ("ours", "meta", "huggingface", "gguf")
+LAYER = ("layers.{}.", "layers.{}.", "model.layers.{}.", "blk.{}.")
+KEYS_OF_A_LAYER = (
+    ("attention_norm", "attention_norm", "input_layernorm", "attn_norm"),
+    ("attention.compute_query", "attention.wq", "self_attn.q_proj", "attn_q"),
+    ("attention.compute_key", "attention.wk", "self_attn.k_proj", "attn_k"),
+    ("attention.compute_value", "attention.wv", "self_attn.v_proj", "attn_v"),
+    ("attention.compute_output", "attention.wo", "self_attn.o_proj", "attn_output"),
+    ("ffn_norm", "ffn_norm", "post_attention_layernorm", "ffn_norm"),
+    ("feed_forward.w1", "feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+    ("feed_forward.w2", "feed_forward.w2", "mlp.down_proj", "ffn_down"),
+    ("feed_forward.w3", "feed_forward.w3", "mlp.up_proj", "ffn_up"),
+)
+KEYS: tuple[tuple[str, ...], ...] = (
+    ("tok_embeddings", "tok_embeddings", "model.embed_tokens", "token_embd"),
+    *(tuple(map("".join, zip(LAYER, row, strict=True))) for row in KEYS_OF_A_LAYER),
+    ("norm", "norm", "model.norm", "output_norm"),
+    ("output", "output", "lm_head", "output"),
+)
+# Tables that some files hold beside the weights, and that a model computes for itself.
+ROTARY_TABLES = re.compile(r"rope\.freqs|freqs_(cis|cos|sin)|.*\.rotary_emb\.inv_freq")
+
+
+def renamed(names: Iterable[str], source: str, target: str) -> dict[str, str]:
+    """Each name of one dialect with its name in another; one that the dialect does not know keeps its own."""
+    column, row = DIALECTS.index(target), {row[DIALECTS.index(source)]: row for row in KEYS}
+    result = {}
+    for name in names:
+        stem, dot, part = name.rpartition(".")
+        number = re.search(r"(?<=\.)\d+(?=\.)", stem)
+        general = stem if number is None else f"{stem[: number.start()]}{{}}{stem[number.end() :]}"
+        known = row.get(general)
+        own = "" if number is None else number[0]
+        result[name] = name if known is None else f"{known[column].format(own)}{dot}{part}"
+    return result
+
+
+def to_split_halves(weight: Tensor, heads: int) -> Tensor:
+    """Reorders the rows of a query or key weight (heads * hd, ...) within each head, from interleaved pairs (0, 1),
+    (2, 3), ... to Hugging Face's (0, hd/2), (1, hd/2 + 1), ...
+    """
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_pairs(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_split_halves`."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def rotary_heads(name: str, config: LlamaConfig) -> int | None:
+    """The number of heads of a query or key tensor, by our name; None for every other tensor."""
+    if ".compute_query." in name:
+        return config.n_heads
+    return config.kv_heads if ".compute_key." in name else None
+
+
+def is_tied(state: State) -> bool:
+    """Whether the output projection is the embedding: left out, or there with the same numbers."""
+    output, embedding = state.get("output.weight"), state.get("tok_embeddings.weight")
+    if output is None or embedding is None:
+        return output is None
+    return output.dtype == embedding.dtype and torch.equal(output, embedding)

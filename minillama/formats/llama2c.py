@@ -1,0 +1,197 @@
+"""llama2.c's own files: its three versions of .bin, read and written."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import LlamaConfig, check_rmsnorm, parameter_shapes, shown
+from minillama.formats.files import atomic_file, raw_bytes
+from rope import rotary_frequencies
+
+State = dict[str, Tensor]
+LLAMA2C_MAGIC = 0x616B3432
+LLAMA2C_EPS, LLAMA2C_THETA = 1e-5, 10000.0  # written into its program, not into its files
+ATTENTION = tuple(f"layers.{{}}.attention.compute_{part}" for part in ("query", "key", "value", "output"))
+FEED_FORWARD = tuple(f"layers.{{}}.feed_forward.{part}" for part in ("w1", "w2", "w3"))
+# The order of the tensors, all layers of one name in a row. After norm, v0 has two rotary tables that nobody reads;
+# where the output is not tied to the embedding, it comes last.
+LLAMA2C_V0 = (
+    "tok_embeddings",
+    "layers.{}.attention_norm",
+    *ATTENTION,
+    "layers.{}.ffn_norm",
+    *FEED_FORWARD,
+    "norm",
+)
+LLAMA2C_V1 = (
+    "layers.{}.attention_norm",
+    "layers.{}.ffn_norm",
+    "norm",
+    "tok_embeddings",
+    *ATTENTION,
+    *FEED_FORWARD,
+)
+
+
+def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = sizes
+    try:
+        if 8 * max(1, dim) * n_layers > size:  # a damaged count must not make us list millions of tensors
+            raise ValueError(f"{n_layers:,} layers do not fit {size:,} bytes")
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            max_seq_len=max_seq_len,
+            hidden_dim=hidden_dim,
+            norm="rmsnorm",
+            causal=True,
+            tie_embeddings=tied,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the header is damaged") from error
+
+
+def _llama2c_order(config: LlamaConfig, order: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every tensor, in file order."""
+    shapes = parameter_shapes(config)
+    for template in (*order, *([] if config.tie_embeddings else ["output"])):
+        for i in range(config.n_layers if "{}" in template else 1):
+            name = f"{template.format(i)}.weight"
+            yield name, shapes[name]
+
+
+def read_llama2c(path: Path) -> tuple[str, LlamaConfig, State] | None:
+    """A llama2.c .bin file, and its version in words; None if it is none. v1 and v2 begin with a magic number; v0 does
+    not, so a file is taken for one only if its size fits its header to the byte.
+
+    Raises ValueError for a damaged file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(256)
+    if len(head) >= 4 and struct.unpack_from("<I", head)[0] == LLAMA2C_MAGIC:
+        if len(head) < 256:
+            raise ValueError(f"{path} is cut short inside its header; fetch or copy it again")
+        _, version, *sizes, tied = struct.unpack_from("<Ii7iB", head)
+        if version not in (1, 2):
+            raise ValueError(f"{path} is llama2.c version {version}; this program reads versions 0, 1 and 2")
+        config = _llama2c_config(path, tuple(sizes), bool(tied), size)
+        order = list(_llama2c_order(config, LLAMA2C_V1))
+        group = struct.unpack_from("<i", head, 37)[0] if version == 2 else None
+        if group is not None and (group < 1 or any(math.prod(shape) % group for _, shape in order if len(shape) > 1)):
+            raise ValueError(f"{path}: groups of {group} do not divide its matrices; the header is damaged")
+        expected = 256 + sum(_llama2c_bytes(shape, group) for _, shape in order)
+        if size != expected:
+            raise ValueError(f"{path} has {size:,} bytes, its header asks for {expected:,}; fetch or copy it again")
+        return f"llama2.c v{version}", config, _llama2c_tensors(path, 256, order, group)
+    if len(head) < 28:
+        return None
+    *sizes, vocab_size, max_seq_len = struct.unpack_from("<7i", head)
+    if min(*sizes, abs(vocab_size), max_seq_len) < 1 or max(*sizes, max_seq_len) > 1 << 20 or abs(vocab_size) > 1 << 24:
+        return None
+    try:
+        config = _llama2c_config(path, (*sizes, abs(vocab_size), max_seq_len), vocab_size > 0, size)
+    except ValueError:
+        return None
+    order = list(_llama2c_order(config, LLAMA2C_V0))
+    order.insert(len(order) - (not config.tie_embeddings), ("", (max_seq_len, config.head_dim)))
+    if size != 28 + sum(_llama2c_bytes(shape) for _, shape in order):
+        return None
+    return "llama2.c v0", config, _llama2c_tensors(path, 28, order)
+
+
+def _llama2c_bytes(shape: tuple[int, ...], group: int | None = None) -> int:
+    """The bytes of one tensor: float32; or a matrix in int8 with a float32 a group."""
+    count = math.prod(shape)
+    return 4 * count if group is None or len(shape) == 1 else count + 4 * (count // group)
+
+
+def _llama2c_tensors(
+    path: Path, start: int, order: list[tuple[str, tuple[int, ...]]], group: int | None = None
+) -> State:
+    """The tensors, mapped; the int8 ones of v2 become float32 numbers in memory."""
+    content = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
+    state: State = {}
+    for name, shape in order:
+        count, behind = math.prod(shape), start + _llama2c_bytes(shape, group)
+        if group is None or len(shape) == 1:
+            state[name] = content[start:behind].view(torch.float32).view(shape)
+        else:
+            integers = content[start : start + count].view(torch.int8).view(-1, group)
+            # A copy, for the scales need not stand at a multiple of 4.
+            scales = content[start + count : behind].clone().view(torch.float32)
+            state[name] = (integers * scales[:, None]).view(shape)
+        start = behind
+    state.pop("", None)  # v0's rotary tables
+    return state
+
+
+def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, version: int) -> None:
+    """Writes version 0, 1 (float32) or 2 (int8 in groups). Raises ValueError for what such a file cannot hold."""
+    check_rmsnorm(config, "llama2.c")
+    for name, value, fixed in (
+        ("rope_theta", config.rope_theta, LLAMA2C_THETA),
+        ("rope_scaling", config.rope_scaling, None),
+        ("layer_norm_eps", config.layer_norm_eps, LLAMA2C_EPS),
+    ):
+        if value != fixed:
+            raise ValueError(
+                f"llama2.c computes {name} {fixed} only, and this model has {shown(value)}; take huggingface"
+            )
+    sizes = [config.dim, parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0], config.n_layers]
+    sizes += [config.n_heads, config.kv_heads]
+    tied = config.tie_embeddings
+    group = quantization_group(config.dim, sizes[1]) if version == 2 else None
+    with atomic_file(path, "wb") as file:
+        if version == 0:
+            file.write(
+                struct.pack("<7i", *sizes, config.vocab_size if tied else -config.vocab_size, config.max_seq_len)
+            )
+        else:
+            head = struct.pack("<Ii7iB", LLAMA2C_MAGIC, version, *sizes, config.vocab_size, config.max_seq_len, tied)
+            file.write((head + (b"" if group is None else struct.pack("<i", group))).ljust(256, b"\0"))
+        for name, shape in _llama2c_order(config, LLAMA2C_V0 if version == 0 else LLAMA2C_V1):
+            if version == 0 and name == "output.weight":
+                file.write(_unread_tables(config))
+            tensor = state[name].float()
+            if group is None or len(shape) == 1:
+                file.write(raw_bytes(tensor))
+            else:
+                for part in quantized(tensor, group):
+                    file.write(raw_bytes(part))
+        if version == 0 and tied:
+            file.write(_unread_tables(config))
+
+
+def _unread_tables(config: LlamaConfig) -> bytes:
+    """The cosines and sines that end a v0 file."""
+    frequencies = rotary_frequencies(config.head_dim, LLAMA2C_THETA)
+    angles = torch.outer(torch.arange(config.max_seq_len).float(), frequencies)
+    return bytes(raw_bytes(angles.cos())) + bytes(raw_bytes(angles.sin()))
+
+
+def quantization_group(*widths: int) -> int:
+    """How many numbers share a scale: 64, or half of it, and so on, until it divides every row."""
+    group = 64
+    while any(width % group for width in widths):
+        group //= 2
+    return group
+
+
+def quantized(tensor: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(int8, float32 scales): in each group of numbers, the largest is 127 or -127 (llama2.c's Q8_0)."""
+    groups = tensor.reshape(-1, group)
+    scales = groups.abs().amax(dim=1) / 127.0
+    integers = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+    return integers, scales

@@ -1,0 +1,158 @@
+"""Texts mixed to pretrain on: the windows of tokens that training draws from them, and those held out to judge by."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillama.text.documents import DOCUMENT_END, Tokens
+
+MOST_WINDOWS = 1 << 28  # in a pass of one text, whose order is held in memory
+
+
+class Stretch:
+    """Tokens, one file's after another's, as windows of `length` inputs and the token after each."""
+
+    def __init__(self, parts: Sequence[np.ndarray], length: int) -> None:
+        self.length = length
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return int(self._ends[-1])
+
+    def __len__(self) -> int:
+        return max(0, (self.size - 1) // self.length)
+
+    def window(self, i: int) -> np.ndarray:
+        """Window i: (length + 1,); its last token is the first of the next."""
+        start, missing = i * self.length, self.length + 1
+        found: list[np.ndarray] = []
+        for k in range(int(np.searchsorted(self._ends, start, side="right")), len(self._parts)):
+            first = start - int(self._ends[k]) + len(self._parts[k]) if not found else 0
+            found.append(self._parts[k][first : first + missing])
+            missing -= len(found[-1])
+            if not missing:
+                break
+        return np.concatenate(found)
+
+
+def held_out_count(held_out: float, documents: int) -> int:
+    """How many of a text's documents are held out: a number of them, or a share below 1, then one at least; but none
+    of a single document. Raises ValueError for 1.5 and the like.
+    """
+    if held_out >= 1 and held_out != int(held_out):
+        raise ValueError(f"--held_out is {held_out:g}; it must be a share below 1, or a whole number of documents")
+    if held_out >= 1 or not held_out:
+        return int(held_out)
+    return min(max(1, round(held_out * documents)), documents - 1)
+
+
+class Text:
+    """A text file or folder, cut into windows to train on and windows of held-out documents, its last ones.
+
+    held_out: see `held_out_count`. Raises ValueError if nothing is left to train on.
+    """
+
+    def __init__(self, name: str, files: Sequence[Tokens], length: int, held_out: float, weight: float = 1.0) -> None:
+        self.name, self.weight = name, weight
+        documents = sum(len(tokens.text_bytes) for tokens in files)
+        kept_out = held_out_count(held_out, documents)
+        if kept_out >= documents:
+            raise ValueError(
+                f"{name} has {documents} documents, and {kept_out} of them would be held out; "
+                f"part documents by {DOCUMENT_END}, or give a smaller --held_out"
+            )
+        train, out = [], []
+        self.held_out_bytes = 0
+        left = documents - kept_out  # documents to train on, from here on
+        for tokens in files:
+            here = min(left, len(tokens.text_bytes))
+            middle = int(tokens.starts[here])
+            train.append(tokens.ids[:middle])
+            out.append(tokens.ids[middle:])
+            self.held_out_bytes += int(tokens.text_bytes[here:].sum())
+            left -= here
+        self.train, self.held_out = Stretch(train, length), Stretch(out, length)
+        self.checksum = (*(tokens.checksum for tokens in files), kept_out, length)
+        self.held_out_tokens = self.held_out.size
+        self.training_windows, self.held_out_windows = len(self.train), len(self.held_out)
+        if self.training_windows * weight > MOST_WINDOWS:
+            raise ValueError(
+                f"{name}: a weight of {weight:g} makes {self.training_windows * weight:.3g} windows of one pass, more "
+                f"than {MOST_WINDOWS:,}; give a smaller one, and more --epochs"
+            )
+        if not self.training_windows or (kept_out and not self.held_out_windows):
+            raise ValueError(
+                f"{name} is too short for windows of {length} tokens; give more text, a shorter --window, or another "
+                "--held_out"
+            )
+
+
+class Corpus:
+    """Texts, mixed by weight: in one pass, each of a text's windows comes `weight` times (a weight of 0.3: three of ten
+    windows, others in the next pass; one window at least).
+    """
+
+    def __init__(self, texts: Sequence[Text], seed: int) -> None:
+        self.texts, self.seed = texts, seed
+        self._ends = np.cumsum([text.training_windows for text in texts])
+        self._pass: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def window(self, i: int) -> np.ndarray:
+        """Training window i (length + 1,), counted over all texts."""
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        return self.texts[k].train.window(i - int(self._ends[k]) + self.texts[k].training_windows)
+
+    @property
+    def pass_length(self) -> int:
+        """Windows in one pass."""
+        return sum(map(self._in_a_pass, self.texts))
+
+    def _in_a_pass(self, text: Text) -> int:
+        return max(1, round(text.weight * text.training_windows))
+
+    def order(self, number: int) -> np.ndarray:
+        """The windows of a pass, shuffled: a function of the seed and the number of the pass."""
+        if self._pass[0] != number:
+            parts, first = [], 0
+            for text in self.texts:
+                n, count = text.training_windows, self._in_a_pass(text)
+                # One endless row of permutations of the text, of which each pass takes the next `count`.
+                begin, end = number * count, (number + 1) * count
+                rounds = [self._permutation(n, r, text) for r in range(begin // n, -(-end // n))]
+                parts.append(first + np.concatenate(rounds)[begin % n :][:count])
+                first += n
+            together = np.concatenate(parts)
+            self._pass = (number, together[_shuffled(len(together), self.seed, "pass", number)])
+        return self._pass[1]
+
+    def _permutation(self, n: int, number: int, text: Text) -> np.ndarray:
+        return _shuffled(n, self.seed, text.name, number)
+
+    def batch(self, step: int, batch_size: int) -> list[int]:
+        """The windows of optimizer step 0, 1, ...; one pass goes over into the next."""
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return [int(self.order(place // self.pass_length)[place % self.pass_length]) for place in places]
+
+
+def _shuffled(n: int, *seed: object) -> np.ndarray:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
+    return torch.randperm(n, generator=generator).numpy()
+
+
+def to_tensor(windows: Sequence[np.ndarray]) -> Tensor:
+    """Windows of ids as int64 (B, length + 1)."""
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+
+def evenly(stretch: Stretch, count: int) -> list[np.ndarray]:
+    """At most `count` windows, evenly spread over all of them."""
+    return [stretch.window(i) for i in range(0, len(stretch), max(1, math.ceil(len(stretch) / count)))]

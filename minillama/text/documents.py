@@ -1,0 +1,358 @@
+"""Text to pretrain on, as documents: in files of text, and their tokens in memory-mapped files; and a tokenizer made
+from it.
+
+A text is a UTF-8 file, or a folder of `.txt` files; `<|endoftext|>` parts its documents, and so does a file's end. Each
+file is tokenized once into a file of its own, as `<s> document </s>` one after another:
+
+    bytes 0 to 4095     magic, and a JSON header: dtype, counts, checksums of the text and of the tokenizer
+    tokens              uint16, or uint32 where the vocabulary needs it
+    documents           where each begins (uint64, one more for the end), and its length in bytes of text (uint64)
+
+Nothing here holds more than a few megabytes of a text at a time, however long it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minillama.formats.files import atomic_file
+from minillama.formats.names import without_ending
+from tokenizer import Tokenizer
+
+DOCUMENT_END = "<|endoftext|>"
+LONGEST_PIECE = 1 << 20  # characters; a longer document is read in pieces, cut at the end of a line
+LONGEST_LINE = 1 << 12  # characters; a tokenizer is trained on pieces of a longer one
+AT_ONCE = 1 << 22  # characters that are tokenized in one go
+MAGIC = b"mini-llama tokens 2\n"
+HEADER_SIZE = 4096
+TEXT_ENDING = ".txt"
+TOKENS_ENDING = ".tokens"
+
+
+def text_files(path: str | PathLike[str], tell: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """The file itself, or every text file of a folder and its subfolders (of a folder without any, every file of
+    tokens), in order of name, empty ones left out. Links are followed; a file that is reached twice counts once.
+    Files and subfolders whose names begin with a dot are left out: copies that programs keep. tell: takes a line about
+    what is left out, if there is anything.
+
+    Raises FileNotFoundError or ValueError if there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files, left_out = _walk(path)
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        told = f"left out of {path}: {', '.join(left_out[:3])}{more}"
+        for ending in (TEXT_ENDING, TOKENS_ENDING):
+            some = sorted(file for file in files if file.suffix.lower() == ending)
+            known: dict[tuple[int, int], Path] = {}  # by device and number: links, and hard ones, are one file
+            for file in some:
+                status = file.stat()
+                if status.st_size:
+                    known.setdefault((status.st_dev, status.st_ino), file)
+            if known:
+                if left_out:
+                    tell(f"notice: {told}")
+                return list(known.values())
+        raise ValueError(
+            f"{path} is a folder without a {TEXT_ENDING} file{f' ({told})' if left_out else ''}; give text files, or "
+            "folders of them"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such text; give a {TEXT_ENDING} file, or a folder of them")
+    return [path]
+
+
+def _walk(path: Path) -> tuple[list[Path], list[str]]:
+    """The files below a folder, and what is left out that may hold texts, each with the reason."""
+    files: list[Path] = []
+    left_out: list[str] = []
+    seen = set()  # real folders: two links may lead to one
+    top = os.path.realpath(path)
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(f"{os.path.relpath(error.filename, path)} ({error.strerror})")
+
+    for name, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(name)
+        above = real != top and os.path.join(top, "").startswith(os.path.join(real, ""))
+        if above:
+            left_out.append(f"{os.path.relpath(name, path)} (a link to a folder above)")
+        if above or real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folder = Path(name)
+        for one in sorted([*folders, *names]):
+            file = folder / one
+            is_text = file.suffix.lower() in (TEXT_ENDING, TOKENS_ENDING)
+            if one.startswith("."):
+                if one in folders or is_text:
+                    left_out.append(f"{file.relative_to(path)} (its name begins with a dot)")
+            elif one in names and is_text:
+                if file.is_file():
+                    files.append(file)
+                else:
+                    left_out.append(f"{file.relative_to(path)} (no file, or a link to nothing)")
+        folders[:] = sorted(one for one in folders if not one.startswith("."))
+    return files, left_out
+
+
+def read_documents(path: str | PathLike[str]) -> Iterator[str]:
+    """The documents of one file, blank ones left out. Raises ValueError if the file is not UTF-8, or holds tokens."""
+    parts: list[str] = []
+    for piece, ends in read_pieces(path):
+        parts.append(piece)
+        if ends:
+            yield "".join(parts)
+            parts = []
+
+
+def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
+    """The documents of one file, a long one in several pieces, each with whether it is the document's last."""
+    if is_tokens(Path(path)):
+        raise ValueError(f"{path} holds tokens, not text; give the text they were made from")
+    parts: list[str] = []
+    length = 0
+    begun = False  # a piece of this document is out already
+    behind = ""  # what may be the beginning of a mark, where a line was too long to be read at once
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while line := file.readline(LONGEST_PIECE):
+                *ended, rest = (behind + line).split(DOCUMENT_END)
+                behind = ""
+                for piece in ended:
+                    yield from _piece([*parts, piece], begun, ends=True)
+                    parts, length, begun = [], 0, False
+                if len(line) == LONGEST_PIECE and not line.endswith("\n"):
+                    rest, behind = rest[: 1 - len(DOCUMENT_END)], rest[1 - len(DOCUMENT_END) :]
+                parts.append(rest)
+                length += len(rest)
+                if length >= LONGEST_PIECE:
+                    text = "".join(parts)
+                    kept = text.rstrip("\n")  # line ends go with what follows: they may be the document's last
+                    for found in _piece([kept], begun, ends=False):
+                        yield found
+                        begun = True
+                    parts, length = [text[len(kept) :]], 0
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8 text") from error
+    yield from _piece([*parts, behind], begun, ends=True)
+
+
+def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
+    """The text of `parts`, in a list; an empty list if it is blank, unless it ends a document that has begun. A
+    document has no empty lines at its ends.
+    """
+    text = "".join(parts)
+    text = text if begun else text.lstrip("\n")
+    text = text.rstrip("\n") if ends else text
+    return [(text, ends)] if text.strip() or (begun and ends) else []
+
+
+def train_tokenizer(
+    paths: Sequence[str], vocab_size: int, model_path: str, seed: int, tell: Callable[[str], None] = lambda line: None
+) -> None:
+    """Trains a SentencePiece BPE with byte fallback, as Llama 2's is, on lines of the texts; writes it atomically.
+
+    Long texts are sampled: a million lines at most. Raises ValueError if the texts are too small for the vocabulary.
+    """
+    import io
+
+    import sentencepiece
+
+    sentencepiece.set_random_generator_seed(seed % (1 << 32))
+    lines = (
+        line[start : start + LONGEST_LINE]
+        for path in paths
+        for file in text_files(path, tell)
+        for piece, _ in read_pieces(file)
+        for line in piece.split("\n")
+        if line.strip()
+        for start in range(0, len(line), LONGEST_LINE)
+    )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * LONGEST_LINE,  # bytes; longer ones would be left out
+            input_sentence_size=1_000_000,
+            shuffle_input_sentence=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=3,  # what goes wrong is said below
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().rpartition("] ")[2].partition(". Increase")[0].rstrip(".")
+        reason = reason or "the library does not say why"
+        raise ValueError(
+            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {reason}; give another "
+            "--vocab_size (at least 260 and one for each letter), or more text"
+        ) from error
+    with atomic_file(model_path, "wb") as file:
+        file.write(model.getvalue())
+
+
+# Tokens in a file
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one text, memory-mapped: `ids` (N,), document d of which is ids[starts[d] : starts[d + 1]], made
+    from text_bytes[d] bytes.
+    """
+
+    path: Path
+    ids: np.ndarray
+    starts: np.ndarray
+    text_bytes: np.ndarray
+    checksum: str  # of text and tokenizer
+
+
+def tokenizer_checksum(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the vocabulary: two tokenizers that share it give the same ids."""
+    return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
+
+
+def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
+    """Writes the tokens of a text into `folder`, unless they are there already; returns their file.
+
+    A text that has changed is tokenized anew.
+    """
+    if is_tokens(path):
+        return path
+    text_crc = _file_crc(path)
+    # Two texts may share a name, and two tokenizers a text.
+    origin = f"{path.resolve()}\n{tokenizer_checksum(tokenizer)}"
+    target = folder / f"{without_ending(path.name)}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
+    if target.exists() and read_header(target)["text_crc32"] == text_crc:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--tokens_dir {folder} cannot be made: {error.strerror}; give another folder") from error
+    dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
+    starts, text_bytes = array("Q", [0]), array("Q")
+    with (
+        atomic_file(target, "wb") as file,
+        tqdm(total=path.stat().st_size, desc=f"tokenizing {path.name}", unit="B", unit_scale=True, leave=False,
+             disable=None) as bar,
+    ):  # fmt: skip
+        file.write(bytes(HEADER_SIZE))
+        count = size = 0  # tokens so far; bytes of this document so far
+        for pieces in _groups(read_pieces(path)):
+            for (piece, ends), ids in zip(pieces, tokenizer.encode_many([piece for piece, _ in pieces]), strict=True):
+                marked = [tokenizer.bos_id] * (count == starts[-1]) + ids + [tokenizer.eos_id] * ends
+                file.write(np.array(marked, dtype).tobytes())
+                count += len(marked)
+                size += len(piece.encode())
+                bar.update(len(piece.encode()))
+                if ends:
+                    starts.append(count)
+                    text_bytes.append(size)
+                    size = 0
+        if not text_bytes:
+            raise ValueError(f"{path} holds no text; give a file with some")
+        file.write(bytes(-dtype.itemsize * starts[-1] % 8))  # what follows is aligned to 8 bytes
+        file.write(np.array(starts, "<u8").tobytes() + np.array(text_bytes, "<u8").tobytes())
+        header = {
+            "dtype": dtype.str,
+            "tokens": starts[-1],
+            "documents": len(text_bytes),
+            "vocab_size": tokenizer.n_words,
+            "tokenizer_sha256": tokenizer_checksum(tokenizer),
+            "text": path.name,
+            "text_crc32": text_crc,
+        }
+        file.seek(0)
+        file.write(MAGIC + json.dumps(header).encode())
+    return target
+
+
+def _groups(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """The pieces in lists of some megabytes each."""
+    group: list[tuple[str, bool]] = []
+    length = 0
+    for piece in pieces:
+        group.append(piece)
+        length += len(piece[0])
+        if length >= AT_ONCE:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
+
+
+def _file_crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def is_tokens(path: Path) -> bool:
+    """Whether a file holds tokens rather than text."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file of tokens. Raises ValueError if the file is damaged or cut short."""
+    damaged = f"{path} is damaged or cut short; remove it, and it is made anew from its text"
+    with path.open("rb") as file:
+        head = file.read(HEADER_SIZE)
+    try:
+        header = json.loads(head.removeprefix(MAGIC).rstrip(b"\0"))
+        tokens, documents = header["tokens"], header["documents"]
+        size = np.dtype(header["dtype"]).itemsize * tokens
+        expected = HEADER_SIZE + size + -size % 8 + 8 * (2 * documents + 1)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(damaged) from error
+    whole = {"vocab_size", "tokenizer_sha256", "text_crc32"} <= header.keys()
+    if not whole or not head.startswith(MAGIC) or path.stat().st_size != expected:
+        raise ValueError(damaged)
+    return header
+
+
+def _check_tokenizer(path: Path, header: dict[str, Any], tokenizer: Tokenizer) -> None:
+    if header["tokenizer_sha256"] != tokenizer_checksum(tokenizer):
+        raise ValueError(
+            f"{path} was made with another tokenizer ({header['vocab_size']} pieces) than {tokenizer.path} "
+            f"({tokenizer.n_words}); give that --tokenizer, or another --tokens_dir"
+        )
+
+
+def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
+    """Maps a file of tokens. Raises ValueError if it is damaged or another tokenizer's."""
+    header = read_header(path)
+    _check_tokenizer(path, header, tokenizer)
+    dtype, tokens, documents = np.dtype(header["dtype"]), header["tokens"], header["documents"]
+    ids = np.memmap(path, dtype, "r", HEADER_SIZE, (tokens,))
+    behind = HEADER_SIZE + dtype.itemsize * tokens
+    behind += -behind % 8
+    starts = np.memmap(path, "<u8", "r", behind, (documents + 1,))
+    text_bytes = np.memmap(path, "<u8", "r", behind + 8 * (documents + 1), (documents,))
+    return Tokens(path, ids, starts, text_bytes, f"{header['text_crc32']:08x}-{header['tokenizer_sha256']}")

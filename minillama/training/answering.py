@@ -1,0 +1,117 @@
+"""The task of answering prompts."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.layers.precision import autocast
+from minillama.text.batches import cut_in_batches, shuffled_batches
+from minillama.text.examples import NO_TARGET, Example, pack
+from minillama.training.distributed import Processes
+from minillama.training.evaluation import answer_prompts, answer_scores, describe_answers
+from minillama.training.task import Score
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Instruction:
+    """Answering prompts, for a causal `Llama`: the loss is on the answer's tokens and the end mark, given the prompt.
+    Judged by the token F1 of greedy answers on dev, or, where none are to be made, by the loss.
+
+    A batch is so many examples, whichever rows they are packed into: attention stays inside each, and rotary scores
+    depend on the distance of two tokens only, so an example counts in a row of several as it does alone.
+    """
+
+    examples: Sequence[Example]
+    dev_examples: Sequence[Example]
+    tokenizer: Tokenizer
+    epochs: int
+    batch_size: int
+    window: int  # tokens of a row at most
+    seed: int = 0
+    max_new_tokens: int = 32  # of an answer
+    answer_rows: int = 200  # of dev, evenly spread, to be answered; 0: none
+
+    average = None
+    unit = "token"
+    judged_by: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.judged_by = "dev F1" if self.answer_rows else "dev loss"
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * -(-len(self.examples) // self.batch_size)
+
+    def checksum(self) -> int:
+        both = [[(one.ids, one.prompt_length) for one in split] for split in (self.examples, self.dev_examples)]
+        return zlib.crc32(repr(both).encode())
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        return shuffled_batches(self.examples, self.batch_size, self.seed, epoch, bucketed=False)
+
+    def targets(self, positions: list[int]) -> int:
+        return sum(self.examples[i].targets for i in positions)
+
+    def tokens(self, positions: list[int]) -> int:
+        return sum(len(self.examples[i].ids) - 1 for i in positions)
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._losses(model, [self.examples[i] for i in positions], dtype)
+
+    def _losses(self, model: nn.Module, examples: list[Example], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        device = next(model.parameters()).device
+        ids, targets, segments = (tensor.to(device) for tensor in pack(examples, self.window))
+        same = segments[:, :, None] == segments[:, None, :]  # (rows, T, T): attention stays inside an example
+        with autocast(device, dtype):
+            logits, _ = model(ids, targets, same)
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+        )
+        right = (logits.argmax(-1) == targets).flatten().long()  # no token is NO_TARGET
+        sums = [
+            each.new_zeros(len(examples) + 1).index_add(0, segments.flatten(), each)[1:] for each in (losses, right)
+        ]
+        return sums[0], sums[1]
+
+    @torch.no_grad()
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        """The loss on the answers of dev, and exact match and token F1 of what the model answers itself."""
+        model.eval()
+        dev, loss = self.dev_examples, 0.0
+        for positions in cut_in_batches(range(len(dev)), self.batch_size):
+            check()
+            for mine, counted in processes.share(positions):
+                losses, _ = self._losses(model, [dev[i] for i in mine], dtype)
+                loss += float(losses[:counted].sum())
+        nats = processes.sum(loss)[0] / sum(example.targets for example in dev)
+        metrics: dict[str, float | None] = {"dev_loss": nats}
+        text, quality = f"dev loss {nats:.4f}", -nats
+        if self.answer_rows:
+            judged = dev[:: math.ceil(len(dev) / self.answer_rows)]
+            answers = answer_prompts(
+                model,
+                judged,
+                self.tokenizer,
+                self.batch_size,
+                self.max_new_tokens,
+                dtype=dtype,
+                processes=processes,
+                check=check,
+                name=f"dev, {name}",
+            )
+            found = answer_scores(answers, judged)
+            metrics |= {f"dev_{name}": value for name, value in found.items()}
+            quality = found["f1"]
+            text += f", {describe_answers(answers, judged)}"
+        model.train()
+        return Score(quality, text, metrics)

@@ -1,0 +1,114 @@
+"""The task of rows with labels."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.text.batches import shuffled_batches, to_batch
+from minillama.text.labelled import Row
+from minillama.training.distributed import Processes
+from minillama.training.evaluation import describe, evaluate, forward
+from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl
+from minillama.training.task import Score
+
+
+def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of each row (B,), its target smoothed: 1 - smoothing on the label, and smoothing spread evenly over
+    all classes (arXiv 1512.00567, section 7).
+    """
+    losses = F.nll_loss(log_probs, labels, reduction="none")
+    return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * log_probs.mean(-1)
+
+
+@dataclass
+class Classification:
+    """Rows with labels, for any model that maps (ids, mask) to log-probabilities; judged by accuracy on dev."""
+
+    rows: Sequence[Row]
+    dev_rows: Sequence[Row]
+    epochs: int
+    batch_size: int
+    seed: int
+    pad_id: int = 0
+    bucketed: bool = True  # rows of like length share a batch; else random batches, and evaluation in file order
+    label_smoothing: float = 0.0
+    evaluate_train: bool = False  # score the whole training set after each epoch
+    smart: Smart | None = None
+    average: MovingAverage | None = None  # the Bregman penalty's
+    r_drop: float = 0.0  # how much the divergence of two passes, under dropout, counts (arXiv 2106.14448)
+
+    unit = "row"
+    judged_by = "dev accuracy"
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * -(-len(self.rows) // self.batch_size)
+
+    def checksum(self) -> int:
+        rows = [[(row.label, row.ids) for row in split] for split in (self.rows, self.dev_rows)]
+        return zlib.crc32(repr(rows).encode())
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        return shuffled_batches(self.rows, self.batch_size, self.seed, epoch, self.bucketed)
+
+    def targets(self, positions: list[int]) -> int:
+        return len(positions)
+
+    def tokens(self, positions: list[int]) -> int:
+        return sum(len(self.rows[i].ids) for i in positions)
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        batch = to_batch(self.rows, positions, self.pad_id)
+        device = next(model.parameters()).device
+        compared = self.smart is not None or self.average is not None
+        before = random_state(device) if compared else []
+        log_probs = forward(model, batch.ids, batch.mask, dtype)
+        labels = batch.labels.to(log_probs.device)
+        losses, right = row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
+        bare: nn.Module = getattr(model, "module", model)  # DDP counts its own passes, and is to see one a step
+        if self.r_drop:
+            second = forward(bare, batch.ids, batch.mask, dtype)
+            losses = losses + row_losses(second, labels, self.label_smoothing)
+            losses = losses + self.r_drop / 2 * symmetric_kl(log_probs, second)
+
+        def again(model: nn.Module = bare, dtype: torch.dtype = torch.float32) -> Tensor:
+            """Another pass, under the dropout of the first."""
+            with replayed(before, device):
+                return forward(model, batch.ids, batch.mask, dtype)
+
+        if self.average is not None:
+            losses = losses + self.average.penalty(bare, lambda average: again(average, dtype), log_probs)
+        if self.smart is not None:
+            clean = log_probs if dtype == torch.float32 else again()
+            losses = losses + self.smart.penalty(bare, batch.ids.shape, again, clean)
+        return losses, right
+
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        splits = {"train": self.rows} if self.evaluate_train else {}
+        found = {
+            split: evaluate(
+                model,
+                rows,
+                self.batch_size,
+                pad_id=self.pad_id,
+                dtype=dtype,
+                bucketed=self.bucketed,
+                processes=processes,
+                check=check,
+                name=f"{split}, {name}",
+            )
+            for split, rows in (splits | {"dev": self.dev_rows}).items()
+        }
+        metrics: dict[str, float | None] = {f"{split}_accuracy": one.accuracy for split, one in found.items()}
+        metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
+        metrics["dev_loss"] = found["dev"].loss  # "train_loss" is the epoch's running mean, under dropout
+        text = ", ".join(f"{split} {describe(one, with_loss=True)}" for split, one in found.items())
+        return Score(found["dev"].accuracy, text, metrics)

@@ -1,0 +1,305 @@
+"""Predictions of a model, and their scores."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minillama.decoding import sampling
+from minillama.layers.precision import autocast, not_finite
+from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
+from minillama.text.examples import Example
+from minillama.text.labelled import Row, has_gold_labels
+from minillama.training.distributed import Processes
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predicted class ids in the order of the rows; accuracy, macro-F1, and the loss, the mean negative log-likelihood
+    of the gold labels; None where there are no gold labels.
+    """
+
+    predictions: list[int]
+    accuracy: float | None
+    macro_f1: float | None
+    loss: float | None = None
+
+    def scores(self, split: str) -> dict[str, float | None]:
+        """The scores by the names that the metrics of a run have for them."""
+        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss")}
+
+
+def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The model's log-probabilities (B, labels) for a batch from the CPU, on the model's own device, in `dtype`."""
+    device = next(model.parameters()).device
+    mask = None if mask is None else mask.to(device)
+    with autocast(device, dtype):
+        return model(ids.to(device), mask)
+
+
+@torch.no_grad()
+def class_log_probs(
+    model: nn.Module,
+    rows: Sequence[Row],
+    batch_size: int,
+    *,
+    pad_id: int = 0,
+    dtype: torch.dtype = torch.float32,
+    bucketed: bool = True,
+    processes: Processes | None = None,
+    check: Callable[[], None] = lambda: None,
+    name: str = "evaluating",
+) -> Tensor:
+    """The log-probability of each class for every row (rows, classes), float64, each row counted once however many
+    processes share them.
+
+    Bucketed: rows of like length share a batch, so that little is computed on padding; else they are taken as they
+    stand, for the course's reading, whose answers depend on it. check() is called before each batch.
+    """
+    processes = processes or Processes()
+    was_training = model.training
+    model.eval()
+    order = by_length(rows) if bucketed else list(range(len(rows)))
+    found: dict[int, list[float]] = {}
+    finite = True
+    with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
+        for positions in cut_in_batches(order, batch_size):
+            check()
+            for mine, counted in processes.share(positions):
+                batch = to_batch(rows, mine, pad_id)
+                log_probs = forward(model, batch.ids, batch.mask, dtype)
+                finite = finite and bool(torch.isfinite(log_probs).all())
+                found.update(zip(mine[:counted], log_probs.tolist()[:counted], strict=True))
+            bar.update(len(positions))
+    model.train(was_training)
+    if not all(processes.gather(finite)):
+        raise not_finite(f"{name}: the model's scores", dtype)
+    for part in processes.gather(found):
+        found.update(part)
+    return torch.tensor([found[i] for i in range(len(rows))], dtype=torch.float64)
+
+
+def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings: Any) -> Evaluation:
+    """The class with the highest log-probability for every row, and how often it is right; settings: those of
+    `class_log_probs`. Macro-F1 is the mean of the F1 of every class that the model has, which are those of the label
+    file: a class that no row has, or that is never predicted, counts as 0.
+    """
+    log_probs = class_log_probs(model, rows, batch_size, **settings)
+    predictions, classes = log_probs.argmax(-1).tolist(), range(log_probs.shape[-1])
+    if not has_gold_labels(rows):
+        return Evaluation(predictions, None, None)
+    from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
+
+    gold = [row.label for row in rows]
+    macro_f1 = f1_score(gold, predictions, labels=list(classes), average="macro", zero_division=0)
+    loss = F.nll_loss(log_probs, torch.tensor(gold))
+    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss))
+
+
+@torch.no_grad()
+def answer_prompts(
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes | None = None,
+    check: Callable[[], None] = lambda: None,
+    name: str = "answering",
+) -> list[str]:
+    """The likeliest answer to every prompt, token by token, up to an end mark or max_new_tokens; the prompts' own
+    answers are not looked at. check() is called before each batch.
+    """
+    processes = processes or Processes()
+    # Passes of a sharded model are taken by all processes together, so there each answers all prompts.
+    sharing = Processes() if processes.fsdp else processes
+    was_training = model.training
+    model.eval()
+    llama: Any = getattr(model, "module", model)  # as it is without DDP around it
+    device = next(llama.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_length, reverse=True)
+    found: dict[int, str] = {}
+    with tqdm(total=len(order), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
+        for positions in cut_in_batches(order, batch_size):
+            check()
+            for mine, counted in sharing.share(positions):
+                ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
+                with autocast(device, dtype):
+                    made = sampling.generate(
+                        llama,
+                        ids.to(device),
+                        max_new_tokens,
+                        temperature=0.0,
+                        attention_mask=None if mask is None else mask.to(device),
+                        eos_ids=tokenizer.stop_ids,
+                        banned_ids=getattr(tokenizer, "unused_ids", ()),
+                    )
+                for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
+                    end = next((t for t, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
+                    found[i] = tokenizer.decode(row[:end]).strip()
+            bar.update(len(positions))
+    model.train(was_training)
+    for part in sharing.gather(found):
+        found.update(part)
+    return [found[i] for i in range(len(examples))]
+
+
+def normalised(answer: str) -> list[str]:
+    """The words of an answer as SQuAD compares them (arXiv 1606.05250): lower case, no punctuation, no articles."""
+    plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def exact_match(predicted: str, gold: str) -> float:
+    """1 if the normalised answers are the same, else 0."""
+    return float(normalised(predicted) == normalised(gold))
+
+
+def token_f1(predicted: str, gold: str) -> float:
+    """The harmonic mean of precision and recall of the normalised words, each counted as often as both have it; of two
+    answers without words, 1 (as SQuAD 2.0 has it, arXiv 1806.03822).
+    """
+    ours, theirs = Counter(normalised(predicted)), Counter(normalised(gold))
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+def answer_scores(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """The mean exact match and token F1."""
+    pairs = [(answer, example.answer) for answer, example in zip(answers, examples, strict=True)]
+    return {
+        name: sum(score(*pair) for pair in pairs) / len(pairs)
+        for name, score in (("exact_match", exact_match), ("f1", token_f1))
+    }
+
+
+def describe_answers(answers: Sequence[str], examples: Sequence[Example]) -> str:
+    """The scores in words."""
+    found = answer_scores(answers, examples)
+    return f"exact match {found['exact_match']:.3f}, F1 {found['f1']:.3f}"
+
+
+@torch.no_grad()
+def score_documents(
+    model: Callable[..., tuple[Tensor, Tensor]],
+    documents: Sequence[Sequence[int]],
+    window: int,
+    stride: int,
+    dtype: torch.dtype = torch.float32,
+    tokens_at_once: int = 8192,
+    device: torch.device | None = None,
+) -> tuple[float, int]:
+    """How well a causal language model predicts documents, lists of ids: the summed loss in nats of every token but the
+    first of each, which may be <s>, and the number of these tokens.
+
+    A document longer than `window` is read in windows that begin `stride` tokens after one another; each scores what
+    the one before did not reach, with at least window - stride tokens before it.
+    """
+    device = device or torch.device("cpu")
+    windows: list[tuple[Sequence[int], int]] = []  # (ids, how many of the last ones are scored)
+    for ids in documents:
+        done, start = 1, 0
+        while done < len(ids):
+            end = min(len(ids), start + window + 1)
+            windows.append((ids[start:end], end - done))
+            done, start = end, start + stride
+    windows.sort(key=lambda one: len(one[0]), reverse=True)
+    nats = torch.zeros((), dtype=torch.float64)
+    with tqdm(
+        total=sum(scored for _, scored in windows), desc="scoring", unit="token", leave=False, disable=None
+    ) as bar:
+        while windows:
+            some = windows[: max(1, tokens_at_once // len(windows[0][0]))]
+            del windows[: len(some)]
+            batch, _ = pad([one for one, _ in some], 0)
+            targets = batch[:, 1:].clone()
+            for row, (one, scored) in enumerate(some):
+                targets[row, : len(one) - 1 - scored] = -100
+                targets[row, len(one) - 1 :] = -100  # padding, which no earlier token sees
+            with autocast(device, dtype):
+                logits, _ = model(batch[:, :-1].to(device), targets)
+            nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").cpu()
+            bar.update(sum(scored for _, scored in some))
+    if not torch.isfinite(nats):
+        raise not_finite("the model's scores", dtype)
+    return float(nats), sum(max(0, len(ids) - 1) for ids in documents)
+
+
+def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[str, float | None]:
+    """The bar to clear: logistic regression on TF-IDF of 1- to n-grams, trained on rows["train"], its C the best of 1,
+    10 and 100 on dev. Returns C, and the accuracy on dev and test, None where there are no gold labels.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn; threads only slow down so small a problem
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, ngrams)).fit([row.sentence for row in rows["train"]])
+    inputs = {split: vectorizer.transform([row.sentence for row in rows[split]]) for split in rows}
+    labels = {split: [row.label for row in rows[split]] for split in rows}
+    with threadpool_limits(1):
+        models = [LogisticRegression(C=c, max_iter=2000).fit(inputs["train"], labels["train"]) for c in (1, 10, 100)]
+        best = max(models, key=lambda model: model.score(inputs["dev"], labels["dev"]))
+        scored = {split: best.score(inputs[split], labels[split]) for split in ("dev", "test")}
+    return {"C": float(best.C)} | {
+        split: float(score) if has_gold_labels(rows[split]) else None for split, score in scored.items()
+    }
+
+
+def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
+    """The scores in words. with_loss: for a model whose log-probabilities are normalised over the labels."""
+    if evaluation.accuracy is None:
+        return "has no gold labels (one value in the whole label column): no accuracy"
+    loss = f", loss {evaluation.loss:.4f}" if with_loss and evaluation.loss is not None else ""
+    return f"accuracy {evaluation.accuracy:.3f}, macro-F1 {evaluation.macro_f1:.3f}{loss}"
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Between what shares the true accuracy lies with 95 % confidence, when `right` of `count` rows are right: Wilson's
+    score interval (J. Am. Stat. Assoc. 22, 1927), (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+    """
+    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+    p, w = right / count, z * z / count
+    half = math.sqrt(w * p * (1 - p) + w * w / 4)
+    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
+
+
+def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
+    """Numbers to compare the accuracy with: its confidence interval, the accuracy of guessing, and that of naming
+    the commonest class always; "" where there are no gold labels.
+    """
+    if evaluation.accuracy is None:
+        return ""
+    gold = [row.label for row in rows]
+    low, high = wilson_interval(round(evaluation.accuracy * len(rows)), len(rows))
+    common = max(map(gold.count, set(gold))) / len(rows)
+    return f"95 % interval {low:.3f} to {high:.3f}, chance {1 / classes:.3f}, commonest class {common:.3f}"
+
+
+def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
+    """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    if evaluation.accuracy is None:
+        return ""
+    gold, classes = [row.label for row in rows], range(len(label_names))
+    settings: dict[str, Any] = {"labels": list(classes), "zero_division": 0}
+    text = classification_report(gold, evaluation.predictions, target_names=list(label_names), digits=3, **settings)
+    matrix = confusion_matrix(gold, evaluation.predictions, labels=list(classes))
+    width = max(len(str(number)) for number in matrix.flatten())
+    head = "confusion matrix (a line for each true class, a column for each predicted one)"
+    lines = ["  ".join(f"{n:>{width}}" for n in line) + f"   {label_names[i]}" for i, line in enumerate(matrix)]
+    return "\n".join([text, head, *lines])

@@ -1,0 +1,126 @@
+"""The task of predicting each next token of a corpus."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillama.decoding import sampling
+from minillama.layers.precision import autocast
+from minillama.text.corpus import Corpus, evenly, to_tensor
+from minillama.training.distributed import Processes
+from minillama.training.task import Score
+from tokenizer import Tokenizer
+
+
+@dataclass
+class LanguageModelling:
+    """Predicting each next token of a corpus, for a `Llama`; judged by bits per byte of the held-out documents.
+
+    An epoch here is `eval_every` steps: the passes over the corpus follow one another without a seam.
+    """
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    steps: int
+    batch_size: int
+    eval_every: int
+    eval_windows: int = 64  # of each text
+    sample_prompt: str = "Once upon a time"
+    sample_tokens: int = 60
+    seed: int = 0
+
+    average = None
+    unit = "token"
+    judged_by = "bits per byte"
+    _length: int = field(init=False)
+    _prompt: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._length = self.corpus.texts[0].train.length
+        self._prompt = self.tokenizer.encode(self.sample_prompt, bos=True, eos=False)
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.steps / self.eval_every)
+
+    def checksum(self) -> int:
+        return zlib.crc32(repr([(text.weight, text.checksum) for text in self.corpus.texts]).encode())
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        steps = range((epoch - 1) * self.eval_every, min(epoch * self.eval_every, self.steps))
+        return [self.corpus.batch(step, self.batch_size) for step in steps]
+
+    def targets(self, positions: list[int]) -> int:
+        return len(positions) * self._length
+
+    tokens = targets
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._losses(model, to_tensor([self.corpus.window(i) for i in positions]), dtype)
+
+    def _losses(self, model: nn.Module, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The losses of windows (B, length + 1): every token but the first is a target."""
+        device = next(model.parameters()).device
+        inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
+        with autocast(device, dtype):
+            logits, _ = model(inputs, targets)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).sum(-1), (logits.argmax(-1) == targets).sum(-1)
+
+    @torch.no_grad()
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        """Bits per byte and perplexity of evenly spread held-out windows, each text's by itself and their mean; and a
+        sample of what the model writes.
+        """
+        model.eval()
+        bits, perplexity = {}, {}
+        judged = [text for text in self.corpus.texts if text.held_out_windows]
+        for text in judged:
+            windows = to_tensor(evenly(text.held_out, self.eval_windows))
+            loss = 0.0
+            for start in range(0, len(windows), self.batch_size):
+                check()
+                for mine, counted in processes.share(list(range(start, min(start + self.batch_size, len(windows))))):
+                    losses, _ = self._losses(model, windows[mine], dtype)
+                    loss += float(losses[:counted].sum())
+            nats = processes.sum(loss)[0] / (len(windows) * self._length)
+            perplexity[text.name] = math.exp(min(nats, 700.0))
+            bits[text.name] = nats / math.log(2) * text.held_out_tokens / text.held_out_bytes
+        sample = self._sample(model, dtype)
+        model.train()
+        if not judged:
+            return Score(None, "nothing held out to judge by", {}, f"\n    {sample}")
+        mean = sum(bits.values()) / len(bits)
+        each = "; ".join(f"{name} {bits[name]:.3f} (perplexity {perplexity[name]:.1f})" for name in bits)
+        metrics: dict[str, Any] = {"bits_per_byte": mean}
+        metrics |= {f"bits_per_byte_{name}": value for name, value in bits.items()}
+        return Score(-mean, f"held-out bits per byte {mean:.4f}: {each}", metrics, f"\n    {sample}")
+
+    def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
+        llama: Any = getattr(model, "module", model)  # as it is without DDP around it
+        device = next(llama.parameters()).device
+        prompt = torch.tensor([self._prompt], device=device)
+        with autocast(device, dtype):
+            ids = sampling.generate(
+                llama,
+                prompt,
+                self.sample_tokens,
+                temperature=0.8,
+                epsilon=0.01,
+                eos_ids=self.tokenizer.stop_ids,
+                banned_ids=self.tokenizer.unused_ids,
+                generator=torch.Generator(device).manual_seed(self.seed),
+            )
+        new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
+        return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())

@@ -1,0 +1,430 @@
+"""The training loop of every mode. What is learnt, from what batches, and how it is judged, a `Task` says (tasks.py).
+
+A run can stop at any moment and go on later to the same weights, bit for bit: what comes next depends only on the
+state that `Training.state` lists, and on rows and settings that must be the same.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+from minillama.formats.files import read_torch
+from minillama.training.distributed import Processes
+from minillama.training.run_directory import RunDirectory
+from minillama.training.task import Score, Task
+from optimizer import AdamW, decay_groups, learning_rate, local, set_learning_rate
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train, whatever the task."""
+
+    lr: float
+    dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
+    betas: tuple[float, float] = (0.9, 0.999)
+    micro_batch_size: int | None = None  # rows computed at once; a batch is accumulated from as many as it takes
+    schedule: str = "constant"  # or "cosine"
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+    lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    patience: int | None = None  # epochs without a better score, after which to stop
+    save_every: int = 500  # steps; an epoch's end is always saved
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; the text says how to go on."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Interrupts:
+    """While entered, the first SIGINT or SIGTERM is only noted, in `number`; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        self.__exit__()
+        # Written at a stroke, for print is not to be entered again from a handler; nobody may be there to read it.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more stops at once, and loses what is not saved\n")
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    epoch: int = 1
+    batch: int = 0  # batches of this epoch that are done
+    step: int = 0  # optimizer steps of the whole run
+    loss_sum: float = 0.0  # of this epoch's targets so far, as are the next two
+    correct: int = 0
+    seen: int = 0
+    best_epoch: int = 0
+    best_quality: float | None = None
+    finished: bool = False
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    settings: Settings,
+    run: RunDirectory,
+    *,
+    processes: Processes | None = None,
+    write_best: Callable[[dict[str, Tensor], int, Score], None] = lambda state, epoch, score: None,
+    log: Callable[[str], None] = print,
+) -> nn.Module:
+    """Trains the parameters of `model` that require gradients, has the task score it after each epoch, and leaves the
+    model as it was after the best one (ties go to the earlier epoch; where nothing can be scored, the last is best).
+
+    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, score) is called on the main
+    process when an epoch is the best so far. Returns the model to evaluate: the same, wrapped if there are several
+    processes.
+
+    Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state is of other
+    weights or rows, OSError if the disk is full, Stopped after SIGINT or SIGTERM, with the state saved.
+    """
+    training = Training(model, task, settings, run, processes or Processes(), log)
+    training.restore()
+    with Interrupts() as interrupts:
+        training.interrupts = interrupts
+        try:
+            while not training.progress.finished:
+                training.epoch()
+                training.end_epoch(write_best)
+            training.check_interrupts()  # a signal that came in the last moments
+        except OSError as error:
+            raise OSError(
+                f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            rows = settings.micro_batch_size or task.batch_size
+            raise ValueError(
+                f"{rows} rows at once do not fit into the memory of {training.device}; {training.last_good()}. "
+                f"Try --micro_batch_size {max(1, rows // 2)}, which takes the same steps"
+            ) from error
+    training.load_best()
+    return training.model.eval()
+
+
+class Training:
+    """The state of a run, and the steps that change it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: Settings,
+        run: RunDirectory,
+        processes: Processes,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.task, self.settings = task, settings
+        self.run, self.processes, self.log = run, processes, log
+        self.device = next(model.parameters()).device
+        self.base = self._checksum(model)
+        self.model = processes.wrap(model)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if task.average is not None:
+            task.average.start(model)
+        groups = decay_groups(self.model.named_parameters(), settings.weight_decay, settings.lr_multipliers)
+        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
+        # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
+        self.progress = Progress()
+        self.interrupts = Interrupts()
+        self.saved_at = (0, 0)  # (epoch, step)
+
+    def _checksum(self, model: nn.Module) -> int:
+        """A checksum of what the saved state leaves out and a resumed run must find again: the task's data, the shapes
+        of the weights, and those that are frozen.
+        """
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        total = zlib.crc32(repr(shapes).encode(), self.task.checksum())
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), total)
+        return total
+
+    # Saving and restoring
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, every random
+        generator, the task's moving average. The order of the rows is a function of seed and epoch.
+        """
+        mine = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(self.device)
+        # The model first: that puts the shards back which an evaluation has left gathered.
+        model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
+        updated = bool(self.optimizer.state)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        average = {} if self.task.average is None else {"average": self.task.average.state()}
+        if not updated:
+            self.optimizer.state.clear()  # torch takes a step of no size to make them, which would count as one
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "updated": updated,  # else the optimizer's state is to be forgotten
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "generators": self.processes.gather(mine),
+            "base": self.base,
+            **average,
+        }
+
+    def save(self) -> None:
+        """Saves the state, unless this one is saved already."""
+        at = (self.progress.epoch, self.progress.step)
+        if at == self.saved_at:
+            return
+        self.check_weights()
+        state = self.state()
+        if self.processes.fsdp:
+            import torch.distributed.checkpoint as shards
+
+            try:
+                self.run.save_shards(
+                    f"{at[0]}-{at[1]}", lambda folder: shards.save(state, checkpoint_id=folder), self.processes.wait
+                )
+            except shards.CheckpointException as error:  # of all processes, and none that `except Exception` knows
+                causes = [failure for failure, _ in error.failures.values()]
+                full_disk = [failure for failure in causes if isinstance(failure, OSError)]
+                reasons = "; ".join(dict.fromkeys(str(failure) for failure in full_disk or causes))
+                raise OSError(f"the shards could not be saved: {reasons}") from error
+        else:
+            self.run.save(state)
+        self.saved_at = at
+
+    def restore(self) -> None:
+        """Goes back to the state last saved in the run's folder, if there is one."""
+        begun = self.run.metrics_path.exists()
+        if self.processes.fsdp:
+            import torch.distributed.checkpoint as shards
+
+            state = self.state() if (folder := self.run.shards()) else None
+            if state is not None:
+                try:
+                    shards.load(state, checkpoint_id=folder)
+                except (shards.CheckpointException, EOFError, OSError, ValueError, RuntimeError) as error:
+                    raise ValueError(
+                        f"{folder}, the run's last state, is damaged; restore it, or start a new run"
+                    ) from error
+        else:
+            state = self.run.load()
+        self.processes.wait()
+        if state is None:
+            if begun:
+                self.log(f"{self.run.path} had saved nothing yet: it starts from the beginning")
+            return
+        if state["base"] != self.base:
+            raise ValueError(
+                f"{self.run.path} was started from another model, or other training or dev {self.task.unit}s; restore "
+                "those, or start a new run"
+            )
+        if state["progress"]["best_epoch"] and not self.run.best_path.exists():
+            raise ValueError(f"{self.run.best_path}, the run's best model, is gone; restore it, or start a new run")
+        options = StateDictOptions(strict=False)  # frozen weights are not in it
+        set_model_state_dict(self.model, state["model"], options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        if not state["updated"]:
+            self.optimizer.state.clear()
+        if self.task.average is not None:
+            self.task.average.load(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        mine = state["generators"][self.processes.rank]
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine:
+            torch.cuda.set_rng_state(mine["cuda"], self.device)
+        self.saved_at = (self.progress.epoch, self.progress.step)
+        done = "; all of it is done" if self.progress.finished else ""
+        self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}{done}")
+
+    def check_weights(self) -> None:
+        """Raises ValueError if the last update broke a weight, so that it is neither saved nor evaluated."""
+        broken = not all(bool(torch.isfinite(local(parameter)).all()) for parameter in self.trained)
+        if any(self.processes.gather(broken)):
+            raise ValueError(
+                f"the weights are NaN or infinite after step {self.progress.step} (epoch {self.progress.epoch}), "
+                f"learning rate {self.optimizer.param_groups[0]['lr']:g}; {self.last_good()}. "
+                "Try a lower --lr or --dtype fp32"
+            )
+
+    def check_interrupts(self) -> None:
+        """Saves and raises Stopped if a signal has come to any of the processes."""
+        number = int(max(self.processes.gather(self.interrupts.number)))
+        if number:
+            self.save()
+            raise Stopped(
+                number,
+                f"stopped by {signal.Signals(number).name}; go on with --resume --run_dir {self.run.path}",
+            )
+
+    # An epoch
+
+    def epoch(self) -> None:
+        """The batches of this epoch that are left."""
+        self.model.train()
+        progress, settings, task = self.progress, self.settings, self.task
+        plan = task.plan(progress.epoch)
+        with tqdm(
+            total=sum(map(task.targets, plan)),
+            initial=progress.seen,
+            desc=f"epoch {progress.epoch}",
+            unit=task.unit,
+            leave=False,
+            disable=None if self.processes.is_main else True,
+        ) as bar:
+            for positions in plan[progress.batch :]:
+                self.check_interrupts()
+                start = time.perf_counter()
+                lr = learning_rate(
+                    progress.step, task.steps, settings.lr, settings.schedule, settings.warmup_steps, settings.min_lr
+                )
+                loss, correct = self.step(positions, lr)
+                targets = task.targets(positions)
+                progress.step += 1
+                progress.batch += 1
+                progress.loss_sum += loss * targets
+                progress.correct += correct
+                progress.seen += targets
+                seconds = time.perf_counter() - start
+                self.run.metric(progress.step, epoch=progress.epoch, loss=loss, lr=lr, seconds=round(seconds, 4))
+                bar.update(targets)
+                bar.set_postfix(
+                    loss=f"{progress.loss_sum / progress.seen:.4f}",
+                    accuracy=f"{progress.correct / progress.seen:.3f}",
+                    lr=f"{lr:.2g}",
+                    tokens_s=f"{task.tokens(positions) / seconds:,.0f}",
+                    refresh=False,
+                )
+                if progress.step % settings.save_every == 0:
+                    self.save()
+
+    def step(self, positions: list[int], lr: float) -> tuple[float, int]:
+        """One update from the rows at `positions`: (mean loss, how many targets were predicted right).
+
+        The gradient is that of the mean over all the targets, whatever the pieces and processes they are computed in:
+        each piece's summed loss is divided by the number of targets of the whole batch.
+        """
+        settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, correct = 0.0, 0
+        pieces = self.processes.share(positions, settings.micro_batch_size)
+        for number, (mine, counted) in enumerate(pieces, start=1):
+            with self.processes.gradients(self.model, in_step=number == len(pieces)):
+                losses, hits = self.task.losses(self.model, mine, settings.dtype)
+                loss = losses.sum() * (counted / len(mine))
+                # torch averages gradients over the processes; the sum is wanted.
+                self.scaler.scale(loss * (world / targets)).backward()
+            loss_sum += loss.item()
+            correct += int(hits[:counted].sum())
+        loss_sum, right = self.processes.sum(loss_sum, correct)
+        if not math.isfinite(loss_sum):
+            raise ValueError(
+                f"the loss is {loss_sum / targets} at step {self.progress.step + 1} (epoch "
+                f"{self.progress.epoch}), learning rate {lr:g}; {self.last_good()}. Try a lower --lr or --dtype fp32"
+            )
+        if settings.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.task.average is not None:
+            self.task.average.update(getattr(self.model, "module", self.model), self.progress.step + 1, self.task.steps)
+        return loss_sum / targets, int(right)
+
+    def last_good(self) -> str:
+        """The last checkpoint to go on from, in words."""
+        if self.saved_at == (0, 0):
+            return "nothing was saved before"
+        path = self.run.shards_path if self.processes.fsdp else self.run.last_path
+        return f"the last good checkpoint is {path}, of step {self.saved_at[1]}"
+
+    def end_epoch(self, write_best: Callable[[dict[str, Tensor], int, Score], None]) -> None:
+        """Evaluates, keeps the model if it is the best so far, and saves."""
+        self.check_weights()
+        progress, settings = self.progress, self.settings
+        score = self.task.score(
+            self.model, settings.dtype, self.processes, self.check_interrupts, f"epoch {progress.epoch}"
+        )
+        best = progress.best_quality
+        is_best = progress.best_epoch == 0 or best is None or (score.quality is not None and score.quality > best)
+        loss, running = progress.loss_sum / progress.seen, progress.correct / progress.seen
+        self.log(
+            f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
+            + " (best so far)" * (is_best and score.quality is not None)
+            + score.remark
+        )
+        self.run.metric(
+            progress.step,
+            epoch=progress.epoch,
+            train_loss=loss,
+            running_train_accuracy=running,
+            **score.metrics,
+        )
+        if is_best:
+            progress.best_epoch, progress.best_quality = progress.epoch, score.quality
+            options = StateDictOptions(full_state_dict=True, cpu_offload=self.processes.fsdp)
+            whole: dict[str, Any] = get_model_state_dict(self.model, options=options)
+            if self.processes.is_main:
+                write_best(whole, progress.epoch, score)
+        stale = progress.epoch - progress.best_epoch
+        stops_early = settings.patience is not None and stale >= settings.patience
+        if stops_early and progress.epoch < self.task.epochs:
+            self.log(f"stopped early: {stale} epochs without a better {self.task.judged_by}")
+        self.progress = replace(
+            progress,
+            epoch=progress.epoch + 1,
+            batch=0,
+            loss_sum=0.0,
+            correct=0,
+            seen=0,
+            finished=stops_early or progress.epoch >= self.task.epochs,
+        )
+        self.save()
+
+    def load_best(self) -> None:
+        """Puts the weights of the best epoch back."""
+        self.processes.wait()
+        best = read_torch(self.run.best_path)["model"]
+        set_model_state_dict(self.model, best, options=StateDictOptions(full_state_dict=True))

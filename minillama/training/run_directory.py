@@ -1,0 +1,342 @@
+"""A run's folder: its options, its metrics, its log, the state to go on from, and a lock.
+
+    options.json     the resolved options, and the versions they ran with, the project's commit among them
+    metrics.jsonl    a line for each step and each epoch, and at the end one with the scores of dev and test
+    log.txt          what was told
+    last.pt          everything training needs to go on (a folder of shards under FSDP)
+    best.pt          the best model so far
+    lock             locked while a process trains the run, whose number it holds; it stays, unlocked
+    events.*         the same metrics for TensorBoard, where that is installed
+
+`last` and `best` are replaced whole or not at all: a crash at any moment leaves the one before. The lock ends with its
+process, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from minillama.environment import PackageError, is_still_at, optional_package, project_commit, try_lock
+from minillama.formats.files import atomic_file, read_torch, write_json, write_torch
+from minillama.formats.names import RUN_FILES
+
+_locked: set[Path] = set()  # the lock files that this process has locked
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a run's folder. Raises ValueError if another process has locked it, naming that, or it cannot be locked."""
+    path = folder.resolve() / "lock"
+    with _open_lock(folder / "lock") as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        _locked.add(path)
+        try:
+            yield
+        finally:
+            _locked.discard(path)
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """The lock file, made where it is missing, open and locked."""
+    while True:
+        try:
+            file = path.open("a+", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; give another --run_dir") from error
+        is_ours = try_lock(file)
+        file.seek(0)
+        owner = file.read(20).strip()
+        if is_ours and is_still_at(path, file):
+            if owner and not owner.isdigit():
+                file.close()
+                raise ValueError(f"{path} is there already and is no lock of a run; give another --run_dir")
+            return file
+        file.close()
+        if not is_ours:
+            who = f"process {owner}" if owner.isdigit() else "another process"
+            raise ValueError(f"{path.parent} is still being trained by {who}; wait until it ends, or stop it")
+
+        # Else the process that had it has removed it since.
+
+
+@contextmanager
+def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
+    """Makes and locks the folder of a run that starts now: `named`, or else a new one under `parent`, named by the time
+    and the option. When the block ends without a run in it (no options.json), what was made is removed.
+
+    Raises ValueError if the folder is taken, another process has locked it, or it cannot be made.
+    """
+    stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{option}"
+    for i in count(1):
+        path = Path(named) if named else parent / (stem if i == 1 else f"{stem}-{i}")
+        made = _make_folders(path)
+        if named or path in made:
+            break
+    lock = path / "lock"
+    free = False
+    made_lock = not lock.exists()
+    try:
+        with locked(path):
+            try:
+                RunDirectory(path).check_free()
+                free = True
+                yield path
+            finally:
+                # Under the lock: whoever opened the file meanwhile finds that it is gone, and makes another.
+                if made_lock and not (free and (path / "options.json").exists()):
+                    with suppress(OSError):  # Windows removes no open file
+                        lock.unlink()
+    finally:
+        _remove_empty(made)
+
+
+def _make_folders(path: Path, tries: int = 20) -> list[Path]:
+    """Makes a folder and those above it, as far as they are missing; returns those that it made, the lowest first.
+    Raises ValueError, and leaves none, if it cannot.
+    """
+    made: list[Path] = []
+    for folder in (*reversed(path.parents), path):
+        try:
+            if not folder.is_dir():
+                folder.mkdir()
+                made.insert(0, folder)
+        except OSError as error:
+            # Another process may just have made this folder, or removed one above it that it had made.
+            if isinstance(error, FileExistsError | FileNotFoundError) and tries:
+                return _make_folders(path, tries - 1) + made
+            _remove_empty(made)
+            if folder.is_file():
+                raise ValueError(f"{folder} is a file; --run_dir takes a folder, new or empty") from error
+            raise ValueError(f"{folder} cannot be made: {error.strerror}; give another --run_dir") from error
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # there is something in it, or it is gone
+            folder.rmdir()
+
+
+def latest_run_path(parent: Path) -> Path:
+    """The folder under `parent` whose run was active last; where that is still going, the last one that stopped before
+    its end, if there is one. Raises FileNotFoundError if there is no run.
+    """
+    runs = [path.parent for path in parent.glob("*/options.json")]
+    if not runs:
+        raise FileNotFoundError(f"there is no run under {parent} to resume; name its folder with --run_dir")
+
+    def active(run: Path) -> float:
+        """When; the lock says nothing of it, for it is taken by a command that then refuses to go on, too."""
+        files = (run / name for name in RUN_FILES if name != "lock")
+        return max(file.stat().st_mtime for file in files if file.exists())
+
+    latest, *earlier = sorted(runs, key=active, reverse=True)
+    if is_locked(latest):
+        return next((run for run in earlier if not is_locked(run) and not is_finished(run)), latest)
+    return latest
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process is at work on a run."""
+    try:
+        with (run / "lock").open("rb") as file:
+            return not try_lock(file)
+    except OSError:  # without a lock
+        return False
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has told its last scores."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()[-1:] if path.exists() else []
+    return any(b'"final": true' in line for line in lines)
+
+
+class RunDirectory:
+    """One run's folder. Only the process that `writes` touches it; the others may read."""
+
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
+        self.path = Path(path)
+        self.writes = writes
+        self.metrics_path = self.path / "metrics.jsonl"
+        self._tensorboard: Any = None  # False where there is none
+
+    @property
+    def best_path(self) -> Path:
+        return self.path / "best.pt"
+
+    @property
+    def last_path(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def shards_path(self) -> Path:
+        """Names the folder of the last good shards."""
+        return self.path / "last.json"
+
+    def check_free(self) -> None:
+        """Raises ValueError if a run is there already, or a part of one, or a file."""
+        if (self.path / "options.json").exists():
+            raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
+        for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
+            if path.exists():
+                raise ValueError(f"{path} is there already, but no options.json; give another --run_dir, new or empty")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
+
+    def create(self, options: dict[str, Any]) -> None:
+        """Writes `options` into the folder, which is there (`new_run` makes it)."""
+        if not self.writes:
+            return
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "commit": project_commit(),
+        }
+        write_json(self.path / "options.json", {"options": options, "versions": versions})
+
+    def options(self) -> dict[str, Any]:
+        """The options that the run was started with. Raises FileNotFoundError or ValueError if there are none."""
+        path = self.path / "options.json"
+        try:
+            options = json.loads(path.read_text(encoding="utf-8"))["options"]
+            if not isinstance(options, dict):
+                raise TypeError("no options")
+            return options
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.path} holds no run (no options.json); leave out --resume") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; the run cannot be resumed") from error
+
+    def metric(self, step: int, **values: Any) -> None:
+        """Adds a line to the metrics, and the numbers among them to TensorBoard's events."""
+        if not self.writes:
+            return
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is not False:
+            self._tell_tensorboard(step, {name: value for name, value in values.items() if isinstance(value, float)})
+
+    def _tell_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
+        """Adds to TensorBoard's events, which forget what was written from the first `step` on. Where the package is
+        missing or broken there are none; a broken one is told of once.
+        """
+        try:
+            with optional_package("tensorboard", f"{self.path}/events.* is left out"):
+                if self._tensorboard is None:
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self._tensorboard = SummaryWriter(str(self.path), purge_step=step)
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+        except PackageError as error:
+            self._tensorboard = False
+            if not error.missing:
+                print(f"notice: {error}", file=sys.stderr, flush=True)
+
+    def finish(self, **scores: Any) -> None:
+        """Adds the last line to the metrics: the scores of the best model. Resuming drops the line again."""
+        if not self.writes:
+            return
+        with self.metrics_path.open("r+", encoding="utf-8") as file:
+            step = json.loads(file.read().splitlines()[-1])["step"]
+            file.write(json.dumps({"step": step, "final": True, **scores}) + "\n")
+
+    def log(self, line: str) -> None:
+        """Adds a line to the log."""
+        if self.writes:
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replaces last.pt by `state`, and remembers in it how far the metrics are."""
+        if not self.writes:
+            return
+        self._settle_metrics()
+        write_torch(self.last_path, state | {"metrics_bytes": self._metrics_bytes()})
+
+    def load(self) -> dict[str, Any] | None:
+        """The state last saved, None where none was yet; the metrics go back to where they were then.
+
+        Raises ValueError if the file is damaged.
+        """
+        state = read_torch(self.last_path) if self.last_path.exists() else None
+        if state is not None and not (isinstance(state, dict) and "base" in state and "metrics_bytes" in state):
+            raise ValueError(f"{self.last_path} holds no state of a run; restore it, or start a new run")
+        self.rewind_metrics(state["metrics_bytes"] if state else 0)
+        return state
+
+    def rewind_metrics(self, size: int) -> None:
+        """Drops the lines of steps that the saved state does not know, for they will be taken again, and what a save
+        that was killed has left half written; under the lock, if this process writes. Raises ValueError if lines are
+        missing, or another process has the lock.
+        """
+        found = self._metrics_bytes()
+        if found < size:
+            raise ValueError(f"{self.metrics_path} has {found} of {size} bytes; restore it, or start a new run")
+        if not self.writes:
+            return
+        with nullcontext() if self.path.resolve() / "lock" in _locked else locked(self.path):
+            if found > size:
+                os.truncate(self.metrics_path, size)
+            for name in (self.last_path.name, self.shards_path.name, self.best_path.name):
+                for half in self.path.glob(f".{name}.*.tmp"):
+                    half.unlink()
+
+    def _metrics_bytes(self) -> int:
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def _settle_metrics(self) -> None:
+        """Waits until the metrics are on the disk, before a state says so."""
+        if self.metrics_path.exists():
+            with self.metrics_path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    # Sharded states: a folder for each save, and a pointer that is replaced last.
+
+    def save_shards(self, name: str, write: Callable[[Path], None], wait: Callable[[], None]) -> None:
+        """Every process calls this; `write` puts its shards into the folder it is given, a new one for each `name`."""
+        folder = self.path / f"last-{name}"
+        if self.writes:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._settle_metrics()
+        wait()
+        try:
+            write(folder)
+        except BaseException:
+            if self.writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        wait()
+        if self.writes:
+            with atomic_file(self.shards_path) as file:
+                json.dump({"folder": folder.name, "metrics_bytes": self._metrics_bytes()}, file)
+            for old in self.path.glob("last-*"):
+                if old != folder:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def shards(self) -> Path | None:
+        """The folder of the shards last saved whole, None where none were yet; rewinds the metrics as `load` does."""
+        pointer = self.shards_path
+        try:
+            saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None
+            size = int(saved["metrics_bytes"]) if saved else 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{pointer} is damaged; restore it, or start a new run") from error
+        self.rewind_metrics(size)
+        return self.path / saved["folder"] if saved else None

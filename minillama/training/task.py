@@ -1,0 +1,65 @@
+"""A task: its batches, its loss, and how the model is judged. The loop knows no more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minillama.training.distributed import Processes
+from minillama.training.regularizers import MovingAverage
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a model is: `quality` is to be as large as possible, None where there is nothing to judge by."""
+
+    quality: float | None
+    text: str
+    metrics: dict[str, float | None]
+    remark: str = ""  # what follows in the log
+
+
+class Task(Protocol):
+    """All that the training loop needs to know. A position is the number of a training row; a target is what the loss
+    is a mean over.
+    """
+
+    unit: str  # of targets, for the progress bar
+    judged_by: str
+    batch_size: int
+
+    @property
+    def epochs(self) -> int:
+        """How often the loop goes through a plan, and has the model scored."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def average(self) -> MovingAverage | None:
+        """The moving average of the weights, if the losses ask for one; the loop keeps it up to date and saves it."""
+
+    def checksum(self) -> int:
+        """A checksum of all the data: a run goes on only with the same."""
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch; a function of seed and epoch."""
+
+    def targets(self, positions: list[int]) -> int:
+        """How many targets these rows have."""
+
+    def tokens(self, positions: list[int]) -> int:
+        """How many tokens these rows have."""
+
+    def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The summed loss of each row (B,), and how many of its targets the model would have guessed (B,)."""
+
+    def score(
+        self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
+    ) -> Score:
+        """Judges the model. Every process calls this, and check() now and then."""
