@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import os
 import sys
@@ -11,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-from minillama.cli.loading import report
+from minillama.cli.header import report
+from minillama.cli.options import Options
 from minillama.environment import PackageError, optional_package
 from minillama.text.labelled import LINE_END, decoded_text, read_text
 
@@ -19,10 +19,10 @@ HISTORY = ".mini-llama-history"  # in the home folder: what was typed in the int
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # its names; opening them fails where it is a socket
 
 
-def check_stdin(args: argparse.Namespace) -> None:
+def check_stdin(options: Options) -> None:
     """Raises ValueError if what is to be read from the standard input cannot be, for it is closed."""
-    if sys.stdin is None and (args.interactive or args.prompt_file in STDIN):
-        source = "--interactive" if args.interactive else f"--prompt_file {args.prompt_file}"
+    if sys.stdin is None and (options.interactive or options.prompt_file in STDIN):
+        source = "--interactive" if options.interactive else f"--prompt_file {options.prompt_file}"
         raise ValueError(f"{source} reads the standard input, which is closed; open it, or use --prompt")
 
 
@@ -37,17 +37,16 @@ def speaks_utf8() -> bool:
     return codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
 
 
-def prompts_of(args: argparse.Namespace) -> list[str]:
+def prompts_of(options: Options) -> list[str]:
     """The prompts asked for."""
-
-    texts = [args.prompt]
-    if args.prompt_file is not None:
+    texts = [options.prompt]
+    if options.prompt_file is not None:
         what = "file of prompts (one a line)"
-        text = read_stdin(what) if args.prompt_file in STDIN else read_text(args.prompt_file, what)
+        text = read_stdin(what) if options.prompt_file in STDIN else read_text(options.prompt_file, what)
         lines = LINE_END.split(text)
         texts = [line for line in lines if line.strip()]
         if skipped := len(lines) - len(texts) - (lines[-1] == ""):
-            report(f"warning: {skipped} empty lines of {args.prompt_file} are skipped")
+            report(f"warning: {skipped} empty lines of {options.prompt_file} are skipped")
     return texts
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from minillama.cli.charts import Point
-from minillama.cli.flags import OUTPUT_ENDINGS
-from minillama.cli.options import active_options, parse_options
+from minillama.cli.options import Command, parse_options
+from minillama.cli.session import active_options
 from minillama.formats.names import RUNS
 
 Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
@@ -37,6 +37,8 @@ class Run:
     seconds: float  # of training
     log: str
     problems: list[str]
+    defaults: dict[str, Any] = field(default_factory=dict)  # of its command's options
+    relevant: set[str] = field(default_factory=set)  # options that have an effect on its command
     matrices: dict[str, Matrix] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -81,16 +83,20 @@ def find_runs(folders: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str, commands: Sequence[Command]) -> Run:
     """Reads a run's folder; raises nothing for what is damaged or missing."""
     problems = []
     options: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    relevant: set[str] = set()
     try:
         saved = json.loads((path / "options.json").read_bytes())["options"]
         if not isinstance(saved["option"], str) or not isinstance(saved.get("corpus"), list | None):
             raise TypeError
         # An older run lacks the options that came later: it had their defaults.
-        options = vars(parse_options([], active_options(saved))[0])
+        resolved = parse_options(commands, [], active_options(saved))
+        options, relevant = resolved.values(), resolved.command.keys
+        defaults = parse_options(commands, ["--option", resolved.option]).values()
     except FileNotFoundError:
         problems.append("no options.json")
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -116,8 +122,8 @@ def read_run(path: Path, name: str) -> Run:
     log = "\n".join(read_lines(path / "log.txt", problems)) if (path / "log.txt").exists() else ""
     if options and not scores:
         problems.append("no epoch has ended")
-    run = Run(path, name, options, losses, scores, seconds, log, problems)
-    if options and options["option"] in OUTPUT_ENDINGS:
+    run = Run(path, name, options, losses, scores, seconds, log, problems, defaults, relevant)
+    if options and options["option"] in ("finetune", "lora"):
         add_matrices(run)
     return run
 

@@ -1,51 +1,198 @@
-"""The options: those typed, those of a file, and what follows from them alone. Imports no torch."""
+"""Commands and their flags: how they are declared, read from the command line or a file, and shown by `--help`.
+
+Imports no torch, so that `--help` stays instant.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from minillama.cli.flags import FILTERS, LORA_TARGETS, OPTION_DEFAULTS, PARTS, build_parser, used_by
-from minillama.cli.parser import POSITIVE, OneLineParser
-from minillama.formats.names import without_ending
+from minillama.cli.parser import SEED, OneLineParser
+
+PROGRAM = "run_llama.py"
+
+
+class Flag:
+    """A flag of the command line.
+
+    default_text: the default in words, where the value does not say it. elsewhere: why a command that does not use the
+    flag refuses it ({users}: the commands that do); without it, the command's header names the flag as ignored.
+    type, metavar, settings (choices, nargs, action): for argparse.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        help: str,
+        type: Callable[[str], Any] | None = None,
+        metavar: str | None = None,
+        default: Any = None,
+        *,
+        default_text: str = "",
+        elsewhere: str = "",
+        **settings: Any,
+    ) -> None:
+        settings |= {key: value for key, value in (("type", type), ("metavar", metavar)) if value is not None}
+        if settings.get("action") == "store_true":
+            default = False
+        self.name, self.help, self.default, self.settings = name, help, default, settings
+        self.default_text, self.elsewhere = default_text, elsewhere
+        self.key = name.lstrip("-").replace("-", "_")
+
+    def add_to(self, parser: Any, default: Any = None, default_text: str = "") -> None:
+        """Declares the flag to an argparse parser or group; a command may have a default of its own."""
+        value = self.default if default is None else default
+        shown = default_text or (self.default_text if default is None else "")
+        if not shown and value not in (None, False, []):
+            shown = str(value)
+        text = f"{self.help} (default: {shown})" if self.help and shown else self.help or f"(default: {shown})"
+        parser.add_argument(self.name, help=text.replace("%", "%%"), default=value, **self.settings)
+
+
+OwnFlag = partial(Flag, elsewhere="belongs to --option {users}")
+
+
+class Group(NamedTuple):
+    """Flags under one heading of `--help`."""
+
+    title: str
+    flags: Sequence[Flag]
+    note: str = ""
+
+
+class Options:
+    """What was typed, and the defaults of the rest: the value of each flag is an attribute.
+
+    Nothing changes in place: `replace` makes a copy. Attributes beside the flags:
+    command, commands: the command to run, and all there are
+    typed: names of the flags that were typed, also when a resumed run was started
+    substituted: names of the flags whose default file is missing and was replaced by one that ships
+    continued: whether --pretrained-model-path was typed (pretrain: go on from it)
+    processes: the number of processes
+    """
+
+    def __init__(self, commands: Sequence[Command], values: Mapping[str, Any]) -> None:
+        command = next(one for one in commands if one.name == values["option"])
+        self.__dict__.update(values, command=command, commands=commands)
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: any flag may be read
+        raise AttributeError(f"there is no option {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"options do not change in place; use replace({name}=...)")
+
+    def values(self) -> dict[str, Any]:
+        """All that can be saved."""
+        return {name: value for name, value in vars(self).items() if name not in ("command", "commands")}
+
+    def replace(self, **values: Any) -> Options:
+        return Options(self.commands, self.values() | values)
+
+    def changed(self, *names: str) -> list[str]:
+        """The flags among `names` that are not at their defaults."""
+        known = all_flags(self.commands)
+        return [name for name in names if getattr(self, name) != known[name].default]
+
+    def ignored(self) -> list[str]:
+        """Flags as they are typed that are not at their defaults and have no effect on this command."""
+        known = all_flags(self.commands)
+        return [known[name].name for name in self.changed(*known) if name not in self.command.keys]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One value of --option. `inputs` and `outputs` name the files that `run` will read and write, beside those that
+    flags of every command name; `resolve` puts what ships in place of missing default files; `check` raises ValueError
+    for options that contradict each other.
+    """
+
+    name: str
+    summary: str
+    groups: Sequence[Group]
+    run: Callable[[Options], None]
+    examples: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    default_texts: Mapping[str, str] = field(default_factory=dict)
+    resolve: Callable[[Options], Options] = lambda options: options
+    check: Callable[[Options], None] = lambda options: None
+    inputs: Callable[[Options], list[str | None]] = lambda options: [options.pretrained_model_path]
+    outputs: Callable[[Options], list[str]] = lambda options: []
+    only_prints: Callable[[Options], bool] = lambda options: False  # whether stdout holds the only result
+    trains: bool = False
+
+    @property
+    def keys(self) -> set[str]:
+        """The names of the flags that have an effect."""
+        return {flag.key for group in (COMMON, *self.groups) for flag in group.flags}
+
+
+COMMON = Group(
+    "every option",
+    (
+        Flag("--option", "what to do", str, "OPTION", "generate"),
+        Flag("--seed", "seed of every random draw", SEED, "N", 1337),
+        Flag(
+            "--config",
+            'options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; the '
+            "command line overrides it; examples/ has some",
+            metavar="FILE",
+        ),
+    ),
+)
+
+
+def all_flags(commands: Iterable[Command]) -> dict[str, Flag]:
+    """Every flag of the commands by its key, each once."""
+    groups = [COMMON, *(group for command in commands for group in command.groups)]
+    return {flag.key: flag for group in groups for flag in group.flags}
+
+
+def users(commands: Iterable[Command], key: str) -> list[str]:
+    """The names of the commands on which a flag has an effect."""
+    return [command.name for command in commands if key in command.keys]
+
+
+# Reading
+
+
+def build_parser(commands: Sequence[Command]) -> OneLineParser:
+    """The parser of every flag, whatever the command."""
+    parser = OneLineParser(prog=PROGRAM, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
+    parser.add_argument("--option", choices=[command.name for command in commands], default="generate")
+    for flag in all_flags(commands).values():
+        if flag.key != "option":
+            flag.add_to(parser)
+    return parser
 
 
 def parse_options(
-    argv: list[str] | None, saved: dict[str, Any] | None = None
-) -> tuple[argparse.Namespace, frozenset[str]]:
-    """The options, and the names of those that were typed, be it into the file of --config. `saved`: the defaults of a
-    run that goes on.
-
-    Two lists of names stand among the options: `typed`, also when the run that goes on was started, and `substituted`,
-    empty here, for what environment.use_bundled_defaults replaces.
+    commands: Sequence[Command], argv: Sequence[str], saved: Mapping[str, Any] | None = None, processes: int = 1
+) -> Options:
+    """The options of a command line and of the file that --config names. saved: the options of a run that goes on,
+    which stand for the defaults.
     """
-    parser = build_parser()
-    names = vars(parser.parse_args([]))
+    parser = build_parser(commands)
+    values = vars(parser.parse_args([]))
     given = given_options(parser, argv)
     if given.get("config") is not None:
         given = read_config(parser, given["config"]) | given
-    defaults = OPTION_DEFAULTS.get(given.get("option", ""), {})
-    # What pretraining starts from: a checkpoint that was named, or random weights.
-    derived: dict[str, Any] = {"continued": "pretrained_model_path" in given, "substituted": []}
-    if any(name in given for name in FILTERS):
-        derived["epsilon"] = 0.0
+    command = next(one for one in commands if one.name == given.get("option", values["option"]))
     saved = saved or {}
-    typed = {"typed": sorted({*saved.get("typed", ()), *given} - {"config"})}
-    return argparse.Namespace(**(names | derived | defaults | saved | given | typed)), frozenset(given)
+    derived: dict[str, Any] = {"continued": "pretrained_model_path" in given, "substituted": []}
+    derived |= {**command.defaults, **saved, **given}
+    derived["typed"] = sorted({*saved.get("typed", ()), *given} - {"config"})
+    return Options(commands, values | derived | {"processes": processes})
 
 
-def active_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """A run's options without the parts of what it had off: these may have had other defaults then, and change
-    nothing.
-    """
-    return {name: value for name, value in saved.items() if name not in PARTS or saved.get(PARTS[name])}
-
-
-def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """The options that `argv` has, without those left to their defaults."""
     absent = object()
     names = dict.fromkeys(vars(parser.parse_args([])), absent)
@@ -54,9 +201,7 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> di
 
 
 def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
-    """The options in a configuration file, checked by the parser as if they were typed; what it complains of, in one
-    line, names the file.
-    """
+    """The options in a configuration file, checked as if they were typed. Error messages name the file."""
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     parser.source = f"--config {path}: "
     try:
@@ -70,7 +215,7 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
         parser.error(f"is no JSON ({error})")
     if not isinstance(content, tuple):
         parser.error('must hold a JSON object, such as {"option": "lora", "lr": 3e-3}')
-    # By how many values an option takes.
+    # The type of a value, by how many values the flag takes.
     kinds: dict[Any, tuple[Any, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
     kinds["?"] = (str | bool, "true, false or a text")
     argv, seen, off = [], set(), {}
@@ -96,79 +241,38 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
     return given
 
 
-@lru_cache(maxsize=1)
-def actions() -> dict[str, argparse.Action]:
-    """Every option of the parser, by its name in the program."""
-    return {action.dest: action for action in build_parser()._actions}
+# Help
 
 
-@lru_cache(maxsize=1)
-def defaults() -> dict[str, Any]:
-    """The value of every option if nothing is typed."""
-    return vars(build_parser().parse_args([]))
-
-
-def unused(args: argparse.Namespace) -> list[str]:
-    """Options that are not at their defaults and change nothing for this --option, as they are typed."""
-    users = used_by()
-    return [flag(name) for name in changed(args, *users) if args.option not in users[name]]
-
-
-def flag(name: str) -> str:
-    """How an option is typed, from its name in the program."""
-    return actions()[name].option_strings[0] if name in actions() else name
-
-
-def changed(args: argparse.Namespace, *names: str) -> list[str]:
-    """The options among `names` that are not at their defaults."""
-    return [name for name in names if getattr(args, name) != defaults()[name]]
-
-
-def writes_two_files(args: argparse.Namespace) -> bool:
-    """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
-    other = (args.prompt_file, args.interactive, args.json, args.num_samples > 1, args.explain is not None)
-    return args.temperature is None and args.decoder == "sample" and not any(other)
-
-
-def only_prints(args: argparse.Namespace) -> bool:
-    """Whether the standard output holds all that comes of the run: no file does."""
-    if args.option == "generate":
-        return not writes_two_files(args) and not args.explain
-    return args.option in ("classify", "perplexity")
-
-
-def lora_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `lora.apply_lora` that the options ask for."""
-    targets = [name for target in args.lora_targets for name in LORA_TARGETS.get(target, (target,))]
-    return {
-        "rank": args.lora_rank,
-        "alpha": args.lora_alpha,
-        "targets": targets,
-        "rslora": args.rslora,
-        "dora": args.dora,
-    }
-
-
-def curve_picture(args: argparse.Namespace) -> str:
-    """Where the picture of wise_ft's curve goes."""
-    return f"{without_ending(args.curve_out)}.html"
-
-
-def text_and_weight(text: str) -> tuple[str, float]:
-    """The path and the weight of a `--corpus`. Raises ValueError if there is no path, or what follows the last `=` is
-    no number above 0.
+def help_asked(commands: Sequence[Command], argv: Sequence[str], overview: str) -> str | None:
+    """The help that the command line asks for: all about the command that it names, else `overview`. None if it asks
+    for none.
     """
-    path, sign, weight = text.rpartition("=")
-    if not text or (sign and not path):
-        raise ValueError(f"--corpus {text!r} names no text; give a text file, or a folder of them")
-    if not sign or Path(text).exists():
-        return text, 1.0
-    try:
-        return path, POSITIVE(weight)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--corpus {text}: the weight {error}") from error
+    if not {"-h", "--help"} & set(argv):
+        return None
+    parser = OneLineParser(prog=PROGRAM, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--option", choices=[command.name for command in commands])
+    asked, _ = parser.parse_known_args(argv)
+    if not asked.help:
+        return None
+    return next((command_help(command) for command in commands if command.name == asked.option), overview)
 
 
-def best_model_path(args: argparse.Namespace) -> str:
-    """Where finetune and lora keep the best model."""
-    return f"{args.option}-{args.epochs}-{args.lr}.pt"
+def command_help(command: Command) -> str:
+    """The flags of a command, grouped, with its own defaults, and examples."""
+    examples = "\n".join(f"  {line}" for line in command.examples.strip().splitlines())
+    parser = OneLineParser(
+        prog=PROGRAM,
+        usage=f"python {PROGRAM} --option {command.name} [flags]",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog=f"examples:\n{examples}",
+        add_help=False,
+    )
+    for group in (*command.groups, COMMON):
+        section = parser.add_argument_group(group.title, group.note or None)
+        for flag in group.flags:
+            if flag.key != "option":
+                default = command.defaults.get(flag.key)
+                flag.add_to(section, default, command.default_texts.get(flag.key, ""))
+    return parser.format_help()

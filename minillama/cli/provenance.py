@@ -6,10 +6,9 @@ file still has its record, a file changed by hand has none. Imports no torch: pr
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from minillama.cli.header import warn
+from minillama.cli.options import Options
 from minillama.environment import HERE, file_sha256, project_commit, try_lock
 from minillama.formats.names import path_and_fold
 
@@ -49,25 +50,24 @@ class Origin:
     data: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, args: argparse.Namespace, data: Mapping[str, tuple[str, int]], *more_models: str) -> Origin:
+    def of(cls, options: Options, data: Mapping[str, tuple[str, int]], *more_models: str) -> Origin:
         """data: the path and the number of rows of each split. The checkpoint is the first of `more_models`, models
         read beside --pretrained-model-path, else that one.
         """
-        models = [*more_models, args.pretrained_model_path]
+        models = [*more_models, options.pretrained_model_path]
         sums = {path: file_sha256(path) for path in models}
-        options = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
         return cls(
             {
-                "option": args.option,
+                "option": options.option,
                 "checkpoint": models[0],
                 "checkpoint_sha256": sums[models[0]],
                 "bundled_model": any(is_bundled(path, sums[path]) for path in models),
-                "model_substituted": "pretrained_model_path" in args.substituted,
-                "data_substituted": any(name in args.substituted for name in DATA_OPTIONS),
-                "label_names": args.label_names if data else None,
-                "seed": args.seed,
-                "typed": args.typed,
-                "options": options,
+                "model_substituted": "pretrained_model_path" in options.substituted,
+                "data_substituted": any(name in options.substituted for name in DATA_OPTIONS),
+                "label_names": options.label_names if data else None,
+                "seed": options.seed,
+                "typed": options.typed,
+                "options": {name: value for name, value in options.values().items() if name not in NOT_RECORDED},
                 "commit": project_commit(),
             },
             {
@@ -148,13 +148,13 @@ def writing_turn(path: str | Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def settled_output(args: argparse.Namespace, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
+def settled_output(options: Options, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
     """Where the predictions of a split go, and a line about it if it is another file than the options say: another run
     may have written predictions of other data to the default one since this one began.
     """
-    path = getattr(args, f"{split}_out")
+    path = getattr(options, f"{split}_out")
     try:
-        check_default_output(args, split, sentences)
+        check_default_output(options, split, sentences)
         return path, None
     except ValueError:
         folder, name = os.path.split(path)
@@ -163,16 +163,28 @@ def settled_output(args: argparse.Namespace, split: str, sentences: Sequence[str
         return chosen, f"{path} now holds predictions for other data, of another run; these go to {chosen}"
 
 
+def write_with_record(
+    options: Options, origin: Origin, split: str, texts: Sequence[str], write: Callable[[str], None], **results: Any
+) -> None:
+    """Has `write` write the predictions of a split, for rows of these texts, and writes their record."""
+    path = getattr(options, f"{split}_out")
+    with writing_turn(path):
+        path, moved = settled_output(options, split, texts)
+        write(path)
+        warn(origin.write_record(path, split, **results))
+    warn(moved)
+
+
 # Default outputs
 
 
-def check_default_output(args: argparse.Namespace, split: str, sentences: Sequence[str]) -> None:
+def check_default_output(options: Options, split: str, sentences: Sequence[str]) -> None:
     """Raises ValueError if the predictions of `sentences` would be written over a file of other rows, or one that holds
     no predictions, though nobody asked for it: --dev_out or --test_out was not typed.
     """
     option = f"{split}_out"
-    path = Path(getattr(args, option))
-    if option in args.typed or not path.is_file():
+    path = Path(getattr(options, option))
+    if option in options.typed or not path.is_file():
         return
     advice = f"name another file with --{option}, or move this one away"
     try:
@@ -187,7 +199,7 @@ def check_default_output(args: argparse.Namespace, split: str, sentences: Sequen
         source = f" of {record['data']}" if record is not None and record.get("data") else ""
         raise ValueError(
             f"{path} holds predictions for {len(held)} rows{source}, not for the {len(sentences)} of "
-            f"{getattr(args, split)}; {advice}"
+            f"{getattr(options, split)}; {advice}"
         )
 
 

@@ -1,34 +1,41 @@
-"""--option classify: sentences of one's own, and what a fine-tuned classifier says of them."""
+"""--option classify: the class that a fine-tuned model gives to one's own sentences."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
 
+from minillama.cli import flags
+from minillama.cli.checks import check_prompts
+from minillama.cli.classifiers import OPTIONS_FROM_FINE_TUNED, adopt, check_fine_tuned, load_classifier, tokenize_data
 from minillama.cli.console import check_stdin, lines_typed, prompts_of, speaks_utf8
-from minillama.cli.loading import (
-    adopt,
-    check_alone,
-    choose_device,
-    choose_dtype,
-    load_classifier,
-    report,
-    tokenize_data,
-)
-from minillama.formats.checkpoint import read_fine_tuned
-from minillama.text.labelled import LINE_END, SEPARATOR, Row, class_labels
-from minillama.training.evaluation import class_log_probs
+from minillama.cli.header import report
+from minillama.cli.loading import check_alone, choose_device, choose_dtype
+from minillama.cli.options import Command, Group, Options
 
 
-def label_sentences(args: argparse.Namespace) -> None:
-    """classify: prints for each sentence the likeliest class, its probability, and the sentence; with --json the
-    probabilities of all classes.
+def check(options: Options) -> None:
+    check_fine_tuned(options)
+    check_prompts(options)
+    if not options.changed("prompt", "prompt_file", "interactive"):
+        raise ValueError(
+            "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (-: the standard input), or "
+            "--interactive"
+        )
+
+
+def run(options: Options) -> None:
+    """Prints for each sentence the likeliest class, its probability, and the sentence; with --json the probabilities of
+    all classes.
     """
-    check_alone(args)
-    check_stdin(args)
-    sentences = [] if args.interactive else prompts_of(args)
+    from minillama.formats.checkpoint import read_fine_tuned
+    from minillama.text.labelled import LINE_END, SEPARATOR, Row, class_labels
+    from minillama.training.evaluation import class_log_probs
+
+    check_alone(options)
+    check_stdin(options)
+    sentences = [] if options.interactive else prompts_of(options)
     if labelled := sum(re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences):
         report(
             f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", and are read so; '
@@ -36,44 +43,43 @@ def label_sentences(args: argparse.Namespace) -> None:
         )
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
-    found = read_fine_tuned(args.finetuned)
-    adopt(args, found)
-    device = choose_device(args)
-    dtype = choose_dtype(args, device)
-    classifier, tokenizer, prompt = load_classifier(args, found, device, dtype)
+    found = read_fine_tuned(options.finetuned)
+    options = adopt(options, found, OPTIONS_FROM_FINE_TUNED)
+    device = choose_device(options)
+    dtype = choose_dtype(options, device)
+    classifier, tokenizer, prompt = load_classifier(options, found, device, dtype)
     model = classifier.to(device)
     labels = class_labels(found.labels)
 
     def label(sentences: Sequence[str]) -> None:
         rows = [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
-        rows = tokenize_data(args, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
+        rows = tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
         log_probs = class_log_probs(
             model,
             rows,
-            args.batch_size,
+            options.batch_size,
             pad_id=tokenizer.pad_id,
             dtype=dtype,
-            bucketed=args.pooling == "last_token",
+            bucketed=options.pooling == "last_token",
             name="classifying",
         )
         for row, probabilities in zip(rows, log_probs.exp().tolist(), strict=True):
             best = max(range(len(probabilities)), key=probabilities.__getitem__)
             name = found.label_names[best]
-            if args.json:
-                all_classes = dict(zip(found.label_names, probabilities, strict=True))
-                said = {
-                    "sentence": row.sentence,
-                    "label": json_label(labels[best]),
-                    "class": name,
-                    "probabilities": all_classes,
-                }
-                print(json.dumps(said, ensure_ascii=not speaks_utf8()), flush=True)
-            else:
+            if not options.json:
                 print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
+                continue
+            said = {
+                "sentence": row.sentence,
+                "label": json_label(labels[best]),
+                "class": name,
+                "probabilities": dict(zip(found.label_names, probabilities, strict=True)),
+            }
+            print(json.dumps(said, ensure_ascii=not speaks_utf8()), flush=True)
 
-    if args.pooling == "last_column":
+    if options.pooling == "last_column":
         report("warning: with --pooling last_column an answer depends on the other sentences of its batch")
-    if not args.interactive:
+    if not options.interactive:
         label(sentences)
         return
     report("Type a sentence, and Enter. Ctrl-D ends.")
@@ -81,7 +87,7 @@ def label_sentences(args: argparse.Namespace) -> None:
         try:
             if line.strip():
                 label([line])
-        except ValueError as error:  # what was typed cannot be read
+        except ValueError as error:  # the line cannot be read
             report(str(error))
         except KeyboardInterrupt:
             report("stopped")
@@ -90,3 +96,31 @@ def label_sentences(args: argparse.Namespace) -> None:
 def json_label(label: str) -> int | str:
     """A label of a label file for JSON: a number where it is a whole number as one is written, else the text."""
     return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label
+
+
+COMMAND = Command(
+    "classify",
+    "classify your own sentences with a model that finetune or lora made",
+    (
+        Group(
+            "sentences",
+            (flags.FINETUNED, flags.PROMPT, flags.PROMPT_FILE, flags.INTERACTIVE, flags.JSON),
+            "Prints the class, its probability and the sentence; --json has every class.",
+        ),
+        flags.ROWS,
+        Group("model", (flags.MODEL_PATH, flags.TOKENIZER)),
+        flags.DEVICE,
+    ),
+    run,
+    """
+python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
+python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A dull story, and a great film."
+python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --interactive
+""",
+    defaults=dict.fromkeys(OPTIONS_FROM_FINE_TUNED),
+    default_texts=dict.fromkeys(OPTIONS_FROM_FINE_TUNED, "that of the run that made --finetuned")
+    | {"prompt": "none: one of these three is needed"},
+    check=check,
+    inputs=lambda options: [options.finetuned, options.pretrained_model_path],
+    only_prints=lambda options: True,
+)

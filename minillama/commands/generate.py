@@ -1,318 +1,266 @@
-"""The option that writes text: prompts in, continuations out; as they are made, in batches, in a conversation, or with
-what each token was chosen from.
-"""
+"""--option generate: continues prompts, one by one, in batches, or in a conversation."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
+from minillama.cli import flags
+from minillama.cli.bundled import use_bundled_model
+from minillama.cli.checks import check_prompts, refuse
 from minillama.cli.console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
-from minillama.cli.loading import load_for_inference, report, warn
-from minillama.cli.options import writes_two_files
+from minillama.cli.header import report, warn
+from minillama.cli.loading import load_for_inference
+from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
+from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
 from minillama.cli.provenance import Origin, writing_turn
-from minillama.decoding import filters, sampling
-from minillama.decoding.beam_search import beam_search
-from minillama.decoding.contrastive_search import contrastive_search
-from minillama.decoding.explanation import Explanation
-from minillama.decoding.fast_llama import fast_model
-from minillama.decoding.filters import Filter
-from minillama.decoding.lookup import lookup_decoding
-from minillama.decoding.sampling import LanguageModel
-from minillama.formats.files import atomic_file
-from minillama.text.batches import pad
-from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minillama.decoding.continuation import Continuation, Watch, Writer
+    from minillama.decoding.filters import Filter
+    from tokenizer import Tokenizer
+
+FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")  # beside epsilon, the course's
+DRAWING = ("sample", "lookup")  # decoders
+COURSE_FILES = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
+SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
+PENALTY = number(float, "from 0.01 to 100 (1 changes nothing)", lambda value: 0.01 <= value <= 100)
+LENGTH_PENALTY = number(float, "from -10 to 10", lambda value: -10 <= value <= 10)
+
+TEXT = Group(
+    "text",
+    (
+        flags.PROMPT,
+        flags.PROMPT_FILE,
+        flags.INTERACTIVE,
+        Flag(
+            "--chat",
+            "the prompt is what a user says, the text the reply, in the chat format of Llama 2 or Llama 3, by the "
+            "tokenizer's kind; prints the reply alone",
+            action="store_true",
+        ),
+        Flag("--system", "with --chat: instructions for the model", str, "TEXT"),
+        flags.MAX_NEW_TOKENS,
+        OwnFlag("--stop", "end before any of these texts", str, "TEXT", [], nargs="+"),
+        OwnFlag("--num_samples", "continuations of each prompt", COUNT, "N", 1),
+        flags.BATCH_SIZE,
+        flags.JSON,
+        OwnFlag(
+            "--explain",
+            "show for each token which candidates the filters kept and which they cut, as a table in the terminal, and "
+            "as a page if one is named",
+            str,
+            "PAGE.html",
+            nargs="?",
+            const="",
+        ),
+        flags.QUANTIZE,
+        *(
+            Flag(f"--generated_sentence_{name}_temp_out", f"the text at temperature {value}", str, "FILE", file)
+            for name, value, file in zip(("low", "high"), (0, 1), COURSE_FILES, strict=True)
+        ),
+    ),
+)
+DECODING = Group(
+    "how tokens are chosen",
+    (
+        Flag(
+            "--temperature",
+            "0 takes the likeliest token, 1 samples from the model's distribution. Prints one text and writes no file",
+            NOT_NEGATIVE,
+            "T",
+            default_text="one text at 0 and one at 1, each written to its file; 1 where another flag excludes that",
+        ),
+        Flag(
+            "--epsilon",
+            "keep tokens of at least this probability",
+            FRACTION,
+            "E",
+            0.05,
+            default_text="0.05; 0 with another filter",
+        ),
+        OwnFlag("--eta", "like --epsilon, but lower where many tokens are likely; try 0.002", FRACTION, "E"),
+        OwnFlag("--top_k", "sample only the K likeliest tokens (contrastive: 4)", COUNT, "K"),
+        OwnFlag("--top_p", "sample only the likeliest tokens that together reach probability P", SHARE, "P"),
+        OwnFlag("--min_p", "sample only tokens at least P times as likely as the likeliest", SHARE, "P"),
+        OwnFlag(
+            "--typical_p",
+            "sample only the tokens whose surprise is nearest to the expected one and that together reach probability "
+            "P",
+            SHARE,
+            "P",
+        ),
+        OwnFlag(
+            "--repetition_penalty",
+            "above 1, up to 100, makes tokens that occurred before less likely; below 1, down to 0.01, more likely",
+            PENALTY,
+            "R",
+            1.0,
+        ),
+        OwnFlag(
+            "--decoder",
+            "sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens that "
+            "are unlike the text so far; lookup draws like sample, but guesses ahead from the text so far and checks "
+            "the guesses together, which is faster where text repeats itself",
+            default="sample",
+            choices=("sample", "beam", "contrastive", "lookup"),
+        ),
+        OwnFlag("--beams", "beam: texts kept at each step", COUNT, "N", 4),
+        OwnFlag(
+            "--length_penalty", "beam: above 0 favours longer texts, below 0 shorter ones", LENGTH_PENALTY, "L", 1.0
+        ),
+        OwnFlag("--contrast", "contrastive: weight of being unlike, from 0 to 1", SHARE_OR_ZERO, "A", 0.6),
+    ),
+)
 
 
-@dataclass
-class Continuation:
-    """One prompt's; finish says what ended it: "end" (of sequence), "stop" (a text of --stop), "length". tokens: how
-    many were made, with those of the end or the stop.
-    """
-
-    prompt: str
-    text: str
-    tokens: int
-    finish: str
+# The options
 
 
-class Speed:
-    """Counts tokens from the moment it is made; the first one waits for the prompt to be read."""
-
-    def __init__(self) -> None:
-        self.start, self.first, self.tokens = time.perf_counter(), 0.0, 0
-
-    def count(self, tokens: int = 1) -> None:
-        self.tokens += tokens
-        self.first = self.first or time.perf_counter()
-
-    def __str__(self) -> str:
-        end = time.perf_counter()
-        said = f"{self.tokens} tokens in {end - self.start:.2f} s"
-        if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all came at once
-            return f"{said}, {self.tokens / (end - self.start):.0f} a second"
-        rate = (self.tokens - 1) / (end - self.first)
-        return f"{said}; the first after {self.first - self.start:.2f} s, then {rate:.0f} a second"
+def writes_two_files(options: Options) -> bool:
+    """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
+    other = (options.prompt_file, options.interactive, options.json, options.num_samples > 1)
+    return options.temperature is None and options.decoder == "sample" and options.explain is None and not any(other)
 
 
-def filters_of(args: argparse.Namespace) -> list[Filter]:
+def resolve(options: Options) -> Options:
+    """Epsilon is off by default where another filter is given."""
+    options = use_bundled_model(options)
+    if "epsilon" not in options.typed and set(FILTERS) & set(options.typed):
+        return options.replace(epsilon=0.0)
+    return options
+
+
+def check(options: Options) -> None:
+    """Raises ValueError for options that contradict each other or would have no effect."""
+    if options.system is not None and not options.chat:
+        raise ValueError("--system is part of a chat; add --chat")
+    check_prompts(options, "json", "explain", "num_samples")
+    if options.explain is not None:
+        refuse(options, ("json", "prompt_file", "num_samples", "decoder"), "--explain shows how one text was sampled")
+        if options.explain and not options.explain.endswith(".html"):
+            raise ValueError(f"--explain {options.explain}: the page's name must end in .html")
+    if not writes_two_files(options):
+        causes = ("temperature", "decoder", "prompt_file", "interactive", "json", "num_samples", "explain")
+        cause, *_ = options.changed(*causes)
+        refuse(
+            options,
+            ("generated_sentence_low_temp_out", "generated_sentence_high_temp_out"),
+            f"with --{cause} the two texts, at temperature 0 and at 1, and their files are not made",
+        )
+    if "" in options.stop:
+        raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
+    check_decoder(options)
+    low, high = options.generated_sentence_low_temp_out, options.generated_sentence_high_temp_out
+    if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
+        raise ValueError(f"both generated sentences would go to {low}; give two files")
+
+
+def check_decoder(options: Options) -> None:
+    """Raises ValueError for settings that the decoder does not use."""
+    decoder = options.decoder
+    for name, owner in (("beams", "beam"), ("length_penalty", "beam"), ("contrast", "contrastive")):
+        if decoder != owner:
+            refuse(options, [name], f"--{name} is for --decoder {owner}")
+    if decoder == "lookup":
+        refuse(options, ["repetition_penalty"], "--decoder lookup has no repetition penalty")
+    if options.temperature == 0 or decoder not in DRAWING:
+        what = "temperature 0" if decoder in DRAWING else f"--decoder {decoder}"
+        allowed = {"top_k"} if decoder == "contrastive" else set()
+        allowed |= {"epsilon"} if options.epsilon == 0 else set()  # which cuts nothing
+        names = [name for name in (*FILTERS, "num_samples", "epsilon") if name not in allowed]
+        refuse(options, names, f"{what} draws nothing")
+    if decoder not in DRAWING:
+        refuse(options, ["temperature"] if options.temperature else [], f"--decoder {decoder} draws nothing")
+        refuse(options, ["repetition_penalty"], f"--decoder {decoder} has no repetition penalty")
+
+
+def outputs(options: Options) -> list[str]:
+    if writes_two_files(options):
+        return [options.generated_sentence_low_temp_out, options.generated_sentence_high_temp_out]
+    return [options.explain] if options.explain else []
+
+
+# The command
+
+
+def run(options: Options) -> None:
+    """Continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
+    from minillama.decoding.continuation import Decoding, Writer
+    from minillama.decoding.fast_llama import fast_model
+
+    check_stdin(options)
+    texts = [] if options.interactive else prompts_of(options)
+    llama, tokenizer, device, dtype = load_for_inference(options)
+    context, causal = llama.config.max_seq_len, llama.config.causal
+    prompts = [encode(options, tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    if prompts:
+        warn_of_length(max(map(len, prompts)), options.max_new_tokens, context)
+    if options.decoder == "lookup" and not causal:
+        raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
+    if not causal:
+        report("notice: attention is bidirectional here: each new token changes those before it, so there is no cache")
+    temperature = 1.0 if options.decoder in DRAWING else 0.0
+    decoding = Decoding(
+        options.decoder,
+        options.max_new_tokens,
+        temperature=temperature if options.temperature is None else options.temperature,
+        filters=filters_of(options),
+        repetition_penalty=options.repetition_penalty,
+        beams=options.beams,
+        length_penalty=options.length_penalty,
+        k=options.top_k or 4,
+        contrast=options.contrast,
+        stops=options.stop,
+        seed=options.seed,
+        shows_prompt=not options.chat,
+    )
+    writer = Writer(fast_model(llama, dtype, options.quantize), tokenizer, device, decoding)
+    if options.interactive:
+        converse(options, writer)
+    elif options.json or options.prompt_file or options.num_samples > 1:
+        write_many(options, writer, texts, prompts)
+    elif options.explain is not None:
+        explain(options, writer, prompts[0])
+    elif not writes_two_files(options):
+        write_one(writer, prompts[0], show)
+    else:
+        write_two_files(options, writer, prompts[0])
+
+
+def filters_of(options: Options) -> list[Filter]:
     """The filters asked for, --epsilon first."""
+    from minillama.decoding import filters
+
     chosen = (
-        (filters.epsilon_filter, "epsilon", args.epsilon or None),
-        (filters.eta_filter, "eta", args.eta),
-        (filters.top_k_filter, "k", args.top_k),
-        (filters.top_p_filter, "p", args.top_p),
-        (filters.min_p_filter, "p", args.min_p),
-        (filters.typical_filter, "mass", args.typical_p),
+        (filters.epsilon_filter, "epsilon", options.epsilon or None),
+        (filters.eta_filter, "eta", options.eta),
+        (filters.top_k_filter, "k", options.top_k),
+        (filters.top_p_filter, "p", options.top_p),
+        (filters.min_p_filter, "p", options.min_p),
+        (filters.typical_filter, "mass", options.typical_p),
     )
     return [partial(kept, **{name: value}) for kept, name, value in chosen if value is not None]
 
 
-@dataclass
-class Writer:
-    """A model that continues prompts as the options say."""
-
-    args: argparse.Namespace
-    model: LanguageModel
-    tokenizer: Tokenizer
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator(self.device)
-        self.filters = filters_of(self.args)
-        self.start_anew()
-
-    def start_anew(self) -> None:
-        """Has what is drawn from here on depend on --seed alone."""
-        self.generator.manual_seed(self.args.seed)
-
-    def ids(
-        self, prompt: list[int], temperature: float, watch: Callable[[Tensor, Tensor], None] | None = None
-    ) -> Iterator[int]:
-        """The tokens after one prompt, by the decoder asked for; all at once if that cannot but see them together."""
-        args, count = self.args, self.args.max_new_tokens
-        stops, banned = self.tokenizer.stop_ids, self.tokenizer.unused_ids
-        idx = torch.tensor([prompt], device=self.device)
-        if args.decoder == "sample":
-            for chosen in self.stream(idx, None, temperature, watch):
-                yield int(chosen)
-            return
-        if args.decoder == "beam":
-            found, _ = beam_search(
-                self.model,
-                idx,
-                count,
-                beams=args.beams,
-                length_penalty=args.length_penalty,
-                eos_ids=stops,
-                banned_ids=banned,
-            )
-        elif args.decoder == "contrastive":
-            found = contrastive_search(
-                self.model, idx, count, k=args.top_k or 4, alpha=args.contrast, eos_ids=stops, banned_ids=banned
-            )
-        else:
-            found = lookup_decoding(
-                self.model,
-                idx,
-                count,
-                temperature=temperature,
-                filters=self.filters,
-                eos_ids=stops,
-                banned_ids=banned,
-                generator=self.generator,
-            )
-        yield from found[len(prompt) :].tolist()
-
-    def stream(
-        self,
-        idx: Tensor,
-        mask: Tensor | None,
-        temperature: float,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Iterator[Tensor]:
-        """`sampling.stream` with the options' settings."""
-        return sampling.stream(
-            self.model,
-            idx,
-            self.args.max_new_tokens,
-            temperature=temperature,
-            epsilon=0.0,  # among the filters
-            filters=self.filters,
-            repetition_penalty=self.args.repetition_penalty,
-            attention_mask=mask,
-            eos_ids=self.tokenizer.stop_ids,
-            banned_ids=self.tokenizer.unused_ids,
-            generator=self.generator,
-            watch=watch,
-        )
-
-    def one(
-        self,
-        prompt: list[int],
-        temperature: float,
-        show: Callable[[str], None],
-        watch: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Continuation:
-        """Continues a prompt, handing on each piece of the text as it is made, first the prompt's that is shown."""
-        speed = Speed()
-
-        def counted() -> Iterator[int]:
-            for token in self.ids(prompt, temperature, watch):
-                speed.count()
-                yield token
-
-        try:
-            return self.continuation(prompt, counted(), show)
-        finally:
-            show("\n")
-            report(str(speed))
-
-    def shown(self, prompt: list[int]) -> list[int]:
-        """The part of a prompt that is shown before its continuation: in a chat nothing, the answer is a text of its
-        own.
-        """
-        return [] if self.args.chat else prompt
-
-    def continuation(
-        self, prompt: list[int], ids: Iterator[int], show: Callable[[str], None] = lambda piece: None
-    ) -> Continuation:
-        """The text that the ids make of a prompt, handed on piece by piece; takes no more of them than it needs."""
-        taken: list[int] = []
-        pieces: list[str] = []
-        stopped = False
-
-        def counted() -> Iterator[int]:
-            for token in ids:
-                taken.append(token)
-                yield token
-
-        def told() -> Iterator[str]:
-            nonlocal stopped
-            stopped = yield from text_pieces(self.tokenizer, self.shown(prompt), counted(), self.args.stop)
-
-        for piece in told():
-            show(piece)
-            pieces.append(piece)
-        ended = bool(taken) and taken[-1] in self.tokenizer.stop_ids
-        finish = "stop" if stopped else "end" if ended else "length"
-        return Continuation(pieces[0], "".join(pieces[1:]), len(taken), finish)
-
-    def batch(self, prompts: list[list[int]], temperature: float, bar: tqdm) -> list[Continuation]:
-        """Continues prompts together: at temperature 0 each as it would be alone, else with draws that depend on which
-        prompts are together.
-        """
-        idx, mask = pad(prompts, self.tokenizer.pad_id, side="left")
-        rows: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        for chosen in self.stream(idx.to(self.device), None if mask is None else mask.to(self.device), temperature):
-            for row, token in enumerate(chosen.tolist()):
-                if not ended[row]:
-                    rows[row].append(token)
-                    ended[row] = token in self.tokenizer.stop_ids or self.stopped(prompts[row], rows[row])
-                    bar.update(1)
-            if all(ended):
-                break
-        return [self.continuation(prompt, iter(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
-
-    def stopped(self, prompt: list[int], ids: list[int]) -> bool:
-        """Whether a text of --stop has come up, as `continuation` would find it."""
-        if not self.args.stop:
-            return False
-        before = self.shown(prompt)
-        text = self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
-        return any(stop in text for stop in self.args.stop)
-
-
-def text_pieces(
-    tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], stops: Sequence[str]
-) -> Generator[str, None, bool]:
-    """The text of prompt and ids in pieces, the prompt first, each as soon as it is certain: no half of a character,
-    and nothing that may be the beginning of one of `stops`. Ends before the first of these that follows the prompt;
-    returns whether there was one.
-    """
-    tokens = list(prompt)
-    shown = tokenizer.decode(tokens)
-    length = len(shown)
-    yield shown
-    text = shown
-    for token in ids:
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        found = [place for place in (text.find(stop, length) for stop in stops) if place >= 0]
-        if found:
-            yield text[len(shown) : min(found)]
-            return True
-        certain = text.rstrip("\ufffd")
-        waiting = max((overlap(certain[length:], stop) for stop in stops), default=0)
-        certain = certain[: len(certain) - waiting]
-        if len(certain) > len(shown):
-            yield certain[len(shown) :]
-            shown = certain
-    yield text[len(shown) :]
-    return False
-
-
-def overlap(text: str, stop: str) -> int:
-    """How many of the text's last characters are the beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def encode(args: argparse.Namespace, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The ids of a conversation that waits for an answer, or, without --chat, of its last message."""
-    if not args.chat:
+    if not options.chat:
         return tokenizer.encode_prompt(messages[-1]["content"])
-    system = [{"role": "system", "content": args.system}] if args.system else []
+    system = [{"role": "system", "content": options.system}] if options.system else []
     return tokenizer.encode_chat([*system, *messages])
 
 
-def generate(args: argparse.Namespace) -> None:
-    """generate: continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
-    check_stdin(args)
-    texts = [] if args.interactive else prompts_of(args)
-    llama, tokenizer, device, dtype = load_for_inference(args)
-    context, causal = llama.config.max_seq_len, llama.config.causal
-    prompts = [encode(args, tokenizer, [{"role": "user", "content": text}]) for text in texts]
-    if prompts:
-        warn_of_length(max(map(len, prompts)), args.max_new_tokens, context)
-    if args.decoder == "lookup" and not causal:
-        raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
-    if not causal:
-        report("notice: attention is bidirectional here, so that each new token changes those before it: no cache")
-    writer = Writer(args, fast_model(llama, dtype, args.quantize), tokenizer, device)
-    draws = args.decoder in ("sample", "lookup")
-    temperature = args.temperature if args.temperature is not None else 1.0 if draws else 0.0
-    if args.interactive:
-        converse(writer, temperature)
-    elif args.json or args.prompt_file or args.num_samples > 1:
-        write_many(writer, texts, prompts, temperature)
-    elif args.explain is not None:
-        explain(writer, prompts[0], temperature)
-    elif not writes_two_files(args):
-        writer.one(prompts[0], temperature, show)
-    else:
-        origin = Origin.of(args, {})
-        for each, path in ((0.0, args.generated_sentence_low_temp_out), (1.0, args.generated_sentence_high_temp_out)):
-            report(f"\ntemperature {each:g} -> {path}")
-            writer.start_anew()
-            made = writer.one(prompts[0], each, show)
-            with writing_turn(path):
-                with atomic_file(path) as file:
-                    file.write(made.prompt + made.text + "\n")
-                warn(origin.write_record(path, temperature=each))
-
-
 def warn_of_length(prompt: int, new: int, context: int) -> None:
-    """Tells if a prompt and what is to follow, in tokens, do not fit into the model's context."""
+    """Warns if a prompt and its continuation, in tokens, do not fit into the model's context."""
     if prompt + new > context:
         report(
             f"warning: {prompt} tokens of prompt and {new} new ones exceed the model's context of {context}; it will "
@@ -320,55 +268,100 @@ def warn_of_length(prompt: int, new: int, context: int) -> None:
         )
 
 
-def write_many(writer: Writer, texts: list[str], prompts: list[list[int]], temperature: float) -> None:
+def write_one(
+    writer: Writer,
+    prompt: list[int],
+    show: Callable[[str], None],
+    temperature: float | None = None,
+    watch: Watch | None = None,
+) -> Continuation:
+    """Continues a prompt and shows each piece of the text at once, the prompt's first; then reports the speed."""
+    from minillama.decoding.continuation import Speed
+
+    speed = Speed()
+
+    def counted():
+        for token in writer.ids(prompt, temperature, watch):
+            speed.count()
+            yield token
+
+    try:
+        return writer.continuation(prompt, counted(), show)
+    finally:
+        show("\n")
+        report(str(speed))
+
+
+def write_two_files(options: Options, writer: Writer, prompt: list[int]) -> None:
+    """Writes the course's two files, at temperature 0 and at 1, with their records."""
+    from minillama.formats.files import atomic_file
+
+    origin = Origin.of(options, {})
+    for temperature, path in zip((0.0, 1.0), outputs(options), strict=True):
+        report(f"\ntemperature {temperature:g} -> {path}")
+        writer.start_anew()
+        made = write_one(writer, prompt, show, temperature)
+        with writing_turn(path):
+            with atomic_file(path) as file:
+                file.write(made.prompt + made.text + "\n")
+            warn(origin.write_record(path, temperature=temperature))
+
+
+def write_many(options: Options, writer: Writer, texts: list[str], prompts: list[list[int]]) -> None:
     """Continues all prompts, --num_samples times each, in batches of --batch_size, and prints each continuation when
     its batch is done.
     """
-    args, speed = writer.args, Speed()
-    texts = [text for text in texts for _ in range(args.num_samples)]
-    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    size = args.batch_size if args.decoder == "sample" else 1
-    most = len(prompts) * args.max_new_tokens
+    from tqdm import tqdm
+
+    start_time, tokens = time.perf_counter(), 0
+    texts = [text for text in texts for _ in range(options.num_samples)]
+    prompts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    size = options.batch_size if options.decoder == "sample" else 1
+    most = len(prompts) * options.max_new_tokens
     with tqdm(total=most, desc="generating", unit="token", leave=False, disable=None) as bar:
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
-            if args.decoder == "sample":
-                made = writer.batch(some, temperature, bar)
+            if options.decoder == "sample":
+                made = writer.batch(some, bar.update)
             else:
-                made = [writer.continuation(prompt, writer.ids(prompt, temperature)) for prompt in some]
-            speed.count(sum(one.tokens for one in made))
-            bar.update(max(0, min(len(prompts), start + size) * args.max_new_tokens - bar.n))  # what ended early
+                made = [writer.continuation(prompt, writer.ids(prompt)) for prompt in some]
+            tokens += sum(one.tokens for one in made)
+            # The part of those that ended early.
+            bar.update(max(0, min(len(prompts), start + size) * options.max_new_tokens - bar.n))
             bar.clear()
             for one, text in zip(made, texts[start:], strict=False):
-                if args.json:
+                if options.json:
                     print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=not speaks_utf8()))
                 else:
                     print(one.prompt + one.text, end="\n\n")
             sys.stdout.flush()
-    report(f"{speed.tokens} tokens in {time.perf_counter() - speed.start:.2f} s")
+    report(f"{tokens} tokens in {time.perf_counter() - start_time:.2f} s")
 
 
-def explain(writer: Writer, prompt: list[int], temperature: float) -> None:
+def explain(options: Options, writer: Writer, prompt: list[int]) -> None:
     """Continues a prompt, then shows what each token was chosen from."""
-    args = writer.args
-    explanation = Explanation(writer.tokenizer, prompt, temperature, writer.filters, args.repetition_penalty)
-    writer.one(prompt, temperature, show, watch=explanation.watch)
-    if args.explain:
-        with atomic_file(args.explain) as file:
+    from minillama.decoding.explanation import Explanation
+    from minillama.formats.files import atomic_file
+
+    how = writer.decoding
+    explanation = Explanation(writer.tokenizer, prompt, how.temperature, how.filters, how.repetition_penalty)
+    write_one(writer, prompt, show, watch=explanation.watch)
+    if options.explain:
+        with atomic_file(options.explain) as file:
             file.write(explanation.page())
-        report(f"wrote {args.explain}")
+        report(f"wrote {options.explain}")
     print(f"\n{explanation.table()}")
 
 
-def converse(writer: Writer, temperature: float) -> None:
+def converse(options: Options, writer: Writer) -> None:
     """Answers one prompt after the other; with --chat they are one conversation, of which the oldest is forgotten."""
-    args, context = writer.args, writer.model.config.max_seq_len
+    context, new = writer.model.config.max_seq_len, options.max_new_tokens
     report("Type a prompt, and Enter. Ctrl-C stops an answer, Ctrl-D ends.")
-    said: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = []
     for line in lines_typed():
         if not line.strip():
             continue
-        before = said if args.chat else []
+        before = messages if options.chat else []
         pieces: list[str] = []
 
         def tell(piece: str, pieces: list[str] = pieces) -> None:
@@ -376,20 +369,37 @@ def converse(writer: Writer, temperature: float) -> None:
             show(piece)
 
         try:
-            said = [*before, {"role": "user", "content": line}]
-            prompt = encode(args, writer.tokenizer, said)
-            turns = len(said)
-            while len(prompt) + args.max_new_tokens > context and len(said) > 2:
-                said = said[2:]
-                prompt = encode(args, writer.tokenizer, said)
-            if len(said) < turns:
+            messages = [*before, {"role": "user", "content": line}]
+            prompt = encode(options, writer.tokenizer, messages)
+            turns = len(messages)
+            while len(prompt) + new > context and len(messages) > 2:
+                messages = messages[2:]
+                prompt = encode(options, writer.tokenizer, messages)
+            if len(messages) < turns:
                 report("the oldest turns no longer fit into the model's context and are left out")
-            warn_of_length(len(prompt), args.max_new_tokens, context)
-            writer.one(prompt, temperature, tell)
+            warn_of_length(len(prompt), new, context)
+            write_one(writer, prompt, tell)
         except KeyboardInterrupt:
             report("stopped")
-        except ValueError as error:  # what was typed cannot be a prompt
+        except ValueError as error:  # the line cannot be a prompt
             report(str(error))
-            said = before
+            messages = before
             continue
-        said.append({"role": "assistant", "content": "".join(pieces).strip()})
+        messages.append({"role": "assistant", "content": "".join(pieces).strip()})
+
+
+COMMAND = Command(
+    "generate",
+    "continue a prompt",
+    (TEXT, DECODING, flags.MODEL, flags.DEVICE),
+    run,
+    """
+python run_llama.py --prompt "Once upon a time" --temperature 0.8
+python run_llama.py --prompt "Once upon a time" --temperature 0.9 --top_p 0.9 --explain page.html
+python run_llama.py --prompt "Lily went to the park" --num_samples 3 --json
+""",
+    resolve=resolve,
+    check=check,
+    outputs=outputs,
+    only_prints=lambda options: not outputs(options),
+)

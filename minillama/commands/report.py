@@ -4,7 +4,6 @@ samples.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -14,14 +13,14 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minillama.cli.charts import chart, colour, document, shaded, table, text, thinned
 from minillama.cli.finished_runs import Run, accuracy, find_runs, is_number, read_curves, read_run, samples
-from minillama.cli.flags import DEFAULT_PRESET, OPTION_DEFAULTS, RESUME_MAY_CHANGE, used_by
-from minillama.cli.loading import check_alone, report
-from minillama.cli.options import defaults
-from minillama.formats.names import path_and_fold, without_ending
+from minillama.cli.flags import DEFAULT_PRESET
+from minillama.cli.header import report
+from minillama.cli.loading import check_alone
+from minillama.cli.options import Command, Flag, Group, Options
+from minillama.cli.session import RESUME_MAY_CHANGE
+from minillama.formats.names import RUNS, path_and_fold, without_ending
 
 NONE = "–"  # in the place of a score that there is not
 # What stands at the head of a group anyway, or is no setting.
@@ -82,12 +81,10 @@ def setting(value: object) -> str:
 
 def settings(run: Run) -> dict[str, str]:
     """The options that matter to what was learnt and differ from their defaults."""
-    option, users = run.options.get("option", ""), used_by()
-    by_default = defaults() | OPTION_DEFAULTS.get(option, {})
     return {
         name: setting(value)
         for name, value in run.options.items()
-        if name not in NOT_SETTINGS and value != by_default.get(name) and option in users.get(name, ())
+        if name not in NOT_SETTINGS and name in run.relevant and value != run.defaults.get(name)
     }
 
 
@@ -271,20 +268,66 @@ def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[f
     return document(title, parts)
 
 
-def write_report(args: argparse.Namespace) -> None:
-    """report: writes the page."""
+def check(options: Options) -> None:
+    if not options.report_out.endswith(".html"):
+        raise ValueError(f"--report_out is {options.report_out}; the name of a page must end in .html")
+
+
+def run(options: Options) -> None:
+    """Writes the page."""
+    from tqdm import tqdm
+
     from minillama.formats.files import atomic_file
 
-    check_alone(args)
-    curves = [(path, *read_curves(path)) for path in args.curves]
-    paths = find_runs(args.runs)
+    check_alone(options)
+    curves = [(path, *read_curves(path)) for path in options.curves]
+    paths = find_runs(options.runs)
     root = os.path.commonpath([path.parent for path in paths])
     runs = [
-        read_run(path, os.path.relpath(path, root))
+        read_run(path, os.path.relpath(path, root), options.commands)
         for path in tqdm(paths, desc="reading", unit="run", leave=False, disable=None)
     ]
-    with atomic_file(args.report_out) as file:
+    with atomic_file(options.report_out) as file:
         file.write(page(runs, curves))
     damaged = sum(bool(run.problems) for run in runs)
     said = f", {damaged} of them unfinished or damaged" if damaged else ""
-    report(f"wrote {args.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{said}")
+    report(f"wrote {options.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{said}")
+
+
+COMMAND = Command(
+    "report",
+    "gather runs into one page with curves, tables and samples",
+    (
+        Group(
+            "the page",
+            (
+                Flag(
+                    "--runs",
+                    "folders of runs, or folders that hold some",
+                    str,
+                    "DIR",
+                    [RUNS],
+                    default_text=RUNS,
+                    nargs="+",
+                ),
+                Flag("--report_out", "the page to write", str, "FILE", "report.html"),
+                Flag(
+                    "--curves",
+                    "tables of accuracy between two sets of weights: a column alpha, then one a data set",
+                    str,
+                    "FILE.csv",
+                    [],
+                    nargs="+",
+                ),
+            ),
+        ),
+    ),
+    run,
+    """
+python run_llama.py --option report
+python run_llama.py --option report --runs runs --curves wise-ft-curve.csv
+""",
+    check=check,
+    inputs=lambda options: [],
+    outputs=lambda options: [options.report_out],
+)

@@ -1,81 +1,148 @@
-"""Supervised fine-tuning: a language model learns to answer prompts as examples do."""
+"""--option sft: supervised fine-tuning, in which a language model learns to answer prompts from examples."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from minillama.cli import flags
+from minillama.cli.bundled import use_bundled_model, use_demo_data
+from minillama.cli.checks import check_differ, check_training, model_files
+from minillama.cli.header import display_path, print_header, report, report_next
+from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, open_checkpoint
+from minillama.cli.options import Command, Flag, Group, Options
+from minillama.cli.parser import COUNT_OR_ZERO
+from minillama.cli.provenance import Origin, check_default_output, write_with_record
+from minillama.cli.session import open_session
+from minillama.environment import HERE
 
-from llama import Llama
-from lora import apply_lora, merge_lora_weights
-from minillama.cli.loading import (
-    add_lora,
-    agree_on_run,
-    check_causal,
-    choose_device,
-    choose_dtype,
-    load_llama,
-    load_tokenizer,
-    log_of,
-    open_checkpoint,
-    print_header,
-    put_tokenizer_beside,
-    report,
-    report_next,
-    settings_of,
-    warn,
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from minillama.cli.session import Session
+    from minillama.formats.checkpoint import Checkpoint
+    from minillama.text.examples import Example
+    from minillama.training.task import Score
+    from tokenizer import Tokenizer
+
+SPLITS = ("train", "dev", "test")
+ANSWER_ROWS = Flag(
+    "--answer_rows",
+    "rows of dev, evenly spread, that are answered after each epoch to keep the best model by token F1; 0: keep the "
+    "best by dev loss",
+    COUNT_OR_ZERO,
+    "N",
+    200,
 )
-from minillama.cli.options import lora_settings
-from minillama.cli.provenance import Origin, check_default_output, settled_output, writing_turn
-from minillama.formats.checkpoint import write_checkpoint, write_safetensors
-from minillama.formats.files import read_torch
-from minillama.layers.precision import DTYPES
-from minillama.text.examples import Example, read_examples, tokenize_examples, write_answers
-from minillama.training.answering import Instruction
-from minillama.training.distributed import process_group
-from minillama.training.evaluation import answer_prompts, answer_scores, describe_answers
-from minillama.training.loop import train
-from minillama.training.run_directory import RunDirectory
-from minillama.training.task import Score
-from tokenizer import Tokenizer
 
 
-def read_data(args: argparse.Namespace) -> dict[str, list[Example]]:
-    """The examples of each split that was named, not yet tokenized. Raises ValueError if the answers to dev or test
-    would be written, unasked, over those to other prompts.
-    """
-    data = {split: read_examples(path) for split in ("train", "dev", "test") if (path := getattr(args, split))}
-    for split in ("dev", "test"):
-        if examples := data.get(split):
-            check_default_output(args, split, [example.prompt for example in examples])
-    return data
+# The options
+
+
+def resolve(options: Options) -> Options:
+    """The bundled model, and the demo data if no data is named."""
+    options = use_bundled_model(options)
+    if options.train or options.dev:
+        return options
+    report(f"no --train and --dev were named; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
+    splits = [split for split in SPLITS if split != "test" or not options.test]
+    return use_demo_data(options, {split: f"demo-qa-{split}.jsonl" for split in splits})
+
+
+def check(options: Options) -> None:
+    if not options.lora_rank and (variants := options.changed(*flags.LORA_VARIANTS)):
+        raise ValueError(f"--{variants[0]} is of LoRA, and all weights would be trained; add --lora_rank 4")
+    check_training(options)
+    if not (options.train and options.dev):
+        raise ValueError(
+            f"--train is {options.train} and --dev {options.dev}; --option sft needs both, or none for the demo"
+        )
+    check_differ(outputs(options))
+
+
+def outputs(options: Options) -> list[str]:
+    answers = [options.dev_out, *([options.test_out] if options.test else [])]
+    return [*model_files(options), *answers]
+
+
+# The command
+
+
+def run(options: Options) -> None:
+    """Trains the model, writes it with its tokenizer, and answers dev and test with it."""
+    from minillama.formats.checkpoint import write_checkpoint
+    from minillama.formats.files import read_torch
+    from minillama.text.examples import read_examples
+    from minillama.training.answering import Instruction
+
+    raw = {split: read_examples(path) for split in SPLITS if (path := getattr(options, split))}
+    judged = [split for split in raw if split != "train"]
+    for split in judged:
+        check_default_output(options, split, [example.prompt for example in raw[split]])
+    with open_session(options) as session:
+        options, tokenizer, dtype, run = session.options, session.tokenizer, session.dtype, session.run
+        checkpoint = open_checkpoint(options, tokenizer)
+        rows = {split: (getattr(options, split), len(raw[split])) for split in judged}
+        origin = Origin.of(options, rows) if session.processes.is_main else None
+        llama = load_llama(options, checkpoint, dtype)
+        files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
+        print_header(options, llama, checkpoint.kind, tokenizer, session.device, dtype, data=files)
+        check_causal(llama)
+        config = llama.config
+        window = options.window or config.max_seq_len
+        if window > config.max_seq_len:
+            raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
+        data, width = tokenize_data(options, raw, tokenizer, window)
+        if options.lora_rank:
+            add_lora(options, llama)
+        task = Instruction(
+            data["train"],
+            data["dev"],
+            tokenizer,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            window=width,
+            seed=options.seed,
+            max_new_tokens=options.max_new_tokens,
+            answer_rows=options.answer_rows,
+        )
+
+        def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
+            described: dict[str, Any] = {"epoch": epoch, "scores": score.metrics, "options": session.saved_options}
+            write_checkpoint(run.best_path, state, config, stop_ids=list(checkpoint.stop_ids), **described)
+
+        model = session.train(llama.to(session.device), task, write_best, dynamic=True)
+        if session.processes.is_main:  # from the file, for the trained model may be in shards
+            opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])
+        answer(session, model, {split: data[split] for split in judged}, origin)
+        if session.processes.is_main:
+            report_next(*opened, "--temperature", "0", "--prompt", data["dev"][0].prompt)
 
 
 def tokenize_data(
-    args: argparse.Namespace, raw: dict[str, list[Example]], tokenizer: Tokenizer, window: int
+    options: Options, raw: dict[str, list[Example]], tokenizer: Tokenizer, window: int
 ) -> tuple[dict[str, list[Example]], int]:
     """The examples of each split with their ids, and the tokens of a row: `window` where the options say it, else as
     many as the longest example has. One warning if prompts had to be cut to the window.
     """
+    from minillama.text.examples import tokenize_examples
+
     data, cut = {}, 0
     for split, examples in raw.items():
         data[split], cut_here = tokenize_examples(
-            getattr(args, split), examples, tokenizer, window, args.max_new_tokens
+            getattr(options, split), examples, tokenizer, window, options.max_new_tokens
         )
         cut += cut_here
     if cut:
         report(
             f"warning: {cut} prompts lost their beginning: a row has room for {window} tokens, of which an answer may "
-            f"take --max_new_tokens {args.max_new_tokens}"
+            f"take --max_new_tokens {options.max_new_tokens}"
         )
     train = data["train"]
     size, targets = (
         sum(numbers) / len(train) for numbers in zip(*((len(e.ids), e.targets) for e in train), strict=True)
     )
-    width = args.window or max(len(example.ids) - 1 for example in (*train, *data["dev"]))
+    width = options.window or max(len(example.ids) - 1 for example in (*train, *data["dev"]))
     report(
         f"examples    {', '.join(f'{len(examples):,} {split}' for split, examples in data.items())}; of {size:.0f} "
         f"tokens, {targets:.1f} of them to be learnt; in rows of {width}"
@@ -83,100 +150,121 @@ def tokenize_data(
     return data, width
 
 
-def write_model(args: argparse.Namespace, llama: Llama, state: dict[str, Tensor], stop_ids: Sequence[int]) -> None:
-    """Writes the model that was trained, with `state`, the best of it, and its stop ids; LoRA layers are merged into
-    what they wrap.
+def write_merged(session: Session, checkpoint: Checkpoint, state: dict[str, Tensor]) -> list[str]:
+    """Writes the trained model with `state`, the best of it; LoRA layers are merged. Returns the arguments that open
+    it.
     """
-    if args.lora_rank:
-        apply_lora(llama, **lora_settings(args))
+    from lora import apply_lora, merge_lora_weights
+
+    options = session.options
+    llama = load_llama(options, checkpoint, session.dtype)
+    if options.lora_rank:
+        apply_lora(llama, **lora_settings(options))
     llama.load_state_dict(state)
     merge_lora_weights(llama)
-    write_safetensors(args.model_out, llama.state_dict(), llama.config, DTYPES[args.out_dtype or "fp32"], stop_ids)
-    report(f"wrote {args.model_out}")
+    return session.write_model(llama.state_dict(), llama.config, checkpoint.stop_ids)
 
 
-def instruct(args: argparse.Namespace) -> None:
-    """sft: trains a model to answer prompts, writes it with its tokenizer, and answers dev and test with it."""
-    raw = read_data(args)
-    tokenizer = load_tokenizer(args)
-    tokenizer_content = tokenizer.path.read_bytes()  # as it is now, whatever becomes of the file during the run
-    device = choose_device(args)
-    dtype = choose_dtype(args, device)
-    with process_group(device, args.fsdp) as processes:
-        agree_on_run(args, processes)
-        torch.manual_seed(args.seed)
-        checkpoint = open_checkpoint(args, tokenizer)
-        judged = {split: (getattr(args, split), len(raw[split])) for split in raw if split != "train"}
-        origin = Origin.of(args, judged) if processes.is_main else None
-        llama = load_llama(args, checkpoint, dtype)
-        print_header(args, llama, checkpoint.kind, tokenizer, device, dtype)
-        check_causal(llama)
-        config = llama.config
-        window = args.window or config.max_seq_len
-        if window > config.max_seq_len:
-            raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
-        data, width = tokenize_data(args, raw, tokenizer, window)
-        if args.lora_rank:
-            add_lora(args, llama)
-        run = RunDirectory(args.run_dir, writes=processes.is_main)
+def answer(session: Session, model: nn.Module, data: dict[str, list[Example]], origin: Origin | None) -> None:
+    """Answers the prompts of each split, writes the answers with their records, and reports the scores, even if a file
+    cannot be written, or the user stops.
+    """
+    from minillama.text.examples import write_answers
+    from minillama.training.evaluation import answer_prompts, answer_scores, describe_answers
 
-        def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
-            described: dict[str, Any] = {"options": options, "epoch": epoch, "scores": score.metrics}
-            write_checkpoint(run.best_path, state, config, stop_ids=list(checkpoint.stop_ids), **described)
-
-        task = Instruction(
-            data["train"],
-            data["dev"],
-            tokenizer,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            window=width,
-            seed=args.seed,
-            max_new_tokens=args.max_new_tokens,
-            answer_rows=args.answer_rows,
-        )
-        options = vars(args) | {"dtype": next(name for name, value in DTYPES.items() if value == dtype)}
-        if not args.resume:
-            run.create(options)
-        if args.compile:
-            llama.compile(dynamic=True)
-        torch.manual_seed(args.seed + processes.rank)  # dropout differs from process to process
-        settings = settings_of(args, dtype)
-        model = train(
-            llama.to(device), task, settings, run, processes=processes, write_best=write_best, log=log_of(run)
-        )
-        if processes.is_main:  # from the file, for what was trained may be in shards
-            best = read_torch(run.best_path)["model"]
-            write_model(args, load_llama(args, checkpoint, dtype), best, checkpoint.stop_ids)
-            opened = put_tokenizer_beside(args.model_out, tokenizer, tokenizer_content)
-        answers = {}
-        try:
-            for split in judged:
-                answers[split] = answer_prompts(
-                    model,
-                    data[split],
-                    tokenizer,
-                    args.batch_size,
-                    args.max_new_tokens,
-                    dtype=dtype,
-                    processes=processes,
-                    name=split,
+    options, run, is_main = session.options, session.run, session.processes.is_main
+    answers = {}
+    try:
+        for split, examples in data.items():
+            answers[split] = answer_prompts(
+                model,
+                examples,
+                session.tokenizer,
+                options.batch_size,
+                options.max_new_tokens,
+                dtype=session.dtype,
+                processes=session.processes,
+                name=split,
+            )
+        if origin is not None:
+            for split, found in answers.items():
+                write_with_record(
+                    options,
+                    origin,
+                    split,
+                    [example.prompt for example in data[split]],
+                    partial(write_answers, answers=found, examples=data[split]),
+                    **answer_scores(found, data[split]),
                 )
-            if origin is not None:
-                for split, found in answers.items():
-                    with writing_turn(getattr(args, f"{split}_out")):
-                        path, moved = settled_output(args, split, [example.prompt for example in data[split]])
-                        write_answers(path, found, data[split])
-                        warn(origin.write_record(path, split, **answer_scores(found, data[split])))
-                    warn(moved)
-        finally:  # even if a file cannot be written, or the user stops
-            scores: dict[str, float] = {}
-            for split, found in answers.items() if processes.is_main else ():
-                line = f"{split} {describe_answers(found, data[split])} ({len(data[split])} rows)"
-                print(line, flush=True)
-                run.log(line)
-                scores |= {f"{split}_{name}": value for name, value in answer_scores(found, data[split]).items()}
-            if len(answers) == len(judged):
-                run.finish(**scores)
-        if processes.is_main:
-            report_next(*opened, "--temperature", "0", "--prompt", data["dev"][0].prompt)
+    finally:
+        scores: dict[str, float] = {}
+        for split, found in answers.items() if is_main else ():
+            line = f"{split} {describe_answers(found, data[split])} ({len(data[split])} rows)"
+            print(line, flush=True)
+            run.log(line)
+            scores |= {f"{split}_{name}": value for name, value in answer_scores(found, data[split]).items()}
+        if len(answers) == len(data):
+            run.finish(**scores)
+
+
+COMMAND = Command(
+    "sft",
+    "train a language model to answer prompts",
+    (
+        Group(
+            "data",
+            (
+                flags.TRAIN,
+                flags.DEV,
+                flags.TEST,
+                flags.DEV_OUT,
+                flags.TEST_OUT,
+                flags.WINDOW,
+                flags.MAX_NEW_TOKENS,
+                flags.BATCH_SIZE,
+                ANSWER_ROWS,
+                flags.OUT_DTYPE,
+                flags.MODEL_OUT,
+            ),
+            'Lines of {"prompt": "...", "answer": "..."}. Examples that fit share a row, and do not see each other.',
+        ),
+        flags.TRAINING,
+        flags.LORA,
+        flags.RUN,
+        flags.TRAINED_MODEL,
+        flags.DEVICE,
+    ),
+    run,
+    """
+python run_llama.py --option sft --pretrained-model-path data/mini-llama.safetensors --model_out answers.safetensors
+python run_llama.py --option sft --train train.jsonl --dev dev.jsonl --model_out answers.safetensors
+""",
+    defaults={
+        "lr": 5e-4,
+        "batch_size": 16,
+        "schedule": "cosine",
+        "warmup_steps": 20,
+        "max_grad_norm": 1.0,
+        "max_new_tokens": 32,
+        "epochs": 4,
+        "lora_rank": None,
+        "train": None,
+        "dev": None,
+        "test": None,
+        "dev_out": "sft-dev-answers.jsonl",
+        "test_out": "sft-test-answers.jsonl",
+    },
+    default_texts={
+        "train": "the demo data, data/demo-qa-train.jsonl",
+        "dev": "the demo data",
+        "test": "none; the demo data with the others",
+        "lora_rank": "train all weights",
+        "window": "the length of the longest example",
+        "out_dtype": "fp32",
+    },
+    resolve=resolve,
+    check=check,
+    inputs=lambda options: [options.pretrained_model_path, options.train, options.dev, options.test],
+    outputs=outputs,
+    trains=True,
+)

@@ -1,46 +1,95 @@
-"""--option wise_ft: a fine-tuned classifier and the model it came from, mixed in all proportions, judged on dev and on
-data from elsewhere; with --alphas 1 alone, the fine-tuned classifier as it is.
+"""--option wise_ft: a fine-tuned classifier mixed with the model it came from, judged on dev and on other data at each
+proportion; with --alphas 1 alone, the fine-tuned classifier as it is.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from classifier import MergedClasses
-from llama import llama_from_checkpoint
+from minillama.cli import flags
 from minillama.cli.charts import chart, colour, document
-from minillama.cli.loading import (
-    adopt,
-    check_alone,
-    choose_device,
-    choose_dtype,
-    load_classifier,
-    report,
-    report_next,
-    tokenize_data,
-    warn,
-)
-from minillama.cli.options import curve_picture
-from minillama.cli.provenance import Origin, writing_turn
-from minillama.formats.checkpoint import FineTuned, read_checkpoint, read_fine_tuned, write_checkpoint
-from minillama.formats.files import atomic_file
+from minillama.cli.checks import check_differ
+from minillama.cli.classifiers import OPTIONS_FROM_FINE_TUNED, adopt, check_fine_tuned, load_classifier, tokenize_data
+from minillama.cli.header import report, report_next
+from minillama.cli.loading import check_alone, choose_device, choose_dtype
+from minillama.cli.options import Command, Flag, Group, Options
+from minillama.cli.provenance import Origin, write_with_record
 from minillama.formats.names import path_and_fold, without_ending
-from minillama.text.labelled import Row, class_names, has_gold_labels, read_labels, read_rows, write_predictions
-from minillama.training.evaluation import Evaluation, describe, evaluate
-from minillama.training.weight_mixing import interpolate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from minillama.formats.checkpoint import FineTuned
+    from minillama.text.labelled import Row
+    from minillama.training.evaluation import Evaluation
+
+ADOPTED = (*OPTIONS_FROM_FINE_TUNED, "dev", "test")
+ALPHAS = flags.numbers(
+    float,
+    "numbers from 0 to 1, rising, with commas between",
+    lambda values: values == sorted(set(values)) and 0 <= values[0] and values[-1] <= 1,
+)
+COUNTS_AS = flags.numbers(
+    int,
+    "a class number or -1 for each class of the model, with commas between; 0, 1 and so on, none left out",
+    lambda values: max(values) >= 1 and set(values) - {-1} == set(range(max(values) + 1)),
+)
+MIXING = Group(
+    "mixing",
+    (
+        flags.FINETUNED,
+        Flag(
+            "--alphas",
+            "the weights of the fine-tuned model; 1 alone judges it as it is",
+            ALPHAS,
+            "A,A,...",
+            [i / 10 for i in range(11)],
+            default_text="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
+        ),
+        Flag("--ood", "labelled data from elsewhere, as for --dev; each scored by itself", str, "FILE", [], nargs="+"),
+        Flag(
+            "--ood_classes",
+            "the class of the --ood file that each class of the model counts as, -1 for none, as in 0,0,-1,1,1: their "
+            "probabilities are added. One for all files, or one for each. If -1 comes first, write "
+            "--ood_classes=-1,...",
+            COUNTS_AS,
+            "K,K,...",
+            [],
+            default_text="the classes are the same",
+            nargs="+",
+        ),
+        Flag(
+            "--ood_label_names",
+            "label files of the --ood files, one for all or one for each; their classes are the model's by name, or "
+            "where names differ, by number",
+            str,
+            "FILE",
+            [],
+            default_text="the labels that the model was trained with",
+            nargs="+",
+        ),
+        Flag(
+            "--curve_out",
+            "table of the accuracies; beside it their picture, a page of HTML",
+            str,
+            "FILE.csv",
+            "wise-ft-curve.csv",
+        ),
+        flags.MODEL_OUT,
+    ),
+    "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT), judges each mixture on dev and --ood, and "
+    "the one that is best on dev on test. --model_out takes that model, a fine-tuned model like any other.",
+)
 
 
 @dataclass
 class DataSet:
-    """Rows to judge by, and how the model's classes count in them: None where they are the same."""
+    """Rows to judge by. counts_as: the class of `names` that each class of the model counts as; None: the same."""
 
     name: str
     rows: list[Row]
@@ -48,30 +97,75 @@ class DataSet:
     counts_as: list[int] | None = None
 
 
-def wise_ft(args: argparse.Namespace) -> None:
-    """wise_ft: the scores at every alpha, in print, as CSV and as a picture; test at the alpha that is best on dev."""
-    check_alone(args)
-    found = read_fine_tuned(args.finetuned)
-    adopt(args, found)
-    labels = labels_of(args, found)
-    sets = [DataSet("dev", read_rows(args.dev, labels), found.label_names), *out_of_domain(args, found, labels)]
-    test = DataSet("test", read_rows(args.test, labels), found.label_names)
-    for one, path in zip(sets, [args.dev, *args.ood], strict=True):
-        if not has_gold_labels(one.rows) and (len(args.alphas) > 1 or one.name != "dev"):
+# The options
+
+
+def curve_picture(options: Options) -> str:
+    """The path of the picture of the curve."""
+    return f"{without_ending(options.curve_out)}.html"
+
+
+def check(options: Options) -> None:
+    check_fine_tuned(options)
+    if not options.curve_out.endswith(".csv"):
+        raise ValueError(f"--curve_out is {options.curve_out}; the name of the table must end in .csv")
+    for name in ("ood_classes", "ood_label_names"):
+        values = getattr(options, name)
+        if len(values) not in (0, 1, len(options.ood)) or (values and not options.ood):
+            raise ValueError(
+                f"--{name} has {len(values)} values for {len(options.ood)} files of --ood; give one for all, or one "
+                "for each"
+            )
+    check_differ(outputs(options))
+
+
+def inputs(options: Options) -> list[str | None]:
+    rows = [path_and_fold(path)[0] for path in (options.dev, options.test, *options.ood) if path]
+    return [options.finetuned, options.pretrained_model_path, *rows, options.label_names, *options.ood_label_names]
+
+
+def outputs(options: Options) -> list[str]:
+    named = [options.curve_out, curve_picture(options), options.model_out, options.dev_out, options.test_out]
+    return [path for path in named if path]
+
+
+# The command
+
+
+def run(options: Options) -> None:
+    """The scores at every alpha, in print, as CSV and as a picture; test at the alpha that is best on dev."""
+    import copy
+
+    from tqdm import tqdm
+
+    from classifier import MergedClasses
+    from minillama.formats.checkpoint import read_fine_tuned
+    from minillama.text.labelled import has_gold_labels, read_rows, write_predictions
+    from minillama.training.evaluation import describe, evaluate
+    from minillama.training.weight_mixing import interpolate
+
+    check_alone(options)
+    found = read_fine_tuned(options.finetuned)
+    options = adopt(options, found, ADOPTED)
+    labels = labels_of(options, found)
+    sets = [DataSet("dev", read_rows(options.dev, labels), found.label_names), *out_of_domain(options, found, labels)]
+    test = DataSet("test", read_rows(options.test, labels), found.label_names)
+    for one, path in zip(sets, [options.dev, *options.ood], strict=True):
+        if not has_gold_labels(one.rows) and (len(options.alphas) > 1 or one.name != "dev"):
             raise ValueError(f"{path} has one value in its whole label column, so there is nothing to judge by")
-    device = choose_device(args)
-    dtype = choose_dtype(args, device)
-    mixes = set(args.alphas) != {1.0}
-    model, tokenizer, prompt = load_classifier(args, found, device, dtype, "its base" if mixes else "not read")
-    data = {"dev": (args.dev, len(sets[0].rows)), "test": (args.test, len(test.rows))}
-    origin = Origin.of(args, data, args.finetuned)
+    device = choose_device(options)
+    dtype = choose_dtype(options, device)
+    mixes = set(options.alphas) != {1.0}
+    model, tokenizer, prompt = load_classifier(options, found, device, dtype, "its base" if mixes else "not read")
+    data = {"dev": (options.dev, len(sets[0].rows)), "test": (options.test, len(test.rows))}
+    origin = Origin.of(options, data, options.finetuned)
     theta_1 = copy.deepcopy(model.llama.state_dict())  # what is tied stays tied
-    theta_0 = base_of(args, found) if mixes else theta_1
-    report(f"data        dev {args.dev}, test {args.test}{''.join(f', {path}' for path in args.ood)}")
+    theta_0 = base_of(options, found) if mixes else theta_1
+    report(f"data        dev {options.dev}, test {options.test}{''.join(f', {path}' for path in options.ood)}")
     for one in sets[1:]:
         report(f"classes     {one.name}: {counting(one, found.label_names)}")
     raw = {str(i): one.rows for i, one in enumerate([*sets, test])}
-    done = tokenize_data(args, raw, tokenizer, found.config.max_seq_len, *prompt)
+    done = tokenize_data(options, raw, tokenizer, found.config.max_seq_len, *prompt)
     for one, rows in zip([*sets, test], done.values(), strict=True):
         one.rows = rows
     model = model.to(device)
@@ -82,49 +176,58 @@ def wise_ft(args: argparse.Namespace) -> None:
         return evaluate(
             judge,
             one.rows,
-            args.batch_size,
+            options.batch_size,
             pad_id=tokenizer.pad_id,
             dtype=dtype,
-            bucketed=args.pooling == "last_token",
+            bucketed=options.pooling == "last_token",
             name=name,
         )
 
     curve: list[list[Evaluation]] = []
-    with tqdm(args.alphas, desc="mixing", unit="alpha", leave=False, disable=None) as bar:
+    with tqdm(options.alphas, desc="mixing", unit="alpha", leave=False, disable=None) as bar:
         for alpha in bar:
             model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
             curve.append([judged(one, alpha) for one in sets])
             scores = "  ".join(f"{one.name} {shown_score(e)}" for one, e in zip(sets, curve[-1], strict=True))
             bar.write(f"alpha {alpha:<5g} {scores}")
-    best = max(range(len(curve)), key=lambda i: (curve[i][0].accuracy or 0.0, args.alphas[i]))
-    alpha, dev = args.alphas[best], curve[best][0]
+    best = max(range(len(curve)), key=lambda i: (curve[i][0].accuracy or 0.0, options.alphas[i]))
+    alpha, dev = options.alphas[best], curve[best][0]
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
     tested = judged(test, alpha)
     try:
-        write_curve(args, sets, [[one.accuracy for one in scores] for scores in curve])
-        for one, judgement in ((sets[0], dev), (test, tested)):
-            if (path := getattr(args, f"{one.name}_out")) is not None:
-                quality = {"accuracy": judgement.accuracy, "macro_f1": judgement.macro_f1}
-                with writing_turn(path):
-                    write_predictions(path, judgement.predictions, one.rows, labels)
-                    warn(origin.write_record(path, one.name, alpha=alpha, **quality))
-        write_mixed(args, found, model, alpha, dev)
+        write_curve(options, sets, [[one.accuracy for one in scores] for scores in curve])
+        for one, result in ((sets[0], dev), (test, tested)):
+            if getattr(options, f"{one.name}_out") is None:
+                continue
+            write_with_record(
+                options,
+                origin,
+                one.name,
+                [row.sentence for row in one.rows],
+                partial(write_predictions, predictions=result.predictions, rows=one.rows, labels=labels),
+                alpha=alpha,
+                accuracy=result.accuracy,
+                macro_f1=result.macro_f1,
+            )
+        write_mixed(options, found, model, alpha, dev)
     finally:  # even if a file cannot be written
         print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
         print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
         print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
-    if args.model_out:
-        report(f"wrote {args.model_out}, the model at alpha {alpha:g}")
-        report_next("--option", "classify", "--finetuned", args.model_out, "--prompt", "your sentence")
+    if options.model_out:
+        report(f"wrote {options.model_out}, the model at alpha {alpha:g}")
+        report_next("--option", "classify", "--finetuned", options.model_out, "--prompt", "your sentence")
 
 
-def write_mixed(args: argparse.Namespace, found: FineTuned, model: nn.Module, alpha: float, dev: Evaluation) -> None:
+def write_mixed(options: Options, found: FineTuned, model: nn.Module, alpha: float, dev: Evaluation) -> None:
     """Writes the model at the best alpha, if --model_out asks for it; `dev`: its scores."""
-    if args.model_out:
-        mixed = {"alpha": alpha, "finetuned": args.finetuned, "base": args.pretrained_model_path}
+    from minillama.formats.checkpoint import write_checkpoint
+
+    if options.model_out:
+        mixed = {"alpha": alpha, "finetuned": options.finetuned, "base": options.pretrained_model_path}
         described = {name: getattr(found, name) for name in ("head", "label_names", "labels", "options")}
         write_checkpoint(
-            args.model_out,
+            options.model_out,
             model.state_dict(),
             found.config,
             kind="classifier",
@@ -134,20 +237,25 @@ def write_mixed(args: argparse.Namespace, found: FineTuned, model: nn.Module, al
         )
 
 
-def labels_of(args: argparse.Namespace, found: FineTuned) -> dict[str, str | None]:
+def labels_of(options: Options, found: FineTuned) -> dict[str, str | None]:
     """The class of each label in dev and test. Raises ValueError if the model was trained for other classes."""
-    labels = found.labels if args.label_names is None else read_labels(args.label_names)
+    from minillama.text.labelled import class_names, read_labels
+
+    labels = found.labels if options.label_names is None else read_labels(options.label_names)
     if (names := class_names(labels)) != found.label_names:
         raise ValueError(
-            f"{args.label_names} names {', '.join(names)}, but {found.path} was trained for "
+            f"{options.label_names} names {', '.join(names)}, but {found.path} was trained for "
             f"{', '.join(found.label_names)}; leave out --label-names"
         )
     return labels
 
 
-def base_of(args: argparse.Namespace, found: FineTuned) -> dict[str, Tensor]:
+def base_of(options: Options, found: FineTuned) -> dict[str, Tensor]:
     """The weights that fine-tuning began with. Raises ValueError if the model is another kind of Llama."""
-    path = args.pretrained_model_path
+    from llama import llama_from_checkpoint
+    from minillama.formats.checkpoint import read_checkpoint
+
+    path = options.pretrained_model_path
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path}: the model that {found.path} came from is not there; name it with "
@@ -168,14 +276,16 @@ def base_of(args: argparse.Namespace, found: FineTuned) -> dict[str, Tensor]:
     return base.state_dict()
 
 
-def out_of_domain(args: argparse.Namespace, found: FineTuned, labels: Mapping[str, str | None]) -> list[DataSet]:
+def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str | None]) -> list[DataSet]:
     """The sets of --ood; `labels`: of those that have no label file of their own. Raises ValueError if the mappings are
     not as many, or one does not fit the model's classes.
     """
+    from minillama.text.labelled import class_names, read_labels, read_rows
+
     sets = []
-    stems = [Path(without_ending(path_and_fold(path)[0])).name for path in args.ood]
-    mappings, files = (for_each(args, name) for name in ("ood_classes", "ood_label_names"))
-    for path, stem, counts_as, file in zip(args.ood, stems, mappings, files, strict=True):
+    stems = [Path(without_ending(path_and_fold(path)[0])).name for path in options.ood]
+    mappings, files = (for_each(options, name) for name in ("ood_classes", "ood_label_names"))
+    for path, stem, counts_as, file in zip(options.ood, stems, mappings, files, strict=True):
         names, own = found.label_names, labels
         if counts_as is not None:
             if len(counts_as) != len(names):
@@ -201,10 +311,10 @@ def out_of_domain(args: argparse.Namespace, found: FineTuned, labels: Mapping[st
     return sets
 
 
-def for_each(args: argparse.Namespace, name: str) -> list:
+def for_each(options: Options, name: str) -> list:
     """The option's values, one for each --ood file: one may serve for all, none is None for all."""
-    given = getattr(args, name) or [None]
-    return given * len(args.ood) if len(given) == 1 else given
+    given = getattr(options, name) or [None]
+    return given * len(options.ood) if len(given) == 1 else given
 
 
 def counting(one: DataSet, classes: Sequence[str]) -> str:
@@ -219,19 +329,48 @@ def shown_score(evaluation: Evaluation) -> str:
     return "-" if evaluation.accuracy is None else f"{evaluation.accuracy:.3f}"
 
 
-def write_curve(args: argparse.Namespace, sets: list[DataSet], accuracies: list[list[float | None]]) -> None:
+def write_curve(options: Options, sets: list[DataSet], accuracies: list[list[float | None]]) -> None:
     """The accuracies, a line for each alpha, as CSV; and their picture, with the accuracy of a guess."""
-    with atomic_file(args.curve_out) as file:
+    from minillama.formats.files import atomic_file
+
+    with atomic_file(options.curve_out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["alpha", *(one.name for one in sets)])
-        for alpha, scores in zip(args.alphas, accuracies, strict=True):
+        for alpha, scores in zip(options.alphas, accuracies, strict=True):
             writer.writerow([f"{alpha:g}", *("" if score is None else f"{score:.6f}" for score in scores)])
     lines = []
     for i, one in enumerate(sets):
-        points = [(a, score) for a, row in zip(args.alphas, accuracies, strict=True) if (score := row[i]) is not None]
+        points = [
+            (a, score) for a, row in zip(options.alphas, accuracies, strict=True) if (score := row[i]) is not None
+        ]
         lines.append((one.name, points, colour(i)))
     for i, n in enumerate(sorted({len(one.names) for one in sets}), start=1):
         lines.append((f"chance, {n} classes ({1 / n:.3g})", [(0.0, 1 / n), (1.0, 1 / n)], colour(-i, dashed=True)))
     picture = chart("WiSE-FT: accuracy of the mixed weights", "alpha (0: the base model, 1: the fine-tuned one)", lines)
-    with atomic_file(curve_picture(args)) as file:
+    with atomic_file(curve_picture(options)) as file:
         file.write(document("WiSE-FT", [picture]))
+
+
+COMMAND = Command(
+    "wise_ft",
+    "mix a fine-tuned classifier with the model it came from",
+    (
+        MIXING,
+        Group("data", (flags.DEV, flags.TEST, flags.LABEL_NAMES, flags.DEV_OUT, flags.TEST_OUT), flags.ROW_FORMATS),
+        flags.ROWS,
+        Group("model", (flags.MODEL_PATH, flags.TOKENIZER)),
+        flags.DEVICE,
+    ),
+    run,
+    """
+python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
+python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt
+python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt --ood other.txt --ood_classes 0,0,-1,1,1
+""",
+    defaults=dict.fromkeys((*ADOPTED, "label_names", "dev_out", "test_out")),
+    default_texts=dict.fromkeys((*ADOPTED, "label_names"), "that of the run that made --finetuned")
+    | dict.fromkeys(("dev_out", "test_out"), "none is written"),
+    check=check,
+    inputs=inputs,
+    outputs=outputs,
+)

@@ -1,0 +1,65 @@
+"""What ships in data/, used where a default file is missing. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minillama.cli.header import display_path, report
+from minillama.cli.options import Options, all_flags
+from minillama.cli.provenance import BUNDLED_MODEL
+from minillama.environment import HERE
+
+DEMO_DATA = {
+    "train": "demo-train.txt",
+    "dev": "demo-dev.txt",
+    "test": "demo-test.txt",
+    "label_names": "demo-label-mapping.json",
+}
+
+
+def use_bundled_model(options: Options) -> Options:
+    """The options with the bundled model, if the default checkpoint is missing."""
+    path = options.pretrained_model_path
+    if "pretrained_model_path" in options.typed or Path(path).exists():
+        return options
+    bundled = display_path(BUNDLED_MODEL)
+    report(f"{path} is missing (python fetch_data.py downloads it); using the bundled model, {bundled}")
+    return substitute(options, pretrained_model_path=bundled)
+
+
+def use_demo_data(options: Options, files: dict[str, str]) -> Options:
+    """The options with files of data/ instead of those named by default. files: names in data/ by flag."""
+    paths = {name: display_path(HERE / "data" / file) for name, file in files.items()}
+    return substitute(options, **paths)
+
+
+def substitute(options: Options, **paths: str) -> Options:
+    return options.replace(**paths, substituted=[*options.substituted, *paths])
+
+
+def use_bundled_rows(options: Options, ending: str, reads: Sequence[str] = tuple(DEMO_DATA)) -> Options:
+    """The options of prompt, finetune or lora: with the bundled model and the demo data where default files are
+    missing, and with default names for the predictions, which end in `ending`. reads: the data flags that it needs.
+    """
+    options = use_bundled_model(options)
+    typed = options.typed
+    missing = [getattr(options, name) for name in reads if not Path(getattr(options, name)).exists()]
+    demo = bool(missing) and not any(name in typed for name in DEMO_DATA)
+    if demo:
+        folder = display_path(HERE / "data")
+        report(f"{missing[0]} is missing (python fetch_data.py downloads it); using the demo data, {folder}/demo-*")
+        options = use_demo_data(options, DEMO_DATA)
+    left = [name for name in reads if name not in typed]
+    if 0 < len(left) < len(reads):
+        known = all_flags(options.commands)
+        defaults = ", ".join(f"{known[name].name} {getattr(options, name)}" for name in left)
+        report(f"warning: {defaults} by default: do they belong to the files you named?")
+    outputs = {f"{split}_out": f"{'demo' if demo else 'cfimdb'}-{split}-{ending}" for split in ("dev", "test")}
+    options = options.replace(**{name: path for name, path in outputs.items() if name not in typed})
+    own = [split for split in ("dev", "test") if split in typed and f"{split}_out" not in typed]
+    if any(not Path(getattr(options, split)).name.startswith("cfimdb") for split in own):
+        report(
+            f"warning: predictions go to {options.dev_out} and {options.test_out}; --dev_out and --test_out name others"
+        )
+    return options

@@ -1,0 +1,236 @@
+"""What commands with a classifier share: labelled rows, predictions for dev and test, and fine-tuned models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minillama.cli.header import display_path, print_header, report
+from minillama.cli.loading import fit_tokenizer, load_tokenizer
+from minillama.cli.options import Options, all_flags
+from minillama.cli.provenance import check_default_output, write_with_record
+from minillama.cli.session import log_of
+from minillama.environment import HERE
+from minillama.formats.names import path_and_fold
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
+    from minillama.cli.provenance import Origin
+    from minillama.formats.checkpoint import FineTuned
+    from minillama.text.labelled import Row
+    from minillama.training.distributed import Processes
+    from minillama.training.run_directory import RunDirectory
+    from tokenizer import Tokenizer
+
+# Options that come from the run that made the fine-tuned model, unless they are typed.
+OPTIONS_FROM_FINE_TUNED = ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling", "batch_size")
+
+
+# The options
+
+
+def check_predictions(options: Options, ending: str) -> None:
+    """Raises ValueError unless --dev_out and --test_out end as the course asks and are two files."""
+    for split in ("dev", "test"):
+        path = getattr(options, f"{split}_out")
+        if not path.endswith(f"{split}-{ending}"):
+            raise ValueError(
+                f"--{split}_out is {path}; for --option {options.option} its name must end in {split}-{ending}"
+            )
+    if Path(options.dev_out).resolve() == Path(options.test_out).resolve():
+        raise ValueError(f"--dev_out and --test_out are both {options.dev_out}; give two files")
+
+
+def check_whole_batches(options: Options) -> None:
+    """Raises ValueError if a batch would be split whose padding is read."""
+    split = options.command.trains and (options.micro_batch_size or options.batch_size) < options.batch_size
+    if options.pooling == "last_column" and (split or options.processes > 1):
+        raise ValueError(
+            "--pooling last_column reads the padding of a whole batch, so a batch cannot be split: leave out "
+            "--micro_batch_size, and run one process"
+        )
+
+
+def row_files(options: Options) -> list[str | None]:
+    """The files that prompt, finetune and lora read."""
+    rows = [path_and_fold(path)[0] for path in (options.train, options.dev, options.test)]
+    return [options.pretrained_model_path, *rows, options.label_names]
+
+
+def check_fine_tuned(options: Options) -> None:
+    """Raises ValueError if no fine-tuned model is named, or its config is to be overridden."""
+    if not options.finetuned:
+        raise ValueError(f"--option {options.option} needs --finetuned, the file that finetune or lora wrote")
+    if options.norm is not None or options.attention is not None:
+        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
+
+
+# Rows
+
+
+def read_data(
+    options: Options, splits: Sequence[str], labels: Mapping[str, str | None]
+) -> tuple[dict[str, list[Row]], list[str]]:
+    """The rows of each split, not yet tokenized, and the word for each class in a prompt."""
+    from minillama.text.labelled import class_names, missing_classes, read_rows
+
+    names = class_names(labels)
+    words = options.label_words or names
+    if len(words) != len(names):
+        raise ValueError(
+            f"--label_words has {len(words)} words, {options.label_names} {len(names)} classes ({', '.join(names)}); "
+            "give a word for each, in this order"
+        )
+    data = {split: read_rows(getattr(options, split), labels) for split in splits}
+    if "train" in data and (missing := missing_classes(options.train, data["train"], names)):
+        report(f"warning: {options.train} has no row of {', '.join(missing)}, so that is not learnt")
+    for split in ("dev", "test"):
+        check_default_output(options, split, [row.sentence for row in data[split]])
+    return data, words
+
+
+def tokenize_data(
+    options: Options,
+    data: dict[str, list[Row]],
+    tokenizer: Tokenizer,
+    context: int,
+    before: str = "",
+    question: str | None = None,
+) -> dict[str, list[Row]]:
+    """The rows of each split with their ids; one warning if sentences had to be cut to the model's context."""
+    from minillama.text.batches import tokenize_rows
+
+    done, cut = {}, 0
+    for split, rows in data.items():
+        done[split], cut_here = tokenize_rows(
+            rows, tokenizer, context, before=before, question=question, max_sentence_len=options.max_sentence_len
+        )
+        cut += cut_here
+    if cut:
+        total = sum(map(len, data.values()))
+        report(f"warning: {cut} of {total} sentences were cut; the model's context has room for {context} tokens a row")
+    return done
+
+
+def predict(
+    options: Options,
+    model: nn.Module,
+    data: dict[str, list[Row]],
+    labels: Mapping[str, str | None],
+    dtype: torch.dtype,
+    pad_id: int,
+    processes: Processes,
+    origin: Origin | None,
+    run: RunDirectory | None = None,
+) -> None:
+    """Classifies dev and test, writes both prediction files with their records, and reports the scores: on stdout, and
+    in the log and the metrics of the run. The scores are reported even if a file cannot be written, or the user stops.
+
+    origin: of the records; None but in the main process.
+    """
+    from minillama.text.labelled import class_names, write_predictions
+    from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
+
+    label_names = class_names(labels)
+    results, seconds = {}, {}
+    try:
+        for split in ("dev", "test"):
+            start = time.perf_counter()
+            results[split] = evaluate(
+                model,
+                data[split],
+                options.batch_size,
+                pad_id=pad_id,
+                dtype=dtype,
+                bucketed=options.pooling == "last_token",
+                processes=processes,
+                name=split,
+            )
+            seconds[split] = time.perf_counter() - start
+        if origin is not None:
+            for split, result in results.items():
+                write_with_record(
+                    options,
+                    origin,
+                    split,
+                    [row.sentence for row in data[split]],
+                    partial(write_predictions, predictions=result.predictions, rows=data[split], labels=labels),
+                    accuracy=result.accuracy,
+                    macro_f1=result.macro_f1,
+                )
+    finally:
+        log = log_of(run)
+        lines = []
+        for split, result in results.items():
+            line = f"{split} {describe(result, with_loss=run is not None)} ({len(data[split])} rows)"
+            if run is None and (chance := describe_chance(result, data[split], len(label_names))):
+                line += f"; {chance}"
+            lines.append(line)
+            if processes.is_main:
+                print(line, flush=True)
+            log(f"{split} took {seconds[split]:.1f} s")
+            if classes := describe_classes(result, data[split], label_names):
+                log(f"\n{classes}\n")
+        if run is not None and len(results) == 2:
+            for line in lines:
+                run.log(line)
+            run.finish(**{name: score for split, one in results.items() for name, score in one.scores(split).items()})
+
+
+# Fine-tuned models
+
+
+def adopt(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
+    """The options with those of `names` that were not typed taken from the run that made the file; files that ship are
+    found from any folder. Raises ValueError if the file does not say one of them.
+    """
+    from config import shown
+
+    known = all_flags(options.commands)
+    adopted: dict[str, object] = {}
+    inherited = found.options.get("substituted")
+    if isinstance(inherited, list):
+        adopted["substituted"] = [name for name in inherited if name not in options.typed]
+    for name in names:
+        if getattr(options, name) is not None:
+            continue
+        value = found.options.get(name)
+        kind = int if name in ("max_sentence_len", "batch_size") else str
+        optional = name in ("tokenizer", "max_sentence_len") and value is None
+        if not optional and (type(value) is not kind or not value):
+            raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with {known[name].name}")
+        if isinstance(value, str) and name != "pooling" and not Path(value).exists():
+            value = display_path(HERE / value) if (HERE / value).exists() else value
+            if name == "tokenizer" and not Path(value).exists():
+                raise FileNotFoundError(
+                    f"{found.path} was trained with the tokenizer {value}, which is missing; name it with --tokenizer"
+                )
+        adopted[name] = value
+    return options.replace(**adopted)
+
+
+def load_classifier(
+    options: Options, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str = "not read"
+) -> tuple[LlamaEmbeddingClassifier | LlamaPromptClassifier, Tokenizer, tuple[str, ...]]:
+    """The fine-tuned classifier, on the CPU, announced by the header; its tokenizer; and, if the model is prompted, the
+    text before and after a sentence. base: how the header describes the model that was fine-tuned.
+    """
+    from classifier import classifier_of
+    from minillama.text.batches import prompt_parts
+
+    tokenizer = load_tokenizer(options, finetuned=options.finetuned)
+    fit_tokenizer(found.path, found.config, tokenizer, lies_with=options.pretrained_model_path)
+    model = classifier_of(found, tokenizer)
+    model.pooling = options.pooling
+    prompt = prompt_parts(found.template, found.words, options.pooling) if found.head == "prompt" else ()
+    report(f"finetuned   {found.path} ({found.options.get('option')}, {found.head} head)")
+    print_header(options, model.llama, base, tokenizer, device, dtype)
+    if prompt:
+        report(f"prompt      {'{sentence}'.join(prompt)}")
+    return model, tokenizer, prompt

@@ -1,0 +1,181 @@
+"""A command that trains, from the run's folder and its lock to the files of the finished model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillama.cli.header import report
+from minillama.cli.loading import choose_device, choose_dtype, load_tokenizer, put_tokenizer_beside
+from minillama.cli.options import Options, all_flags, parse_options
+from minillama.environment import this_process
+from minillama.formats.names import RUNS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from config import LlamaConfig
+    from minillama.training.distributed import Processes
+    from minillama.training.loop import Settings
+    from minillama.training.run_directory import RunDirectory
+    from minillama.training.task import Score, Task
+    from tokenizer import Tokenizer
+
+# Options that change no number: a resumed run, or a run of the same group in the report, may have others.
+RESUME_MAY_CHANGE = (
+    *("config", "resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir"),
+    *("device", "use_gpu", "typed", "substituted"),
+)
+# The parts of a regularizer, which change nothing where it is off.
+PARTS = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
+
+
+def active_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """A run's options without the parts of what it had off, whose defaults may have changed since."""
+    return {name: value for name, value in saved.items() if name not in PARTS or saved.get(PARTS[name])}
+
+
+def resumed(options: Options, argv: Sequence[str], held: ExitStack) -> Options:
+    """The options of the run to continue, and those of the command line that may differ. The main process locks the
+    run until `held` is closed.
+
+    Raises ValueError or FileNotFoundError if there is no such run, it is still going, or an option contradicts it.
+    """
+    from minillama.training.run_directory import RunDirectory, latest_run_path, locked
+
+    folder = options.run_dir or str(latest_run_path(Path(RUNS)))
+    run = RunDirectory(folder)
+    run.options()  # raises before a lock is made where there is no run
+    if this_process().rank == 0:
+        held.enter_context(locked(run.path))
+    saved = active_options(run.options())
+    options = parse_options(options.commands, argv, saved, options.processes)
+    options = options.replace(resume=True, run_dir=folder)
+    if options.dtype == "auto":
+        options = options.replace(dtype=saved.get("dtype", "auto"))
+    known = all_flags(options.commands)
+    for name, value in saved.items():
+        if name not in RESUME_MAY_CHANGE and getattr(options, name) != value:
+            shown = known[name].name.lstrip("-") if name in known else name
+            raise ValueError(
+                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; give that, or leave it "
+                "out"
+            )
+    return options
+
+
+def name_run(options: Options, held: ExitStack) -> Options:
+    """The options with the folder of a run that starts now, made and locked, under a new name unless --run_dir names
+    one. Only the main process does this; the others learn the name in `open_session`. When `held` is closed, the lock
+    ends, and a folder without a run is removed. Raises ValueError if the folder is taken or cannot be made.
+    """
+    from minillama.training.run_directory import new_run
+
+    if this_process().rank != 0:
+        return options
+    return options.replace(run_dir=str(held.enter_context(new_run(options.run_dir, Path(RUNS), options.option))))
+
+
+def log_of(run: RunDirectory | None) -> Callable[[str], None]:
+    """A function that reports a line, and adds it to the log of the run if there is one."""
+
+    def log(line: str) -> None:
+        report(line)
+        if run is not None:
+            run.log(line)
+
+    return log
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a command trains with. tokenizer_content: of the tokenizer's file when the run began."""
+
+    options: Options
+    tokenizer: Tokenizer
+    tokenizer_content: bytes
+    device: torch.device
+    dtype: torch.dtype
+    processes: Processes
+    run: RunDirectory
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """The options for files, with the precision that was chosen."""
+        from minillama.layers.precision import DTYPES
+
+        return self.options.values() | {"dtype": next(name for name, value in DTYPES.items() if value == self.dtype)}
+
+    def train(
+        self, model: nn.Module, task: Task, write_best: Callable[[dict[str, Tensor], int, Score], None], dynamic: bool
+    ) -> nn.Module:
+        """Trains the model and returns the one to judge. dynamic: for --compile, whether lengths differ."""
+        import torch
+
+        from minillama.training.loop import train
+
+        if not self.options.resume:
+            self.run.create(self.saved_options)
+        if self.options.compile:
+            model.compile(dynamic=dynamic)
+        torch.manual_seed(self.options.seed + self.processes.rank)  # dropout differs from process to process
+        settings = settings_of(self.options, self.dtype)
+        log = log_of(self.run)
+        return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
+
+    def write_model(self, state: dict[str, Tensor], config: LlamaConfig, stop_ids: Sequence[int]) -> list[str]:
+        """Writes --model_out with its tokenizer beside it. Returns the arguments that open it."""
+        from minillama.formats.checkpoint import write_safetensors
+        from minillama.layers.precision import DTYPES
+
+        path = self.options.model_out
+        write_safetensors(path, state, config, DTYPES[self.options.out_dtype or "fp32"], stop_ids)
+        report(f"wrote {path}")
+        return put_tokenizer_beside(path, self.tokenizer, self.tokenizer_content)
+
+
+@contextmanager
+def open_session(options: Options, new_model: bool = False) -> Iterator[Session]:
+    """Tokenizer, device, precision, processes and the run's folder of a command that starts."""
+    import torch
+
+    from minillama.training.distributed import process_group
+    from minillama.training.run_directory import RunDirectory
+
+    tokenizer = load_tokenizer(options, new=new_model)
+    content = tokenizer.path.read_bytes()  # the file may change during the run
+    device = choose_device(options)
+    dtype = choose_dtype(options, device)
+    with process_group(device, options.fsdp) as processes:
+        folder, *others = processes.gather(options.run_dir)
+        if other := next((other for other in others if other not in (None, folder)), None):
+            raise ValueError(
+                f"one process would resume {folder}, another {other}; name the run's folder with --run_dir"
+            )
+        torch.manual_seed(options.seed)
+        run = RunDirectory(folder or RUNS, writes=processes.is_main)
+        yield Session(options.replace(run_dir=folder), tokenizer, content, device, dtype, processes, run)
+
+
+def settings_of(options: Options, dtype: torch.dtype) -> Settings:
+    """How to train, from the options."""
+    from minillama.training.loop import Settings
+
+    return Settings(
+        lr=options.lr,
+        dtype=dtype,
+        betas=(0.9, options.adam_beta2),
+        micro_batch_size=options.micro_batch_size,
+        schedule=options.schedule,
+        warmup_steps=options.warmup_steps,
+        min_lr=options.min_lr,
+        lr_multipliers={"lora_B": options.lora_plus},
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        patience=options.patience,
+        save_every=options.save_every,
+    )

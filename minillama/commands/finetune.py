@@ -1,0 +1,282 @@
+"""--option finetune and lora: train a classifier on labelled sentences, all weights or LoRA adapters and a head; then
+predict dev and test.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from minillama.cli import flags
+from minillama.cli.bundled import use_bundled_rows
+from minillama.cli.checks import check_template, check_training
+from minillama.cli.classifiers import (
+    check_predictions,
+    check_whole_batches,
+    predict,
+    read_data,
+    row_files,
+    tokenize_data,
+)
+from minillama.cli.header import print_header, report, report_next
+from minillama.cli.loading import add_lora, load_llama, open_checkpoint
+from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
+from minillama.cli.parser import FRACTION, NOT_NEGATIVE, POSITIVE
+from minillama.cli.provenance import Origin
+from minillama.cli.session import PARTS, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
+    from minillama.cli.session import Session
+    from minillama.text.labelled import Row
+    from minillama.training.task import Score
+
+ENDINGS = {"finetune": "finetuning-output.txt", "lora": "lora-output.txt"}
+REGULARIZERS = ("smart", "bregman", "r_drop")
+HEAD = Group(
+    "the classifier",
+    (
+        Flag(
+            "--head",
+            "what is trained beside the model: a linear layer on the last token of each sentence; or nothing new: the "
+            "model is asked as in --option prompt, by --template, and trained to answer with the label's word, of "
+            "which the first token counts",
+            default="linear",
+            choices=("linear", "prompt"),
+        ),
+        flags.TEMPLATE,
+        flags.LABEL_WORDS,
+        Flag("--hidden_dropout_prob", "dropout before the head", FRACTION, "P", 0.3),
+        Flag("--label_smoothing", "spread S of each label over all classes", FRACTION, "S", 0.0),
+        Flag("--eval_train", "also score the whole training set after each epoch", action="store_true"),
+    ),
+)
+REGULARIZATION = Group(
+    "regularizers",
+    (
+        OwnFlag(
+            "--smart",
+            "add L times the largest change of the class distribution, in symmetric KL, when the embeddings move a "
+            "little (SMART; 1 to 5 usual, a step takes up to five times as long)",
+            NOT_NEGATIVE,
+            "L",
+            0.0,
+            default_text="off",
+        ),
+        Flag(
+            "--smart_eps",
+            "how far each number of an embedding may move; what --smart adds grows with its square",
+            POSITIVE,
+            "X",
+            1e-3,
+        ),
+        Flag("--smart_step", "the step towards the worst move, for the largest gradient", POSITIVE, "X", 0.1),
+        Flag("--smart_noise", "standard deviation of the noise it starts from", POSITIVE, "X", 1e-3),
+        OwnFlag(
+            "--bregman",
+            "add MU times the symmetric KL between the class distributions of the model and of a moving average of its "
+            "weights (SMART's other half; 1 usual)",
+            NOT_NEGATIVE,
+            "MU",
+            0.0,
+            default_text="off",
+        ),
+        Flag(
+            "--bregman_beta",
+            "decay rate of that average at each step",
+            FRACTION,
+            "B",
+            default_text="0.99 in the first tenth of the steps, then 0.999",
+        ),
+        OwnFlag(
+            "--r_drop",
+            "read each row twice, under two dropout masks, and add A times half their symmetric KL (R-Drop; 1 to 5 "
+            "usual, a step takes twice as long)",
+            NOT_NEGATIVE,
+            "A",
+            0.0,
+            default_text="off",
+        ),
+    ),
+    "Their terms are part of the training loss that is shown.",
+)
+
+
+# The options
+
+
+def best_model_path(options: Options) -> str:
+    """The file of the best model, by the course's name."""
+    return f"{options.option}-{options.epochs}-{options.lr}.pt"
+
+
+def check(options: Options) -> None:
+    if options.head != "prompt" and (names := options.changed("template", "label_words")):
+        raise ValueError(f"--{names[0]} {flags.TEMPLATE.elsewhere}; leave it out for --option {options.option}")
+    check_template(options)
+    given = options.changed(*REGULARIZERS)
+    for other in ("fsdp", "compile"):
+        if given and getattr(options, other):
+            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
+    for name in options.changed(*PARTS):
+        if not getattr(options, PARTS[name]):
+            raise ValueError(f"--{name} is a part of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
+    check_whole_batches(options)
+    check_training(options)
+    check_predictions(options, ENDINGS[options.option])
+
+
+# The command
+
+
+def run(options: Options) -> None:
+    """Builds the classifier, trains it, predicts dev and test with the best."""
+    from types import SimpleNamespace
+
+    from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
+    from minillama.text.batches import prompt_parts
+    from minillama.text.labelled import read_labels
+
+    labels = read_labels(options.label_names)
+    raw, words = read_data(options, ("train", "dev", "test"), labels)
+    with open_session(options) as session:
+        options, tokenizer, dtype = session.options, session.tokenizer, session.dtype
+        checkpoint = open_checkpoint(options, tokenizer)
+        judged = {split: (getattr(options, split), len(raw[split])) for split in ("dev", "test")}
+        origin = Origin.of(options, judged) if session.processes.is_main else None
+        llama = load_llama(options, checkpoint, dtype)
+        files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
+        data = f"{files}, labels {options.label_names}"
+        print_header(options, llama, checkpoint.kind, tokenizer, session.device, dtype, data=data)
+        config = SimpleNamespace(
+            llama=llama,
+            num_labels=len(words),
+            hidden_dropout_prob=options.hidden_dropout_prob,
+            option=options.option,
+            pooling=options.pooling,
+        )
+        asked = options.head == "prompt"
+        prompt = prompt_parts(options.template, words, options.pooling) if asked else ()
+        if asked:
+            report(f"prompt      {'{sentence}'.join(prompt)}")
+        rows = tokenize_data(options, raw, tokenizer, llama.config.max_seq_len, *prompt)
+        model: LlamaEmbeddingClassifier | LlamaPromptClassifier
+        model = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
+        if options.r_drop and not acting_dropout(model):
+            raise ValueError(
+                "--r_drop compares two dropout masks, and no dropout acts here: the model's and --hidden_dropout_prob "
+                "are both 0; add --dropout 0.1"
+            )
+        if options.option == "lora":
+            add_lora(options, model, "" if asked else ", beside the head")
+        trained = train(session, model.to(session.device), rows, labels)
+        predict(options, trained, rows, labels, dtype, tokenizer.pad_id, session.processes, origin, session.run)
+        report(f"wrote {best_model_path(options)}, the model that is best on dev")
+        report_next("--option", "classify", "--finetuned", best_model_path(options), "--prompt", "your sentence")
+
+
+def train(
+    session: Session,
+    model: LlamaEmbeddingClassifier | LlamaPromptClassifier,
+    data: Mapping[str, list[Row]],
+    labels: dict[str, str | None],
+):
+    """Trains `model` in the run's folder; the best by dev accuracy is there and at `best_model_path`. Returns the model
+    to predict with.
+    """
+    from minillama.formats.checkpoint import write_checkpoint
+    from minillama.formats.files import link_or_copy
+    from minillama.text.labelled import class_names
+    from minillama.training.classification import Classification
+    from minillama.training.regularizers import MovingAverage, Smart
+
+    options, run = session.options, session.run
+    config = model.llama.config
+
+    def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
+        write_checkpoint(
+            run.best_path,
+            state,
+            config,
+            kind="classifier",
+            head=options.head,
+            label_names=class_names(labels),
+            labels=labels,
+            options=session.saved_options,
+            epoch=epoch,
+            dev_accuracy=score.quality,
+        )
+        link_or_copy(run.best_path, best_model_path(options))
+
+    smart = (options.smart, options.smart_eps, options.smart_step, options.smart_noise)
+    task = Classification(
+        data["train"],
+        data["dev"],
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        pad_id=session.tokenizer.pad_id,
+        bucketed=options.pooling == "last_token",
+        label_smoothing=options.label_smoothing,
+        evaluate_train=options.eval_train,
+        smart=Smart(*smart) if options.smart else None,
+        average=MovingAverage(options.bregman, options.bregman_beta) if options.bregman else None,
+        r_drop=options.r_drop,
+    )
+    trained = session.train(model, task, write_best, dynamic=True)
+    if session.processes.is_main:
+        link_or_copy(run.best_path, best_model_path(options))  # another run may have taken that name since
+    return trained
+
+
+def command(name: str, summary: str, groups: tuple[Group, ...], examples: str) -> Command:
+    return Command(
+        name,
+        summary,
+        (
+            flags.DATA,
+            flags.TRAINING,
+            *groups,
+            HEAD,
+            REGULARIZATION,
+            flags.ROWS,
+            flags.RUN,
+            flags.TRAINED_MODEL,
+            flags.DEVICE,
+        ),
+        run,
+        examples,
+        resolve=partial(use_bundled_rows, ending=ENDINGS[name]),
+        check=check,
+        inputs=row_files,
+        outputs=lambda options: [options.dev_out, options.test_out, best_model_path(options)],
+        trains=True,
+    )
+
+
+FINETUNE = command(
+    "finetune",
+    "train all weights and a classifier head on labelled sentences",
+    (),
+    """
+python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
+python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A fine film with a weak end."
+python run_llama.py --option finetune --epochs 5 --lr 2e-5 --batch_size 80 --train data/sst-train.txt \\
+    --dev data/sst-dev.txt --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
+    --dev_out sst-dev-finetuning-output.txt --test_out sst-test-finetuning-output.txt
+""",
+)
+LORA = command(
+    "lora",
+    "train LoRA adapters and a head on labelled sentences",
+    (flags.LORA,),
+    """
+python run_llama.py --option lora --lr 3e-3 --epochs 10 --batch_size 16 --schedule cosine
+python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
+    --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
+""",
+)

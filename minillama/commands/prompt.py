@@ -1,0 +1,120 @@
+"""--option prompt: classifies by asking the model which class's word follows the prompt; nothing is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minillama.cli import flags
+from minillama.cli.bundled import use_bundled_rows
+from minillama.cli.checks import check_template
+from minillama.cli.classifiers import (
+    check_predictions,
+    check_whole_batches,
+    predict,
+    read_data,
+    row_files,
+    tokenize_data,
+)
+from minillama.cli.header import print_header, report
+from minillama.cli.loading import load_llama, open_checkpoint
+from minillama.cli.options import Command, Flag, Group, Options
+from minillama.cli.provenance import Origin
+from minillama.cli.session import open_session
+
+if TYPE_CHECKING:
+    from classifier import LlamaZeroShotClassifier
+    from minillama.cli.session import Session
+
+ENDING = "prompting-output.txt"
+# Sentences without content, whose answers show how probable each label is by itself.
+CONTENT_FREE = {"contextual": ("N/A", "[MASK]", ""), "pmi": ("",)}
+CALIBRATE = Flag(
+    "--calibrate",
+    "divide a label's probability by that after a prompt without content: contextual, the mean of the prompts with "
+    '"N/A", "[MASK]" and nothing as sentence; pmi, that with nothing',
+    default="none",
+    elsewhere="belongs to --option prompt",
+    choices=("none", *CONTENT_FREE),
+)
+
+
+def check(options: Options) -> None:
+    check_whole_batches(options)
+    if options.calibrate != "none" and options.pooling == "last_column":
+        raise ValueError(
+            "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave out "
+            f"--calibrate {options.calibrate}, or --pooling"
+        )
+    check_template(options)
+    check_predictions(options, ENDING)
+
+
+def run(options: Options) -> None:
+    """Builds the zero-shot classifier and predicts dev and test."""
+    from types import SimpleNamespace
+
+    from classifier import LlamaZeroShotClassifier
+    from minillama.text.batches import prompt_parts
+    from minillama.text.labelled import read_labels
+
+    labels = read_labels(options.label_names)
+    raw, words = read_data(options, ("dev", "test"), labels)
+    with open_session(options) as session:
+        tokenizer, dtype = session.tokenizer, session.dtype
+        checkpoint = open_checkpoint(options, tokenizer)
+        judged = {split: (getattr(options, split), len(raw[split])) for split in raw}
+        origin = Origin.of(options, judged) if session.processes.is_main else None
+        llama = load_llama(options, checkpoint, dtype)
+        data = f"dev {options.dev}, test {options.test}, labels {options.label_names}"
+        print_header(options, llama, checkpoint.kind, tokenizer, session.device, dtype, data=data)
+        prompt = prompt_parts(options.template, words, options.pooling)
+        report(f"prompt      {'{sentence}'.join(prompt)}")
+        config = SimpleNamespace(llama=llama, num_labels=len(words), pooling=options.pooling)
+        model = LlamaZeroShotClassifier(config, tokenizer, words).to(session.device).eval()
+        rows = tokenize_data(options, raw, tokenizer, model.max_input_len, *prompt)
+        if options.calibrate != "none":
+            calibrate(session, model, words, prompt)
+        predict(options, model, rows, labels, dtype, tokenizer.pad_id, session.processes, origin)
+
+
+def calibrate(session: Session, model: LlamaZeroShotClassifier, words: list[str], prompt: tuple[str, str]) -> None:
+    """Calibrates the model by prompts without content. prompt: the text before and after a sentence."""
+    from minillama.layers.precision import autocast
+    from minillama.text.batches import pad, tokenize_rows
+    from minillama.text.labelled import Row
+
+    method, tokenizer, device = session.options.calibrate, session.tokenizer, session.device
+    empty = [Row(0, text) for text in CONTENT_FREE[method]]
+    before, question = prompt
+    prompts, _ = tokenize_rows(empty, tokenizer, model.max_input_len, before=before, question=question)
+    ids, mask = pad([row.ids for row in prompts], tokenizer.pad_id)
+    with autocast(device, session.dtype):
+        prior = model.calibrate(ids.to(device), None if mask is None else mask.to(device))
+    shares = prior.softmax(-1).tolist()
+    shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares, strict=True))
+    report(f"calibrated  {method}; without content, of these words: {shown}")
+
+
+COMMAND = Command(
+    "prompt",
+    "classify sentences by asking the model, without training",
+    (
+        flags.DATA,
+        Group("prompt", (flags.TEMPLATE, flags.LABEL_WORDS, CALIBRATE)),
+        flags.ROWS,
+        flags.MODEL,
+        flags.DEVICE,
+    ),
+    run,
+    """
+python run_llama.py --option prompt
+python run_llama.py --option prompt --calibrate contextual --batch_size 10
+python run_llama.py --option prompt --train data/sst-train.txt --dev data/sst-dev.txt --test data/sst-test.txt \\
+    --label-names data/sst-label-mapping.json \\
+    --dev_out sst-dev-prompting-output.txt --test_out sst-test-prompting-output.txt
+""",
+    resolve=lambda options: use_bundled_rows(options, ENDING, ("dev", "test", "label_names")),
+    check=check,
+    inputs=row_files,
+    outputs=lambda options: [options.dev_out, options.test_out],
+)

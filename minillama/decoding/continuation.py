@@ -1,0 +1,232 @@
+"""Prompts continued as text: by any decoder, alone or in batches, in pieces as soon as they are certain, until a text
+that ends them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minillama.decoding import sampling
+from minillama.decoding.beam_search import beam_search
+from minillama.decoding.contrastive_search import contrastive_search
+from minillama.decoding.filters import Filter
+from minillama.decoding.lookup import lookup_decoding
+from minillama.decoding.sampling import LanguageModel
+from minillama.text.batches import pad
+from tokenizer import Tokenizer
+
+Watch = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. decoder: "sample", "beam", "contrastive" or "lookup"; stops: texts that end a
+    continuation; shows_prompt: whether the text begins with the prompt.
+    """
+
+    decoder: str = "sample"
+    max_new_tokens: int = 75
+    temperature: float = 1.0
+    filters: list[Filter] = field(default_factory=list)
+    repetition_penalty: float = 1.0
+    beams: int = 4
+    length_penalty: float = 1.0
+    k: int = 4  # candidates of contrastive search
+    contrast: float = 0.6
+    stops: Sequence[str] = ()
+    seed: int = 0
+    shows_prompt: bool = True
+
+
+@dataclass
+class Continuation:
+    """The continuation of one prompt. finish: what ended it: "end" (of sequence), "stop" (a text of `stops`) or
+    "length". tokens: how many were made, with those of the end or the stop.
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    finish: str
+
+
+class Speed:
+    """Counts tokens from the moment it is made; the first one waits for the prompt to be read."""
+
+    def __init__(self) -> None:
+        self.start, self.first, self.tokens = time.perf_counter(), 0.0, 0
+
+    def count(self) -> None:
+        self.tokens += 1
+        self.first = self.first or time.perf_counter()
+
+    def __str__(self) -> str:
+        end = time.perf_counter()
+        said = f"{self.tokens} tokens in {end - self.start:.2f} s"
+        if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all came at once
+            return f"{said}, {self.tokens / (end - self.start):.0f} a second"
+        rate = (self.tokens - 1) / (end - self.first)
+        return f"{said}; the first after {self.first - self.start:.2f} s, then {rate:.0f} a second"
+
+
+class Writer:
+    """A model that continues prompts."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, decoding: Decoding) -> None:
+        self.model, self.tokenizer, self.device, self.decoding = model, tokenizer, device, decoding
+        self.generator = torch.Generator(device)
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Makes the draws from here on depend on the seed alone."""
+        self.generator.manual_seed(self.decoding.seed)
+
+    def ids(self, prompt: list[int], temperature: float | None = None, watch: Watch | None = None) -> Iterator[int]:
+        """The tokens after one prompt; those of beam and contrastive search and of look-up all at once.
+
+        temperature: another one than the decoding's. watch: `sampling.stream`'s.
+        """
+        how, count = self.decoding, self.decoding.max_new_tokens
+        stops, banned = self.tokenizer.stop_ids, self.tokenizer.unused_ids
+        idx = torch.tensor([prompt], device=self.device)
+        if how.decoder == "sample":
+            for chosen in self.stream(idx, None, temperature, watch):
+                yield int(chosen)
+            return
+        if how.decoder == "beam":
+            found, _ = beam_search(
+                self.model,
+                idx,
+                count,
+                beams=how.beams,
+                length_penalty=how.length_penalty,
+                eos_ids=stops,
+                banned_ids=banned,
+            )
+        elif how.decoder == "contrastive":
+            found = contrastive_search(
+                self.model, idx, count, k=how.k, alpha=how.contrast, eos_ids=stops, banned_ids=banned
+            )
+        else:
+            found = lookup_decoding(
+                self.model,
+                idx,
+                count,
+                temperature=how.temperature,
+                filters=how.filters,
+                eos_ids=stops,
+                banned_ids=banned,
+                generator=self.generator,
+            )
+        yield from found[len(prompt) :].tolist()
+
+    def stream(
+        self, idx: Tensor, mask: Tensor | None, temperature: float | None = None, watch: Watch | None = None
+    ) -> Iterator[Tensor]:
+        """`sampling.stream` with the settings of the decoding."""
+        return sampling.stream(
+            self.model,
+            idx,
+            self.decoding.max_new_tokens,
+            temperature=self.decoding.temperature if temperature is None else temperature,
+            epsilon=0.0,  # among the filters
+            filters=self.decoding.filters,
+            repetition_penalty=self.decoding.repetition_penalty,
+            attention_mask=mask,
+            eos_ids=self.tokenizer.stop_ids,
+            banned_ids=self.tokenizer.unused_ids,
+            generator=self.generator,
+            watch=watch,
+        )
+
+    def continuation(
+        self, prompt: list[int], ids: Iterator[int], show: Callable[[str], None] = lambda piece: None
+    ) -> Continuation:
+        """The text of a prompt and the ids after it, handed on piece by piece; takes no more ids than it needs."""
+        taken: list[int] = []
+        pieces: list[str] = []
+        stopped = False
+
+        def counted() -> Iterator[int]:
+            for token in ids:
+                taken.append(token)
+                yield token
+
+        def told() -> Iterator[str]:
+            nonlocal stopped
+            stopped = yield from text_pieces(self.tokenizer, self.shown(prompt), counted(), self.decoding.stops)
+
+        for piece in told():
+            show(piece)
+            pieces.append(piece)
+        ended = bool(taken) and taken[-1] in self.tokenizer.stop_ids
+        finish = "stop" if stopped else "end" if ended else "length"
+        return Continuation(pieces[0], "".join(pieces[1:]), len(taken), finish)
+
+    def batch(self, prompts: list[list[int]], tick: Callable[[int], object]) -> list[Continuation]:
+        """Continues prompts together: at temperature 0 each as it would be alone, else with draws that depend on which
+        prompts are together. tick: called with the number of new tokens.
+        """
+        idx, mask = pad(prompts, self.tokenizer.pad_id, side="left")
+        rows: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        for chosen in self.stream(idx.to(self.device), None if mask is None else mask.to(self.device)):
+            for row, token in enumerate(chosen.tolist()):
+                if not ended[row]:
+                    rows[row].append(token)
+                    ended[row] = token in self.tokenizer.stop_ids or self.stopped(prompts[row], rows[row])
+                    tick(1)
+            if all(ended):
+                break
+        return [self.continuation(prompt, iter(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
+
+    def shown(self, prompt: list[int]) -> list[int]:
+        """The part of a prompt that is shown before its continuation."""
+        return prompt if self.decoding.shows_prompt else []
+
+    def stopped(self, prompt: list[int], ids: list[int]) -> bool:
+        """Whether one of the stops has come up, as `continuation` would find it."""
+        if not self.decoding.stops:
+            return False
+        before = self.shown(prompt)
+        text = self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
+        return any(stop in text for stop in self.decoding.stops)
+
+
+def text_pieces(
+    tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], stops: Sequence[str]
+) -> Generator[str, None, bool]:
+    """The text of prompt and ids in pieces, the prompt first, each as soon as it is certain: no half of a character,
+    and nothing that may be the beginning of one of `stops`. Ends before the first of these after the prompt; returns
+    whether there was one.
+    """
+    tokens = list(prompt)
+    shown = tokenizer.decode(tokens)
+    length = len(shown)
+    yield shown
+    text = shown
+    for token in ids:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        found = [place for place in (text.find(stop, length) for stop in stops) if place >= 0]
+        if found:
+            yield text[len(shown) : min(found)]
+            return True
+        certain = text.rstrip("\ufffd")
+        waiting = max((overlap(certain[length:], stop) for stop in stops), default=0)
+        certain = certain[: len(certain) - waiting]
+        if len(certain) > len(shown):
+            yield certain[len(shown) :]
+            shown = certain
+    yield text[len(shown) :]
+    return False
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many of the text's last characters are the beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
