@@ -228,10 +228,10 @@ TRAINING = Group(
     "training",
     (
         Flag("--epochs", "passes over the training set", COUNT, "N", 5),
-        Flag("--lr", "learning rate; LoRA needs about ten times more than full fine-tuning", POSITIVE, default=2e-5),
+        Flag("--lr", "learning rate; LoRA needs about ten times more than full fine-tuning", POSITIVE, "RATE", 2e-5),
         Flag("--schedule", "of the learning rate", default="constant", choices=("constant", "cosine")),
         Flag("--warmup_steps", "steps from nearly 0 to --lr", COUNT_OR_ZERO, "N", 0),
-        Flag("--min_lr", "the end of the cosine", NOT_NEGATIVE, default=0.0),
+        Flag("--min_lr", "the end of the cosine", NOT_NEGATIVE, "RATE", 0.0),
         Flag("--weight_decay", "of matrices, not of norms and biases", NOT_NEGATIVE, "W", 0.0),
         Flag("--adam_beta2", "AdamW's decay rate of squared gradients", FRACTION, "B", 0.999),
         Flag("--max_grad_norm", "clip the norm of the gradient to G", POSITIVE, "G"),

@@ -50,7 +50,7 @@ class Flag:
         """Declares the flag to an argparse parser or group; a command may have a default of its own."""
         value = self.default if default is None else default
         shown = default_text or (self.default_text if default is None else "")
-        if not shown and value not in (None, False, []):
+        if not shown and value is not None and value is not False and value != []:
             shown = str(value)
         text = f"{self.help} (default: {shown})" if self.help and shown else self.help or f"(default: {shown})"
         parser.add_argument(self.name, help=text.replace("%", "%%"), default=value, **self.settings)

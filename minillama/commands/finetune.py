@@ -250,6 +250,7 @@ def command(name: str, summary: str, groups: tuple[Group, ...], examples: str) -
         ),
         run,
         examples,
+        default_texts={f"{split}_out": f"cfimdb-{split}-{ENDINGS[name]}" for split in ("dev", "test")},
         resolve=partial(use_bundled_rows, ending=ENDINGS[name]),
         check=check,
         inputs=row_files,
