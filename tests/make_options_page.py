@@ -16,7 +16,7 @@ HEAD = """\
 # All options
 
 Made from the program by `make docs`; do not edit. `python run_llama.py --option COMMAND --help` shows the same in the
-terminal. `-` and `_` are the same in the name of a flag. Examples of configuration files are in [examples/](../examples).
+terminal. `-` and `_` are the same in the name of a flag. [examples/](../examples) has configuration files.
 
 | command | what it does |
 |---|---|

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minillama.cli.header import display_path, print_header, report
 from minillama.cli.loading import fit_tokenizer, load_tokenizer
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
     from minillama.cli.provenance import Origin
+    from minillama.cli.session import Session
     from minillama.formats.checkpoint import FineTuned
     from minillama.text.labelled import Row
-    from minillama.training.distributed import Processes
-    from minillama.training.run_directory import RunDirectory
     from tokenizer import Tokenizer
 
 # Options that come from the run that made the fine-tuned model, unless they are typed.
@@ -118,52 +117,40 @@ def tokenize_data(
     return done
 
 
+def reading(options: Options, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of `evaluate` and `class_log_probs` that say how rows are read."""
+    bucketed = options.pooling == "last_token"
+    return {"batch_size": options.batch_size, "pad_id": tokenizer.pad_id, "dtype": dtype, "bucketed": bucketed}
+
+
 def predict(
-    options: Options,
+    session: Session,
     model: nn.Module,
-    data: dict[str, list[Row]],
+    data: Mapping[str, list[Row]],
     labels: Mapping[str, str | None],
-    dtype: torch.dtype,
-    pad_id: int,
-    processes: Processes,
     origin: Origin | None,
-    run: RunDirectory | None = None,
 ) -> None:
     """Classifies dev and test, writes both prediction files with their records, and reports the scores: on stdout, and
-    in the log and the metrics of the run. The scores are reported even if a file cannot be written, or the user stops.
-
-    origin: of the records; None but in the main process.
+    in the log and the metrics of a run. The scores are reported even if a file cannot be written, or the user stops.
     """
     from minillama.text.labelled import class_names, write_predictions
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
-    label_names = class_names(labels)
+    options, label_names = session.options, class_names(labels)
+    how = reading(options, session.tokenizer, session.dtype)
+    run = session.run if options.command.trains else None
     results, seconds = {}, {}
     try:
         for split in ("dev", "test"):
             start = time.perf_counter()
-            results[split] = evaluate(
-                model,
-                data[split],
-                options.batch_size,
-                pad_id=pad_id,
-                dtype=dtype,
-                bucketed=options.pooling == "last_token",
-                processes=processes,
-                name=split,
-            )
+            results[split] = evaluate(model, data[split], **how, processes=session.processes, name=split)
             seconds[split] = time.perf_counter() - start
         if origin is not None:
             for split, result in results.items():
-                write_with_record(
-                    options,
-                    origin,
-                    split,
-                    [row.sentence for row in data[split]],
-                    partial(write_predictions, predictions=result.predictions, rows=data[split], labels=labels),
-                    accuracy=result.accuracy,
-                    macro_f1=result.macro_f1,
-                )
+                rows = data[split]
+                write = partial(write_predictions, predictions=result.predictions, rows=rows, labels=labels)
+                scores = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
+                write_with_record(options, origin, split, [row.sentence for row in rows], write, **scores)
     finally:
         log = log_of(run)
         lines = []
@@ -172,7 +159,7 @@ def predict(
             if run is None and (chance := describe_chance(result, data[split], len(label_names))):
                 line += f"; {chance}"
             lines.append(line)
-            if processes.is_main:
+            if session.processes.is_main:
                 print(line, flush=True)
             log(f"{split} took {seconds[split]:.1f} s")
             if classes := describe_classes(result, data[split], label_names):

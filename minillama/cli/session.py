@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillama.cli.header import report
-from minillama.cli.loading import choose_device, choose_dtype, load_tokenizer, put_tokenizer_beside
+from minillama.cli import loading
+from minillama.cli.header import print_header, report
 from minillama.cli.options import Options, all_flags, parse_options
+from minillama.cli.provenance import Origin
 from minillama.environment import this_process
 from minillama.formats.names import RUNS
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from config import LlamaConfig
+    from llama import Llama
+    from minillama.formats.checkpoint import Checkpoint
     from minillama.training.distributed import Processes
     from minillama.training.loop import Settings
     from minillama.training.run_directory import RunDirectory
@@ -103,6 +106,18 @@ class Session:
     processes: Processes
     run: RunDirectory
 
+    def origin(self, rows: Mapping[str, Sequence[Any]]) -> Origin | None:
+        """The origin of the predictions for dev and test; None but in the main process, which writes them."""
+        judged = {split: (getattr(self.options, split), len(rows[split])) for split in ("dev", "test") if split in rows}
+        return Origin.of(self.options, judged) if self.processes.is_main else None
+
+    def load_llama(self, data: str) -> tuple[Llama, Checkpoint]:
+        """The model to start from, announced by the header, and its checkpoint. data: for the header."""
+        checkpoint = loading.open_checkpoint(self.options, self.tokenizer)
+        llama = loading.load_llama(self.options, checkpoint, self.dtype)
+        print_header(self.options, llama, checkpoint.kind, self.tokenizer, self.device, self.dtype, data=data)
+        return llama, checkpoint
+
     @property
     def saved_options(self) -> dict[str, Any]:
         """The options for files, with the precision that was chosen."""
@@ -135,7 +150,7 @@ class Session:
         path = self.options.model_out
         write_safetensors(path, state, config, DTYPES[self.options.out_dtype or "fp32"], stop_ids)
         report(f"wrote {path}")
-        return put_tokenizer_beside(path, self.tokenizer, self.tokenizer_content)
+        return loading.put_tokenizer_beside(path, self.tokenizer, self.tokenizer_content)
 
 
 @contextmanager
@@ -146,10 +161,10 @@ def open_session(options: Options, new_model: bool = False) -> Iterator[Session]
     from minillama.training.distributed import process_group
     from minillama.training.run_directory import RunDirectory
 
-    tokenizer = load_tokenizer(options, new=new_model)
+    tokenizer = loading.load_tokenizer(options, new=new_model)
     content = tokenizer.path.read_bytes()  # the file may change during the run
-    device = choose_device(options)
-    dtype = choose_dtype(options, device)
+    device = loading.choose_device(options)
+    dtype = loading.choose_dtype(options, device)
     with process_group(device, options.fsdp) as processes:
         folder, *others = processes.gather(options.run_dir)
         if other := next((other for other in others if other not in (None, folder)), None):

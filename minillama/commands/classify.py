@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
-from minillama.cli import flags
+from minillama.cli import classifiers, flags
 from minillama.cli.checks import check_prompts
-from minillama.cli.classifiers import OPTIONS_FROM_FINE_TUNED, adopt, check_fine_tuned, load_classifier, tokenize_data
 from minillama.cli.console import check_stdin, lines_typed, prompts_of, speaks_utf8
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
@@ -16,7 +15,7 @@ from minillama.cli.options import Command, Group, Options
 
 
 def check(options: Options) -> None:
-    check_fine_tuned(options)
+    classifiers.check_fine_tuned(options)
     check_prompts(options)
     if not options.changed("prompt", "prompt_file", "interactive"):
         raise ValueError(
@@ -44,25 +43,18 @@ def run(options: Options) -> None:
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
     found = read_fine_tuned(options.finetuned)
-    options = adopt(options, found, OPTIONS_FROM_FINE_TUNED)
+    options = classifiers.adopt(options, found, classifiers.OPTIONS_FROM_FINE_TUNED)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
-    classifier, tokenizer, prompt = load_classifier(options, found, device, dtype)
+    classifier, tokenizer, prompt = classifiers.load_classifier(options, found, device, dtype)
     model = classifier.to(device)
     labels = class_labels(found.labels)
+    how = classifiers.reading(options, tokenizer, dtype)
 
     def label(sentences: Sequence[str]) -> None:
         rows = [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
-        rows = tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
-        log_probs = class_log_probs(
-            model,
-            rows,
-            options.batch_size,
-            pad_id=tokenizer.pad_id,
-            dtype=dtype,
-            bucketed=options.pooling == "last_token",
-            name="classifying",
-        )
+        rows = classifiers.tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
+        log_probs = class_log_probs(model, rows, **how, name="classifying")
         for row, probabilities in zip(rows, log_probs.exp().tolist(), strict=True):
             best = max(range(len(probabilities)), key=probabilities.__getitem__)
             name = found.label_names[best]
@@ -117,8 +109,8 @@ python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --sc
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A dull story, and a great film."
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --interactive
 """,
-    defaults=dict.fromkeys(OPTIONS_FROM_FINE_TUNED),
-    default_texts=dict.fromkeys(OPTIONS_FROM_FINE_TUNED, "that of the run that made --finetuned")
+    defaults=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED),
+    default_texts=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED, "that of the run that made --finetuned")
     | {"prompt": "none: one of these three is needed"},
     check=check,
     inputs=lambda options: [options.finetuned, options.pretrained_model_path],

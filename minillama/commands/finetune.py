@@ -7,22 +7,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from minillama.cli import flags
+from minillama.cli import classifiers, flags
 from minillama.cli.bundled import use_bundled_rows
 from minillama.cli.checks import check_template, check_training
-from minillama.cli.classifiers import (
-    check_predictions,
-    check_whole_batches,
-    predict,
-    read_data,
-    row_files,
-    tokenize_data,
-)
-from minillama.cli.header import print_header, report, report_next
-from minillama.cli.loading import add_lora, load_llama, open_checkpoint
+from minillama.cli.header import report, report_next
+from minillama.cli.loading import add_lora
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import FRACTION, NOT_NEGATIVE, POSITIVE
-from minillama.cli.provenance import Origin
 from minillama.cli.session import PARTS, open_session
 
 if TYPE_CHECKING:
@@ -125,9 +116,9 @@ def check(options: Options) -> None:
     for name in options.changed(*PARTS):
         if not getattr(options, PARTS[name]):
             raise ValueError(f"--{name} is a part of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
-    check_whole_batches(options)
+    classifiers.check_whole_batches(options)
     check_training(options)
-    check_predictions(options, ENDINGS[options.option])
+    classifiers.check_predictions(options, ENDINGS[options.option])
 
 
 # The command
@@ -142,16 +133,12 @@ def run(options: Options) -> None:
     from minillama.text.labelled import read_labels
 
     labels = read_labels(options.label_names)
-    raw, words = read_data(options, ("train", "dev", "test"), labels)
+    raw, words = classifiers.read_data(options, ("train", "dev", "test"), labels)
     with open_session(options) as session:
-        options, tokenizer, dtype = session.options, session.tokenizer, session.dtype
-        checkpoint = open_checkpoint(options, tokenizer)
-        judged = {split: (getattr(options, split), len(raw[split])) for split in ("dev", "test")}
-        origin = Origin.of(options, judged) if session.processes.is_main else None
-        llama = load_llama(options, checkpoint, dtype)
+        options, tokenizer = session.options, session.tokenizer
+        origin = session.origin(raw)
         files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
-        data = f"{files}, labels {options.label_names}"
-        print_header(options, llama, checkpoint.kind, tokenizer, session.device, dtype, data=data)
+        llama, _ = session.load_llama(f"{files}, labels {options.label_names}")
         config = SimpleNamespace(
             llama=llama,
             num_labels=len(words),
@@ -163,7 +150,7 @@ def run(options: Options) -> None:
         prompt = prompt_parts(options.template, words, options.pooling) if asked else ()
         if asked:
             report(f"prompt      {'{sentence}'.join(prompt)}")
-        rows = tokenize_data(options, raw, tokenizer, llama.config.max_seq_len, *prompt)
+        rows = classifiers.tokenize_data(options, raw, tokenizer, llama.config.max_seq_len, *prompt)
         model: LlamaEmbeddingClassifier | LlamaPromptClassifier
         model = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
         if options.r_drop and not acting_dropout(model):
@@ -174,7 +161,7 @@ def run(options: Options) -> None:
         if options.option == "lora":
             add_lora(options, model, "" if asked else ", beside the head")
         trained = train(session, model.to(session.device), rows, labels)
-        predict(options, trained, rows, labels, dtype, tokenizer.pad_id, session.processes, origin, session.run)
+        classifiers.predict(session, trained, rows, labels, origin)
         report(f"wrote {best_model_path(options)}, the model that is best on dev")
         report_next("--option", "classify", "--finetuned", best_model_path(options), "--prompt", "your sentence")
 
@@ -253,7 +240,7 @@ def command(name: str, summary: str, groups: tuple[Group, ...], examples: str) -
         default_texts={f"{split}_out": f"cfimdb-{split}-{ENDINGS[name]}" for split in ("dev", "test")},
         resolve=partial(use_bundled_rows, ending=ENDINGS[name]),
         check=check,
-        inputs=row_files,
+        inputs=classifiers.row_files,
         outputs=lambda options: [options.dev_out, options.test_out, best_model_path(options)],
         trains=True,
     )

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minillama.cli import flags
+from minillama.cli import classifiers, flags
 from minillama.cli.bundled import use_bundled_rows
 from minillama.cli.checks import check_template
-from minillama.cli.classifiers import (
-    check_predictions,
-    check_whole_batches,
-    predict,
-    read_data,
-    row_files,
-    tokenize_data,
-)
-from minillama.cli.header import print_header, report
-from minillama.cli.loading import load_llama, open_checkpoint
+from minillama.cli.header import report
 from minillama.cli.options import Command, Flag, Group, Options
-from minillama.cli.provenance import Origin
 from minillama.cli.session import open_session
 
 if TYPE_CHECKING:
@@ -39,14 +29,14 @@ CALIBRATE = Flag(
 
 
 def check(options: Options) -> None:
-    check_whole_batches(options)
+    classifiers.check_whole_batches(options)
     if options.calibrate != "none" and options.pooling == "last_column":
         raise ValueError(
             "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave out "
             f"--calibrate {options.calibrate}, or --pooling"
         )
     check_template(options)
-    check_predictions(options, ENDING)
+    classifiers.check_predictions(options, ENDING)
 
 
 def run(options: Options) -> None:
@@ -58,23 +48,19 @@ def run(options: Options) -> None:
     from minillama.text.labelled import read_labels
 
     labels = read_labels(options.label_names)
-    raw, words = read_data(options, ("dev", "test"), labels)
+    raw, words = classifiers.read_data(options, ("dev", "test"), labels)
     with open_session(options) as session:
-        tokenizer, dtype = session.tokenizer, session.dtype
-        checkpoint = open_checkpoint(options, tokenizer)
-        judged = {split: (getattr(options, split), len(raw[split])) for split in raw}
-        origin = Origin.of(options, judged) if session.processes.is_main else None
-        llama = load_llama(options, checkpoint, dtype)
-        data = f"dev {options.dev}, test {options.test}, labels {options.label_names}"
-        print_header(options, llama, checkpoint.kind, tokenizer, session.device, dtype, data=data)
+        tokenizer = session.tokenizer
+        origin = session.origin(raw)
+        llama, _ = session.load_llama(f"dev {options.dev}, test {options.test}, labels {options.label_names}")
         prompt = prompt_parts(options.template, words, options.pooling)
         report(f"prompt      {'{sentence}'.join(prompt)}")
         config = SimpleNamespace(llama=llama, num_labels=len(words), pooling=options.pooling)
         model = LlamaZeroShotClassifier(config, tokenizer, words).to(session.device).eval()
-        rows = tokenize_data(options, raw, tokenizer, model.max_input_len, *prompt)
+        rows = classifiers.tokenize_data(options, raw, tokenizer, model.max_input_len, *prompt)
         if options.calibrate != "none":
             calibrate(session, model, words, prompt)
-        predict(options, model, rows, labels, dtype, tokenizer.pad_id, session.processes, origin)
+        classifiers.predict(session, model, rows, labels, origin)
 
 
 def calibrate(session: Session, model: LlamaZeroShotClassifier, words: list[str], prompt: tuple[str, str]) -> None:
@@ -115,6 +101,6 @@ python run_llama.py --option prompt --train data/sst-train.txt --dev data/sst-de
 """,
     resolve=lambda options: use_bundled_rows(options, ENDING, ("dev", "test", "label_names")),
     check=check,
-    inputs=row_files,
+    inputs=classifiers.row_files,
     outputs=lambda options: [options.dev_out, options.test_out],
 )

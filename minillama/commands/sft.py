@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model, use_demo_data
 from minillama.cli.checks import check_differ, check_training, model_files
-from minillama.cli.header import display_path, print_header, report, report_next
-from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, open_checkpoint
+from minillama.cli.header import display_path, report, report_next
+from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
-from minillama.cli.provenance import Origin, check_default_output, write_with_record
+from minillama.cli.provenance import check_default_output, write_with_record
 from minillama.cli.session import open_session
 from minillama.environment import HERE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from minillama.cli.provenance import Origin
     from minillama.cli.session import Session
     from minillama.formats.checkpoint import Checkpoint
     from minillama.text.examples import Example
@@ -80,13 +81,9 @@ def run(options: Options) -> None:
     for split in judged:
         check_default_output(options, split, [example.prompt for example in raw[split]])
     with open_session(options) as session:
-        options, tokenizer, dtype, run = session.options, session.tokenizer, session.dtype, session.run
-        checkpoint = open_checkpoint(options, tokenizer)
-        rows = {split: (getattr(options, split), len(raw[split])) for split in judged}
-        origin = Origin.of(options, rows) if session.processes.is_main else None
-        llama = load_llama(options, checkpoint, dtype)
-        files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
-        print_header(options, llama, checkpoint.kind, tokenizer, session.device, dtype, data=files)
+        options, tokenizer, run = session.options, session.tokenizer, session.run
+        origin = session.origin(raw)
+        llama, checkpoint = session.load_llama(", ".join(f"{split} {getattr(options, split)}" for split in raw))
         check_causal(llama)
         config = llama.config
         window = options.window or config.max_seq_len
@@ -188,14 +185,9 @@ def answer(session: Session, model: nn.Module, data: dict[str, list[Example]], o
             )
         if origin is not None:
             for split, found in answers.items():
-                write_with_record(
-                    options,
-                    origin,
-                    split,
-                    [example.prompt for example in data[split]],
-                    partial(write_answers, answers=found, examples=data[split]),
-                    **answer_scores(found, data[split]),
-                )
+                prompts = [example.prompt for example in data[split]]
+                write = partial(write_answers, answers=found, examples=data[split])
+                write_with_record(options, origin, split, prompts, write, **answer_scores(found, data[split]))
     finally:
         scores: dict[str, float] = {}
         for split, found in answers.items() if is_main else ():

@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillama.cli import flags
+from minillama.cli import classifiers, flags
 from minillama.cli.charts import chart, colour, document
 from minillama.cli.checks import check_differ
-from minillama.cli.classifiers import OPTIONS_FROM_FINE_TUNED, adopt, check_fine_tuned, load_classifier, tokenize_data
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from minillama.text.labelled import Row
     from minillama.training.evaluation import Evaluation
 
-ADOPTED = (*OPTIONS_FROM_FINE_TUNED, "dev", "test")
+ADOPTED = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test")
 ALPHAS = flags.numbers(
     float,
     "numbers from 0 to 1, rising, with commas between",
@@ -106,7 +105,7 @@ def curve_picture(options: Options) -> str:
 
 
 def check(options: Options) -> None:
-    check_fine_tuned(options)
+    classifiers.check_fine_tuned(options)
     if not options.curve_out.endswith(".csv"):
         raise ValueError(f"--curve_out is {options.curve_out}; the name of the table must end in .csv")
     for name in ("ood_classes", "ood_label_names"):
@@ -146,7 +145,7 @@ def run(options: Options) -> None:
 
     check_alone(options)
     found = read_fine_tuned(options.finetuned)
-    options = adopt(options, found, ADOPTED)
+    options = classifiers.adopt(options, found, ADOPTED)
     labels = labels_of(options, found)
     sets = [DataSet("dev", read_rows(options.dev, labels), found.label_names), *out_of_domain(options, found, labels)]
     test = DataSet("test", read_rows(options.test, labels), found.label_names)
@@ -156,7 +155,9 @@ def run(options: Options) -> None:
     device = choose_device(options)
     dtype = choose_dtype(options, device)
     mixes = set(options.alphas) != {1.0}
-    model, tokenizer, prompt = load_classifier(options, found, device, dtype, "its base" if mixes else "not read")
+    model, tokenizer, prompt = classifiers.load_classifier(
+        options, found, device, dtype, "its base" if mixes else "not read"
+    )
     data = {"dev": (options.dev, len(sets[0].rows)), "test": (options.test, len(test.rows))}
     origin = Origin.of(options, data, options.finetuned)
     theta_1 = copy.deepcopy(model.llama.state_dict())  # what is tied stays tied
@@ -165,22 +166,15 @@ def run(options: Options) -> None:
     for one in sets[1:]:
         report(f"classes     {one.name}: {counting(one, found.label_names)}")
     raw = {str(i): one.rows for i, one in enumerate([*sets, test])}
-    done = tokenize_data(options, raw, tokenizer, found.config.max_seq_len, *prompt)
+    done = classifiers.tokenize_data(options, raw, tokenizer, found.config.max_seq_len, *prompt)
     for one, rows in zip([*sets, test], done.values(), strict=True):
         one.rows = rows
     model = model.to(device)
 
     def judged(one: DataSet, alpha: float) -> Evaluation:
         judge: nn.Module = model if one.counts_as is None else MergedClasses(model, one.counts_as)
-        name = f"{one.name}, alpha {alpha:g}"
         return evaluate(
-            judge,
-            one.rows,
-            options.batch_size,
-            pad_id=tokenizer.pad_id,
-            dtype=dtype,
-            bucketed=options.pooling == "last_token",
-            name=name,
+            judge, one.rows, **classifiers.reading(options, tokenizer, dtype), name=f"{one.name}, alpha {alpha:g}"
         )
 
     curve: list[list[Evaluation]] = []
@@ -188,8 +182,8 @@ def run(options: Options) -> None:
         for alpha in bar:
             model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
             curve.append([judged(one, alpha) for one in sets])
-            scores = "  ".join(f"{one.name} {shown_score(e)}" for one, e in zip(sets, curve[-1], strict=True))
-            bar.write(f"alpha {alpha:<5g} {scores}")
+            line = "  ".join(f"{one.name} {shown_score(e)}" for one, e in zip(sets, curve[-1], strict=True))
+            bar.write(f"alpha {alpha:<5g} {line}")
     best = max(range(len(curve)), key=lambda i: (curve[i][0].accuracy or 0.0, options.alphas[i]))
     alpha, dev = options.alphas[best], curve[best][0]
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
@@ -199,16 +193,10 @@ def run(options: Options) -> None:
         for one, result in ((sets[0], dev), (test, tested)):
             if getattr(options, f"{one.name}_out") is None:
                 continue
-            write_with_record(
-                options,
-                origin,
-                one.name,
-                [row.sentence for row in one.rows],
-                partial(write_predictions, predictions=result.predictions, rows=one.rows, labels=labels),
-                alpha=alpha,
-                accuracy=result.accuracy,
-                macro_f1=result.macro_f1,
-            )
+            sentences = [row.sentence for row in one.rows]
+            write = partial(write_predictions, predictions=result.predictions, rows=one.rows, labels=labels)
+            scores = {"alpha": alpha, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
+            write_with_record(options, origin, one.name, sentences, write, **scores)
         write_mixed(options, found, model, alpha, dev)
     finally:  # even if a file cannot be written
         print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")

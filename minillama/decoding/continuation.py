@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,37 +93,23 @@ class Writer:
         temperature: another one than the decoding's. watch: `sampling.stream`'s.
         """
         how, count = self.decoding, self.decoding.max_new_tokens
-        stops, banned = self.tokenizer.stop_ids, self.tokenizer.unused_ids
+        ends: dict[str, Any] = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
         idx = torch.tensor([prompt], device=self.device)
         if how.decoder == "sample":
             for chosen in self.stream(idx, None, temperature, watch):
                 yield int(chosen)
             return
         if how.decoder == "beam":
-            found, _ = beam_search(
-                self.model,
-                idx,
-                count,
-                beams=how.beams,
-                length_penalty=how.length_penalty,
-                eos_ids=stops,
-                banned_ids=banned,
-            )
+            found, _ = beam_search(self.model, idx, count, beams=how.beams, length_penalty=how.length_penalty, **ends)
         elif how.decoder == "contrastive":
-            found = contrastive_search(
-                self.model, idx, count, k=how.k, alpha=how.contrast, eos_ids=stops, banned_ids=banned
-            )
+            found = contrastive_search(self.model, idx, count, k=how.k, alpha=how.contrast, **ends)
         else:
-            found = lookup_decoding(
-                self.model,
-                idx,
-                count,
-                temperature=how.temperature,
-                filters=how.filters,
-                eos_ids=stops,
-                banned_ids=banned,
-                generator=self.generator,
-            )
+            draws: dict[str, Any] = {
+                "temperature": how.temperature,
+                "filters": how.filters,
+                "generator": self.generator,
+            }
+            found = lookup_decoding(self.model, idx, count, **draws, **ends)
         yield from found[len(prompt) :].tolist()
 
     def stream(
