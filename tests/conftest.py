@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from config import LlamaConfig
+from llama import Llama
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.training.run_directory import RunDirectory
+from run_llama import main
+from tokenizer import Tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from config import LlamaConfig  # noqa: E402
-from llama import Llama  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-
 CONFORMANCE = ROOT / "tests" / "conformance"
 ASSETS = ROOT.parent / "shared" / "assets"
 # Where fetch_data.py puts a file, by where a mirror has it.
@@ -78,8 +79,6 @@ class Program:
 
     def __call__(self, *arguments: object) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)"""
-        from run_llama import main
-
         self.capsys.readouterr()
         try:
             code = main(list(map(str, arguments)))
@@ -107,8 +106,6 @@ def next_command(err: str) -> list[str]:
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 320 pieces, made by `--option tokenizer` from a few hundred lines."""
-    from run_llama import main
-
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(some_stories(300, seed=1, words=12)), encoding="utf-8")
     path = folder / "small.model"
@@ -131,3 +128,112 @@ def any_tokenizer(request: pytest.FixtureRequest, asset: Callable[[str], Path]) 
         pytest.importorskip("tiktoken", reason="needs tiktoken: pip install tiktoken")
     path = ROOT / "data" / "mini-llama.model" if request.param == "bundled" else asset(request.param)
     return Tokenizer(tokenizer_model=path)
+
+
+OUTPUT_NAMES = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
+
+
+def outputs(option):
+    """The two files that this option is told to write here."""
+    return [f"{split}-{OUTPUT_NAMES[option]}-output.txt" for split in ("dev", "test")]
+
+
+class Command:
+    """A folder with small data and a small model; runs `run_llama.py` in it, with options that later ones override."""
+
+    def __init__(self, folder, tokenizer, capsys):
+        self.folder, self.capsys = folder, capsys
+        lines = [f"{i % 2} ||| {'a bad dull film' if i % 2 == 0 else 'one good day'} {i}" for i in range(12)]
+        for split in ("train", "dev", "test"):
+            (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "names.json").write_text('["bad", "good"]', encoding="utf-8")
+        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        model = tiny_llama(vocab_size=512, max_seq_len=64)
+        write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
+
+    def __call__(self, option, *more):
+        """(exit code, stdout, stderr)"""
+        fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", "--label-names", "names.json"]
+        fixed += ["--epochs", "1", "--lr", "0.001", "--batch_size", "5", "--max_new_tokens", "5"]
+        for split in ("train", "dev", "test"):
+            fixed += [f"--{split}", f"{split}.txt"]
+        if option in OUTPUT_NAMES:
+            fixed += ["--dev_out", outputs(option)[0], "--test_out", outputs(option)[1]]
+        self.capsys.readouterr()
+        try:
+            code = main(["--option", option, *fixed, *more])
+        except SystemExit as exit:
+            code = exit.code
+        return code, *self.capsys.readouterr()
+
+    def files(self):
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def command(asset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
+
+
+def writes(name, content):
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+@pytest.fixture
+def command_of_words(command):
+    """`command` whose labels are words of one token each."""
+    writes("names.json", '["in", "of"]')(command.folder)
+    return command
+
+
+def fine_tuned(command, option="finetune", head="linear", *more):
+    """The path of a model that this option has trained for an epoch."""
+    rate = "3e-3" if option == "finetune" else "0.05"
+    more = ["--dtype", "fp32", *more]
+    assert command(option, "--head", head, "--lr", rate, "--epochs", "1", "--run_dir", "run", *more)[0] == 0
+    return "run/best.pt"
+
+
+def run_with(command, option, *more, finetuned="run/best.pt"):
+    """Exit code, stdout and stderr of an option that takes a fine-tuned model."""
+    command.capsys.readouterr()
+    try:
+        code = main(["--option", option, "--finetuned", finetuned, "--dtype", "fp32", *more])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *command.capsys.readouterr()
+
+
+class Crash(Exception):
+    """The power goes."""
+
+
+def crashes_at_step(monkeypatch, step):
+    metric = RunDirectory.metric
+
+    def crashing(self, number, **values):
+        metric(self, number, **values)
+        if number == step:
+            raise Crash
+
+    monkeypatch.setattr(RunDirectory, "metric", crashing)
+
+
+class BrokenFinder:
+    """Has the import of one package fail with an error."""
+
+    def __init__(self, package, error):
+        self.package, self.error = package, error
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.package:
+            raise self.error
+        return None
+
+
+def break_package(monkeypatch, package, error):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [BrokenFinder(package, error), *sys.meta_path])

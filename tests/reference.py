@@ -86,3 +86,18 @@ def logits(state: dict[str, Tensor], config: LlamaConfig, ids: Tensor) -> Tensor
             x[t] = row + state[f"{name}.feed_forward.w2.weight"] @ (gate * gate.sigmoid() * up)
     rows = [norm(row, state, "norm", config.norm, config.layer_norm_eps) for row in x]
     return torch.stack(rows) @ state["output.weight"].T
+
+
+def brute_force(model, documents, window, stride):
+    """Token by token in float64: each sees what its window has before it, and no other token is ever beside it."""
+    nats = count = 0
+    for ids in documents:
+        for t in range(1, len(ids)):
+            start = 0  # of the first window that reaches this token
+            while start + window < t:
+                start += stride
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:t]]))[0][0, -1].double()
+            nats -= logits.log_softmax(-1)[ids[t]].item()
+            count += 1
+    return nats, count

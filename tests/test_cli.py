@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CONFORMANCE, ROOT, next_command, tiny_llama
+from conftest import CONFORMANCE, OUTPUT_NAMES, ROOT, next_command, outputs, tiny_llama, writes
 from llama import load_pretrained
 from lora import lora_layers
 from minillama.formats import files
@@ -30,57 +30,10 @@ from minillama.training.regularizers import Smart
 from minillama.training.run_directory import locked
 from run_llama import main
 
-OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
 BEFORE = "from an earlier run\n"
 
 
-def outputs(option):
-    return [f"{split}-{OPTIONS[option]}-output.txt" for split in ("dev", "test")]
-
-
-class Command:
-    """A folder with small data and a small model; runs `run_llama.py` in it, with options that later ones override."""
-
-    def __init__(self, folder, tokenizer, capsys):
-        self.folder, self.capsys = folder, capsys
-        lines = [f"{i % 2} ||| {'a bad dull film' if i % 2 == 0 else 'one good day'} {i}" for i in range(12)]
-        for split in ("train", "dev", "test"):
-            (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (folder / "names.json").write_text('["bad", "good"]', encoding="utf-8")
-        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-        model = tiny_llama(vocab_size=512, max_seq_len=64)
-        write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
-
-    def __call__(self, option, *more):
-        """(exit code, stdout, stderr)"""
-        fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", "--label-names", "names.json"]
-        fixed += ["--epochs", "1", "--lr", "0.001", "--batch_size", "5", "--max_new_tokens", "5"]
-        for split in ("train", "dev", "test"):
-            fixed += [f"--{split}", f"{split}.txt"]
-        if option in OPTIONS:
-            fixed += ["--dev_out", outputs(option)[0], "--test_out", outputs(option)[1]]
-        self.capsys.readouterr()
-        try:
-            code = main(["--option", option, *fixed, *more])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *self.capsys.readouterr()
-
-    def files(self):
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def command(asset, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
-
-
 # Bad input: (what it is, option, further arguments, what to write beforehand, what the line must name)
-
-
-def text(name, content):
-    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
 
 
 def content(name, data):
@@ -136,7 +89,7 @@ BAD = [
     *((f"{what} a folder", "finetune", [], made_folder(name), name) for what, name in FILES.items()),
     *((f"{name} not UTF-8", "lora", [], content(name, b"0 ||| \xe4\n"), f"{name}, line 1: not UTF-8") for name in DATA),
     *(
-        (f"{name} {what}", option, [], text(name, line), message)
+        (f"{name} {what}", option, [], writes(name, line), message)
         for option, name in (("finetune", "train.txt"), ("prompt", "dev.txt"), ("lora", "test.txt"))
         for what, line, message in (
             ("without separator", "0 ||| a\n1 b\n", f'{name}, line 2: no " ||| "'),
@@ -145,17 +98,23 @@ BAD = [
             ("empty sentence", "0 ||| a\n1 ||| \n0 ||| c\n", f"{name}, line 2: the sentence is empty"),
         )
     ),
-    ("labels not of this data", "finetune", [], text("names.json", json.dumps(list("abcde"))), "labels 0, 1"),
-    ("labels no list", "prompt", [], text("names.json", '{"bad": 0}'), "names.json should be a JSON list"),
+    ("labels not of this data", "finetune", [], writes("names.json", json.dumps(list("abcde"))), "labels 0, 1"),
+    ("labels no list", "prompt", [], writes("names.json", '{"bad": 0}'), "names.json should be a JSON list"),
     ("checkpoint cut short", "finetune", [], cut_short("model.pt", 0.5), "model.pt"),
     ("checkpoint unknown", "generate", [], content("model.pt", bytes(range(256)) * 9), "model.pt is no checkpoint"),
-    ("checkpoint a text", "prompt", [], text("model.pt", "hello"), "model.pt is no checkpoint"),
+    ("checkpoint a text", "prompt", [], writes("model.pt", "hello"), "model.pt is no checkpoint"),
     ("checkpoint of another vocabulary", "generate", [], another_vocabulary, "vocabulary of 500"),
     ("checkpoint with NaN", "lora", [], poisoned, "layers.0.attention.compute_key.weight holds NaN"),
     ("checkpoint with code", "finetune", [], with_code, "model.pt is refused"),
     ("plain pickle with code", "generate", [], content("model.pt", pickle.dumps(Code())), "model.pt is refused"),
     ("checkpoint of no kind", "generate", ["--pretrained-model-path", "names.json"], None, "names.json is no check"),
-    ("tokenizer no SentencePiece", "generate", [], text("tokenizer.model", "x"), "tokenizer.model is no SentencePiece"),
+    (
+        "tokenizer no SentencePiece",
+        "generate",
+        [],
+        writes("tokenizer.model", "x"),
+        "tokenizer.model is no SentencePiece",
+    ),
     *(
         (f"{flag} {value}", option, [flag, value], None, f"argument {flag}: {value!r} is not allowed")
         for flag, option, values in (
@@ -245,11 +204,17 @@ BAD = [
     ("a fold of a text file", "prompt", ["--dev", "dev.txt#fold=3"], None, "dev.txt has no column beside label and"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
-    ("labels that begin alike", "lora", ["--head", "prompt"], text("names.json", '["awful", "average"]'), "same token"),
+    (
+        "labels that begin alike",
+        "lora",
+        ["--head", "prompt"],
+        writes("names.json", '["awful", "average"]'),
+        "same token",
+    ),
     ("one file for both", "prompt", ["--test_out", "./dev-prompting-output.txt"], None, "test-prompting-output.txt"),
     *(
         (f"{option} {flag} {name}", option, [flag, name], None, f"{flag} is {name}; for --option {option}")
-        for option in OPTIONS
+        for option in OUTPUT_NAMES
         for flag in ("--dev_out", "--test_out")
         for name in ("out.txt", "x-advanced-output.txt")
     ),
@@ -319,7 +284,7 @@ def test_a_write_that_fails_at_the_end_leaves_the_old_file(command, monkeypatch)
 # Warnings
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OUTPUT_NAMES)
 def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, option):
     for split in ("train", "dev", "test"):
         path = command.folder / f"{split}.txt"
@@ -337,9 +302,9 @@ def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, opt
 
 
 def test_a_class_without_a_row_is_warned_of(command):
-    text("names.json", '["bad", "fair", "good"]')(command.folder)
+    writes("names.json", '["bad", "fair", "good"]')(command.folder)
     for split in ("train", "dev", "test"):
-        text(f"{split}.txt", "0 ||| a\n2 ||| b\n")(command.folder)
+        writes(f"{split}.txt", "0 ||| a\n2 ||| b\n")(command.folder)
     code, _, err = command("finetune")
     assert code == 0 and "warning: train.txt has no row of fair" in err
 
@@ -352,7 +317,7 @@ def test_a_prompt_that_outgrows_the_context_is_warned_of(command):
 # What the options do
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OUTPUT_NAMES)
 @pytest.mark.parametrize("pooling", ["last_token", "last_column"])
 def test_an_option_prints_scores_and_writes_predictions(command, option, pooling):
     before = set(command.files())
@@ -398,7 +363,7 @@ def test_fine_tuning_learns_and_predicts_with_the_best_model(command):
 @pytest.mark.parametrize("option", ["finetune", "lora"])
 def test_the_prompt_head_starts_as_the_zero_shot_classifier_and_learns(command, option):
     """With steps of no size it predicts what --option prompt does, for labels of one token."""
-    text("names.json", '["in", "of"]')(command.folder)
+    writes("names.json", '["in", "of"]')(command.folder)
     assert command("prompt", "--dtype", "fp32")[0] == 0
     zero_shot = [(command.folder / name).read_bytes() for name in outputs("prompt")]
     assert len({line[:1] for line in zero_shot[0].splitlines()}) == 2  # it does tell rows apart
@@ -503,10 +468,10 @@ def test_prompts_take_a_template_words_and_calibration(command):
 
 def test_tables_with_folds_and_words_for_labels_are_read_by_every_option(command):
     lines = [f"{'neg' if i % 2 else 'pos'}\tf{i % 3}\t{'a bad film' if i % 2 else 'a good day'} {i}" for i in range(18)]
-    text("all.tsv", "\n".join(lines))(command.folder)
-    text("names.json", '{"neg": "bad", "pos": "good"}')(command.folder)
+    writes("all.tsv", "\n".join(lines))(command.folder)
+    writes("names.json", '{"neg": "bad", "pos": "good"}')(command.folder)
     files = ["--train", "all.tsv#fold=f[01]", "--dev", "all.tsv#fold=f2", "--test", "all.tsv#fold=f2"]
-    for option in OPTIONS:
+    for option in OUTPUT_NAMES:
         code, out, err = command(option, *files)
         assert code == 0 and out.count("(6 rows)") == 2
     written = (command.folder / outputs("lora")[0]).read_text(encoding="utf-8").splitlines()
@@ -520,7 +485,7 @@ def test_prompt_reads_no_training_data(command):
     assert command("prompt")[0] == 0
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OUTPUT_NAMES)
 def test_the_same_seed_gives_the_same_output(command, option):
     def result():
         code, out, _ = command(option, "--seed", "5")
@@ -651,7 +616,7 @@ def test_a_run_ends_with_the_scores_that_were_printed_and_resuming_adds_none(com
 
 
 def test_the_last_line_of_a_run_without_gold_labels_has_no_scores(command):
-    text("test.txt", "0 ||| a\n0 ||| b\n")(command.folder)
+    writes("test.txt", "0 ||| a\n0 ||| b\n")(command.folder)
     assert command("lora", "--run_dir", "run")[0] == 0
     scores = last_scores(command.folder / "run")
     assert scores["test_accuracy"] is scores["test_loss"] is None and scores["dev_accuracy"] is not None

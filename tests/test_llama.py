@@ -25,36 +25,16 @@ from llama import (
 from minillama.decoding import sampling as generation
 from minillama.layers import kernels as kernels_module
 from minillama.layers.masks import position_mask
+from models import padded, random_ids, read_in_parts, with_kernel
 
 DOUBLE_TOLERANCE = 1e-10
 SHIFT_TOLERANCE = 2e-5  # a shifted row meets other angles of the float32 rotary tables
+
 
 conventions = pytest.mark.parametrize(
     ("norm", "causal"), [(norm, causal) for norm in ("layernorm", "rmsnorm") for causal in (False, True)]
 )
 kernels = pytest.mark.parametrize("kernel", ["fused", "manual", "pieces"])
-
-
-def random_ids(batch: int, seq_len: int, vocab_size: int = 64, seed: int = 0) -> torch.Tensor:
-    return torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(rows: list[torch.Tensor], side: str, pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as one batch, and the mask of its real tokens."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), None) if side == "left" else slice(len(row))
-        ids[i, columns], mask[i, columns] = row, True
-    return ids, mask
-
-
-def with_kernel(model: Llama, kernel: str) -> Llama:
-    """The same weights in a model that uses this attention kernel."""
-    other = Llama(replace(model.config, attention_kernel=kernel)).to(model.tok_embeddings.weight.dtype)
-    other.load_state_dict(model.state_dict())
-    return other.train(model.training)
 
 
 # Norms
@@ -558,17 +538,6 @@ def test_the_convention_in_words():
 
 
 # The cache
-
-
-def read_in_parts(model, ids, mask, parts):
-    """Logits (B, T, V) of the tokens, read through a cache in parts of these lengths."""
-    cache, at, found = model.new_cache(), 0, []
-    for size in parts:
-        part = slice(at, at + size)
-        found.append(model(ids[:, part], ids[:, part], None if mask is None else mask[:, part], cache=cache)[0])
-        at += size
-    assert cache.length == at == ids.shape[1]
-    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])

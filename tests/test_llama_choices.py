@@ -21,7 +21,7 @@ from minillama.decoding.lookup import lookup_decoding
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from minillama.formats.keys import renamed, to_split_halves
 from minillama.layers.masks import default_mask
-from test_llama import padded, random_ids, read_in_parts, with_kernel
+from models import padded, random_ids, read_in_parts, with_kernel
 
 ALIBI = {"position_embedding_type": "alibi"}
 WINDOW = {"sliding_window": 4}

@@ -12,20 +12,20 @@ import sys
 import pytest
 import torch
 
-import test_alpha_sweep
 from classifier import classifier_of
-from conftest import ROOT
+from conftest import ROOT, fine_tuned, outputs, run_with
 from minillama.cli import loading as environment
 from minillama.commands import classify as labelling
 from minillama.formats.checkpoint import read_fine_tuned
 from minillama.text.batches import tokenize_rows
 from minillama.text.labelled import read_rows
 from minillama.training.evaluation import class_log_probs
-from test_alpha_sweep import fine_tuned, run_with
-from test_cli import outputs
 from tokenizer import Tokenizer
 
-command = test_alpha_sweep.command  # the fixture
+
+@pytest.fixture
+def command(command_of_words):
+    return command_of_words
 
 
 def classify(command, *more, **which):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from conftest import ROOT, some_stories, tiny_llama
+from fitting import Bag, some_rows
 from minillama.text.corpus import Corpus, Text, evenly
 from minillama.text.documents import Tokens
 from minillama.text.examples import Example, pack, tokenize_examples
@@ -19,7 +20,6 @@ from minillama.training.classification import Classification
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import answer_prompts, answer_scores, evaluate
 from minillama.training.language_modelling import LanguageModelling
-from test_training import Bag, some_rows
 from tokenizer import Tokenizer
 
 LENGTH = 8

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, break_package
 from minillama.cli import console
-from test_optional_packages import break_package
 
 
 def prompts_from(monkeypatch, file, name="-"):

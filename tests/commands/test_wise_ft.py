@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from classifier import LlamaEmbeddingClassifier, MergedClasses
-from conftest import next_command, tiny_llama
+from conftest import fine_tuned, next_command, outputs, run_with, tiny_llama, writes
 from llama import load_pretrained
 from minillama.commands import wise_ft as alpha_sweep
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
@@ -19,36 +19,12 @@ from minillama.text.batches import tokenize_rows
 from minillama.text.labelled import read_rows
 from minillama.training.evaluation import evaluate
 from run_llama import main
-from test_cli import Command, outputs, text
 from tokenizer import Tokenizer
 
 
 @pytest.fixture
-def command(asset, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    text("names.json", '["in", "of"]')(tmp_path)  # one token each
-    made = Command(tmp_path, asset("stories260K/tok512.model"), capsys)
-    text("names.json", '["in", "of"]')(tmp_path)
-    return made
-
-
-def fine_tuned(command, option="finetune", head="linear", *more):
-    rate = "3e-3" if option == "finetune" else "0.05"
-    more = ["--dtype", "fp32", *more]
-    assert command(option, "--head", head, "--lr", rate, "--epochs", "1", "--run_dir", "run", *more)[0] == 0
-    return "run/best.pt"
-
-
-def run_with(command, option, *more, finetuned="run/best.pt"):
-    """Exit code, stdout and stderr of an option that takes a fine-tuned model."""
-    from run_llama import main
-
-    command.capsys.readouterr()
-    try:
-        code = main(["--option", option, "--finetuned", finetuned, "--dtype", "fp32", *more])
-    except SystemExit as exit:
-        code = exit.code
-    return code, *command.capsys.readouterr()
+def command(command_of_words):
+    return command_of_words
 
 
 def wise_ft(command, *more, **which):
@@ -181,11 +157,11 @@ def test_a_set_of_fewer_classes_has_their_probabilities_added():
 def test_sets_from_elsewhere_may_have_their_own_classes(command):
     lines = [f"{i % 3} ||| {('a bad dull film', 'one good day', 'so so')[i % 3]} {i}" for i in range(12)]
     for split in ("train", "dev", "test"):
-        text(f"{split}.txt", "\n".join(lines) + "\n")(command.folder)
-    text("names.json", '["in", "so", "of"]')(command.folder)
+        writes(f"{split}.txt", "\n".join(lines) + "\n")(command.folder)
+    writes("names.json", '["in", "so", "of"]')(command.folder)
     fine_tuned(command)
-    text("two.txt", "".join(f"{i % 2} ||| one good film {i}\n" for i in range(9)))(command.folder)
-    text("two.json", '["no", "yes"]')(command.folder)
+    writes("two.txt", "".join(f"{i % 2} ||| one good film {i}\n" for i in range(9)))(command.folder)
+    writes("two.json", '["no", "yes"]')(command.folder)
     more = ["--ood_classes", "0,1,1", "0,1,2", "--ood_label_names", "two.json", "names.json"]
     code, out, err = wise_ft(command, "--alphas", "0,1", "--ood", "two.txt", "train.txt", *more)
     assert code == 0, err
@@ -201,11 +177,11 @@ def test_sets_from_elsewhere_may_have_their_own_classes(command):
 def test_classes_of_the_same_names_are_matched_by_name_and_others_by_their_order_which_is_told(command):
     for name, labels in (("train", "012"), ("dev", "012"), ("test", "012"), ("other", "abc")):
         lines = [f"{labels[i % 3]} ||| {('a bad dull film', 'one good day', 'so so')[i % 3]} {i}" for i in range(14)]
-        text(f"{name}.txt", "\n".join(lines) + "\n")(command.folder)
-    text("names.json", '["in", "so", "of"]')(command.folder)
+        writes(f"{name}.txt", "\n".join(lines) + "\n")(command.folder)
+    writes("names.json", '["in", "so", "of"]')(command.folder)
     fine_tuned(command)
-    text("turned.json", '{"b": "so", "c": "of", "a": "in"}')(command.folder)  # a cycle, which is not its own inverse
-    text("two.json", '{"c": null, "b": "good", "a": "bad"}')(command.folder)
+    writes("turned.json", '{"b": "so", "c": "of", "a": "in"}')(command.folder)  # a cycle, which is not its own inverse
+    writes("two.json", '{"c": null, "b": "good", "a": "bad"}')(command.folder)
     more = ["--ood", "other.txt", "--ood_label_names"]
     code, _, err = wise_ft(command, "--alphas", "0,0.3,0.6,1", *more, "turned.json")
     assert code == 0 and "classes     other: so -> so; of -> of; in -> in" in err.splitlines(), err
@@ -230,12 +206,12 @@ def test_data_files_of_other_forms_are_read_as_in_training(command):
         lines = [
             f"{labels[i % 2]}\t{folds[i // 2 % 2]}\t{('a bad dull film', 'one good day')[i % 2]} {i}" for i in range(16)
         ]
-        text(name, "\n".join(lines) + "\n")(command.folder)
+        writes(name, "\n".join(lines) + "\n")(command.folder)
 
     tab("data.tsv", ("neg", "pos"))
     tab("same.tsv", ("no", "yes"))
-    text("map.json", '{"neg": "in", "pos": "of", "so": null}')(command.folder)
-    text("turned.json", '{"yes": "of", "no": "in"}')(command.folder)
+    writes("map.json", '{"neg": "in", "pos": "of", "so": null}')(command.folder)
+    writes("turned.json", '{"yes": "of", "no": "in"}')(command.folder)
     data = [
         "--train",
         "data.tsv",
@@ -260,8 +236,6 @@ def test_data_files_of_other_forms_are_read_as_in_training(command):
 
 
 def test_the_curve_is_one_that_the_report_shows(command):
-    from run_llama import main
-
     fine_tuned(command)
     assert wise_ft(command, "--alphas", "0,0.5,1", "--ood", "test.txt")[0] == 0
     assert main(["--option", "report", "--runs", "run", "--curves", "wise-ft-curve.csv"]) == 0
@@ -299,17 +273,17 @@ BAD = [
         "0,0,1 has 3 numbers, but the model has 2",
     ),
     ("classes without data", ["--ood_classes", "0,1"], None, "--ood_classes has 1 values for 0 files of --ood"),
-    ("other names", ["--label-names", "bad.json"], text("bad.json", '["x", "y"]'), "leave out --label-names"),
-    ("a label of another set", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n4 ||| b\n"), "o.txt, line 2: label '4'"),
+    ("other names", ["--label-names", "bad.json"], writes("bad.json", '["x", "y"]'), "leave out --label-names"),
+    ("a label of another set", ["--ood", "o.txt"], writes("o.txt", "0 ||| a\n4 ||| b\n"), "o.txt, line 2: label '4'"),
     (
         "a label in words",
         ["--ood", "o.txt"],
-        text("o.txt", "neg ||| a\npos ||| b\n"),
+        writes("o.txt", "neg ||| a\npos ||| b\n"),
         "o.txt, line 1: label 'neg' is none of 0 to 1 (in, of); mend it, or give the label file that belongs to it "
         "(--label-names, for one of --ood --ood_label_names)",
     ),
-    ("one label alone", ["--ood", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
-    ("dev of one label", ["--dev", "o.txt"], text("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
+    ("one label alone", ["--ood", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
+    ("dev of one label", ["--dev", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is to be read and to be"),
     ("one file twice", ["--curve_out", "a.html"], None, "name of the table must end in .csv"),
     ("no folder", ["--curve_out", "none/a.csv"], None, "there is no folder none"),

@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
 from conftest import tiny_llama
+from fitting import Bag, some_rows
 from minillama.layers.precision import autocast, bf16_is_native
 from minillama.text.examples import Example
 from minillama.text.labelled import Row
@@ -29,7 +30,7 @@ from minillama.training.evaluation import (
     token_f1,
     wilson_interval,
 )
-from test_training import Bag, some_rows
+from reference import brute_force
 
 
 @pytest.mark.parametrize("size", [1, 4, 30])
@@ -118,21 +119,6 @@ def test_scores_that_are_no_numbers_are_refused():
 
 
 # How well a language model predicts documents
-
-
-def brute_force(model, documents, window, stride):
-    """Token by token in float64: each sees what its window has before it, and no other token is ever beside it."""
-    nats = count = 0
-    for ids in documents:
-        for t in range(1, len(ids)):
-            start = 0  # of the first window that reaches this token
-            while start + window < t:
-                start += stride
-            with torch.no_grad():
-                logits = model(torch.tensor([ids[start:t]]))[0][0, -1].double()
-            nats -= logits.log_softmax(-1)[ids[t]].item()
-            count += 1
-    return nats, count
 
 
 def some_documents(*lengths):

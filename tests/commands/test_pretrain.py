@@ -15,16 +15,15 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, Program, next_command, some_stories, tiny_llama
+from conftest import ROOT, Crash, Program, crashes_at_step, next_command, some_stories, tiny_llama
 from llama import load_pretrained
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.formats.huggingface import write_huggingface
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from minillama.text.documents import DOCUMENT_END
 from minillama.training import language_modelling as tasks
-from minillama.training.run_directory import RunDirectory
+from reference import brute_force
 from run_llama import main
-from test_evaluation import brute_force
 from tokenizer import Tokenizer
 
 SIZES = ["--dim", "16", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1", "--max_seq_len", "32"]
@@ -290,21 +289,6 @@ def test_perplexity_of_all_documents_unless_some_were_held_out(command):
 
 
 # Stopping and going on
-
-
-class Crash(Exception):
-    """The power goes."""
-
-
-def crashes_at_step(monkeypatch, step):
-    metric = RunDirectory.metric
-
-    def crashing(self, number, **values):
-        metric(self, number, **values)
-        if number == step:
-            raise Crash
-
-    monkeypatch.setattr(RunDirectory, "metric", crashing)
 
 
 def signals_at_judgement(monkeypatch, number):

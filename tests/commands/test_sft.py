@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ADJECTIVES, ANIMALS, ROOT, Program, next_command, tiny_llama
+from conftest import ADJECTIVES, ANIMALS, ROOT, Crash, Program, crashes_at_step, next_command, tiny_llama
 from llama import load_pretrained
 from lora import merge_lora_weights
 from minillama.formats.adapters import read_adapter
@@ -19,7 +19,6 @@ from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.text.examples import read_examples, tokenize_examples
 from minillama.training import answering as tasks
 from minillama.training.evaluation import answer_prompts, describe_answers
-from test_pretraining import Crash, crashes_at_step
 from tokenizer import Tokenizer
 
 SHORT = ["--epochs", "2", "--batch_size", "4", "--warmup_steps", "1", "--max_new_tokens", "4", "--dtype", "fp32"]

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from classifier import LlamaEmbeddingClassifier
-from conftest import tiny_llama
+from conftest import Crash, tiny_llama
+from fitting import Bag, assert_same, some_rows, state_of
 from lora import apply_lora
 from minillama.cli.loading import settings_of
 from minillama.cli.options import parse_options
@@ -31,29 +32,6 @@ from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.loop import Settings, Stopped, train
 from minillama.training.run_directory import RunDirectory
 from optimizer import AdamW, decay_groups, learning_rate
-
-
-class Bag(nn.Module):
-    """The smallest model of the right shape: a mean of embeddings, and one score a class."""
-
-    def __init__(self, classes=3, seed=0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(torch.randn(20, classes, generator=generator))
-        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-        self.seen = []
-
-    def forward(self, ids, mask=None):
-        self.seen.append((self.training, ids.tolist()))
-        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        mean = (self.table[ids] * mask.unsqueeze(-1)).sum(1) / mask.sum(-1, keepdim=True)
-        return mean.log_softmax(-1)
-
-
-def some_rows(count=11, classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high, n: torch.randint(low, high, (n,), generator=generator).tolist()  # noqa: E731
-    return [Row(i % classes, f"row {i}", tuple(draw(0, 20, n))) for i, n in enumerate(draw(1, 9, count))]
 
 
 def settings(**changes):
@@ -391,27 +369,6 @@ def test_each_epoch_is_told_in_one_line_and_measured(fit):
 
 
 # Stopping and going on
-
-
-def state_of(run):
-    return torch.load(run.last_path, weights_only=True)
-
-
-def assert_same(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert_same(dict(enumerate(a)), dict(enumerate(b)))
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
-class Crash(Exception):
-    """The power goes."""
 
 
 @pytest.mark.parametrize("option, dtype", [("finetune", torch.float32), ("dora", torch.float16)])

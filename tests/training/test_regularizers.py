@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
-from conftest import tiny_llama
+from conftest import Crash, tiny_llama
+from fitting import assert_same, state_of
 from lora import apply_lora
 from minillama.text.batches import to_batch
 from minillama.text.labelled import Row
@@ -21,7 +22,6 @@ from minillama.training.evaluation import forward
 from minillama.training.loop import Settings, train
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, shifted, symmetric_kl
 from minillama.training.run_directory import RunDirectory
-from test_training import Crash, assert_same, state_of
 
 
 class Words:
