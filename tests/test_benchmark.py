@@ -1,3 +1,5 @@
+"""benchmark.py: the table, the JSON line, and the measurements behind them."""
+
 from __future__ import annotations
 
 import json
@@ -5,9 +7,9 @@ import json
 import pytest
 
 import benchmark
-from conftest import tiny_llama
 from minillama.benchmarks import decoding as decoding_speed
 from minillama.formats.checkpoint import write_checkpoint
+from models import tiny_llama
 
 
 @pytest.fixture

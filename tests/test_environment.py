@@ -1,4 +1,4 @@
-"""Packages that may be missing or broken: the program goes without them, or says in one line what to type."""
+"""The environment of a run: packages that may be missing or broken, and the processes of the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from conftest import break_package
-from minillama.environment import PackageError, optional_package
+from minillama.environment import PackageError, Process, optional_package, this_process
 from minillama.training.run_directory import RunDirectory
 from tokenizer import Tokenizer
 
@@ -107,3 +107,54 @@ def test_a_missing_tensorboard_is_nothing_to_tell(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     RunDirectory(tmp_path).metric(1, loss=0.5)
     assert capsys.readouterr().err == "" and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# The processes
+
+SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+ALONE = Process(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        ((None, None, None), ALONE),
+        (("", "", ""), ALONE),
+        ((None, "", None), ALONE),
+        ((None, "4", None), ALONE),
+        (("", "4", "3"), ALONE),
+        (("3", None, "3"), ALONE),
+        (("3", " ", "3"), ALONE),
+        (("-1", None, "-1"), ALONE),
+        (("0", "1", None), ALONE),
+        ((None, None, "x"), ALONE),
+        (("3", "4", "1"), Process(3, 4, 1)),
+        (("3", "4", None), Process(3, 4, 3)),
+        (("3", "4", ""), Process(3, 4, 3)),
+    ],
+)
+def test_the_process_is_what_torchrun_says_or_alone(monkeypatch, values, wanted):
+    for name, value in zip(SET, values, strict=True):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert this_process() == wanted
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (("one", "2", "0"), "environment variable RANK is 'one'; it must be a whole number"),
+        (("0", "2.0", "0"), "environment variable WORLD_SIZE is '2.0'"),
+        ((None, "two", None), "environment variable WORLD_SIZE is 'two'"),
+        (("0", "2", "x" * 99), f"environment variable LOCAL_RANK is '{'x' * 40}'"),
+        (("2", "2", "0"), "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0; a rank must be from 0 to WORLD_SIZE - 1"),
+        (("-1", "2", "0"), "RANK=-1, WORLD_SIZE=2"),
+        (("0", "0", "0"), "RANK=0, WORLD_SIZE=0"),
+        (("0", "2", "-1"), "WORLD_SIZE=2, LOCAL_RANK=-1"),
+    ],
+)
+def test_process_numbers_that_cannot_be_are_told(monkeypatch, values, message):
+    for name, value in zip(SET, values, strict=True):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as told:
+        this_process()
+    assert "unset" in str(told.value)

@@ -1,4 +1,4 @@
-"""The standard input as it comes, and what is typed, where there is a home and where there is none."""
+"""Standard input as a source of prompts, and typed lines with and without a home folder."""
 
 from __future__ import annotations
 

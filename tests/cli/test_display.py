@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from minillama.cli.display import Display, safe_display
 from minillama.formats.checkpoint import write_checkpoint
+from models import tiny_llama
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 LEFT = "{ sleep 0.1; true; }"  # a reader that reads nothing

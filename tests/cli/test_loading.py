@@ -1,4 +1,4 @@
-"""environment.py: which files a run takes where none were typed, and that it says so."""
+"""Default files of a run: which ones are taken, and the line that says so."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 import tokenizer as tokenizer_module
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from minillama.cli import loading as environment
 from minillama.cli.checks import check_options
 from minillama.cli.loading import display_path, fit_tokenizer, load_tokenizer, open_checkpoint, use_bundled_defaults
 from minillama.cli.options import parse_options
-from minillama.environment import Process, this_process
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
+from models import tiny_llama
 from tokenizer import Tokenizer
 
 SPLITS = ("train", "dev", "test")
@@ -250,57 +250,6 @@ def test_a_checkpoint_without_its_embedding_is_one_line(folder, capsys, dtype):
     arguments = ["--pretrained-model-path", "model.pt", "--tokenizer", "typed.model", "--temperature", "0"]
     assert main([*arguments, "--dtype", dtype]) == 2
     assert "tensor tok_embeddings.weight is missing" in capsys.readouterr().err.splitlines()[-1]
-
-
-# The processes
-
-SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-ALONE = Process(0, 1, 0)
-
-
-@pytest.mark.parametrize(
-    "values, wanted",
-    [
-        ((None, None, None), ALONE),
-        (("", "", ""), ALONE),
-        ((None, "", None), ALONE),
-        ((None, "4", None), ALONE),
-        (("", "4", "3"), ALONE),
-        (("3", None, "3"), ALONE),
-        (("3", " ", "3"), ALONE),
-        (("-1", None, "-1"), ALONE),
-        (("0", "1", None), ALONE),
-        ((None, None, "x"), ALONE),
-        (("3", "4", "1"), Process(3, 4, 1)),
-        (("3", "4", None), Process(3, 4, 3)),
-        (("3", "4", ""), Process(3, 4, 3)),
-    ],
-)
-def test_the_process_is_what_torchrun_says_or_alone(monkeypatch, values, wanted):
-    for name, value in zip(SET, values, strict=True):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    assert this_process() == wanted
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        (("one", "2", "0"), "environment variable RANK is 'one'; it must be a whole number"),
-        (("0", "2.0", "0"), "environment variable WORLD_SIZE is '2.0'"),
-        ((None, "two", None), "environment variable WORLD_SIZE is 'two'"),
-        (("0", "2", "x" * 99), f"environment variable LOCAL_RANK is '{'x' * 40}'"),
-        (("2", "2", "0"), "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0; a rank must be from 0 to WORLD_SIZE - 1"),
-        (("-1", "2", "0"), "RANK=-1, WORLD_SIZE=2"),
-        (("0", "0", "0"), "RANK=0, WORLD_SIZE=0"),
-        (("0", "2", "-1"), "WORLD_SIZE=2, LOCAL_RANK=-1"),
-    ],
-)
-def test_process_numbers_that_cannot_be_are_told(monkeypatch, values, message):
-    for name, value in zip(SET, values, strict=True):
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message) as told:
-        this_process()
-    assert "unset" in str(told.value)
 
 
 # A vocabulary and a tokenizer of unlike size

@@ -1,4 +1,4 @@
-"""options.py: a configuration file counts as typed, and says what the published commands say."""
+"""Configuration files: an option in a file counts as typed, and each example equals a published command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from minillama.cli.checks import check_options
 from minillama.cli.flags import OPTIONS, build_parser, used_by
 from minillama.cli.loading import use_bundled_defaults
 from minillama.cli.options import actions, given_options, parse_options, unused
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.formats.names import tokenizer_beside, without_ending
+from models import tiny_llama
 from run_llama import main
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))

@@ -12,12 +12,13 @@ import time
 
 import pytest
 
-from conftest import Program, tiny_llama
 from minillama.cli import provenance
 from minillama.cli.provenance import find_record, same_sentences, sentences_in, writing_turn
 from minillama.environment import project_commit
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.training import evaluation
+from models import tiny_llama
+from programs import Program
 
 SENTENCES = ["a bad film", "one good day", "so dull", "so fine"]
 DEFAULT = "cfimdb-dev-prompting-output.txt"

@@ -1,4 +1,4 @@
-"""labelling.py, as its user meets it: what finetune and lora predicted, said again of the same sentences."""
+"""--option classify: the same answers as the predictions of finetune and lora."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from classifier import classifier_of
-from conftest import ROOT, fine_tuned, outputs, run_with
+from conftest import ROOT
 from minillama.cli import loading as environment
 from minillama.commands import classify as labelling
 from minillama.formats.checkpoint import read_fine_tuned
 from minillama.text.batches import tokenize_rows
 from minillama.text.labelled import read_rows
 from minillama.training.evaluation import class_log_probs
+from programs import fine_tuned, outputs, run_with
 from tokenizer import Tokenizer
 
 

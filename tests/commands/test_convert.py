@@ -1,4 +1,4 @@
-"""--option convert: what is written opens elsewhere with the same logits, tokens and text, or is refused."""
+"""--option convert: the file opens elsewhere with the same logits, tokens and text, or the conversion is refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from config import RopeScaling
-from conftest import ROOT, find_asset, tiny_llama
+from conftest import ROOT, find_asset
 from llama import load_pretrained
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from minillama.formats.huggingface import write_huggingface
 from minillama.formats.keys import renamed
+from models import tiny_llama
 from rope import rotary_table
 from run_llama import main
 

@@ -1,4 +1,4 @@
-"""report.py and html_page.py: the page says what the runs' files say, shows any text as text, survives damaged runs."""
+"""--option report: the page shows the content of the runs' files, shows any text as text, and survives damaged runs."""
 
 from __future__ import annotations
 
@@ -6,111 +6,16 @@ import json
 import re
 import shutil
 import statistics
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from minillama.cli.charts import chart, text, thinned, ticks
-from minillama.cli.finished_runs import find_runs, logged_matrices, read_curves, read_run
+from minillama.cli.finished_runs import find_runs, read_curves, read_run
 from minillama.commands.report import grouped, page
-from minillama.text.labelled import Row
-from minillama.training.evaluation import Evaluation, describe_classes
+from reported_runs import GOLD, GUESS, NAMES, Page, a_run, classes_log, rows
 from run_llama import main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
-NAMES = ["bad", "so <i>so</i>", "3 good"]
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest; gathers the text by tag, the rows of tables, and what tags there are."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.tags, self.rows, self.texts, self.ids, self.links = [], set(), [], [], set(), set()
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        values = dict(attributes)
-        self.ids |= {values["id"]} if "id" in values else set()
-        self.links |= {values["href"]} if "href" in values else set()
-        assert not any(name.startswith("on") or name == "src" for name in values)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.texts.append(data)
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
-
-    @property
-    def text(self):
-        return " ".join(self.texts)
-
-
-def options(**changes):
-    return {
-        "option": "finetune",
-        "seed": 1,
-        "pretrained_model_path": "model.pt",
-        "tokenizer": None,
-        "train": "data/sst-train.txt",
-        "dev": "dev.txt",
-        "test": "test.txt",
-        "label_names": "names.json",
-        "dev_out": "dev-finetuning-output.txt",
-        "test_out": "test-finetuning-output.txt",
-        "lr": 1e-3,
-        "epochs": 2,
-        "run_dir": "run",
-        "continued": True,
-        "processes": 1,
-    } | changes
-
-
-def a_run(folder, accuracies, log="", **changes):
-    """A run's folder as finetune leaves it."""
-    folder.mkdir(parents=True)
-    (folder / "options.json").write_text(json.dumps({"options": options(**changes)}), encoding="utf-8")
-    lines = []
-    for epoch, value in enumerate(accuracies, start=1):
-        for step in range(10 * epoch - 9, 10 * epoch + 1):
-            lines.append({"step": step, "epoch": epoch, "loss": 1 / step, "lr": 1e-3, "seconds": 6.0})
-        scores = {"running_train_accuracy": 0.5, "dev_accuracy": value, "dev_macro_f1": value / 2}
-        lines.append({"step": 10 * epoch, "epoch": epoch, "train_loss": 0.3} | scores)
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    (folder / "log.txt").write_text(log, encoding="utf-8")
-    return folder
-
-
-GOLD = [0, 0, 1, 1, 2, 2, 2, 1]
-GUESS = [0, 1, 1, 1, 2, 0, 2, 2]
-
-
-def rows(labels):
-    return [Row(label, f"sentence {i}") for i, label in enumerate(labels)]
-
-
-def classes_log(split, guess):
-    said = describe_classes(Evaluation(guess, 0.0, 0.0), rows(GOLD), NAMES)
-    return f"{split} took 1.0 s\n\n{said}\n\n"
 
 
 def with_data(folder):
@@ -177,11 +82,6 @@ def test_the_confusion_matrix_of_the_log_and_of_the_predictions_is_scikit_learns
     assert drawn.count(["3 good", *map(str, wanted[2])]) == 2
 
 
-def test_the_last_matrix_of_a_log_counts(tmp_path):
-    found = logged_matrices(classes_log("dev", GUESS) + "dev took 1 s\ntest took 2 s\n" + classes_log("dev", GOLD))
-    assert list(found) == ["dev"] and [found["dev"][1][i][i] for i in range(3)] == [2, 3, 3]
-
-
 def test_predictions_of_another_run_are_left_out_with_the_reason(tmp_path):
     folder = a_run(tmp_path / "run", [0.5])
     with_data(tmp_path)
@@ -206,10 +106,6 @@ def test_text_stays_text_wherever_it_comes_from(tmp_path):
     assert not found.tags & {"script", "b ", "img"}
     assert found.text.count('<script>alert("1")</script> & \ufffd <b>') >= 8
     assert "\x00" not in page(runs)
-
-
-def test_a_lone_surrogate_and_controls_can_be_written():
-    assert text("a\ud800\x01\u2028<é>") == "a?\ufffd\u2028&lt;é&gt;"
 
 
 def test_damaged_and_half_written_runs_get_a_line_and_the_others_are_shown(tmp_path):
@@ -257,16 +153,6 @@ def test_a_run_with_odd_values_does_not_end_the_page(tmp_path, changes, lines):
     found = shown(tmp_path / "good", tmp_path / "odd")
     assert ["1", "1 of 1", "0.500", "0.250", "–", "1.0", "good"] in found.rows
     assert any(row[-1] == "odd" for row in found.rows) or "odd: " in found.text
-
-
-@pytest.mark.parametrize("count", ["0", "7" * 5000, "\u0663"])
-def test_a_matrix_that_gives_no_accuracy_is_none(tmp_path, count):
-    log = "dev took 1.0 s\n\nconfusion matrix (of):\nN N bad\nN N good\n\n"
-    assert logged_matrices(log.replace("N", "2")) == {"dev": (["bad", "good"], [[2, 2], [2, 2]])}
-    log = log.replace("N", count)
-    assert logged_matrices(log) == {}
-    run = read_run(a_run(tmp_path / "run", [0.5], f"{log}epoch {'9' * 5000}: 1\n    text\n"), "run")
-    assert "dev: no gold labels" in run.missing and page([run])
 
 
 def test_a_mean_says_of_how_many_runs_it_is_where_not_of_all(tmp_path):
@@ -351,49 +237,6 @@ def test_exact_match_and_f1_of_answers_are_shown(tmp_path, answered):
     kept = ["2 of 2", "0.500", "0.600", "1.250"] if answered else ["1 of 2", "–", "–", "1.000"]  # by F1, else by loss
     assert ["1", *kept, "0.0", "s1"] in found.rows
     assert "epochs" not in found.text  # 4 is sft's default
-
-
-def test_relative_folders_and_parents_are_found_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    a_run(Path("runs/a"), [0.5]), a_run(Path("runs/deeper/b"), [0.5])
-    assert [path.name for path in find_runs(["runs", "runs/a", str(tmp_path / "runs/deeper")])] == ["a", "b"]
-
-
-# Charts
-
-
-def test_a_chart_places_its_points_between_its_ticks():
-    drawn = chart('"<c>', "step", [("one", [(0, 0.0), (50, 1.0), (100, 0.5)], "c0")])
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]*)"', drawn)[1].split()]
-    (x0, bottom), (x1, top), (x2, middle) = points
-    assert x1 - x0 == pytest.approx(x2 - x1) and middle == pytest.approx((top + bottom) / 2)
-    assert 'text-anchor="end">0.2<' in drawn and "one: 1.0000" in drawn
-    assert Page(drawn).texts[0] == '"<c>' and '""<c>' not in drawn
-
-
-def test_a_chart_of_single_points_is_left_out_and_beside_a_curve_a_point_is_drawn():
-    assert chart("c", "step", [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7)], "c1"), ("none", [], "c2")]) == ""
-    lines = [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7), (2, 0.5)], "c1")]
-    assert chart("c", "step", lines, dots=False).count("<circle") == 1
-    assert chart("c", "step", lines).count("<circle") == 3
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (0.41, 0.43), (1, 1), (0, 0), (-3, 5e7), (1e-9, 2e-9), (2.0, 2.0001)])
-def test_ticks_are_few_even_and_hold_the_range(low, high):
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 8 and found[0] <= low + 1e-12 and found[-1] >= high - 1e-12 * abs(high)
-    gaps = [b - a for a, b in zip(found, found[1:], strict=False)]
-    assert max(gaps) == pytest.approx(min(gaps)) and min(gaps) > 0
-
-
-def test_a_long_curve_keeps_its_mean():
-    points = [(float(i), i**0.5) for i in range(1200)]
-    few, size = thinned(points)
-    assert (len(few), size) == (150, 8)
-    assert statistics.fmean(y for _, y in few) == pytest.approx(statistics.fmean(y for _, y in points))
-
-
-# The command
 
 
 @pytest.fixture

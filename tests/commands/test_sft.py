@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as its user meets it, through run_llama.py, on a model of a few thousand weights."""
+"""--option sft: supervised fine-tuning, run through run_llama.py on a model of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ADJECTIVES, ANIMALS, ROOT, Crash, Program, crashes_at_step, next_command, tiny_llama
+from conftest import ROOT
 from llama import load_pretrained
 from lora import merge_lora_weights
 from minillama.formats.adapters import read_adapter
@@ -19,6 +19,8 @@ from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.text.examples import read_examples, tokenize_examples
 from minillama.training import answering as tasks
 from minillama.training.evaluation import answer_prompts, describe_answers
+from models import ADJECTIVES, ANIMALS, tiny_llama
+from programs import Crash, Program, crashes_at_step, next_command
 from tokenizer import Tokenizer
 
 SHORT = ["--epochs", "2", "--batch_size", "4", "--warmup_steps", "1", "--max_new_tokens", "4", "--dtype", "fp32"]

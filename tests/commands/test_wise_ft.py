@@ -1,4 +1,4 @@
-"""alpha_sweep.py, as its user meets it: the ends against the options that made them, the middle against a mixture."""
+"""--option wise_ft: the ends against the options that made them, the middle against a mixture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from classifier import LlamaEmbeddingClassifier, MergedClasses
-from conftest import fine_tuned, next_command, outputs, run_with, tiny_llama, writes
 from llama import load_pretrained
 from minillama.commands import wise_ft as alpha_sweep
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.text.batches import tokenize_rows
 from minillama.text.labelled import read_rows
 from minillama.training.evaluation import evaluate
+from models import tiny_llama
+from programs import fine_tuned, next_command, outputs, run_with, writes
 from run_llama import main
 from tokenizer import Tokenizer
 

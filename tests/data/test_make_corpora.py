@@ -1,4 +1,4 @@
-"""data/make_corpora.py: what is held out for the bundled model's figures is in nothing that it is trained on."""
+"""data/make_corpora.py: the bundled model is trained on nothing that its figures are measured on."""
 
 from __future__ import annotations
 

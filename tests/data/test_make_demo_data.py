@@ -1,4 +1,4 @@
-"""The demo data is what its script makes, and needs more than counting words."""
+"""data/make_demo_data.py: the demo data is what the script makes, and needs more than counting words."""
 
 from __future__ import annotations
 

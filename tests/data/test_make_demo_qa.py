@@ -1,4 +1,4 @@
-"""The demo questions are what their script makes, and need reading."""
+"""data/make_demo_qa.py: the demo questions are what the script makes, and need reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table and the page that show what each token was chosen from."""
+"""The table and the page that show the alternatives to each token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model for running only against the readable one: in every convention, with and without a cache, ragged, int8."""
+"""The fast model against the readable one: every convention, with and without a cache, with padding, in int8."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from config import RopeScaling
-from conftest import tiny_llama
 from minillama.decoding import fast_llama as inference
 from minillama.decoding.beam_search import beam_search
 from minillama.decoding.fast_llama import (
@@ -22,6 +21,7 @@ from minillama.decoding.fast_llama import (
 )
 from minillama.decoding.lookup import lookup_decoding
 from minillama.decoding.sampling import generate
+from models import tiny_llama
 
 IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(3, 9, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""adapters.py: LoRA adapters between this program and peft, both ways; and what is no adapter."""
+"""LoRA adapters exchanged with peft, in both directions, and files that are no adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from classifier import LlamaEmbeddingClassifier
-from conftest import tiny_llama
 from llama import Llama, load_pretrained
 from lora import (
     ATTENTION_PROJECTIONS,
@@ -25,6 +24,7 @@ from lora import (
 from minillama.formats.adapters import Adapter, read_adapter, write_adapter, write_peft
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.formats.huggingface import write_huggingface
+from models import tiny_llama
 
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 THEIR_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -1,4 +1,4 @@
-"""tokenizer_files.py: what is written is, for transformers, the tokenizer that it was made of."""
+"""Tokenizers written as tokenizer.json: transformers reads the same tokenizer back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""corpus.py: training goes through every window as often as its text weighs, and never sees what is held out."""
+"""A corpus: training reads every window as often as its text weighs, and never a held-out one."""
 
 from __future__ import annotations
 

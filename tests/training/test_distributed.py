@@ -12,9 +12,10 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.training.run_directory import locked
+from models import tiny_llama
 
 OUTPUTS = ["dev-finetuning-output.txt", "test-finetuning-output.txt"]
 TOLERANCE = 1e-5  # float32, summed in another order

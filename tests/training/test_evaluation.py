@@ -1,3 +1,5 @@
+"""Evaluation: predictions, scores, documents and answers, against scikit-learn and loops."""
+
 from __future__ import annotations
 
 import math
@@ -5,14 +7,10 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
-from torch import nn
 
-from conftest import tiny_llama
 from fitting import Bag, some_rows
-from minillama.layers.precision import autocast, bf16_is_native
 from minillama.text.examples import Example
 from minillama.text.labelled import Row
 from minillama.training.distributed import Processes
@@ -30,6 +28,7 @@ from minillama.training.evaluation import (
     token_f1,
     wilson_interval,
 )
+from models import tiny_llama
 from reference import brute_force
 
 
@@ -171,28 +170,6 @@ def test_scores_of_documents_that_are_no_numbers_are_refused():
         model.norm.weight[0] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity in torch.float32; the weights are damaged"):
         score_documents(model, some_documents(5), 8, 4)
-
-
-# Precision
-
-
-def test_autocast_makes_matrix_products_narrow_and_leaves_the_loss_wide():
-    linear = nn.Linear(8, 8)
-    with autocast(torch.device("cpu"), torch.bfloat16):
-        product = linear(torch.randn(2, 8))
-        assert product.dtype == torch.bfloat16
-        assert F.nll_loss(product.log_softmax(-1), torch.tensor([0, 1])).dtype == torch.float32
-    with autocast(torch.device("cpu"), torch.float32):
-        assert linear(torch.randn(2, 8)).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "capabilities, native",
-    [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False)],
-)
-def test_bf16_is_native_where_the_processor_says_so(monkeypatch, capabilities, native):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert bf16_is_native(torch.device("cpu")) is native
 
 
 # Answers

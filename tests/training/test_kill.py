@@ -1,4 +1,4 @@
-"""A real run, killed for real: by SIGKILL at random moments, and by a disk that fills up."""
+"""A real run, killed by SIGKILL at random moments and by a full disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from minillama.formats.checkpoint import write_checkpoint
+from models import tiny_llama
 
 pytestmark = pytest.mark.slow
 KILLS = 25

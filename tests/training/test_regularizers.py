@@ -1,72 +1,17 @@
-"""smart.py: SMART against brute force in float64, its gradient against differences; averages by hand; one mask."""
+"""SMART against brute force in float64, and its gradient against differences; R-Drop by hand."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier
-from conftest import Crash, tiny_llama
-from fitting import assert_same, state_of
-from lora import apply_lora
+from fitting import classifier, losses, plain, some_texts, task
 from minillama.text.batches import to_batch
-from minillama.text.labelled import Row
-from minillama.training.classification import Classification, row_losses
 from minillama.training.evaluation import forward
-from minillama.training.loop import Settings, train
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, shifted, symmetric_kl
-from minillama.training.run_directory import RunDirectory
-
-
-class Words:
-    def encode(self, name, bos, eos):
-        return [{"bad": 7, "fair": 8, "good": 9}[name]]
-
-
-def classifier(head="linear", option="finetune", classes=2, dropout=0.0, **sizes):
-    llama = tiny_llama(**({"vocab_size": 20, "dim": 8, "n_layers": 1, "n_heads": 2, "dropout": dropout} | sizes))
-    config = SimpleNamespace(llama=llama, num_labels=classes, hidden_dropout_prob=dropout, option=option)
-    torch.manual_seed(3)
-    if head == "prompt":
-        model = LlamaPromptClassifier(config, Words(), ["bad", "fair", "good"][:classes])
-    else:
-        model = LlamaEmbeddingClassifier(config)
-        nn.init.normal_(model.classifier_head.weight)
-    model = apply_lora(model, 2, 4.0) if option == "lora" else model
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter)
-    return model.train()
-
-
-def some_rows(lengths=(4, 2, 5, 3, 3), classes=2):
-    draw = torch.Generator().manual_seed(0)
-    return [
-        Row(i % classes, "", tuple(torch.randint(4, 20, (n,), generator=draw).tolist())) for i, n in enumerate(lengths)
-    ]
-
-
-def task(rows=None, **changes):
-    rows = rows or some_rows()
-    return Classification(rows, rows, **({"epochs": 2, "batch_size": 4, "seed": 3} | changes))
-
-
-def losses(model, chosen, positions=(0, 1, 2, 3, 4), dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return chosen.losses(model, list(positions), dtype)[0]
-
-
-def plain(model, positions=(0, 1, 2, 3, 4), dtype=torch.float32, seed=0, smoothing=0.0):
-    """The loss without any regularizer, by the formula."""
-    torch.manual_seed(seed)
-    batch = to_batch(some_rows(), list(positions), 0)
-    return row_losses(forward(model, batch.ids, batch.mask, dtype), batch.labels, smoothing)
 
 
 def noise_of_the_position(monkeypatch):
@@ -138,7 +83,7 @@ def test_the_move_stays_within_eps_whatever_the_noise(monkeypatch):
 
 def test_the_step_goes_up_from_the_noise(monkeypatch):
     """Far from where the divergence is least, a small step up raises it and one down lowers it."""
-    model, rows = classifier(classes=3, layer_norm_eps=1e-3).double(), some_rows((4, 4, 4, 4), classes=3)
+    model, rows = classifier(classes=3, layer_norm_eps=1e-3).double(), some_texts((4, 4, 4, 4), classes=3)
     seen = []
     monkeypatch.setattr(
         "minillama.training.regularizers.shifted",
@@ -157,7 +102,7 @@ def test_the_step_goes_up_from_the_noise(monkeypatch):
 def test_the_gradient_is_that_of_the_divergence_at_the_move_found(monkeypatch, head, option):
     """By central differences in float64, the move kept (it is where the maximum is: arXiv 1911.03437, Algorithm 1)."""
     model = classifier(head, option, classes=3, layer_norm_eps=1e-3).double()
-    rows = some_rows(classes=3)
+    rows = some_texts(classes=3)
     chosen, base = task(rows, smart=Smart(50.0, eps=0.05, step=0.1, noise=0.05)), task(rows)
     kept = []
     monkeypatch.setattr(
@@ -202,7 +147,7 @@ def test_in_half_precision_the_term_is_float32s(dtype):
     assert exact.dtype == rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=1e-6)
     assert exact.min() > 1e-3
-    batch = to_batch(some_rows(), list(range(5)), 0)
+    batch = to_batch(some_texts(), list(range(5)), 0)
     torch.manual_seed(0)
     all_in_half = chosen.smart.penalty(
         model,
@@ -214,84 +159,13 @@ def test_in_half_precision_the_term_is_float32s(dtype):
     assert (all_in_half - exact).abs().max() > (3 if dtype == torch.bfloat16 else 1.5) * exact.max()
 
 
-# Averages
-
-
-def test_the_average_is_the_published_recursion():
-    model = classifier(option="lora")
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    average = MovingAverage(1.0)
-    average.start(model)
-    assert set(average.state()) == set(names) and all("lora_" in n or "classifier_head" in n for n in names)
-    frozen = "llama.tok_embeddings.weight"
-    assert average.model.get_parameter(frozen) is model.get_parameter(frozen)  # no second copy of it
-    wanted = {name: model.get_parameter(name).detach().double() for name in names}
-    for step in range(1, 21):
-        with torch.no_grad():
-            for name in names:
-                model.get_parameter(name).add_(0.1 * torch.randn_like(model.get_parameter(name)))
-        average.update(model, step, 20)
-        beta = 0.99 if step <= 2 else 0.999
-        wanted = {name: beta * old + (1 - beta) * model.get_parameter(name) for name, old in wanted.items()}
-    for name, tensor in average.state().items():
-        torch.testing.assert_close(tensor.double(), wanted[name], atol=1e-6, rtol=1e-5)
-        assert not torch.equal(tensor, model.get_parameter(name))
-
-
-def test_a_beta_of_ones_own_holds_throughout():
-    model = classifier()
-    average = MovingAverage(1.0, 0.25)
-    average.start(model)
-    with torch.no_grad():
-        model.classifier_head.weight.zero_()
-    before = average.state()["classifier_head.weight"].clone()
-    average.update(model, 1, 100)
-    torch.testing.assert_close(average.state()["classifier_head.weight"], 0.25 * before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head", ["linear", "prompt"])
-def test_model_and_average_are_compared_under_one_dropout_mask(head, dtype):
-    model = classifier(head, dropout=0.4)
-    chosen = task(average=MovingAverage(3.0))
-    chosen.average.start(model)
-    assert torch.equal(losses(model, chosen, dtype=dtype), plain(model, dtype=dtype))  # the same weights: no divergence
-    with torch.no_grad():
-        model.llama.layers[0].feed_forward.w2.weight.mul_(1.5)
-    batch = to_batch(some_rows(), [0, 1, 2, 3, 4], 0)
-    states = []
-    for one in (model, chosen.average.model):
-        torch.manual_seed(0)
-        states.append(forward(one, batch.ids, batch.mask, dtype))
-    term = losses(model, chosen, dtype=dtype) - plain(model, dtype=dtype)
-    torch.testing.assert_close(term, 3.0 * symmetric_kl(*states), atol=2e-6, rtol=1e-4)
-    assert term.max() > 1e-3
-    term.sum().backward()
-    assert all(p.grad is None for p in chosen.average.model.parameters())
-    assert model.llama.layers[0].feed_forward.w2.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_average_drops_what_the_model_drops_and_nothing_where_that_is_judged(training):
-    model, average = classifier(dropout=0.4).train(not training), MovingAverage(1.0)
-    average.start(model)
-    model.train(training)
-    ids = torch.tensor([row.ids for row in some_rows((4, 4))])
-
-    def run(one):
-        torch.manual_seed(0)
-        return one(ids)
-
-    assert average.penalty(model, run, run(model)).tolist() == [0.0, 0.0]  # the same weights
-
-
 def test_smart_compares_passes_under_one_dropout_mask():
     """A move of nearly nothing changes nearly nothing; two masks would."""
     model = classifier(dropout=0.4)
     tiny = task(smart=Smart(1.0, eps=1e-9, noise=1e-9))
     torch.testing.assert_close(losses(model, tiny), plain(model), atol=1e-6, rtol=0)
     torch.manual_seed(0)
-    two = [forward(model, *to_batch(some_rows(), [0, 1, 2, 3, 4], 0)[:2], torch.float32) for _ in range(2)]
+    two = [forward(model, *to_batch(some_texts(), [0, 1, 2, 3, 4], 0)[:2], torch.float32) for _ in range(2)]
     assert symmetric_kl(*two).min() > 1e-3
 
 
@@ -311,7 +185,7 @@ def test_what_is_replayed_leaves_no_trace():
 
 def test_r_drop_is_two_cross_entropies_and_half_the_symmetric_kl():
     model = classifier(dropout=0.4)
-    batch = to_batch(some_rows(), [0, 1, 2, 3, 4], 0)
+    batch = to_batch(some_texts(), [0, 1, 2, 3, 4], 0)
     torch.manual_seed(0)
     one, other = (model(batch.ids, batch.mask).double() for _ in range(2))
     assert not torch.equal(one, other)
@@ -340,7 +214,7 @@ def test_without_a_regularizer_nothing_is_other_than_before(dtype, smoothing):
 def test_a_rows_loss_is_the_same_in_any_piece_of_the_batch(monkeypatch, head, option):
     noise_of_the_position(monkeypatch)
     model = classifier(head, option, classes=3).double()  # rounding decides which move is the worst
-    chosen = task(some_rows(classes=3), smart=Smart(5.0, eps=0.1, step=0.2, noise=0.1), average=MovingAverage(2.0))
+    chosen = task(some_texts(classes=3), smart=Smart(5.0, eps=0.1, step=0.2, noise=0.1), average=MovingAverage(2.0))
     chosen.average.start(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -349,67 +223,4 @@ def test_a_rows_loss_is_the_same_in_any_piece_of_the_batch(monkeypatch, head, op
     whole = losses(model, chosen)
     pieces = torch.cat([losses(model, chosen, piece) for piece in ([0], [1, 2], [3, 4])])
     torch.testing.assert_close(pieces, whole, atol=1e-9, rtol=1e-9)
-    assert (whole - losses(model, task(some_rows(classes=3)))).min() > 1e-3
-
-
-EVERYTHING = {"smart": (1.0, 0.05, 0.1, 0.05), "average": (1.0,), "r_drop": 1.0}
-
-
-def fitted(folder, option="finetune", stop_after=None, dtype=torch.float32, micro=None, monkeypatch=None, **changes):
-    """Trains in `folder`; with stop_after, breaks off after so many steps."""
-    torch.manual_seed(1)
-    model = classifier(option=option, dropout=0.2)
-    chosen = task(
-        some_rows((3, 4, 5, 2, 3, 4, 2)),
-        smart=Smart(*EVERYTHING["smart"]),
-        average=MovingAverage(*EVERYTHING["average"]),
-        r_drop=1.0,
-        **changes,
-    )
-    run = RunDirectory(folder)
-    run.path.mkdir(exist_ok=True)
-    if stop_after is not None:
-        metric, count = run.metric, itertools.count(1)
-
-        def stops(step, **values):
-            metric(step, **values)
-            if next(count) == stop_after:
-                raise Crash
-
-        run.metric = stops
-    settings = Settings(lr=1e-2, save_every=1, dtype=dtype, micro_batch_size=micro)
-    save = lambda state, epoch, score: torch.save({"model": state}, run.best_path)  # noqa: E731
-    torch.manual_seed(2)
-    train(model, chosen, settings, run, write_best=save, log=lambda line: None)
-    return run, model
-
-
-@pytest.mark.parametrize("option, dtype", [("finetune", torch.float32), ("lora", torch.bfloat16)])
-def test_a_run_with_every_regularizer_resumes_bit_for_bit(tmp_path, option, dtype):
-    whole, straight = fitted(tmp_path / "whole", option, dtype=dtype)
-    for stop_after in (2, 4):
-        with pytest.raises(Crash):
-            fitted(tmp_path / str(stop_after), option, stop_after, dtype)
-        run, model = fitted(tmp_path / str(stop_after), option, dtype=dtype)
-        ours, theirs = ({k: v for k, v in state_of(r).items() if k != "metrics_bytes"} for r in (run, whole))
-        assert_same(ours, theirs)
-        assert_same(model.state_dict(), straight.state_dict())
-    average, weights = theirs["average"], theirs["model"]
-    assert set(average) == set(weights) - {"llama.output.weight"}
-    assert not any(torch.equal(average[name], weights[name]) for name in average if "norm" not in name)
-    lines = [json.loads(line) for line in whole.metrics_path.read_text(encoding="utf-8").splitlines()]
-    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
-
-
-def test_the_average_is_told_of_every_step_from_1_to_the_last(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(MovingAverage, "update", lambda self, model, step, steps: told.append((step, steps)))
-    fitted(tmp_path)
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_a_run_without_an_average_saves_what_it_always_did(tmp_path):
-    run = RunDirectory(tmp_path)
-    save = lambda state, epoch, score: torch.save({"model": state}, run.best_path)  # noqa: E731
-    train(classifier(), task(), Settings(lr=1e-3), run, write_best=save, log=lambda line: None)
-    assert "average" not in state_of(run)
+    assert (whole - losses(model, task(some_texts(classes=3)))).min() > 1e-3

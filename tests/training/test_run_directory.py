@@ -1,4 +1,4 @@
-"""run_directory.py: a run's folder is its own, and its lock lives as long as the process that trains it."""
+"""The folder of a run: it belongs to one process, and its lock lives as long as that process."""
 
 from __future__ import annotations
 

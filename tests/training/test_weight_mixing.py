@@ -1,12 +1,12 @@
-"""wise_ft.py: the mixture against the formula in float64, its ends bit for bit."""
+"""Mixed weights against the formula in float64; both ends equal bit for bit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from conftest import tiny_llama
 from minillama.training.weight_mixing import interpolate
+from models import tiny_llama
 
 ENDS = [tiny_llama(seed=seed, causal=True).state_dict() for seed in (1, 2)]
 
