@@ -1,24 +1,28 @@
-"""Where tests find real files, and tiny seeded models."""
+"""Where tests find real files, and the fixtures that several test files need."""
 
 from __future__ import annotations
 
-import json
-import random
-import shlex
+import base64
+import http.server
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+
+from fitting import Fit
+from minillama.formats.tokenizer_json import write_huggingface_tokenizer
+from minillama.formats.tokenizers import LLAMA3_PATTERN
+from models import some_stories
+from prepare_submit import CODE, required_outputs
+from programs import Command, GenerateCommand, PretrainCommand, writes
+from run_llama import main
+from small_mirror import BODY, LABELS, WEIGHTS, Handler
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from config import LlamaConfig  # noqa: E402
-from llama import Llama  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-
 CONFORMANCE = ROOT / "tests" / "conformance"
 ASSETS = ROOT.parent / "shared" / "assets"
 # Where fetch_data.py puts a file, by where a mirror has it.
@@ -43,72 +47,9 @@ def asset() -> Callable[[str], Path]:
     return find_asset
 
 
-def tiny_config(**changes: object) -> LlamaConfig:
-    sizes: dict = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}
-    return LlamaConfig(**(sizes | changes))
-
-
-def tiny_llama(seed: int = 0, **changes: object) -> Llama:
-    """A small model with weights large enough for its parts to matter."""
-    torch.manual_seed(seed)
-    model = Llama(tiny_config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def some_stories(count: int, seed: int = 0, words: int = 40) -> list[str]:
-    """Documents that are easy to learn: sentences of one pattern, drawn from few words."""
-    draw = random.Random(seed).choice
-    sentence = lambda: f"the {draw(ADJECTIVES)} {draw(ANIMALS)} {draw(VERBS)} the {draw(ADJECTIVES)} {draw(ANIMALS)}."  # noqa: E731
-    return [" ".join(sentence() for _ in range(words // 6)) for _ in range(count)]
-
-
-ADJECTIVES = "big small red happy quiet old young funny brave gentle".split()
-ANIMALS = "cat dog bird fox owl mouse bear frog horse goat".split()
-VERBS = "saw liked chased found helped met heard missed".split()
-
-
-class Program:
-    """Runs `run_llama.py` in a folder, by its main function."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys = folder, capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        """(exit code, stdout, stderr)"""
-        from run_llama import main
-
-        self.capsys.readouterr()
-        try:
-            code = main(list(map(str, arguments)))
-        except SystemExit as exit:
-            code = exit.code
-        return code, *self.capsys.readouterr()
-
-    def metrics(self, run_dir: str = "run") -> list[dict]:
-        """What the run tells of each epoch, but for the time it took."""
-        lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
-
-    def files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
-
-
-def next_command(err: str) -> list[str]:
-    """The arguments of the command that a run ends with, which says what its model is for."""
-    told = err.rstrip().splitlines()[-1]
-    python, script, *arguments = shlex.split(told.removeprefix("next "))
-    assert told.startswith("next ") and python == "python" and Path(script).resolve() == ROOT / "run_llama.py"
-    return arguments
-
-
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 320 pieces, made by `--option tokenizer` from a few hundred lines."""
-    from run_llama import main
-
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(some_stories(300, seed=1, words=12)), encoding="utf-8")
     path = folder / "small.model"
@@ -131,3 +72,154 @@ def any_tokenizer(request: pytest.FixtureRequest, asset: Callable[[str], Path]) 
         pytest.importorskip("tiktoken", reason="needs tiktoken: pip install tiktoken")
     path = ROOT / "data" / "mini-llama.model" if request.param == "bundled" else asset(request.param)
     return Tokenizer(tokenizer_model=path)
+
+
+@pytest.fixture
+def command(asset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
+
+
+@pytest.fixture
+def command_of_words(command):
+    """`command` whose labels are words of one token each."""
+    writes("names.json", '["in", "of"]')(command.folder)
+    return command
+
+
+@pytest.fixture
+def pretrain_command(small_tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return PretrainCommand(tmp_path, small_tokenizer, capsys)
+
+
+class BrokenFinder:
+    """Has the import of one package fail with an error."""
+
+    def __init__(self, package, error):
+        self.package, self.error = package, error
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.package:
+            raise self.error
+        return None
+
+
+def break_package(monkeypatch, package, error):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [BrokenFinder(package, error), *sys.meta_path])
+
+
+@pytest.fixture
+def fit(tmp_path):
+    return Fit(tmp_path)
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.fixture(scope="module")
+def tokenizers(asset, tmp_path_factory):
+    """A tokenizer of a kind, opened once."""
+    opened = {}
+
+    def of(kind):
+        if kind not in opened:
+            if kind == "huggingface":
+                path = tmp_path_factory.mktemp("huggingface")
+                write_huggingface_tokenizer(Tokenizer(tokenizer_model=ROOT / "data/mini-llama.model"), path)
+                path = path / "tokenizer.json"
+            else:
+                names = {"llama3": "tokenizers/llama3_tokenizer.model", "gpt2": "tokenizers/gpt2_encoder.json"}
+                path = asset(names.get(kind, "course/tokenizer.model"))
+            opened[kind] = Tokenizer(tokenizer_model=path)
+        return opened[kind]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def llama3_elsewhere(asset):
+    """Llama 3's ranks in the tokenizers library: all pairs that make a token, by its rank."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    rows = [row.split() for row in asset("tokenizers/llama3_tokenizer.model").read_bytes().splitlines()]
+    vocab = {"".join(letters[b] for b in base64.b64decode(token)): int(rank) for token, rank in rows}
+    pairs = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    pairs.sort(key=lambda pair: vocab["".join(pair)])
+    independent = Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    independent.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    independent.decoder = decoders.ByteLevel()
+    return independent
+
+
+@pytest.fixture
+def generate_command(small_tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return GenerateCommand(tmp_path, small_tokenizer, capsys)
+
+
+@pytest.fixture
+def mirror(tmp_path) -> Path:
+    root = tmp_path / "mirror"
+    (root / "course" / "data").mkdir(parents=True)
+    (root / "course/data/train.txt").write_bytes(BODY)
+    (root / "course/data/labels.json").write_bytes(LABELS)
+    (root / "course/tokenizer.model").write_bytes(b"pieces")
+    (root / "model.pt").write_bytes(WEIGHTS)  # the other spot a mirror may use
+    return root
+
+
+@pytest.fixture
+def server(mirror):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.root, server.mode, server.ranges, server.sent = mirror, "", [], []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def into(tmp_path) -> Path:
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    return folder
+
+
+SENTENCES = ["A warm , funny film .", "No ||| one goes\u2028unindicted here .", "Na\u00efve\x85."]
+
+
+MORE_CODE = ("config.py", "minillama/__init__.py", "minillama/text/batches.py")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A complete project with the source data of all four prediction pairs."""
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "minillama" / "text" / "__pycache__").mkdir(parents=True)
+    (folder / "minillama" / "text" / "__pycache__" / "batches.pyc").write_bytes(b"\0")
+    for name in (*CODE, *MORE_CODE):
+        (folder / name).write_text(f'"""{name}"""\n')
+    for name in required_outputs():
+        write_rows(folder / name, SENTENCES)
+    for corpus in ("sst", "cfimdb"):
+        for split in ("dev", "test"):
+            write_rows(folder / "data" / f"{corpus}-{split}.txt", SENTENCES, label=0)
+    return folder
+
+
+def write_rows(path: Path, sentences: list[str], label: int = 1) -> None:
+    path.write_bytes("".join(f"{label} ||| {sentence}\n" for sentence in sentences).encode())

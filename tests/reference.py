@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,3 +88,59 @@ def logits(state: dict[str, Tensor], config: LlamaConfig, ids: Tensor) -> Tensor
             x[t] = row + state[f"{name}.feed_forward.w2.weight"] @ (gate * gate.sigmoid() * up)
     rows = [norm(row, state, "norm", config.norm, config.layer_norm_eps) for row in x]
     return torch.stack(rows) @ state["output.weight"].T
+
+
+def brute_force(model, documents, window, stride):
+    """Token by token in float64: each sees what its window has before it, and no other token is ever beside it."""
+    nats = count = 0
+    for ids in documents:
+        for t in range(1, len(ids)):
+            start = 0  # of the first window that reaches this token
+            while start + window < t:
+                start += stride
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:t]]))[0][0, -1].double()
+            nats -= logits.log_softmax(-1)[ids[t]].item()
+            count += 1
+    return nats, count
+
+
+def llama2c_arrays(seed: int = 0, untied: bool = False, n_heads: int = 4, n_kv_heads: int = 2) -> dict:
+    """Sizes and random weights as llama2.c calls them; each weight with a leading layer axis."""
+    dim, hidden, layers, vocab, seq = 16, 20, 2, 11, 6
+    kv = dim // n_heads * n_kv_heads
+    shapes = {
+        "embedding": (vocab, dim),
+        "att_norm": (layers, dim),
+        "wq": (layers, dim, dim),
+        "wk": (layers, kv, dim),
+        "wv": (layers, kv, dim),
+        "wo": (layers, dim, dim),
+        "ffn_norm": (layers, dim),
+        "w1": (layers, hidden, dim),
+        "w2": (layers, dim, hidden),
+        "w3": (layers, hidden, dim),
+        "norm": (dim,),
+    }
+    if untied:
+        shapes["classifier"] = (vocab, dim)
+    generator = np.random.default_rng(seed)
+    arrays = {name: generator.standard_normal(shape).astype("<f4") for name, shape in shapes.items()}
+    return {"sizes": (dim, hidden, layers, n_heads, n_kv_heads, vocab, seq), "arrays": arrays}
+
+
+def v0_bytes(sizes, arrays) -> bytes:
+    *others, vocab, seq = sizes
+    header = struct.pack("<7i", *others, -vocab if "classifier" in arrays else vocab, seq)
+    unread_tables = np.full(seq * sizes[0] // sizes[3], np.nan, dtype="<f4")
+    order = ("embedding", "att_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3", "norm")
+    body = b"".join(arrays[name].tobytes() for name in order) + unread_tables.tobytes()
+    return header + body + (arrays["classifier"].tobytes() if "classifier" in arrays else b"")
+
+
+def v1_bytes(sizes, arrays, version: int = 1) -> bytes:
+    header = struct.pack("<Ii7iB", 0x616B3432, version, *sizes, "classifier" not in arrays).ljust(256, b"\0")
+    order = ["att_norm", "ffn_norm", "norm", "embedding", "wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+    if "classifier" in arrays:
+        order.append("classifier")
+    return header + b"".join(arrays[name].tobytes() for name in order)

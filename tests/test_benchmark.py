@@ -1,3 +1,5 @@
+"""benchmark.py: the table, the JSON line, and the measurements behind them."""
+
 from __future__ import annotations
 
 import json
@@ -5,9 +7,8 @@ import json
 import pytest
 
 import benchmark
-from conftest import tiny_llama
-from minillama.benchmarks import decoding as decoding_speed
 from minillama.formats.checkpoint import write_checkpoint
+from models import tiny_llama
 
 
 @pytest.fixture
@@ -52,33 +53,3 @@ def test_a_missing_file_is_named(arguments, capfd):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main([*arguments, "--train", "none.txt"])
     assert "benchmark.py: error: none.txt: no such data file" in capfd.readouterr().err
-
-
-def test_rates_and_ratios_of_generation_are_those_of_the_measurements():
-    steps = {"first_token_seconds": 2.0, "prefill_seconds": 0.5, "decode_seconds": 0.01, "decode_16_seconds": 0.04}
-    steps |= {"early_seconds": 0.01, "late_seconds": 0.012, "weight_bytes": 10**8, "ceiling": 2e10, "threads": 2}
-    slower = {name: 2 * value if name.endswith("_seconds") else value for name, value in steps.items()}
-    table, ratios = decoding_speed.summary({"ours": [steps, steps], "transformers": [slower, slower]})
-    assert table["ours"] == pytest.approx(
-        {
-            "first_token_seconds": 2.0,
-            "prefill_tokens_a_second": 1024.0,
-            "tokens_a_second": 100.0,
-            "tokens_a_second_of_16_rows": 400.0,
-            "position_1000_against_10": 1.2,
-            "of_the_bandwidth": 0.5,
-        }
-    )
-    assert set(ratios.values()) == {2.0} and len(ratios) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("contender", ["ours", "ours-int8", "transformers-bf16"])
-def test_a_way_to_generate_is_measured_in_its_process(tmp_path, capsys, contender):
-    pytest.importorskip("transformers")
-    decoding_speed.write_random_model(tmp_path, 0)
-    capsys.readouterr()
-    assert benchmark.main(["generate", "--contender", contender, "--pretrained-model-path", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["decode_seconds"] < found["decode_16_seconds"] < 16 * found["decode_seconds"]
-    assert found["first_token_seconds"] > 0 and found["weight_bytes"] > 41e6

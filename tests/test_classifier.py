@@ -1,3 +1,5 @@
+"""Classifiers: the same scores alone and in a batch; prompts and calibration against brute force."""
+
 from __future__ import annotations
 
 import copy
@@ -8,11 +10,12 @@ import pytest
 import torch
 
 from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, LlamaZeroShotClassifier
-from conftest import CONFORMANCE, ROOT, tiny_llama
+from conftest import CONFORMANCE, ROOT
 from llama import load_pretrained
 from lora import apply_lora
 from minillama.text.batches import cut_in_batches, pad, to_batch, tokenize_rows
 from minillama.text.labelled import Row, read_rows
+from models import tiny_llama
 from tokenizer import Tokenizer
 
 NAMES = ["x", "yx", "yz", "yxz"]

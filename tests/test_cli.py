@@ -1,10 +1,8 @@
-"""The command line as its user meets it: what the options do, what is printed where, and what bad input gets."""
+"""The command line: scores and predictions of each option, warnings, help, and Ctrl-C."""
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import signal
 import struct
@@ -16,310 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CONFORMANCE, ROOT, next_command, tiny_llama
-from llama import load_pretrained
-from lora import lora_layers
-from minillama.formats import files
-from minillama.formats.adapters import read_adapter
+from conftest import CONFORMANCE, ROOT
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.layers import precision
 from minillama.text.labelled import read_rows
-from minillama.training import classification as tasks
 from minillama.training import loop as training
 from minillama.training.regularizers import Smart
-from minillama.training.run_directory import locked
+from models import tiny_llama
+from programs import OUTPUT_NAMES, next_command, outputs, writes
 from run_llama import main
-
-OPTIONS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
-BEFORE = "from an earlier run\n"
-
-
-def outputs(option):
-    return [f"{split}-{OPTIONS[option]}-output.txt" for split in ("dev", "test")]
-
-
-class Command:
-    """A folder with small data and a small model; runs `run_llama.py` in it, with options that later ones override."""
-
-    def __init__(self, folder, tokenizer, capsys):
-        self.folder, self.capsys = folder, capsys
-        lines = [f"{i % 2} ||| {'a bad dull film' if i % 2 == 0 else 'one good day'} {i}" for i in range(12)]
-        for split in ("train", "dev", "test"):
-            (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (folder / "names.json").write_text('["bad", "good"]', encoding="utf-8")
-        (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-        model = tiny_llama(vocab_size=512, max_seq_len=64)
-        write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
-
-    def __call__(self, option, *more):
-        """(exit code, stdout, stderr)"""
-        fixed = ["--pretrained-model-path", "model.pt", "--tokenizer", "tokenizer.model", "--label-names", "names.json"]
-        fixed += ["--epochs", "1", "--lr", "0.001", "--batch_size", "5", "--max_new_tokens", "5"]
-        for split in ("train", "dev", "test"):
-            fixed += [f"--{split}", f"{split}.txt"]
-        if option in OPTIONS:
-            fixed += ["--dev_out", outputs(option)[0], "--test_out", outputs(option)[1]]
-        self.capsys.readouterr()
-        try:
-            code = main(["--option", option, *fixed, *more])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *self.capsys.readouterr()
-
-    def files(self):
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def command(asset, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    return Command(tmp_path, asset("stories260K/tok512.model"), capsys)
-
-
-# Bad input: (what it is, option, further arguments, what to write beforehand, what the line must name)
-
-
-def text(name, content):
-    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
-
-
-def content(name, data):
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def removed(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def made_folder(name):
-    def change(folder):
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return change
-
-
-def cut_short(name, share):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[: int(share * 1e5)])
-
-
-def poisoned(folder):
-    saved = torch.load(folder / "model.pt", weights_only=True)
-    saved["model"]["layers.0.attention.compute_key.weight"][1, 2] = torch.nan
-    torch.save(saved, folder / "model.pt")
-
-
-class Code:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
-
-
-def with_code(folder):
-    torch.save({"model": Code(), "model_args": {}}, folder / "model.pt")
-
-
-def long_names(folder):
-    (folder / "long.json").write_text(json.dumps(["a" * 200, "b"]), encoding="utf-8")
-
-
-def another_vocabulary(folder):
-    model = tiny_llama(vocab_size=500)
-    write_checkpoint(folder / "model.pt", model.state_dict(), model.config)
-
-
-FILES = {"train": "train.txt", "dev": "dev.txt", "test": "test.txt", "labels": "names.json"}
-FILES |= {"checkpoint": "model.pt", "tokenizer": "tokenizer.model"}
-DATA = [name for name in FILES.values() if name.endswith((".txt", ".json"))]
-BAD = [
-    *((f"{what} missing", "finetune", [], removed(name), name) for what, name in FILES.items()),
-    *((f"{what} empty", "finetune", [], content(name, b""), name) for what, name in FILES.items()),
-    *((f"{what} a folder", "finetune", [], made_folder(name), name) for what, name in FILES.items()),
-    *((f"{name} not UTF-8", "lora", [], content(name, b"0 ||| \xe4\n"), f"{name}, line 1: not UTF-8") for name in DATA),
-    *(
-        (f"{name} {what}", option, [], text(name, line), message)
-        for option, name in (("finetune", "train.txt"), ("prompt", "dev.txt"), ("lora", "test.txt"))
-        for what, line, message in (
-            ("without separator", "0 ||| a\n1 b\n", f'{name}, line 2: no " ||| "'),
-            ("label no integer", "0 ||| a\nfine ||| b\n", f"{name}, line 2: label 'fine'"),
-            ("label outside", "0 ||| a\n2 ||| b\n", f"{name}, line 2: label '2' is none of 0 to 1"),
-            ("empty sentence", "0 ||| a\n1 ||| \n0 ||| c\n", f"{name}, line 2: the sentence is empty"),
-        )
-    ),
-    ("labels not of this data", "finetune", [], text("names.json", json.dumps(list("abcde"))), "labels 0, 1"),
-    ("labels no list", "prompt", [], text("names.json", '{"bad": 0}'), "names.json should be a JSON list"),
-    ("checkpoint cut short", "finetune", [], cut_short("model.pt", 0.5), "model.pt"),
-    ("checkpoint unknown", "generate", [], content("model.pt", bytes(range(256)) * 9), "model.pt is no checkpoint"),
-    ("checkpoint a text", "prompt", [], text("model.pt", "hello"), "model.pt is no checkpoint"),
-    ("checkpoint of another vocabulary", "generate", [], another_vocabulary, "vocabulary of 500"),
-    ("checkpoint with NaN", "lora", [], poisoned, "layers.0.attention.compute_key.weight holds NaN"),
-    ("checkpoint with code", "finetune", [], with_code, "model.pt is refused"),
-    ("plain pickle with code", "generate", [], content("model.pt", pickle.dumps(Code())), "model.pt is refused"),
-    ("checkpoint of no kind", "generate", ["--pretrained-model-path", "names.json"], None, "names.json is no check"),
-    ("tokenizer no SentencePiece", "generate", [], text("tokenizer.model", "x"), "tokenizer.model is no SentencePiece"),
-    *(
-        (f"{flag} {value}", option, [flag, value], None, f"argument {flag}: {value!r} is not allowed")
-        for flag, option, values in (
-            ("--epsilon", "generate", ("-0.1", "1", "2", "nan", "x")),
-            ("--temperature", "generate", ("-1", "inf", "nan", "warm")),
-            ("--max_new_tokens", "generate", ("-1", "1.5")),
-            ("--batch_size", "prompt", ("0", "-3", "2.5")),
-            ("--lora_rank", "lora", ("0", "-1")),
-            ("--lora_alpha", "lora", ("0", "-1")),
-            ("--lora_plus", "lora", ("0", "-16", "inf")),
-            ("--epochs", "finetune", ("0", "-1", "x")),
-            ("--lr", "finetune", ("0", "-0.001", "nan", "inf")),
-            ("--hidden_dropout_prob", "finetune", ("1", "-0.1")),
-            ("--max_sentence_len", "prompt", ("0",)),
-            ("--seed", "generate", ("-1", "1.5", str(1 << 63))),
-        )
-        for value in values
-    ),
-    ("an unknown option", "guess", [], None, "invalid choice: 'guess'"),
-    ("an unknown flag", "generate", ["--temprature", "1"], None, "--temprature"),
-    ("an unknown target", "lora", ["--lora_targets", "q_proj"], None, "--lora_targets: invalid choice: 'q_proj'"),
-    ("no target", "lora", ["--lora_targets"], None, "argument --lora_targets: expected at least one argument"),
-    *(
-        (f"{flags[0]} without LoRA", option, flags, None, f"{flags[0]} belongs to --option lora; leave it out")
-        for option, *flags in (
-            ("finetune", "--dora"),
-            ("generate", "--rslora"),
-            ("prompt", "--lora_plus", "16"),
-            ("finetune", "--lora_targets", "all"),
-        )
-    ),
-    ("an unknown dtype", "generate", ["--dtype", "int8"], None, "invalid choice: 'int8'"),
-    ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
-    ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
-    ("a minimum above", "lora", ["--min_lr", "1"], None, "--min_lr 1 is above --lr 0.001"),
-    ("a file for a run", "lora", ["--run_dir", "train.txt"], None, "train.txt is a file; --run_dir takes a folder"),
-    ("shards in fp16", "lora", ["--fsdp", "--dtype", "fp16"], None, "--fsdp does not go with --dtype fp16"),
-    ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),
-    ("a regularizer of shards", "lora", ["--smart", "1", "--fsdp"], None, "--smart does not go with --fsdp"),
-    ("a regularizer compiled", "finetune", ["--r_drop", "1", "--compile"], None, "--r_drop does not go with --compile"),
-    ("a regularizer of nothing", "prompt", ["--bregman", "1"], None, "--bregman belongs to --option finetune, lora"),
-    (
-        "two masks of no dropout",
-        "finetune",
-        ["--r_drop", "1", "--dropout", "0", "--hidden_dropout_prob", "0"],
-        None,
-        "--r_drop compares two dropout masks",
-    ),
-    ("a template without a sentence", "prompt", ["--template", "It was"], None, "must have {sentence} once"),
-    ("a template of two", "prompt", ["--template", "{sentence} {sentence}"], None, "must have {sentence} once"),
-    (
-        "a template with a slip",
-        "prompt",
-        ["--template", "{sentence} {label}"],
-        None,
-        "--template has {label}; it takes",
-    ),
-    ("a template too long", "prompt", ["--template", "{sentence}" + " so" * 99], None, "no room for a sentence"),
-    ("one label word", "prompt", ["--label_words", "good"], None, "argument --label_words: 'good' is not allowed"),
-    ("an empty label word", "prompt", ["--label_words", "good,,bad"], None, "'good,,bad' is not allowed"),
-    ("a label word twice", "prompt", ["--label_words", "good, good"], None, "'good, good' is not allowed"),
-    (
-        "words for other classes",
-        "prompt",
-        ["--label_words", "a,b,c"],
-        None,
-        "has 3 words, names.json 2 classes (bad, g",
-    ),
-    ("no such calibration", "prompt", ["--calibrate", "yes"], None, "invalid choice: 'yes'"),
-    (
-        "calibrated padding",
-        "prompt",
-        ["--calibrate", "pmi", "--pooling", "last_column"],
-        None,
-        "leave out --calibrate pmi, or --pooling",
-    ),
-    *(
-        (f"{flag} of {option}", option, [flag, value, *more], None, f"{flag} belongs to --option prompt{also}; leave")
-        for option in ("finetune", "generate")
-        for flag, value, also, more in (
-            ("--calibrate", "pmi", "", ["--head", "prompt"]),
-            ("--template", "{sentence} so", " and to --head prompt of finetune and lora", []),
-            ("--label_words", "a,b", " and to --head prompt of finetune and lora", []),
-        )
-    ),
-    ("a fold of no file", "prompt", ["--dev", "#fold=3"], None, "'#fold=3' names no file and fold"),
-    ("a fold of a text file", "prompt", ["--dev", "dev.txt#fold=3"], None, "dev.txt has no column beside label and"),
-    ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
-    ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),
-    ("labels that begin alike", "lora", ["--head", "prompt"], text("names.json", '["awful", "average"]'), "same token"),
-    ("one file for both", "prompt", ["--test_out", "./dev-prompting-output.txt"], None, "test-prompting-output.txt"),
-    *(
-        (f"{option} {flag} {name}", option, [flag, name], None, f"{flag} is {name}; for --option {option}")
-        for option in OPTIONS
-        for flag in ("--dev_out", "--test_out")
-        for name in ("out.txt", "x-advanced-output.txt")
-    ),
-    *(
-        (f"{option} writes {flag} {name}", option, [flag, name], None, message)
-        for option, flag, name, message in (
-            ("prompt", "--dev_out", "none/dev-prompting-output.txt", "there is no folder none"),
-            ("lora", "--test_out", "/proc/test-lora-output.txt", "/proc/test-lora-output.txt cannot be written"),
-            ("generate", "--generated_sentence_low_temp_out", "none/low.txt", "there is no folder none"),
-        )
-    ),
-]
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("what, option, more, change, message", BAD, ids=[case[0] for case in BAD])
-def test_bad_input_gets_one_line_and_touches_nothing(command, what, option, more, change, message):
-    if change:
-        change(command.folder)
-    for name in [*outputs("prompt"), *outputs("lora"), *outputs("finetune"), "finetune-1-0.001.pt"]:
-        (command.folder / name).write_text(BEFORE, encoding="utf-8")
-    before = command.files()
-    code, out, err = command(option, *more)
-    errors = [line for line in err.splitlines() if "error" in line]
-    assert code == 2 and out == "" and "Traceback" not in err
-    assert len(errors) == 1 and err.splitlines()[-1] == errors[0]
-    assert errors[0].startswith("run_llama.py: error: ") and message in errors[0]
-    assert command.files() == before  # the file "ran" is not there either
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("option", ["generate", "finetune"])
-def test_use_gpu_without_cuda_says_so(command, option):
-    before = command.files()
-    code, out, err = command(option, "--use_gpu")
-    assert (code, out) == (2, "") and command.files() == before
-    assert (
-        err
-        == "run_llama.py: error: cuda: no CUDA device is available here; leave out --use_gpu, or give --device cpu\n"
-    )
-
-
-def test_an_output_folder_without_permission(command):
-    locked = command.folder / "locked"
-    locked.mkdir()
-    locked.chmod(0o500)
-    if os.access(locked, os.W_OK):
-        pytest.skip("this user may write everywhere")
-    code, _, err = command("prompt", "--dev_out", "locked/dev-prompting-output.txt")
-    assert code == 2 and "locked/dev-prompting-output.txt cannot be written" in err
-
-
-def test_a_write_that_fails_at_the_end_leaves_the_old_file(command, monkeypatch):
-    """What `check_writable` cannot foresee: the disk is full when the predictions are written."""
-    old = command.folder / outputs("prompt")[0]
-    old.write_text(BEFORE, encoding="utf-8")
-    before = command.files()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    code, _, err = command("prompt")
-    assert code == 2 and err.endswith("No space left on device\n") and command.files() == before
-
 
 # Warnings
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OUTPUT_NAMES)
 def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, option):
     for split in ("train", "dev", "test"):
         path = command.folder / f"{split}.txt"
@@ -337,9 +45,9 @@ def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, opt
 
 
 def test_a_class_without_a_row_is_warned_of(command):
-    text("names.json", '["bad", "fair", "good"]')(command.folder)
+    writes("names.json", '["bad", "fair", "good"]')(command.folder)
     for split in ("train", "dev", "test"):
-        text(f"{split}.txt", "0 ||| a\n2 ||| b\n")(command.folder)
+        writes(f"{split}.txt", "0 ||| a\n2 ||| b\n")(command.folder)
     code, _, err = command("finetune")
     assert code == 0 and "warning: train.txt has no row of fair" in err
 
@@ -352,7 +60,7 @@ def test_a_prompt_that_outgrows_the_context_is_warned_of(command):
 # What the options do
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OUTPUT_NAMES)
 @pytest.mark.parametrize("pooling", ["last_token", "last_column"])
 def test_an_option_prints_scores_and_writes_predictions(command, option, pooling):
     before = set(command.files())
@@ -398,7 +106,7 @@ def test_fine_tuning_learns_and_predicts_with_the_best_model(command):
 @pytest.mark.parametrize("option", ["finetune", "lora"])
 def test_the_prompt_head_starts_as_the_zero_shot_classifier_and_learns(command, option):
     """With steps of no size it predicts what --option prompt does, for labels of one token."""
-    text("names.json", '["in", "of"]')(command.folder)
+    writes("names.json", '["in", "of"]')(command.folder)
     assert command("prompt", "--dtype", "fp32")[0] == 0
     zero_shot = [(command.folder / name).read_bytes() for name in outputs("prompt")]
     assert len({line[:1] for line in zero_shot[0].splitlines()}) == 2  # it does tell rows apart
@@ -503,10 +211,10 @@ def test_prompts_take_a_template_words_and_calibration(command):
 
 def test_tables_with_folds_and_words_for_labels_are_read_by_every_option(command):
     lines = [f"{'neg' if i % 2 else 'pos'}\tf{i % 3}\t{'a bad film' if i % 2 else 'a good day'} {i}" for i in range(18)]
-    text("all.tsv", "\n".join(lines))(command.folder)
-    text("names.json", '{"neg": "bad", "pos": "good"}')(command.folder)
+    writes("all.tsv", "\n".join(lines))(command.folder)
+    writes("names.json", '{"neg": "bad", "pos": "good"}')(command.folder)
     files = ["--train", "all.tsv#fold=f[01]", "--dev", "all.tsv#fold=f2", "--test", "all.tsv#fold=f2"]
-    for option in OPTIONS:
+    for option in OUTPUT_NAMES:
         code, out, err = command(option, *files)
         assert code == 0 and out.count("(6 rows)") == 2
     written = (command.folder / outputs("lora")[0]).read_text(encoding="utf-8").splitlines()
@@ -520,7 +228,7 @@ def test_prompt_reads_no_training_data(command):
     assert command("prompt")[0] == 0
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OUTPUT_NAMES)
 def test_the_same_seed_gives_the_same_output(command, option):
     def result():
         code, out, _ = command(option, "--seed", "5")
@@ -599,222 +307,6 @@ def test_a_llama2c_file_of_ones_runs(command):
     (command.folder / "ones.bin").write_bytes(struct.pack("<7i", *sizes) + np.ones(floats, "<f4").tobytes())
     code, out, err = command("generate", "--pretrained-model-path", "ones.bin", "--temperature", "0")
     assert code == 0 and "(llama2.c v0)" in err and "RMSNorm, causal" in err
-
-
-# The run's folder
-
-
-def test_a_run_leaves_options_metrics_log_and_checkpoints(command):
-    assert command("lora", "--run_dir", "runs/a", "--epochs", "2")[0] == 0
-    run = command.folder / "runs" / "a"
-    found = {path.name for path in run.iterdir()}
-    assert {"options.json", "metrics.jsonl", "log.txt", "last.pt", "best.pt"} <= found
-    saved = json.loads((run / "options.json").read_text(encoding="utf-8"))
-    assert saved["options"]["epochs"] == 2 and saved["options"]["dtype"] != "auto"
-    assert saved["versions"]["torch"] == torch.__version__
-    assert len((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * 3 + 2 + 1
-    assert "confusion matrix" in (run / "log.txt").read_text(encoding="utf-8")
-    commit = saved["versions"]["commit"]
-    assert commit is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", commit)
-    best = (command.folder / "lora-2-0.001.pt").read_bytes()
-    assert best == (run / "best.pt").read_bytes()
-
-    code, _, err = command("lora", "--run_dir", "runs/a")
-    assert code == 2 and "runs/a holds a run; add --resume" in err
-    assert (command.folder / "lora-2-0.001.pt").read_bytes() == best
-
-
-def last_scores(run):
-    """The last line of the metrics."""
-    return json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-
-
-def test_a_run_ends_with_the_scores_that_were_printed_and_resuming_adds_none(command):
-    code, out, err = command("finetune", "--run_dir", "run", "--epochs", "2")
-    assert code == 0
-    run = command.folder / "run"
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    scores = json.loads(lines[-1])
-    for split, printed in zip(("dev", "test"), out.splitlines(), strict=True):
-        told = [scores[f"{split}_{name}"] for name in ("accuracy", "macro_f1", "loss")]
-        assert printed == "{} accuracy {:.3f}, macro-F1 {:.3f}, loss {:.4f} (12 rows)".format(split, *told)
-    assert (scores["step"], scores["final"]) == (6, True)
-    epochs = [line for line in map(json.loads, lines) if "train_loss" in line]
-    assert len(epochs) == 2 and scores["dev_loss"] == pytest.approx(
-        next(line for line in epochs if line["dev_accuracy"] == scores["dev_accuracy"])["dev_loss"], abs=1e-4
-    )
-    assert f"loss {epochs[0]['dev_loss']:.4f} (best so far)" in err
-    log = (run / "log.txt").read_text(encoding="utf-8")
-    assert log.endswith(f"\n{out}") and log.count("test accuracy") == 1
-    assert main(["--resume", "--run_dir", "run"]) == 0
-    assert (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() == lines
-
-
-def test_the_last_line_of_a_run_without_gold_labels_has_no_scores(command):
-    text("test.txt", "0 ||| a\n0 ||| b\n")(command.folder)
-    assert command("lora", "--run_dir", "run")[0] == 0
-    scores = last_scores(command.folder / "run")
-    assert scores["test_accuracy"] is scores["test_loss"] is None and scores["dev_accuracy"] is not None
-
-
-def test_a_lora_run_of_any_kind_leaves_an_adapter_that_is_read_as_what_it_was(command):
-    kind = ["--rslora", "--dora", "--lora_plus", "16", "--lora_targets", "mlp", "compute_key", "--lora_rank", "3"]
-    assert command("lora", *kind)[0] == 0
-    content = torch.load(command.folder / "lora-1-0.001.pt", weights_only=True)
-    base = load_pretrained(command.folder / "model.pt")
-    adapter = read_adapter(command.folder / "lora-1-0.001.pt", base.config)
-    assert (adapter.rank, adapter.alpha, adapter.rslora, adapter.dora) == (3, 1.0, True, True)
-    assert {name.split(".")[-2] for name in adapter.state} == {"w1", "w2", "w3", "compute_key"}
-    assert len(adapter.state) == 2 * 4 * 3
-    assert all(torch.equal(tensor, content["model"][f"llama.{name}"]) for name, tensor in adapter.state.items())
-    adapter.apply(base)
-    name, layer = next(lora_layers(base))
-    magnitude = layer.original_layer.weight.norm(dim=1)
-    assert not torch.equal(layer.lora_magnitude, magnitude) and layer.lora_B.any()
-    assert layer.scaling == pytest.approx(1 / 3**0.5)
-    code, out, _ = command("generate", "--adapter", "lora-1-0.001.pt", "--temperature", "0")
-    assert code == 0 and out
-
-
-def test_a_resumed_run_needs_no_option_twice_and_ends_the_same(command, monkeypatch):
-    assert command("finetune", "--run_dir", "whole", "--epochs", "3", "--hidden_dropout_prob", "0.4")[0] == 0
-    wanted = [(command.folder / name).read_bytes() for name in outputs("finetune")]
-    evaluations = []
-
-    def stops(*arguments, **settings):
-        evaluations.append(1)
-        if len(evaluations) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return evaluate(*arguments, **settings)
-
-    evaluate = tasks.evaluate
-    monkeypatch.setattr(tasks, "evaluate", stops)
-    code, out, err = command("finetune", "--run_dir", "runs/b", "--epochs", "3", "--hidden_dropout_prob", "0.4")
-    assert (code, out) == (143, "") and "go on with --resume --run_dir runs/b" in err
-    for name in outputs("finetune"):
-        (command.folder / name).unlink()
-    assert main(["--resume"]) == 0
-    _, err = command.capsys.readouterr()
-    assert "resumed at epoch 2, step 6, from runs/b" in err
-    assert [(command.folder / name).read_bytes() for name in outputs("finetune")] == wanted
-    whole, again = (torch.load(command.folder / d / "best.pt", weights_only=True) for d in ("whole", "runs/b"))
-    assert all(torch.equal(again["model"][name], tensor) for name, tensor in whole["model"].items())
-
-
-def test_resuming_with_an_option_that_contradicts_says_which(command):
-    assert command("finetune", "--run_dir", "a")[0] == 0
-    for more, wanted in (
-        (["--lr", "0.5"], "lr is 0.5, but a was started with 0.001"),
-        (["--option", "lora"], "option is lora, but a was started with finetune"),
-        (["--seed", "2"], "seed is 2, but a was started with 1337"),
-        (["--train", "dev.txt"], "train is dev.txt, but a was started with train.txt"),
-    ):
-        command.capsys.readouterr()
-        assert main(["--resume", "--run_dir", "a", *more]) == 2
-        assert f"run_llama.py: error: {wanted}" in command.capsys.readouterr().err
-    path = command.folder / "train.txt"
-    path.write_text(path.read_text(encoding="utf-8") + "1 ||| one more\n", encoding="utf-8")
-    assert main(["--resume", "--run_dir", "a", "--save_every", "7"]) == 2
-    assert "other training or dev rows" in command.capsys.readouterr().err
-
-
-def test_dtype_auto_goes_on_in_what_auto_was(command):
-    assert command("finetune", "--run_dir", "a", "--dtype", "auto")[0] == 0
-    assert main(["--resume", "--run_dir", "a", "--dtype", "auto"]) == 0
-
-
-def test_a_run_goes_on_whatever_the_parts_of_what_it_had_off_were_by_default_then(command):
-    assert command("finetune", "--run_dir", "a")[0] == 0
-    path = command.folder / "a" / "options.json"
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    saved["options"] |= {"smart_eps": 1e-5, "smart_step": 1e-3, "smart_noise": 1e-5}
-    path.write_text(json.dumps(saved), encoding="utf-8")
-    assert main(["--resume", "--run_dir", "a"]) == 0
-    saved["options"]["smart"] = 1.0
-    path.write_text(json.dumps(saved), encoding="utf-8")
-    assert main(["--resume", "--run_dir", "a", "--smart_eps", "1e-3"]) == 2
-    assert "smart_eps is 0.001, but a was started with 1e-05" in command.capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["last.pt", "last.json", "best.pt", "metrics.jsonl"])
-def test_a_run_starts_in_a_folder_without_parts_of_another(command, name):
-    (command.folder / "a").mkdir()
-    (command.folder / "a" / name).write_text("mine", encoding="utf-8")
-    status, _, err = command("finetune", "--run_dir", "a")
-    assert status == 2 and f"{name} is there already" in err
-    assert (command.folder / "a" / name).read_text(encoding="utf-8") == "mine"
-
-
-def test_damaged_options_are_told_in_one_line(command):
-    assert command("finetune", "--run_dir", "a")[0] == 0
-    for text in ("{", '{"options": 5}', "[]"):
-        (command.folder / "a" / "options.json").write_text(text, encoding="utf-8")
-        assert main(["--resume", "--run_dir", "a"]) == 2
-        assert "options.json is damaged" in command.capsys.readouterr().err
-
-
-def test_the_best_model_has_its_name_again_after_another_run_took_it(command):
-    assert (
-        command("finetune", "--run_dir", "a")[0] == 0 and command("finetune", "--run_dir", "b", "--seed", "2")[0] == 0
-    )
-    (named,) = command.folder.glob("finetune-*.pt")
-    assert main(["--resume", "--run_dir", "a"]) == 0
-    assert named.samefile(command.folder / "a" / "best.pt")
-
-
-def test_predictions_are_those_of_the_runs_own_model_whoever_took_its_other_name(command, monkeypatch):
-    def and_another_run_takes_the_name(source, target):
-        write_checkpoint(target, tiny_llama(seed=7, vocab_size=512).state_dict(), tiny_llama(vocab_size=512).config)
-
-    assert command("finetune", "--run_dir", "a")[0] == 0
-    wanted = [(command.folder / name).read_bytes() for name in outputs("finetune")]
-    monkeypatch.setattr(files, "link_or_copy", and_another_run_takes_the_name)
-    assert command("finetune", "--run_dir", "b")[0] == 0
-    assert [(command.folder / name).read_bytes() for name in outputs("finetune")] == wanted
-
-
-def test_a_run_that_is_still_going_is_not_resumed_and_nothing_changes(command):
-    assert command("finetune", "--run_dir", "runs/a")[0] == 0
-    folder = command.folder / "runs" / "a"
-    state = lambda: {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}  # noqa: E731
-    with locked(folder):
-        before, written = state(), command.files()
-        told = f"runs/a is still being trained by process {os.getpid()}; wait until it ends, or stop it"
-        for more in (["--run_dir", "runs/a"], []):
-            command.capsys.readouterr()
-            assert main(["--resume", *more]) == 2
-            assert command.capsys.readouterr().err == f"run_llama.py: error: {told}\n"
-        code, _, err = command("lora", "--run_dir", "runs/a")
-        assert code == 2 and err.splitlines()[-1] == f"run_llama.py: error: {told}"
-        assert (state(), command.files()) == (before, written)
-    assert main(["--resume"]) == 0
-
-
-@pytest.mark.parametrize("named", [[], ["--run_dir", "deep/mine"]], ids=["chosen", "named"])
-def test_a_run_that_fails_before_it_begins_leaves_no_folder(command, named):
-    (command.folder / "names.json").write_text('["bad"]', encoding="utf-8")
-    code, _, err = command("finetune", *named)
-    assert code == 2 and "names.json" in err
-    assert not (command.folder / "runs").exists() and not (command.folder / "deep").exists()
-
-
-def test_the_two_generated_sentences_go_to_two_files(command):
-    names = ["--generated_sentence_low_temp_out", "s.txt", "--generated_sentence_high_temp_out", "./s.txt"]
-    assert main(["--option", "generate", *names]) == 2
-    assert "both generated sentences would go to s.txt" in command.capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, wanted",
-    [
-        (["--resume"], "there is no run under runs to resume"),
-        (["--resume", "--run_dir", "none"], "none holds no run"),
-        (["--option", "prompt", "--run_dir", "a"], "--run_dir belongs to --option finetune, lora, pretrain"),
-    ],
-)
-def test_a_run_that_is_not_there_cannot_be_resumed(command, arguments, wanted):
-    ending = ["--dev_out", "dev-prompting-output.txt"]
-    assert main([*arguments, *ending]) == 2 and wanted in command.capsys.readouterr().err
 
 
 # The process

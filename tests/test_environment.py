@@ -1,255 +1,112 @@
-"""environment.py: which files a run takes where none were typed, and that it says so."""
+"""The environment of a run: packages that may be missing or broken, and the processes of the run."""
 
 from __future__ import annotations
 
-import json
-import os
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-import tokenizer as tokenizer_module
-from conftest import ROOT, tiny_llama
-from minillama.cli import loading as environment
-from minillama.cli.checks import check_options
-from minillama.cli.loading import display_path, fit_tokenizer, load_tokenizer, open_checkpoint, use_bundled_defaults
-from minillama.cli.options import parse_options
-from minillama.environment import Process, this_process
-from minillama.formats.checkpoint import write_checkpoint, write_safetensors
-from minillama.formats.tokenizer_json import write_huggingface_tokenizer
+from conftest import break_package
+from minillama.environment import PackageError, Process, optional_package, this_process
+from minillama.training.run_directory import RunDirectory
 from tokenizer import Tokenizer
 
-SPLITS = ("train", "dev", "test")
-WORDS = {"prompt": "prompting", "finetune": "finetuning", "lora": "lora"}
+ERRORS = [
+    ImportError("libfoo.so.1: cannot open\nshared object file"),
+    OSError("no shared library"),
+    AttributeError("module has no attribute 'x'"),
+    TypeError("Descriptors cannot be created directly"),
+    RuntimeError("no such thing"),
+    SystemExit("bye"),
+    ModuleNotFoundError("No module named 'protobuf'", name="protobuf"),
+]
 
 
-@pytest.fixture
-def resolve(tmp_path, monkeypatch, capsys):
-    """The options as run_llama.py takes them, in a folder with the files named, and what was told."""
-    monkeypatch.chdir(tmp_path)
-
-    def resolve(*arguments, there=()):
-        for name in there:
-            path = tmp_path / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("x", encoding="utf-8")
-        capsys.readouterr()
-        args, typed = parse_options(list(arguments))
-        args.processes = 1
-        use_bundled_defaults(args, typed)
-        check_options(args)
-        return args, capsys.readouterr().err.splitlines()
-
-    return resolve
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_whatever_a_broken_package_raises_becomes_one_line_with_the_command_to_type(error):
+    with pytest.raises(PackageError, match=r"^it needs p, and p is broken here \(.*\): pip install --force") as raised:
+        with optional_package("p", "it needs p"):
+            raise error
+    assert not raised.value.missing and "\n" not in str(raised.value) and type(error).__name__ in str(raised.value)
 
 
-COURSE = ["stories42M.pt", *(f"data/cfimdb-{split}.txt" for split in SPLITS), "data/cfimdb-label-mapping.json"]
-BUNDLED = str(ROOT / "data" / "mini-llama.safetensors")
-DEMO = {split: str(ROOT / "data" / f"demo-{split}.txt") for split in SPLITS}
+def test_a_missing_package_is_told_from_a_broken_one_and_some_errors_go_through():
+    with pytest.raises(PackageError, match=r"^it needs p: pip install p$") as raised:
+        with optional_package("p", "it needs p"):
+            raise ModuleNotFoundError("No module named 'p.q'", name="p.q")
+    assert raised.value.missing
+    with pytest.raises(KeyboardInterrupt, match="^$"), optional_package("p", "it needs p"):
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="^mine$"), optional_package("p", "it needs p", passes=(ValueError,)):
+        raise ValueError("mine")
 
 
-def data_of(args):
-    return {split: getattr(args, split) for split in SPLITS}
-
-
-# The model
-
-
-@pytest.mark.parametrize("option", ["generate", "prompt", "finetune", "lora", "perplexity"])
-def test_a_default_model_that_is_not_here_gives_way_to_the_bundled_one(resolve, option):
-    args, lines = resolve("--option", option, "--corpus", "a.txt", there=COURSE[1:])
-    assert args.pretrained_model_path == BUNDLED
-    assert lines == [f"stories42M.pt is not here (python fetch_data.py brings it); taking the bundled model, {BUNDLED}"]
-
-
-def test_a_default_model_that_is_here_is_taken(resolve):
-    for option in ("generate", "prompt", "finetune", "lora"):
-        args, lines = resolve("--option", option, there=COURSE)
-        assert args.pretrained_model_path == "stories42M.pt" and lines == []
-
-
-@pytest.mark.parametrize("name", ["mine.pt", "stories42M.pt"])
-def test_a_typed_model_never_gives_way(resolve, name):
-    args, lines = resolve("--option", "generate", "--pretrained-model-path", name)
-    assert args.pretrained_model_path == name and lines == []
-
-
-@pytest.mark.parametrize("option", ["pretrain", "tokenizer"])
-def test_a_new_model_needs_none(resolve, option):
-    args, lines = resolve("--option", option, "--corpus", "a.txt", "--model_out", "b.model2")
-    assert args.pretrained_model_path == "stories42M.pt" and lines == []
-
-
-# The data
-
-
-@pytest.mark.parametrize("option", WORDS)
-@pytest.mark.parametrize("there", [[], COURSE[1:3], COURSE[2:]])
-def test_default_data_that_is_not_all_here_gives_way_to_the_demo_data_together(resolve, option, there):
-    if option == "prompt" and there == COURSE[2:]:
-        pytest.skip("prompt needs no train; see below")
-    args, lines = resolve("--option", option, there=["stories42M.pt", *there])
-    assert data_of(args) == DEMO and args.label_names == str(ROOT / "data" / "demo-label-mapping.json")
-    assert all(os.path.exists(path) for path in [*DEMO.values(), args.label_names])
-    (line,) = lines
-    assert "is not here (python fetch_data.py brings it); taking the demo data" in line and "data/demo-*" in line
-    first = next(name for name in COURSE[1:] if name not in there and (option != "prompt" or "train" not in name))
-    assert line.startswith(f"{first} is not here")
-    assert (args.dev_out, args.test_out) == tuple(f"demo-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:])
-
-
-def test_prompting_needs_no_training_data_so_that_its_absence_changes_nothing(resolve):
-    args, lines = resolve("--option", "prompt", there=["stories42M.pt", *COURSE[2:]])
-    assert args.dev == "data/cfimdb-dev.txt" and lines == []
-    assert args.dev_out == "cfimdb-dev-prompting-output.txt"
-
-
-def test_label_names_that_are_not_here_are_missing_data_too(resolve):
-    args, lines = resolve("--option", "finetune", there=COURSE[:-1])
-    assert data_of(args) == DEMO and lines[0].startswith("data/cfimdb-label-mapping.json is not here")
-
-
-@pytest.mark.parametrize("option", WORDS)
-def test_the_courses_data_is_taken_where_it_is(resolve, option):
-    args, lines = resolve("--option", option, there=COURSE)
-    assert data_of(args) == {split: f"data/cfimdb-{split}.txt" for split in SPLITS} and lines == []
-    assert args.label_names == COURSE[-1]
-    assert (args.dev_out, args.test_out) == tuple(f"cfimdb-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:])
-
-
-OUTPUTS_WARNED_OF = (
-    "warning: predictions go to cfimdb-dev-finetuning-output.txt and cfimdb-test-finetuning-output.txt; --dev_out and "
-    "--test_out name others"
+TINY_JSON = (
+    '{"version": "1.0", "added_tokens": [{"id": 1, "content": "</s>", "special": true, "single_word": false, '
+    '"lstrip": false, "rstrip": false, "normalized": false}], '
+    '"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'
 )
 
 
-@pytest.mark.parametrize("typed", [*(f"--{split}" for split in SPLITS), "--label-names"])
-def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(resolve, typed):
-    args, lines = resolve("--option", "finetune", typed, "mine", there=["stories42M.pt"])
-    assert getattr(args, typed[2:].replace("-", "_")) == "mine"
-    left = {f"--{split}": f"data/cfimdb-{split}.txt" for split in SPLITS} | {"--label-names": COURSE[-1]}
-    del left[typed]
-    assert data_of(args) == {split: left.get(f"--{split}", "mine") for split in SPLITS}
-    defaults = ", ".join(f"{flag} {path}" for flag, path in left.items())
-    warnings = [f"warning: {defaults} by default: do they belong to the files you named?"]
-    if typed in ("--dev", "--test"):
-        warnings.append(OUTPUTS_WARNED_OF)
-    assert lines == warnings
+@pytest.mark.parametrize("package", ["tiktoken", "tokenizers"])
+@pytest.mark.parametrize("when", ["import", "use"])
+def test_a_tokenizer_whose_package_is_broken_is_refused_with_the_command_to_type(
+    tmp_path, monkeypatch, package, when, asset
+):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TINY_JSON, encoding="utf-8")
+    if package == "tiktoken":
+        path = asset("tokenizers/gpt2_encoder.json")
+    if when == "import":
+        break_package(monkeypatch, package, RuntimeError("built for another machine"))
+    else:
+
+        def fails(*_, **__):
+            raise RuntimeError("built for another machine")
+
+        monkeypatch.setitem(
+            sys.modules, package, SimpleNamespace(Encoding=fails, Tokenizer=SimpleNamespace(from_str=fails))
+        )
+    with pytest.raises(
+        ValueError, match=rf"{package} is broken here \(RuntimeError: built.*--force-reinstall {package}$"
+    ):
+        Tokenizer(tokenizer_model=path)
 
 
-def test_data_typed_in_full_is_not_warned_of(resolve):
-    def flags(option):
-        outputs = [f"d-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:]]
-        return ["--option", option, "--dev", "a", "--test", "b", "--label-names", "c"] + [
-            *("--dev_out", outputs[0], "--test_out", outputs[1])
-        ]
-
-    args, lines = resolve(*flags("prompt"), there=["stories42M.pt"])
-    assert (args.dev, args.test, args.label_names) == ("a", "b", "c") and lines == []
-    assert resolve(*flags("lora"))[1] == [
-        "warning: --train data/cfimdb-train.txt by default: do they belong to the files you named?"
-    ]
-    assert resolve(*flags("lora"), "--train", "d")[1] == []
+def test_a_bad_tokenizer_json_is_not_blamed_on_the_package(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": {"type": "none"}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="is no tokenizer.json that can be read"):
+        Tokenizer(tokenizer_model=path)
 
 
-def test_typed_outputs_stay(resolve):
-    args, _ = resolve("--option", "lora", "--dev_out", "my-dev-lora-output.txt")
-    assert (args.dev_out, args.test_out) == ("my-dev-lora-output.txt", "demo-test-lora-output.txt")
+@pytest.mark.parametrize("when", ["import", "making it", "first number"])
+def test_metrics_are_kept_without_tensorboard_and_a_broken_one_is_told_of_once(tmp_path, monkeypatch, capsys, when):
+    def fails(*_, **__):
+        raise TypeError("Descriptors cannot\nbe created directly")
+
+    if when == "import":
+        break_package(monkeypatch, "tensorboard", TypeError("Descriptors cannot\nbe created directly"))
+    else:
+        writer = SimpleNamespace(add_scalar=fails)
+        fake = ModuleType("torch.utils.tensorboard")
+        fake.SummaryWriter = fails if when == "making it" else lambda *_, **__: writer
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        run.metric(step, loss=0.5, name="x")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tensorboard is broken here (TypeError: Descriptors cannot be created directly)" in line
 
 
-def test_generating_reads_no_data_and_says_nothing_of_it(resolve):
-    args, lines = resolve("--option", "generate", there=["stories42M.pt"])
-    assert args.dev == "data/cfimdb-dev.txt" and lines == []
-
-
-def test_a_path_of_ours_is_told_as_one_would_type_it(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    assert display_path(ROOT / "data" / "demo-dev.txt") == "data/demo-dev.txt"
-    monkeypatch.chdir(tmp_path)
-    assert display_path(ROOT / "data" / "demo-dev.txt") == str(ROOT / "data" / "demo-dev.txt")
-
-
-# The tokenizer
-
-
-@pytest.fixture
-def folder(tmp_path, small_tokenizer, monkeypatch):
-    """A tokenizer by each name that is looked for; a test takes away those it does not want."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("typed.model", "model.model", "tokenizer.model", "bundled.model"):
-        (tmp_path / name).write_bytes(small_tokenizer.read_bytes())
-    model = tiny_llama()
-    write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
-    monkeypatch.setattr(tokenizer_module, "HERE", tmp_path / "code")
-    monkeypatch.setattr(environment, "BUNDLED_MODEL", tmp_path / "bundled.safetensors")
-    return tmp_path
-
-
-def chosen(*, option="generate", continued=False, tokenizer=None, pretrained_model_path="model.safetensors"):
-    args = SimpleNamespace(
-        option=option, continued=continued, tokenizer=tokenizer, pretrained_model_path=pretrained_model_path
-    )
-    return load_tokenizer(args).path.name
-
-
-@pytest.mark.parametrize(
-    "settings, order",
-    [
-        ({"option": "generate"}, ["model.model", "tokenizer.model", None]),
-        ({"option": "perplexity"}, ["model.model", "tokenizer.model", None]),
-        ({"option": "pretrain", "continued": True}, ["model.model", "tokenizer.model", None]),
-        ({"option": "pretrain"}, ["tokenizer.model", "bundled.model", None]),
-    ],
-)
-def test_the_tokenizer_is_the_first_that_is_there(folder, settings, order):
-    assert chosen(tokenizer="typed.model", **settings) == "typed.model"
-    for name in order:
-        if name is None:
-            with pytest.raises(FileNotFoundError, match="tokenizer"):
-                chosen(**settings)
-        else:
-            assert chosen(**settings) == name
-            (folder / name).unlink()
-
-
-def test_a_checkpoint_that_is_not_there_is_what_is_told(folder):
-    """And not that no tokenizer is to be found."""
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(FileNotFoundError, match="gone.pt: no such checkpoint"):
-        chosen(pretrained_model_path="gone.pt")
-
-
-def test_of_a_fine_tuned_model_without_a_tokenizer_its_kind_is_told(folder):
-    (folder / "tokenizer.model").unlink()
-    model = tiny_llama()
-    write_checkpoint("fine.pt", model.state_dict(), model.config, kind="classifier")
-    with pytest.raises(ValueError, match="fine.pt is a fine-tuned classifier.*--option classify --finetuned fine.pt"):
-        chosen(pretrained_model_path="fine.pt")
-
-
-def test_a_typed_tokenizer_that_is_not_there_is_an_error(folder):
-    with pytest.raises(FileNotFoundError, match="none.model: no such tokenizer"):
-        chosen(tokenizer="none.model")
-
-
-def test_a_model_of_another_vocabulary_is_refused(folder):
-    model = tiny_llama(vocab_size=300)
-    write_checkpoint("model.pt", model.state_dict(), model.config)
-    args = SimpleNamespace(pretrained_model_path="model.pt", norm=None, attention=None)
-    with pytest.raises(ValueError, match=r"vocabulary of 300, typed.model one of 320; give the --tokenizer that the"):
-        open_checkpoint(args, Tokenizer(tokenizer_model="typed.model"))
-
-
-@pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_a_checkpoint_without_its_embedding_is_one_line(folder, capsys, dtype):
-    from run_llama import main
-
-    model = tiny_llama(vocab_size=320)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "tok_embeddings.weight"}
-    write_checkpoint("model.pt", state, model.config)
-    arguments = ["--pretrained-model-path", "model.pt", "--tokenizer", "typed.model", "--temperature", "0"]
-    assert main([*arguments, "--dtype", dtype]) == 2
-    assert "tensor tok_embeddings.weight is missing" in capsys.readouterr().err.splitlines()[-1]
+def test_a_missing_tensorboard_is_nothing_to_tell(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    RunDirectory(tmp_path).metric(1, loss=0.5)
+    assert capsys.readouterr().err == "" and [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # The processes
@@ -301,69 +158,3 @@ def test_process_numbers_that_cannot_be_are_told(monkeypatch, values, message):
     with pytest.raises(ValueError, match=message) as told:
         this_process()
     assert "unset" in str(told.value)
-
-
-# A vocabulary and a tokenizer of unlike size
-
-
-@pytest.fixture
-def model_folder(tmp_path, small_tokenizer):
-    """A Hugging Face folder, as far as its tokenizers go: tokenizer.model with 320 pieces, tokenizer.json with a <pad>
-    more; and what makes its vocabulary another size.
-    """
-    write_huggingface_tokenizer(Tokenizer(tokenizer_model=small_tokenizer), tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["added_tokens"].append(content["added_tokens"][0] | {"id": 320, "content": "<pad>"})
-    path.write_text(json.dumps(content))
-
-    def sized(vocab_size: int):
-        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
-        return tmp_path
-
-    return sized
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "there", "name", "unused"),
-    [
-        (320, "both", "tokenizer.model", 0),
-        (321, "both", "tokenizer.json", 0),
-        (384, "both", "tokenizer.json", 63),
-        (500, "both", "tokenizer.json", 179),
-        (321, "tokenizer.model", "tokenizer.model", 1),
-        (320, "tokenizer.json", "tokenizer.json", 0),
-    ],
-)
-def test_the_tokenizer_of_a_folder_is_the_one_that_fits(model_folder, vocab_size, there, name, unused):
-    folder = model_folder(vocab_size)
-    for other in {"tokenizer.model", "tokenizer.json"} - {there} if there != "both" else ():
-        (folder / other).unlink()
-    args = SimpleNamespace(option="generate", continued=False, tokenizer=None, pretrained_model_path=str(folder))
-    tokenizer = load_tokenizer(args)
-    assert tokenizer.path.name == name
-    fit_tokenizer(folder, tiny_llama(vocab_size=vocab_size).config, tokenizer)
-    assert len(tokenizer.unused_ids) == unused
-
-
-def test_a_damaged_tokenizer_gives_way_to_a_sound_one(model_folder):
-    folder = model_folder(320)
-    (folder / "tokenizer.model").write_bytes(b"nothing")
-    args = SimpleNamespace(option="generate", continued=False, tokenizer=None, pretrained_model_path=str(folder))
-    assert load_tokenizer(args).path.name == "tokenizer.json"
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
-        load_tokenizer(args)
-
-
-@pytest.mark.parametrize("vocab_size", [321, 328, 384, 512, 1024])
-def test_a_tokenizer_from_elsewhere_may_lack_a_few_pieces_or_those_up_to_a_round_number(small_tokenizer, vocab_size):
-    tokenizer = Tokenizer(tokenizer_model=small_tokenizer)
-    fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, tokenizer, [5])
-    assert tokenizer.unused_ids == tuple(range(320, vocab_size)) and tokenizer.stop_ids == (2, 1, 5)
-
-
-@pytest.mark.parametrize("vocab_size", [319, 312, 300, 329, 400, 500, 640, 4096])
-def test_a_tokenizer_of_another_model_is_refused(small_tokenizer, vocab_size):
-    with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size}, .* one of 320; give the --tokenizer"):
-        fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, Tokenizer(tokenizer_model=small_tokenizer))

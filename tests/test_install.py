@@ -1,4 +1,4 @@
-"""The project is not a package: pip refuses it in one line and leaves nothing behind."""
+"""The project is not a package: pip refuses it in one line and leaves no file behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor plan: imports lead one way through the rooms, and outward to few packages."""
+"""The layer rule: imports lead one way through the folders, and only to few outside packages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Positions and attention of one's own models (ALiBi, sliding window, differential): against slow loops, and against
-what transformers has of them; in every path, with a cache, padded, trained, saved, run.
+"""Optional positions and attention (ALiBi, sliding window, differential), against slow loops and transformers.
+
+Every path is tested: with a cache, with padding, trained, saved, and in the fast model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 
 import reference
 from config import LlamaConfig, check_rmsnorm, parameter_shapes
-from conftest import tiny_config, tiny_llama
 from llama import Attention, Llama, load_pretrained
 from lora import apply_lora, merge_lora_weights
 from minillama.decoding import sampling as generation
@@ -21,7 +21,7 @@ from minillama.decoding.lookup import lookup_decoding
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from minillama.formats.keys import renamed, to_split_halves
 from minillama.layers.masks import default_mask
-from test_llama import padded, random_ids, read_in_parts, with_kernel
+from models import padded, random_ids, read_in_parts, tiny_config, tiny_llama, with_kernel
 
 ALIBI = {"position_embedding_type": "alibi"}
 WINDOW = {"sliding_window": 4}

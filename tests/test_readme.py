@@ -1,4 +1,4 @@
-"""What the README and the docs say: their commands run as they stand, their tables name what is there."""
+"""The README and the docs: their commands run as written, and their tables name what exists."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import torch
 import sanity_check
 import tokenizer
 from classifier import LlamaEmbeddingClassifier
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from llama import load_pretrained
 from minillama.cli import loading as environment
 from minillama.cli.flags import OPTIONS
 from minillama.cli.options import actions
 from minillama.formats.checkpoint import write_checkpoint
+from models import tiny_llama
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)

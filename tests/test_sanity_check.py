@@ -1,4 +1,4 @@
-"""sanity_check.py: what it compares, what it tells from a reference file alone, and what it says when it cannot."""
+"""sanity_check.py: its comparisons, and its message where a comparison is impossible."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 
 import make_bundled_reference
 import sanity_check
-from conftest import ROOT, tiny_llama
+from conftest import ROOT
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
+from models import tiny_llama
 
 CONVENTIONS = [("layernorm", False), ("layernorm", True), ("rmsnorm", False), ("rmsnorm", True)]
 

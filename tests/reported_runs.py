@@ -1,0 +1,102 @@
+"""Folders of runs as finetune leaves them, and the pages of a report read back."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+from minillama.text.labelled import Row
+from minillama.training.evaluation import Evaluation, describe_classes
+
+NAMES = ["bad", "so <i>so</i>", "3 good"]
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; gathers the text by tag, the rows of tables, and what tags there are."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.tags, self.rows, self.texts, self.ids, self.links = [], set(), [], [], set(), set()
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        values = dict(attributes)
+        self.ids |= {values["id"]} if "id" in values else set()
+        self.links |= {values["href"]} if "href" in values else set()
+        assert not any(name.startswith("on") or name == "src" for name in values)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.texts.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+def options(**changes):
+    return {
+        "option": "finetune",
+        "seed": 1,
+        "pretrained_model_path": "model.pt",
+        "tokenizer": None,
+        "train": "data/sst-train.txt",
+        "dev": "dev.txt",
+        "test": "test.txt",
+        "label_names": "names.json",
+        "dev_out": "dev-finetuning-output.txt",
+        "test_out": "test-finetuning-output.txt",
+        "lr": 1e-3,
+        "epochs": 2,
+        "run_dir": "run",
+        "continued": True,
+        "processes": 1,
+    } | changes
+
+
+def a_run(folder, accuracies, log="", **changes):
+    """A run's folder as finetune leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "options.json").write_text(json.dumps({"options": options(**changes)}), encoding="utf-8")
+    lines = []
+    for epoch, value in enumerate(accuracies, start=1):
+        for step in range(10 * epoch - 9, 10 * epoch + 1):
+            lines.append({"step": step, "epoch": epoch, "loss": 1 / step, "lr": 1e-3, "seconds": 6.0})
+        scores = {"running_train_accuracy": 0.5, "dev_accuracy": value, "dev_macro_f1": value / 2}
+        lines.append({"step": 10 * epoch, "epoch": epoch, "train_loss": 0.3} | scores)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    (folder / "log.txt").write_text(log, encoding="utf-8")
+    return folder
+
+
+GOLD = [0, 0, 1, 1, 2, 2, 2, 1]
+GUESS = [0, 1, 1, 1, 2, 0, 2, 2]
+
+
+def rows(labels):
+    return [Row(label, f"sentence {i}") for i, label in enumerate(labels)]
+
+
+def classes_log(split, guess):
+    said = describe_classes(Evaluation(guess, 0.0, 0.0), rows(GOLD), NAMES)
+    return f"{split} took 1.0 s\n\n{said}\n\n"
