@@ -328,7 +328,7 @@ def test_help_teaches_at_once_and_imports_no_torch():
     assert min(times) < 0.5
     for word in ("--option", "--epsilon", "--lora_rank", "examples:", "default: 1337"):
         assert word in out
-    code = "import sys, run_llama; run_llama.parse_options([]); sys.exit('torch' in sys.modules)"
+    code = "import sys, run_llama; run_llama.parse([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

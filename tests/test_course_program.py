@@ -16,9 +16,8 @@ from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from conftest import CONFORMANCE
 from llama import load_pretrained
 from lora import LoRALayer, apply_lora, get_lora_optimizer_params, merge_lora_weights
-from minillama.cli.flags import build_parser
 from optimizer import AdamW
-from run_llama import main
+from run_llama import main, parse
 from tokenizer import Tokenizer
 
 CHECKPOINT = CONFORMANCE / "course_tiny.pt"
@@ -199,8 +198,8 @@ def test_the_options_of_the_command_line():
         "hidden_dropout_prob": 0.3,
         "lr": 2e-5,
     }
-    parsed = vars(build_parser().parse_args([]))
-    assert {name: parsed[name] for name in defaults} == defaults
+    parsed = parse([])
+    assert {name: getattr(parsed, name) for name in defaults} == defaults
 
 
 @pytest.fixture

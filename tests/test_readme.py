@@ -15,14 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import run_llama
 import sanity_check
 import tokenizer
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT
 from llama import load_pretrained
-from minillama.cli import loading as environment
-from minillama.cli.flags import OPTIONS
-from minillama.cli.options import actions
 from minillama.formats.checkpoint import write_checkpoint
 from models import tiny_llama
 
@@ -71,7 +69,7 @@ def course_folder(asset, tmp_path, monkeypatch):
     for split in ("train", "dev", "test"):
         lines = (ROOT / "data" / f"demo-qa-{split}.jsonl").read_text(encoding="utf-8").split("\n")[:24]
         (tmp_path / "data" / f"demo-qa-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    monkeypatch.setattr(environment, "HERE", tmp_path)
+    monkeypatch.setattr("minillama.cli.bundled.HERE", tmp_path)
     (tmp_path / "data" / "stories260K").mkdir()
     for name in ("stories260K/stories260K_v1.bin", "stories260K/tok512.model"):
         shutil.copy(asset(name), tmp_path / "data" / name)
@@ -86,7 +84,7 @@ def course_folder(asset, tmp_path, monkeypatch):
 def test_the_readme_shows_every_kind_of_command():
     assert OURS[0] == ["run_llama.py"]
     options = [command[command.index("--option") + 1] for command in OURS if "--option" in command]
-    assert set(options) == set(OPTIONS)
+    assert set(options) == {command.name for command in run_llama.COMMANDS}
     assert ["python", "-m", "pytest"] in COMMANDS
     for script in ("sanity_check.py", "fetch_data.py", "prepare_submit.py"):
         assert f"`python {script}" in README
@@ -201,12 +199,3 @@ def test_the_architecture_page_has_the_models_sizes():
     source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("llama.py", "rope.py", "config.py"))
     missing = {name for name in names if name not in source} - {"stories42M"}
     assert not missing
-
-
-def test_the_table_of_options_has_every_option_once():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("## All options") :].partition("`--config FILE.json`")[0]
-    listed = re.findall(
-        r"`(--[\w-]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
-    )
-    assert sorted(listed) == sorted(action.option_strings[0] for name, action in actions().items() if name != "help")

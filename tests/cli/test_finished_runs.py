@@ -9,6 +9,7 @@ import pytest
 from minillama.cli.finished_runs import find_runs, logged_matrices, read_run
 from minillama.commands.report import page
 from reported_runs import GOLD, GUESS, a_run, classes_log
+from run_llama import COMMANDS
 
 
 def test_the_last_matrix_of_a_log_counts(tmp_path):
@@ -22,7 +23,7 @@ def test_a_matrix_that_gives_no_accuracy_is_none(tmp_path, count):
     assert logged_matrices(log.replace("N", "2")) == {"dev": (["bad", "good"], [[2, 2], [2, 2]])}
     log = log.replace("N", count)
     assert logged_matrices(log) == {}
-    run = read_run(a_run(tmp_path / "run", [0.5], f"{log}epoch {'9' * 5000}: 1\n    text\n"), "run")
+    run = read_run(a_run(tmp_path / "run", [0.5], f"{log}epoch {'9' * 5000}: 1\n    text\n"), "run", COMMANDS)
     assert "dev: no gold labels" in run.missing and page([run])
 
 

@@ -12,11 +12,12 @@ import tokenizer as tokenizer_module
 from conftest import ROOT
 from minillama.cli import loading as environment
 from minillama.cli.checks import check_options
-from minillama.cli.loading import display_path, fit_tokenizer, load_tokenizer, open_checkpoint, use_bundled_defaults
-from minillama.cli.options import parse_options
+from minillama.cli.header import display_path
+from minillama.cli.loading import fit_tokenizer, load_tokenizer, open_checkpoint
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from models import tiny_llama
+from run_llama import parse
 from tokenizer import Tokenizer
 
 SPLITS = ("train", "dev", "test")
@@ -34,11 +35,10 @@ def resolve(tmp_path, monkeypatch, capsys):
             path.parent.mkdir(exist_ok=True)
             path.write_text("x", encoding="utf-8")
         capsys.readouterr()
-        args, typed = parse_options(list(arguments))
-        args.processes = 1
-        use_bundled_defaults(args, typed)
-        check_options(args)
-        return args, capsys.readouterr().err.splitlines()
+        options = parse(arguments)
+        options = options.command.resolve(options)
+        check_options(options)
+        return options, capsys.readouterr().err.splitlines()
 
     return resolve
 
@@ -59,7 +59,9 @@ def data_of(args):
 def test_a_default_model_that_is_not_here_gives_way_to_the_bundled_one(resolve, option):
     args, lines = resolve("--option", option, "--corpus", "a.txt", there=COURSE[1:])
     assert args.pretrained_model_path == BUNDLED
-    assert lines == [f"stories42M.pt is not here (python fetch_data.py brings it); taking the bundled model, {BUNDLED}"]
+    assert lines == [
+        f"stories42M.pt is missing (python fetch_data.py downloads it); using the bundled model, {BUNDLED}"
+    ]
 
 
 def test_a_default_model_that_is_here_is_taken(resolve):
@@ -92,9 +94,9 @@ def test_default_data_that_is_not_all_here_gives_way_to_the_demo_data_together(r
     assert data_of(args) == DEMO and args.label_names == str(ROOT / "data" / "demo-label-mapping.json")
     assert all(os.path.exists(path) for path in [*DEMO.values(), args.label_names])
     (line,) = lines
-    assert "is not here (python fetch_data.py brings it); taking the demo data" in line and "data/demo-*" in line
+    assert "is missing (python fetch_data.py downloads it); using the demo data" in line and "data/demo-*" in line
     first = next(name for name in COURSE[1:] if name not in there and (option != "prompt" or "train" not in name))
-    assert line.startswith(f"{first} is not here")
+    assert line.startswith(f"{first} is missing")
     assert (args.dev_out, args.test_out) == tuple(f"demo-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:])
 
 
@@ -106,7 +108,7 @@ def test_prompting_needs_no_training_data_so_that_its_absence_changes_nothing(re
 
 def test_label_names_that_are_not_here_are_missing_data_too(resolve):
     args, lines = resolve("--option", "finetune", there=COURSE[:-1])
-    assert data_of(args) == DEMO and lines[0].startswith("data/cfimdb-label-mapping.json is not here")
+    assert data_of(args) == DEMO and lines[0].startswith("data/cfimdb-label-mapping.json is missing")
 
 
 @pytest.mark.parametrize("option", WORDS)
@@ -186,10 +188,8 @@ def folder(tmp_path, small_tokenizer, monkeypatch):
 
 
 def chosen(*, option="generate", continued=False, tokenizer=None, pretrained_model_path="model.safetensors"):
-    args = SimpleNamespace(
-        option=option, continued=continued, tokenizer=tokenizer, pretrained_model_path=pretrained_model_path
-    )
-    return load_tokenizer(args).path.name
+    options = SimpleNamespace(tokenizer=tokenizer, pretrained_model_path=pretrained_model_path)
+    return load_tokenizer(options, new=option == "pretrain" and not continued).path.name
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_the_tokenizer_of_a_folder_is_the_one_that_fits(model_folder, vocab_size
     folder = model_folder(vocab_size)
     for other in {"tokenizer.model", "tokenizer.json"} - {there} if there != "both" else ():
         (folder / other).unlink()
-    args = SimpleNamespace(option="generate", continued=False, tokenizer=None, pretrained_model_path=str(folder))
+    args = SimpleNamespace(tokenizer=None, pretrained_model_path=str(folder))
     tokenizer = load_tokenizer(args)
     assert tokenizer.path.name == name
     fit_tokenizer(folder, tiny_llama(vocab_size=vocab_size).config, tokenizer)
@@ -298,7 +298,7 @@ def test_the_tokenizer_of_a_folder_is_the_one_that_fits(model_folder, vocab_size
 def test_a_damaged_tokenizer_gives_way_to_a_sound_one(model_folder):
     folder = model_folder(320)
     (folder / "tokenizer.model").write_bytes(b"nothing")
-    args = SimpleNamespace(option="generate", continued=False, tokenizer=None, pretrained_model_path=str(folder))
+    args = SimpleNamespace(tokenizer=None, pretrained_model_path=str(folder))
     assert load_tokenizer(args).path.name == "tokenizer.json"
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):

@@ -12,13 +12,11 @@ import pytest
 
 from conftest import ROOT
 from minillama.cli.checks import check_options
-from minillama.cli.flags import OPTIONS, build_parser, used_by
-from minillama.cli.loading import use_bundled_defaults
-from minillama.cli.options import actions, given_options, parse_options, unused
+from minillama.cli.options import all_flags, build_parser, given_options
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.formats.names import tokenizer_beside, without_ending
 from models import tiny_llama
-from run_llama import main
+from run_llama import COMMANDS, main, parse
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))
 
@@ -30,15 +28,15 @@ def configured(tmp_path, monkeypatch):
 
     def configured(content, *typed):
         Path("run.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return parse_options(["--config", "run.json", *typed])
+        return parse(["--config", "run.json", *typed])
 
     return configured
 
 
 def given(argv):
     """The options that were given, the place of the configuration aside."""
-    args, typed = parse_options(argv)
-    return {name: getattr(args, name) for name in sorted(typed) if name != "config"}
+    options = parse(argv)
+    return {name: getattr(options, name) for name in options.typed}
 
 
 # One line of a configuration, and the same typed.
@@ -57,34 +55,32 @@ SAME = [
 
 @pytest.mark.parametrize("content, typed", SAME, ids=lambda value: str(value)[:40])
 def test_an_option_in_a_file_is_as_one_typed(configured, content, typed):
-    args, names = configured(content)
-    there, there_names = parse_options(typed)
-    assert vars(args) == vars(there) | {"config": "run.json"}
-    assert names == there_names | {"config"}
+    options = configured(content)
+    assert options.values() == parse(typed).values() | {"config": "run.json"}
 
 
 def test_what_is_typed_overrides_the_file(configured):
     content = {"option": "pretrain", "lr": 0.5, "corpus": ["a.txt", "b.txt"], "eval_train": False}
-    args, _ = configured(content, "--lr", "0.25", "--corpus", "c.txt", "--eval_train", "--option", "perplexity")
-    assert (args.option, args.lr, args.corpus, args.eval_train) == ("perplexity", 0.25, ["c.txt"], True)
-    assert args.batch_size == 8  # and not pretraining's 32, for its option was overridden
+    options = configured(content, "--lr", "0.25", "--corpus", "c.txt", "--eval_train", "--option", "perplexity")
+    assert (options.option, options.lr, options.corpus, options.eval_train) == ("perplexity", 0.25, ["c.txt"], True)
+    assert options.batch_size == 8  # and not pretraining's 32, for its option was overridden
 
 
 def test_a_switch_that_a_file_turns_off_counts_as_typed(configured):
-    args, typed = configured({"eval_train": False})
-    assert args.eval_train is False and "eval_train" in typed
+    options = configured({"eval_train": False})
+    assert options.eval_train is False and "eval_train" in options.typed
 
 
 def test_pretraining_in_a_file_has_its_own_defaults_and_knows_where_it_starts(configured):
-    assert configured({"option": "pretrain"})[0].batch_size == 32
-    assert not configured({"option": "pretrain"})[0].continued
-    assert configured({"option": "pretrain", "pretrained-model-path": "a.pt"})[0].continued
+    assert configured({"option": "pretrain"}).batch_size == 32
+    assert not configured({"option": "pretrain"}).continued
+    assert configured({"option": "pretrain", "pretrained-model-path": "a.pt"}).continued
 
 
 def test_what_a_file_names_does_not_fall_back(configured, capsys):
-    args, typed = configured({"option": "prompt", "dev": "mine.txt", "pretrained-model-path": "mine.pt"})
-    use_bundled_defaults(args, typed)
-    assert (args.dev, args.pretrained_model_path) == ("mine.txt", "mine.pt")
+    options = configured({"option": "prompt", "dev": "mine.txt", "pretrained-model-path": "mine.pt"})
+    options = options.command.resolve(options)
+    assert (options.dev, options.pretrained_model_path) == ("mine.txt", "mine.pt")
     assert "bundled" not in capsys.readouterr().err
 
 
@@ -125,7 +121,7 @@ def test_a_bad_file_gets_one_line_that_names_it(configured, capsys, content, mes
 
 def test_a_missing_file_gets_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
-        parse_options(["--config", "nowhere.json"])
+        parse(["--config", "nowhere.json"])
     assert "--config nowhere.json: cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
@@ -136,9 +132,9 @@ def test_what_is_typed_is_blamed_on_no_file(configured, capsys):
 
 
 def test_a_file_that_is_read_is_not_written_over(configured):
-    args, _ = configured({"option": "tokenizer", "corpus": ["a.txt"], "model_out": "run.json"})
+    options = configured({"option": "tokenizer", "corpus": ["a.txt"], "model_out": "run.json"})
     with pytest.raises(ValueError, match="run.json is to be read and to be written"):
-        check_options(args)
+        check_options(options)
 
 
 def test_a_run_is_resumed_from_the_file_that_started_it_and_not_from_another(tmp_path, monkeypatch, capsys):
@@ -170,9 +166,8 @@ def test_a_run_is_resumed_from_the_file_that_started_it_and_not_from_another(tmp
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_each_example_is_a_run_that_could_start(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args, _ = parse_options(["--config", str(path)])
-    args.processes = 1
-    check_options(args)
+    options = parse(["--config", str(path)])
+    check_options(options.command.resolve(options))
 
 
 def published():
@@ -185,7 +180,7 @@ def published():
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if "run_llama.py" in words:
-            yield given_options(build_parser(), words[words.index("run_llama.py") + 1 :])
+            yield given_options(build_parser(COMMANDS), words[words.index("run_llama.py") + 1 :])
 
 
 # What an example may say beyond the published command, which leaves it to the defaults and to the fall-backs.
@@ -239,33 +234,29 @@ def test_the_page_of_the_examples_names_each():
 )
 def test_what_is_not_understood_gets_one_line(capsys, typed, message):
     with pytest.raises(SystemExit, match="2"):
-        parse_options(typed)
+        parse(typed)
     line = capsys.readouterr().err
     assert line.startswith(f"run_llama.py: error: {message}") and line.count("\n") == 1
 
 
 def test_a_dash_and_an_underscore_are_the_same_in_every_flag():
-    for name, action in actions().items():
-        for typed in action.option_strings:
-            variants = {typed.replace("_", "-"), "--" + typed[2:].replace("-", "_")} - {"-h"}
-            if action.nargs == 0 or name == "help":
-                continue
-            values = {build_parser()._spelled([variant])[0] for variant in variants}
-            assert values <= set(action.option_strings), name
+    for flag in all_flags(COMMANDS).values():
+        variants = {flag.name.replace("_", "-"), "--" + flag.name[2:].replace("-", "_")}
+        assert {build_parser(COMMANDS)._spelled([variant])[0] for variant in variants} == {flag.name}
     mixed = ["--max-new-tokens", "5", "--label_names=a_b-c.json", "--generated_sentence-low_temp-out", "x-y_z"]
-    args, typed = parse_options(["--use-gpu", *mixed])
-    assert (args.use_gpu, args.max_new_tokens, args.label_names) == (True, 5, "a_b-c.json")
-    assert args.generated_sentence_low_temp_out == "x-y_z"
-    assert typed == {"use_gpu", "max_new_tokens", "label_names", "generated_sentence_low_temp_out"}
+    options = parse(["--use-gpu", *mixed])
+    assert (options.use_gpu, options.max_new_tokens, options.label_names) == (True, 5, "a_b-c.json")
+    assert options.generated_sentence_low_temp_out == "x-y_z"
+    assert options.typed == ["generated_sentence_low_temp_out", "label_names", "max_new_tokens", "use_gpu"]
 
 
 def test_a_value_may_begin_with_a_negative_number():
-    assert parse_options(["--ood_classes", "-1,0,1", "0,1,-1"])[0].ood_classes == [[-1, 0, 1], [0, 1, -1]]
+    assert parse(["--ood_classes", "-1,0,1", "0,1,-1"]).ood_classes == [[-1, 0, 1], [0, 1, -1]]
 
 
 def test_what_was_typed_and_changes_nothing_is_known():
     def found(*line):
-        return unused(parse_options(line)[0])
+        return parse(line).ignored()
 
     assert found("--option", "finetune", "--lora_rank", "3", "--lr", "1e-3", "--alphas", "0.5") == [
         "--lora_rank",
@@ -274,13 +265,76 @@ def test_what_was_typed_and_changes_nothing_is_known():
     assert found("--option", "sft", "--lora_rank", "3", "--max_new_tokens", "9") == []
     assert found("--option", "lora", "--smart", "1", "--head", "prompt", "--save_every", "9") == []
     assert found("--option", "perplexity", "--quantize", "int8") == []
-    for option in OPTIONS:
-        assert found("--option", option) == []
+    for command in COMMANDS:
+        assert found("--option", command.name) == []
 
 
-def test_every_option_says_what_it_is_used_by():
-    assert set(used_by()) == set(actions()) - {"help"}
-    assert all(set(users) <= set(OPTIONS) for users in used_by().values())
+def test_a_flag_is_declared_once_however_many_commands_use_it():
+    declared = [flag for command in COMMANDS for group in command.groups for flag in group.flags]
+    assert len({id(flag) for flag in declared}) == len({flag.key for flag in declared})
+    assert all(len({flag.key for group in one.groups for flag in group.flags}) for one in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_a_command_says_the_defaults_that_it_has(command):
+    options = parse(["--option", command.name])
+    assert set(command.defaults) | set(command.default_texts) <= command.keys
+    for name, value in command.defaults.items():
+        assert getattr(options, name) == value
+    for flag in all_flags([command]).values():
+        if flag.key not in ("option", *command.defaults):
+            assert getattr(options, flag.key) == flag.default
+
+
+def test_options_do_not_change_in_place():
+    options = parse(["--lr", "1"])
+    with pytest.raises(AttributeError, match=r"use replace\(lr=...\)"):
+        options.lr = 2.0
+    other = options.replace(lr=2.0, option="lora")
+    assert (options.lr, options.command.name, other.lr, other.command.name) == (1.0, "generate", 2.0, "lora")
+
+
+# Help
+
+
+def test_the_help_is_one_screen_and_names_every_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+    for command in COMMANDS:
+        assert any(re.match(rf"  {command.name} +{re.escape(command.summary)}$", line) for line in lines)
+    known = {name for flag in all_flags(COMMANDS).values() for name in (flag.name,)} | {"--help"}
+    assert set(re.findall(r"--[\w-]+", "\n".join(lines))) <= known
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_help_of_a_command_has_its_flags_and_its_defaults_alone(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        parse(["-h", "--option", command.name])
+    text = capsys.readouterr().out
+    listed = re.findall(r"^  (--[\w-]+)", text, flags=re.M)
+    assert sorted(listed) == sorted(flag.name for flag in all_flags([command]).values() if flag.key != "option")
+    for name, value in command.defaults.items():
+        assert value is None or name in command.default_texts or f"(default: {value})" in text
+    for line in command.examples.strip().replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["python", "run_llama.py"]
+        options = parse(words[2:])
+        assert options.ignored() == []
+
+
+def test_a_mistyped_command_is_told_beside_help_too(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--option", "fine-tune", "--help"])
+    assert "the nearest is finetune" in capsys.readouterr().err
+
+
+def test_the_page_of_options_is_current():
+    from make_options_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "type `make docs`"
 
 
 # Names

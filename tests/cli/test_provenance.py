@@ -116,7 +116,7 @@ def test_labels_without_gold_have_no_scores_in_the_record(command):
 def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     write_checkpoint("bundled.pt", (model := tiny_llama(vocab_size=512, max_seq_len=64)).state_dict(), model.config)
     shutil.copy("model.model", "bundled.model")
-    for module in ("minillama.cli.provenance", "minillama.cli.loading"):
+    for module in ("minillama.cli.provenance", "minillama.cli.bundled"):
         monkeypatch.setattr(f"{module}.BUNDLED_MODEL", command.folder / "bundled.pt")
     assert command("--max_new_tokens", "2", "--prompt", "one")[0] == 0
     for temperature in (0, 1):
@@ -128,7 +128,7 @@ def test_what_was_substituted_is_in_the_record(command, monkeypatch):
     assert command.classify("prompt", "--pretrained-model-path", "renamed.pt", "--tokenizer", "model.model")[0] == 0
     record = command.record(DEFAULT)
     assert record["bundled_model"] and not record["model_substituted"]
-    monkeypatch.setattr("minillama.cli.loading.HERE", command.folder)
+    monkeypatch.setattr("minillama.cli.bundled.HERE", command.folder)
     (command.folder / "data").mkdir()
     shutil.copy("names.json", "data/demo-label-mapping.json")
     for split in ("train", "dev", "test"):

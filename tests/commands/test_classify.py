@@ -14,7 +14,7 @@ import torch
 
 from classifier import classifier_of
 from conftest import ROOT
-from minillama.cli import loading as environment
+from minillama.cli import classifiers
 from minillama.commands import classify as labelling
 from minillama.formats.checkpoint import read_fine_tuned
 from minillama.text.batches import tokenize_rows
@@ -116,14 +116,14 @@ def test_it_works_in_another_folder_with_the_tokenizer_named(command, monkeypatc
     monkeypatch.chdir(elsewhere)
     code, _, err = classify(command, "--prompt", "x", finetuned="../run/best.pt")
     assert code == 2
-    assert "../run/best.pt was trained with the tokenizer tokenizer.model, which is not here; name it with --tok" in err
+    assert "../run/best.pt was trained with the tokenizer tokenizer.model, which is missing; name it with --tok" in err
     code, out, err = classify(command, "--prompt", "x", "--tokenizer", "../tokenizer.model", finetuned="../run/best.pt")
     assert code == 0 and out.endswith(" ||| x\n"), err
 
 
 def test_what_ships_with_the_program_is_found_from_any_folder(command, monkeypatch):
     fine_tuned(command)
-    monkeypatch.setattr(environment, "HERE", command.folder)
+    monkeypatch.setattr(classifiers, "HERE", command.folder)
     (command.folder / "model.model").write_bytes((command.folder / "tokenizer.model").read_bytes())
     elsewhere = command.folder / "elsewhere"
     elsewhere.mkdir()

@@ -13,7 +13,7 @@ import pytest
 from minillama.cli.finished_runs import find_runs, read_curves, read_run
 from minillama.commands.report import grouped, page
 from reported_runs import GOLD, GUESS, NAMES, Page, a_run, classes_log, rows
-from run_llama import main
+from run_llama import COMMANDS, main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
 
@@ -30,7 +30,7 @@ def with_data(folder):
 
 
 def shown(*folders):
-    return Page(page([read_run(path, path.name) for path in folders]))
+    return Page(page([read_run(path, path.name, COMMANDS) for path in folders]))
 
 
 def test_runs_that_differ_in_seed_only_make_one_line_of_mean_and_deviation(tmp_path):
@@ -75,7 +75,7 @@ def test_the_confusion_matrix_of_the_log_and_of_the_predictions_is_scikit_learns
     silent = a_run(tmp_path / "b" / "run", [0.625])
     with_data(tmp_path / "b")
     for folder in (logged, silent):
-        run = read_run(folder, "run")
+        run = read_run(folder, "run", COMMANDS)
         assert not run.missing
         assert run.matrices == {split: (NAMES, wanted) for split in ("dev", "test")}
     drawn = shown(logged).rows
@@ -85,12 +85,12 @@ def test_the_confusion_matrix_of_the_log_and_of_the_predictions_is_scikit_learns
 def test_predictions_of_another_run_are_left_out_with_the_reason(tmp_path):
     folder = a_run(tmp_path / "run", [0.5])
     with_data(tmp_path)
-    run = read_run(folder, "run")
+    run = read_run(folder, "run", COMMANDS)
     assert not run.matrices
     assert "is of another run: its accuracy is 0.625" in run.missing[0] and run.missing[1].startswith("test: ")
     assert "is of another run" in shown(folder).text
     shutil.move(tmp_path / "dev.txt", tmp_path / "gone.txt")
-    assert "dev.txt is not there" in read_run(folder, "run").missing[0]
+    assert "dev.txt is not there" in read_run(folder, "run", COMMANDS).missing[0]
 
 
 def test_text_stays_text_wherever_it_comes_from(tmp_path):
@@ -101,7 +101,7 @@ def test_text_stays_text_wherever_it_comes_from(tmp_path):
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     curve = tmp_path / "curve.csv"
     curve.write_text(f'alpha,"{NASTY.replace(chr(34), "")}"\n0,0.5\n1,0.75\n', encoding="utf-8")
-    runs = [read_run(folder, NASTY)]
+    runs = [read_run(folder, NASTY, COMMANDS)]
     found = Page(page(runs, [(NASTY, *read_curves(str(curve)))]))
     assert not found.tags & {"script", "b ", "img"}
     assert found.text.count('<script>alert("1")</script> & \ufffd <b>') >= 8
@@ -192,9 +192,9 @@ def with_last_line(folder, **scores):
 def test_the_last_line_of_a_finished_run_is_neither_damage_nor_an_epoch(tmp_path):
     today = with_last_line(a_run(tmp_path / "s1", [0.5, 0.25], seed=1), dev_accuracy=0.5, dev_loss=0.7, test_accuracy=1)
     older = a_run(tmp_path / "s2", [0.25], seed=2)
-    run = read_run(today, "run")
+    run = read_run(today, "run", COMMANDS)
     assert run.problems == [] and len(run.scores) == 2 and run.best()["epoch"] == 1
-    shown = Page(page([read_run(path, path.name) for path in (today, older)]))
+    shown = Page(page([read_run(path, path.name, COMMANDS) for path in (today, older)]))
     (head, *_) = (row for row in shown.rows if row[0] == "seed")
     assert "macro-F1" in head and "exact match" not in head  # a classifier, though it has a loss on dev
     assert "Loss on dev after each epoch" in shown.text
@@ -203,7 +203,7 @@ def test_the_last_line_of_a_finished_run_is_neither_damage_nor_an_epoch(tmp_path
 def test_what_was_typed_and_substituted_does_not_tell_runs_apart(tmp_path):
     new = a_run(tmp_path / "s1", [0.5], seed=1, typed=["seed"], substituted=["pretrained_model_path"])
     old = a_run(tmp_path / "s2", [0.5], seed=2)
-    ((_, members),) = grouped([read_run(path, path.name) for path in (new, old)])
+    ((_, members),) = grouped([read_run(path, path.name, COMMANDS) for path in (new, old)])
     assert len(members) == 2
 
 
@@ -295,6 +295,6 @@ def test_predictions_are_read_with_the_labels_of_the_label_file(tmp_path, labels
         lines = "".join(f"{known[row.label]} ||| {row.sentence}\n" for row in rows(GOLD))
         (tmp_path / f"{split}.txt").write_text(lines, encoding="utf-8")
         write_predictions(tmp_path / f"{split}-finetuning-output.txt", GUESS, rows(GOLD), labels)
-    found = read_run(run, "run")
+    found = read_run(run, "run", COMMANDS)
     assert found.missing == [] and found.matrices["dev"] == found.matrices["test"]
     assert found.matrices["dev"][0] == ["bad", "fair", "good"] and found.matrices["dev"][1][0] == [1, 1, 0]

@@ -12,7 +12,7 @@ from torch import nn
 
 from classifier import LlamaEmbeddingClassifier, MergedClasses
 from llama import load_pretrained
-from minillama.commands import wise_ft as alpha_sweep
+from minillama.cli import classifiers
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint
 from minillama.text.batches import tokenize_rows
 from minillama.text.labelled import read_rows
@@ -112,7 +112,7 @@ def test_test_is_judged_once_at_the_best_alpha_on_dev_the_largest_of_equals(comm
         found = evaluate(model, rows, batch_size, name=name, **settings)
         return type(found)(found.predictions, scores[name.rpartition(" ")[2]], 0.5)
 
-    monkeypatch.setattr(alpha_sweep, "evaluate", judged)
+    monkeypatch.setattr("minillama.training.evaluation.evaluate", judged)
     code, out, _ = wise_ft(command, "--alphas", "0,0.25,0.5,1", "--ood", "train.txt")
     assert code == 0 and "alpha 0.5, the best on dev" in out
     assert [name for name in names if name.startswith("test")] == ["test, alpha 0.5"]
@@ -357,14 +357,13 @@ def test_it_takes_what_was_not_typed_from_the_run(command):
     options = json.loads((command.folder / "run" / "options.json").read_text(encoding="utf-8"))["options"]
     seen = {}
 
-    def adopted(args, found):
-        adopt(args, found)
-        seen.update(vars(args))
+    def adopted(options, found, names):
+        seen.update(adopt(options, found, names).values())
         raise ValueError("enough")
 
-    adopt = alpha_sweep.adopt
+    adopt = classifiers.adopt
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alpha_sweep, "adopt", adopted)
+        patch.setattr(classifiers, "adopt", adopted)
         wise_ft(command, "--dev", "test.txt")
     assert (seen["max_sentence_len"], seen["pooling"], seen["dev"]) == (3, "last_column", "test.txt")
     for name in ("pretrained_model_path", "tokenizer", "test"):

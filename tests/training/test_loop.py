@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fitting import Bag, a_classifier, metrics, settings, some_rows
-from minillama.cli.loading import settings_of
-from minillama.cli.options import parse_options
+from minillama.cli.session import settings_of
 from minillama.text.batches import shuffled_batches
 from minillama.text.labelled import Row
 from minillama.training import classification as tasks
@@ -23,6 +22,7 @@ from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.loop import Stopped
 from minillama.training.run_directory import RunDirectory
 from optimizer import AdamW, decay_groups, learning_rate
+from run_llama import parse
 
 
 def with_dev_accuracies(monkeypatch, accuracies):
@@ -224,9 +224,9 @@ def test_lora_plus_moves_every_b_by_its_own_rate(fit):
 
 
 def test_the_option_lora_plus_is_of_lora_b_alone():
-    args, _ = parse_options(["--option", "lora", "--lora_plus", "16"])
+    options = parse(["--option", "lora", "--lora_plus", "16"])
     named = [(name, p) for name, p in a_classifier("lora").named_parameters() if p.requires_grad]
-    groups = decay_groups(named, 0.0, settings_of(args, torch.float32).lr_multipliers)
+    groups = decay_groups(named, 0.0, settings_of(options, torch.float32).lr_multipliers)
     rates = {id(p): group["lr_multiplier"] for group in groups for p in group["params"]}
     assert {name: rates[id(p)] for name, p in named} == {
         name: 16.0 if name.endswith("lora_B") else 1.0 for name, _ in named
