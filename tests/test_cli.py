@@ -173,7 +173,7 @@ def test_r_drop_is_refused_where_no_dropout_acts_and_only_there(command, monkeyp
 def test_what_has_no_effect_on_an_option_is_not_refused(command):
     assert command("prompt", "--pooling", "last_column", "--micro_batch_size", "2", "--min_lr", "1")[0] == 0
     assert command("finetune", "--pooling", "last_column", "--micro_batch_size", "5")[0] == 0  # as a whole batch
-    assert "a batch cannot be parted" in command("finetune", "--pooling", "last_column", "--micro_batch_size", "4")[2]
+    assert "a batch cannot be split" in command("finetune", "--pooling", "last_column", "--micro_batch_size", "4")[2]
 
 
 def test_predictions_have_the_labels_of_the_label_file(command):
@@ -326,8 +326,7 @@ def test_help_teaches_at_once_and_imports_no_torch():
         times.append(time.perf_counter() - begun)
         assert process.returncode == 0
     assert min(times) < 0.5
-    for word in ("--option", "--epsilon", "--lora_rank", "examples:", "default: 1337"):
-        assert word in out
+    assert "--option finetune --help" in out
     code = "import sys, run_llama; run_llama.parse([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -13,7 +13,6 @@ from types import ModuleType
 from minillama.cli.header import report
 from minillama.cli.options import Options
 from minillama.environment import PackageError, optional_package
-from minillama.text.labelled import LINE_END, decoded_text, read_text
 
 HISTORY = ".mini-llama-history"  # in the home folder: what was typed in the interactive loop
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # its names; opening them fails where it is a socket
@@ -39,6 +38,8 @@ def speaks_utf8() -> bool:
 
 def prompts_of(options: Options) -> list[str]:
     """The prompts asked for."""
+    from minillama.text.labelled import LINE_END, read_text
+
     texts = [options.prompt]
     if options.prompt_file is not None:
         what = "file of prompts (one a line)"
@@ -54,6 +55,8 @@ def read_stdin(what: str) -> str:
     """The text of the standard input from where it stands, which may be a pipe, a socket or a file that is partly read;
     UTF-8 whatever the locale. Raises ValueError, naming `what` it should have been.
     """
+    from minillama.text.labelled import decoded_text
+
     name = "the standard input"
     stream = getattr(sys.stdin, "buffer", None)
     with suppress(OSError, ValueError):  # a stream without a file

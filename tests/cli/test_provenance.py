@@ -155,7 +155,7 @@ def test_a_record_that_cannot_be_written_costs_no_predictions(command):
 
 
 def test_scores_are_told_even_if_the_predictions_cannot_be_written(command, monkeypatch):
-    def fails(*_):
+    def fails(*_, **settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("minillama.text.labelled.write_predictions", fails)
