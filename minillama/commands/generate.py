@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model
-from minillama.cli.checks import check_prompts, refuse
+from minillama.cli.checks import check_differ, check_prompts, refuse
 from minillama.cli.console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
 from minillama.cli.header import report, warn
 from minillama.cli.loading import load_for_inference
@@ -159,9 +157,7 @@ def check(options: Options) -> None:
     if "" in options.stop:
         raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
     check_decoder(options)
-    low, high = options.generated_sentence_low_temp_out, options.generated_sentence_high_temp_out
-    if Path(low).resolve() == Path(high).resolve() and Path(low).resolve() != Path(os.devnull):
-        raise ValueError(f"both generated sentences would go to {low}; give two files")
+    check_differ(outputs(options))
 
 
 def check_decoder(options: Options) -> None:
@@ -187,9 +183,6 @@ def outputs(options: Options) -> list[str]:
     if writes_two_files(options):
         return [options.generated_sentence_low_temp_out, options.generated_sentence_high_temp_out]
     return [options.explain] if options.explain else []
-
-
-# The command
 
 
 def run(options: Options) -> None:

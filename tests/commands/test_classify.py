@@ -172,7 +172,7 @@ def test_the_precision_and_the_batches_are_those_asked_for(command, monkeypatch)
         seen.append((batch_size, settings["dtype"], settings["bucketed"]))
         return class_log_probs(model, rows, batch_size, **settings)
 
-    monkeypatch.setattr(labelling, "class_log_probs", spied)
+    monkeypatch.setattr("minillama.training.evaluation.class_log_probs", spied)
     assert classify(command, "--prompt", "x", "--dtype", "bf16")[0] == 0
     assert classify(command, "--prompt", "x", "--batch_size", "2")[0] == 0
     assert seen == [(3, torch.bfloat16, True), (2, torch.float32, True)]
@@ -188,7 +188,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, piped, monkeypatch):
             raise stop
         return class_log_probs(*more, **settings)
 
-    monkeypatch.setattr(labelling, "class_log_probs", interrupted)
+    monkeypatch.setattr("minillama.training.evaluation.class_log_probs", interrupted)
     code, out, err = classify(command, "--interactive")
     assert code == 0 and out.endswith(" ||| two\n") and out.count("\n") == 1 and "stopped" in err
 

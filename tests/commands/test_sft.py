@@ -188,7 +188,7 @@ def test_options_may_come_from_a_file(command):
 def test_without_data_the_demo_is_taken(command, monkeypatch):
     """Only named in the header: a window of one token, which no demo story fits, ends it there."""
     code, _, err = command("--option", "sft", "--model_out", "out.safetensors", "--run_dir", "run", "--window", "1")
-    assert code == 2 and "taking the demo data" in err
+    assert code == 2 and "using the demo data" in err
     for split in ("train", "dev", "test"):
         assert f"{split} {os.path.relpath(ROOT)}" in err or f"{split} {ROOT / 'data' / f'demo-qa-{split}.jsonl'}" in err
 
