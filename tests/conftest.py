@@ -200,7 +200,6 @@ def into(tmp_path) -> Path:
 
 SENTENCES = ["A warm , funny film .", "No ||| one goes\u2028unindicted here .", "Na\u00efve\x85."]
 
-
 MORE_CODE = ("config.py", "minillama/__init__.py", "minillama/text/batches.py")
 
 

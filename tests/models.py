@@ -12,16 +12,9 @@ import safetensors.torch
 import torch
 
 from config import LlamaConfig
-from llama import (
-    Llama,
-)
-from lora import (
-    apply_lora,
-    lora_layers,
-)
-from minillama.formats.checkpoint import (
-    METADATA_KEY,
-)
+from llama import Llama
+from lora import apply_lora, lora_layers
+from minillama.formats.checkpoint import METADATA_KEY
 from minillama.formats.huggingface import write_huggingface
 
 

@@ -30,7 +30,6 @@ def zipped(content: bytes) -> bytes:
 
 WEIGHTS, OTHER_WEIGHTS = zipped(b"weights"), zipped(bytes(range(256)) * 40)
 
-
 TRAIN = Entry("data", "data/train.txt", None, "course/data/train.txt", sha256(BODY))
 LABEL = Entry("data", "data/labels.json", None, "course/data/labels.json", sha256(LABELS))
 MODEL = Entry("tokenizer", "data/tokenizer.model", None, "course/tokenizer.model", sha256(b"pieces"))

@@ -8,10 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llama import (
-    Attention,
-    Llama,
-)
+from llama import Attention, Llama
 from minillama.layers import kernels as kernels_module
 from minillama.layers.masks import position_mask
 from models import padded, random_ids, tiny_config, tiny_llama, with_kernel

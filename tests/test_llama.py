@@ -11,14 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from config import feed_forward_size
-from llama import (
-    Attention,
-    FeedForward,
-    LayerNorm,
-    Llama,
-    RMSNorm,
-    last_token_state,
-)
+from llama import Attention, FeedForward, LayerNorm, Llama, RMSNorm, last_token_state
 from minillama.decoding import sampling as generation
 from models import random_ids, tiny_config, tiny_llama
 

@@ -9,10 +9,7 @@ import torch
 
 from minillama.decoding.beam_search import beam_search
 from minillama.decoding.contrastive_search import contrastive_search
-from minillama.decoding.filters import (
-    top_k_filter,
-    top_p_filter,
-)
+from minillama.decoding.filters import top_k_filter, top_p_filter
 from minillama.decoding.lookup import lookup_decoding
 from minillama.decoding.sampling import check_settings, generate, next_token, stream
 from models import PROMPTS, ConstantModel, CountingModel, seeded, tiny_llama

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from llama import load_pretrained
-from minillama.formats.checkpoint import (
-    read_checkpoint,
-)
+from minillama.formats.checkpoint import read_checkpoint
 from models import course_content, saved
 
 # Contents that do not fit

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama.formats.checkpoint import (
-    write_checkpoint,
-)
+from minillama.formats.checkpoint import write_checkpoint
 from minillama.formats.files import atomic_file, check_writable
 from models import tiny_llama
 

@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from llama import load_pretrained
-from minillama.formats.checkpoint import (
-    read_checkpoint,
-)
+from minillama.formats.checkpoint import read_checkpoint
 from models import course_content, huggingface_folder, saved
 from reference import llama2c_arrays, v0_bytes, v1_bytes
 

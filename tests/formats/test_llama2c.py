@@ -13,9 +13,7 @@ import torch
 from config import LlamaConfig, RopeScaling
 from conftest import find_asset
 from llama import Llama, load_pretrained
-from minillama.formats.checkpoint import (
-    read_checkpoint,
-)
+from minillama.formats.checkpoint import read_checkpoint
 from minillama.formats.keys import renamed
 from minillama.formats.llama2c import write_llama2c
 from models import all_logits, foreign_llama

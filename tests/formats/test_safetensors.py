@@ -14,11 +14,7 @@ import torch
 from config import parameter_shapes
 from conftest import umask
 from llama import load_pretrained
-from minillama.formats.checkpoint import (
-    METADATA_KEY,
-    read_checkpoint,
-    write_safetensors,
-)
+from minillama.formats.checkpoint import METADATA_KEY, read_checkpoint, write_safetensors
 from models import described, safetensors_file, tiny_llama
 
 IDS = torch.randint(64, (2, 6), generator=torch.Generator().manual_seed(0))

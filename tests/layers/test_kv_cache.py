@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama import (
-    KVCache,
-    load_pretrained,
-)
+from llama import KVCache, load_pretrained
 from models import random_ids, read_in_parts, tiny_llama
 
 

@@ -16,9 +16,7 @@ from minillama.text.batches import (
     tokenize_rows,
     word_ids,
 )
-from minillama.text.labelled import (
-    Row,
-)
+from minillama.text.labelled import Row
 
 SST = ["awful", "bad", "average", "good", "excellent"]
 CFIMDB = ["bad", "good"]
