@@ -28,7 +28,7 @@ def row(flag: Flag, command: Command) -> str:
     default = command.default_texts.get(flag.key) or command.defaults.get(flag.key)
     shown = default if default is not None else flag.default_text or flag.default
     shown = "" if shown is None or shown is False or shown == [] else f"{shown}"
-    values = flag.settings.get("metavar") or ", ".join(map(str, flag.settings.get("choices", ())))
+    values = flag.metavar or ", ".join(map(str, flag.settings.get("choices", ())))
     cells = [f"`{flag.name}`" + (f" {values}" if values else ""), flag.help, shown]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;").strip() for cell in cells) + " |\n"
 

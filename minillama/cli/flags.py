@@ -56,56 +56,49 @@ def words(text: str) -> list[str]:
 # The model and the machine
 
 MODEL_PATH = Flag(
-    "--pretrained-model-path",
+    "--pretrained-model-path PATH",
     "checkpoint: the course's .pt or ours, our .safetensors, llama2.c's .pt or .bin, or a folder of Meta (Llama 1 to "
     "3.2) or Hugging Face; the format is detected from the content",
     str,
-    "PATH",
     "stories42M.pt",
     default_text="stories42M.pt; where that is missing, the bundled model",
 )
 TOKENIZER = Flag(
-    "--tokenizer",
+    "--tokenizer PATH",
     "SentencePiece model, Llama 3's tokenizer.model, GPT-2's pair of files, or a tokenizer.json",
-    str,
-    "PATH",
     default_text="the one with the checkpoint, else tokenizer.model, else data/tokenizer.model",
 )
 ADAPTER = Flag(
-    "--adapter",
+    "--adapter PATH",
     "LoRA adapter that is merged into the model: a file of --option lora, or a folder of peft",
-    str,
-    "PATH",
     elsewhere="is for a model that is run or converted",
 )
-NORM = Flag(
-    "--norm", "the model's norm", default_text="what the checkpoint says; a new model: layernorm", choices=NORMS
-)
+NORM = Flag("--norm", "the model's norm", NORMS, default_text="what the checkpoint says; a new model: layernorm")
 ATTENTION = Flag(
     "--attention",
     "whether a token sees those after it",
+    ("causal", "bidirectional"),
     default_text="what the checkpoint says; the course's are bidirectional, new ones causal",
-    choices=("causal", "bidirectional"),
 )
 DEVICE = Group(
     "device and precision",
     (
-        Flag("--use_gpu", "run on the first CUDA device", action="store_true"),
-        Flag("--device", "cpu, cuda, cuda:1, ...", str, "NAME", default_text="cpu; cuda with --use_gpu"),
+        Flag("--use_gpu", "run on the first CUDA device", bool),
+        Flag("--device NAME", "cpu, cuda, cuda:1, ...", default_text="cpu; cuda with --use_gpu"),
         Flag(
             "--dtype",
             "precision of the matrix products; trained weights stay float32. auto: bf16 where the hardware supports "
             "it, else fp32; fp32 for generation on the CPU",
-            default="auto",
-            choices=("auto", *DTYPE_NAMES),
+            ("auto", *DTYPE_NAMES),
+            "auto",
         ),
     ),
 )
 QUANTIZE = Flag(
     "--quantize",
     "keep the weights in 8 bits: smaller and faster, a little less exact",
+    ("int8",),
     elsewhere="is for a model that only runs",
-    choices=("int8",),
 )
 TRAINED_MODEL = Group("model", (MODEL_PATH, TOKENIZER, NORM, ATTENTION))
 MODEL = Group("model", (MODEL_PATH, TOKENIZER, ADAPTER, NORM, ATTENTION))
@@ -113,111 +106,100 @@ MODEL = Group("model", (MODEL_PATH, TOKENIZER, ADAPTER, NORM, ATTENTION))
 # Texts
 
 PROMPT = Flag(
-    "--prompt",
+    "--prompt TEXT",
     "the text to continue, or for classify the sentence",
     str,
-    "TEXT",
     COURSE_PROMPT,
     default_text="the course's film review",
 )
 PROMPT_FILE = OwnFlag(
-    "--prompt_file",
+    "--prompt_file FILE",
     "instead of --prompt: every line of a file (-: of the standard input), --batch_size of them at a time; above "
     "temperature 0 the text depends on which lines are in a batch",
-    str,
-    "FILE",
 )
 INTERACTIVE = OwnFlag(
     "--interactive",
     "ask for one prompt after the other, with --chat in one conversation; Ctrl-C stops an answer, Ctrl-D ends",
-    action="store_true",
+    bool,
 )
-JSON = OwnFlag("--json", "print one JSON object a line, for programs", action="store_true")
-MAX_NEW_TOKENS = Flag("--max_new_tokens", "tokens to add", TOKENS, "N", 75)
+JSON = OwnFlag("--json", "print one JSON object a line, for programs", bool)
+MAX_NEW_TOKENS = Flag("--max_new_tokens N", "tokens to add", TOKENS, 75)
 CORPUS = Flag(
-    "--corpus",
+    "--corpus TEXT[=WEIGHT]",
     "text files, or folders of .txt files; <|endoftext|> separates documents. WEIGHT (pretrain): how often a text is "
     "read in one pass (1)",
     str,
-    "TEXT[=WEIGHT]",
     [],
     nargs="+",
 )
 HELD_OUT = Flag(
-    "--held_out",
+    "--held_out N",
     "the last documents of each text, a share below 1 or a number: pretrain keeps them for evaluation, perplexity "
     "reads them alone",
     NOT_NEGATIVE,
-    "N",
     0.0,
     default_text="0: all documents",
 )
 WINDOW = Flag(
-    "--window",
+    "--window N",
     "tokens of one row; in training a row holds several documents, one after the other",
     COUNT,
-    "N",
     default_text="the model's context; sft: the length of its longest example",
 )
 VOCAB_SIZE = Flag(
-    "--vocab_size", "pieces of a new tokenizer; a new model has its tokenizer's", COUNT, "N", default_text="4096"
+    "--vocab_size N", "pieces of a new tokenizer; a new model has its tokenizer's", COUNT, default_text="4096"
 )
 
 # Labelled rows
 
-FINETUNED = Flag(
-    "--finetuned", "the best.pt of a run, or the .pt file that finetune, lora or wise_ft wrote", str, "FILE"
-)
+FINETUNED = Flag("--finetuned FILE", "the best.pt of a run, or the .pt file that finetune, lora or wise_ft wrote")
 ROW_FORMATS = """\
 A data file has lines of `label ||| sentence`; or it is a .csv with columns label and text(s), as AG News has them;
 or a .tsv with label and text, and maybe more columns: the text is the longest, the first of the others the fold.
 PATH#fold=PATTERN takes only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
 TRAIN, DEV, TEST = (
-    Flag(f"--{split}", f"{what} data", str, "FILE", f"data/cfimdb-{split}.txt")
+    Flag(f"--{split} FILE", f"{what} data", str, f"data/cfimdb-{split}.txt")
     for split, what in (("train", "training"), ("dev", "development"), ("test", "test"))
 )
 LABEL_NAMES = Flag(
-    "--label-names",
+    "--label-names FILE",
     'JSON: a list of class names, for the labels 0, 1, ...; or an object from labels to class names, as in {"0": '
     '"bad", "1": null, "2": "good"}, where null leaves rows out; class ids follow the order of first mention',
     str,
-    "FILE",
     "data/cfimdb-label-mapping.json",
 )
 DEV_OUT, TEST_OUT = (
-    Flag(f"--{split}_out", f"predictions for {split}", str, "FILE", f"cfimdb-{split}-prompting-output.txt")
+    Flag(f"--{split}_out FILE", f"predictions for {split}", str, f"cfimdb-{split}-prompting-output.txt")
     for split in ("dev", "test")
 )
 DATA = Group("data", (TRAIN, DEV, TEST, LABEL_NAMES, DEV_OUT, TEST_OUT), ROW_FORMATS)
-BATCH_SIZE = Flag("--batch_size", "rows a step", COUNT, "N", 8)
+BATCH_SIZE = Flag("--batch_size N", "rows a step", COUNT, 8)
 ROWS = Group(
     "rows",
     (
-        Flag("--max_sentence_len", "cut sentences to N tokens", COUNT, "N", default_text="to the model's context"),
+        Flag("--max_sentence_len N", "cut sentences to N tokens", COUNT, default_text="to the model's context"),
         BATCH_SIZE,
         Flag(
             "--pooling",
             "the position of a row that is read: its last real token, with padding masked; or, as in the course, the "
             "last column of the batch, padding included",
-            default="last_token",
-            choices=("last_token", "last_column"),
+            ("last_token", "last_column"),
+            "last_token",
         ),
     ),
 )
 TEMPLATE = Flag(
-    "--template",
+    "--template TEXT",
     "the prompt for a row: {sentence} is the row's, {labels} a list such as `bad, average, or good`; the label follows "
     "after a space; in a row that is too long the sentence loses its end",
     str,
-    "TEXT",
     COURSE_TEMPLATE,
     elsewhere="belongs to --option prompt and to --head prompt of finetune and lora",
 )
 LABEL_WORDS = Flag(
-    "--label_words",
+    "--label_words W1,W2,...",
     "the word for each class in the prompt, in the order of the class ids",
     words,
-    "W1,W2,...",
     default_text="the class names",
     elsewhere=TEMPLATE.elsewhere,
 )
@@ -227,86 +209,76 @@ LABEL_WORDS = Flag(
 TRAINING = Group(
     "training",
     (
-        Flag("--epochs", "passes over the training set", COUNT, "N", 5),
-        Flag("--lr", "learning rate; LoRA needs about ten times more than full fine-tuning", POSITIVE, "RATE", 2e-5),
-        Flag("--schedule", "of the learning rate", default="constant", choices=("constant", "cosine")),
-        Flag("--warmup_steps", "steps from nearly 0 to --lr", COUNT_OR_ZERO, "N", 0),
-        Flag("--min_lr", "the end of the cosine", NOT_NEGATIVE, "RATE", 0.0),
-        Flag("--weight_decay", "of matrices, not of norms and biases", NOT_NEGATIVE, "W", 0.0),
-        Flag("--adam_beta2", "AdamW's decay rate of squared gradients", FRACTION, "B", 0.999),
-        Flag("--max_grad_norm", "clip the norm of the gradient to G", POSITIVE, "G"),
+        Flag("--epochs N", "passes over the training set", COUNT, 5),
+        Flag("--lr RATE", "learning rate; LoRA needs about ten times more than full fine-tuning", POSITIVE, 2e-5),
+        Flag("--schedule", "of the learning rate", ("constant", "cosine"), "constant"),
+        Flag("--warmup_steps N", "steps from nearly 0 to --lr", COUNT_OR_ZERO, 0),
+        Flag("--min_lr RATE", "the end of the cosine", NOT_NEGATIVE, 0.0),
+        Flag("--weight_decay W", "of matrices, not of norms and biases", NOT_NEGATIVE, 0.0),
+        Flag("--adam_beta2 B", "AdamW's decay rate of squared gradients", FRACTION, 0.999),
+        Flag("--max_grad_norm G", "clip the norm of the gradient to G", POSITIVE),
         Flag(
-            "--dropout",
+            "--dropout P",
             "dropout inside the model: of embeddings, attention weights and the output of each block",
             FRACTION,
-            "P",
             default_text="what the checkpoint says, mostly 0",
         ),
         Flag(
-            "--micro_batch_size",
+            "--micro_batch_size N",
             "rows computed at once, if --batch_size rows do not fit into memory; the step is the same",
             COUNT,
-            "N",
             default_text="the whole batch",
         ),
-        Flag("--patience", "stop after N epochs without a better dev score", COUNT, "N"),
+        Flag("--patience N", "stop after N epochs without a better dev score", COUNT),
     ),
 )
 RUN = Group(
     "the run",
     (
         OwnFlag(
-            "--run_dir",
+            "--run_dir DIR",
             "folder for the run's options, metrics, log and checkpoints",
-            str,
-            "DIR",
             default_text=f"a new folder under {RUNS}/",
         ),
         Flag(
             "--resume",
             "continue the run in --run_dir (without it, the latest under runs/), with exactly the result of an "
             "uninterrupted run; it keeps the options it was started with",
-            action="store_true",
+            bool,
         ),
-        Flag("--save_every", "save the state every N steps, and after each epoch", COUNT, "N", 500),
-        OwnFlag(
-            "--fsdp",
-            "shard the model over the processes that torchrun starts, instead of a copy in each",
-            action="store_true",
-        ),
-        Flag("--compile", "compile the model with torch.compile: slow to start", action="store_true"),
+        Flag("--save_every N", "save the state every N steps, and after each epoch", COUNT, 500),
+        OwnFlag("--fsdp", "shard the model over the processes that torchrun starts, instead of a copy in each", bool),
+        Flag("--compile", "compile the model with torch.compile: slow to start", bool),
     ),
 )
 LORA = Group(
     "LoRA",
     (
-        Flag("--lora_rank", "rank of the LoRA update", COUNT, "R", 4),
-        Flag("--lora_alpha", "the update is scaled by alpha / rank", POSITIVE, "A", 1.0),
+        Flag("--lora_rank R", "rank of the LoRA update", COUNT, 4),
+        Flag("--lora_alpha A", "the update is scaled by alpha / rank", POSITIVE, 1.0),
         Flag(
             "--rslora",
             "scale by alpha / sqrt(rank), for high ranks (rsLoRA)",
+            bool,
             elsewhere="belongs to --option lora",
-            action="store_true",
         ),
         Flag(
-            "--lora_plus",
+            "--lora_plus RATIO",
             "learning rate of every lora_B, as a multiple of --lr; LoRA+ suggests 16",
             POSITIVE,
-            "RATIO",
             1.0,
             elsewhere="belongs to --option lora",
         ),
         Flag(
             "--dora",
             "train the length of each weight row apart from its direction (DoRA)",
+            bool,
             elsewhere="belongs to --option lora",
-            action="store_true",
         ),
         Flag(
-            "--lora_targets",
+            "--lora_targets NAME",
             f"the weights to adapt: {', '.join(LORA_TARGETS)}, or some of {', '.join(LORA_TARGETS['all'])}",
             str,
-            "NAME",
             ["attention"],
             default_text="attention",
             elsewhere="belongs to --option lora",
@@ -321,9 +293,7 @@ LORA = Group(
 OUT_DTYPE = Flag(
     "--out_dtype",
     "precision of --model_out; llama2.c's formats are always fp32 or int8",
+    DTYPE_NAMES,
     default_text="fp32; convert: the checkpoint's own",
-    choices=DTYPE_NAMES,
 )
-MODEL_OUT = Flag(
-    "--model_out", "the model or tokenizer to write; a safetensors file gets its tokenizer beside it", str, "PATH"
-)
+MODEL_OUT = Flag("--model_out PATH", "the model or tokenizer to write; a safetensors file gets its tokenizer beside it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,29 +22,31 @@ PROGRAM = "run_llama.py"
 class Flag:
     """A flag of the command line.
 
-    default_text: the default in words, where the value does not say it. elsewhere: why a command that does not use the
-    flag refuses it ({users}: the commands that do); without it, the command's header names the flag as ignored.
-    type, metavar, settings (choices, nargs, action): for argparse.
+    name: as it is typed, and the name of its value: "--epochs N". kind: a function that reads the value, a tuple of the
+    allowed values, or bool for a flag without a value. default_text: the default in words, where the value does not say
+    it. elsewhere: why a command that does not use the flag refuses it ({users}: the commands that do); without it, the
+    command's header names the flag as ignored. settings: for argparse (nargs, const, choices).
     """
 
     def __init__(
         self,
         name: str,
         help: str,
-        type: Callable[[str], Any] | None = None,
-        metavar: str | None = None,
+        kind: Callable[[str], Any] | Collection[str] = str,
         default: Any = None,
         *,
         default_text: str = "",
         elsewhere: str = "",
         **settings: Any,
     ) -> None:
-        settings |= {key: value for key, value in (("type", type), ("metavar", metavar)) if value is not None}
-        if settings.get("action") == "store_true":
-            default = False
-        self.name, self.help, self.default, self.settings = name, help, default, settings
-        self.default_text, self.elsewhere = default_text, elsewhere
-        self.key = name.lstrip("-").replace("-", "_")
+        self.name, _, self.metavar = name.partition(" ")
+        self.key = self.name.lstrip("-").replace("-", "_")
+        self.help, self.default, self.default_text, self.elsewhere = help, default, default_text, elsewhere
+        self.settings: dict[str, Any] = settings | ({"metavar": self.metavar} if self.metavar else {})
+        if kind is bool:
+            self.default, self.settings = False, {"action": "store_true"}
+        else:
+            self.settings |= {"type": kind} if callable(kind) else {"choices": kind}
 
     def add_to(self, parser: Any, default: Any = None, default_text: str = "") -> None:
         """Declares the flag to an argparse parser or group; a command may have a default of its own."""
@@ -136,8 +138,8 @@ class Command:
 COMMON = Group(
     "every option",
     (
-        Flag("--option", "what to do", str, "OPTION", "generate"),
-        Flag("--seed", "seed of every random draw", SEED, "N", 1337),
+        Flag("--option OPTION", "what to do", str, "generate"),
+        Flag("--seed N", "seed of every random draw", SEED, 1337),
         Flag(
             "--config",
             'options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; the '

@@ -30,8 +30,8 @@ TO = Flag(
     "--to",
     "what --model_out becomes: a file of ours, of llama2.c (v2: int8) or of llama.cpp, or a folder of transformers; "
     "or, for an --adapter alone, a file of ours or a folder of peft",
-    default="safetensors",
-    choices=(*FILE_FORMATS, *FOLDER_FORMATS, "adapter"),
+    (*FILE_FORMATS, *FOLDER_FORMATS, "adapter"),
+    "safetensors",
 )
 
 

@@ -36,59 +36,54 @@ HEAD = Group(
             "what is trained beside the model: a linear layer on the last token of each sentence; or nothing new: the "
             "model is asked as in --option prompt, by --template, and trained to answer with the label's word, of "
             "which the first token counts",
-            default="linear",
-            choices=("linear", "prompt"),
+            ("linear", "prompt"),
+            "linear",
         ),
         flags.TEMPLATE,
         flags.LABEL_WORDS,
-        Flag("--hidden_dropout_prob", "dropout before the head", FRACTION, "P", 0.3),
-        Flag("--label_smoothing", "spread S of each label over all classes", FRACTION, "S", 0.0),
-        Flag("--eval_train", "also score the whole training set after each epoch", action="store_true"),
+        Flag("--hidden_dropout_prob P", "dropout before the head", FRACTION, 0.3),
+        Flag("--label_smoothing S", "spread S of each label over all classes", FRACTION, 0.0),
+        Flag("--eval_train", "also score the whole training set after each epoch", bool),
     ),
 )
 REGULARIZATION = Group(
     "regularizers",
     (
         OwnFlag(
-            "--smart",
+            "--smart L",
             "add L times the largest change of the class distribution, in symmetric KL, when the embeddings move a "
             "little (SMART; 1 to 5 usual, a step takes up to five times as long)",
             NOT_NEGATIVE,
-            "L",
             0.0,
             default_text="off",
         ),
         Flag(
-            "--smart_eps",
+            "--smart_eps X",
             "how far each number of an embedding may move; what --smart adds grows with its square",
             POSITIVE,
-            "X",
             1e-3,
         ),
-        Flag("--smart_step", "the step towards the worst move, for the largest gradient", POSITIVE, "X", 0.1),
-        Flag("--smart_noise", "standard deviation of the noise it starts from", POSITIVE, "X", 1e-3),
+        Flag("--smart_step X", "the step towards the worst move, for the largest gradient", POSITIVE, 0.1),
+        Flag("--smart_noise X", "standard deviation of the noise it starts from", POSITIVE, 1e-3),
         OwnFlag(
-            "--bregman",
+            "--bregman MU",
             "add MU times the symmetric KL between the class distributions of the model and of a moving average of its "
             "weights (SMART's other half; 1 usual)",
             NOT_NEGATIVE,
-            "MU",
             0.0,
             default_text="off",
         ),
         Flag(
-            "--bregman_beta",
+            "--bregman_beta B",
             "decay rate of that average at each step",
             FRACTION,
-            "B",
             default_text="0.99 in the first tenth of the steps, then 0.999",
         ),
         OwnFlag(
-            "--r_drop",
+            "--r_drop A",
             "read each row twice, under two dropout masks, and add A times half their symmetric KL (R-Drop; 1 to 5 "
             "usual, a step takes twice as long)",
             NOT_NEGATIVE,
-            "A",
             0.0,
             default_text="off",
         ),

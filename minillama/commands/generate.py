@@ -43,26 +43,24 @@ TEXT = Group(
             "--chat",
             "the prompt is what a user says, the text the reply, in the chat format of Llama 2 or Llama 3, by the "
             "tokenizer's kind; prints the reply alone",
-            action="store_true",
+            bool,
         ),
-        Flag("--system", "with --chat: instructions for the model", str, "TEXT"),
+        Flag("--system TEXT", "with --chat: instructions for the model"),
         flags.MAX_NEW_TOKENS,
-        OwnFlag("--stop", "end before any of these texts", str, "TEXT", [], nargs="+"),
-        OwnFlag("--num_samples", "continuations of each prompt", COUNT, "N", 1),
+        OwnFlag("--stop TEXT", "end before any of these texts", str, [], nargs="+"),
+        OwnFlag("--num_samples N", "continuations of each prompt", COUNT, 1),
         flags.BATCH_SIZE,
         flags.JSON,
         OwnFlag(
-            "--explain",
+            "--explain PAGE.html",
             "show for each token which candidates the filters kept and which they cut, as a table in the terminal, and "
             "as a page if one is named",
-            str,
-            "PAGE.html",
             nargs="?",
             const="",
         ),
         flags.QUANTIZE,
         *(
-            Flag(f"--generated_sentence_{name}_temp_out", f"the text at temperature {value}", str, "FILE", file)
+            Flag(f"--generated_sentence_{name}_temp_out FILE", f"the text at temperature {value}", str, file)
             for name, value, file in zip(("low", "high"), (0, 1), COURSE_FILES, strict=True)
         ),
     ),
@@ -71,36 +69,32 @@ DECODING = Group(
     "how tokens are chosen",
     (
         Flag(
-            "--temperature",
+            "--temperature T",
             "0 takes the likeliest token, 1 samples from the model's distribution. Prints one text and writes no file",
             NOT_NEGATIVE,
-            "T",
             default_text="one text at 0 and one at 1, each written to its file; 1 where another flag excludes that",
         ),
         Flag(
-            "--epsilon",
+            "--epsilon E",
             "keep tokens of at least this probability",
             FRACTION,
-            "E",
             0.05,
             default_text="0.05; 0 with another filter",
         ),
-        OwnFlag("--eta", "like --epsilon, but lower where many tokens are likely; try 0.002", FRACTION, "E"),
-        OwnFlag("--top_k", "sample only the K likeliest tokens (contrastive: 4)", COUNT, "K"),
-        OwnFlag("--top_p", "sample only the likeliest tokens that together reach probability P", SHARE, "P"),
-        OwnFlag("--min_p", "sample only tokens at least P times as likely as the likeliest", SHARE, "P"),
+        OwnFlag("--eta E", "like --epsilon, but lower where many tokens are likely; try 0.002", FRACTION),
+        OwnFlag("--top_k K", "sample only the K likeliest tokens (contrastive: 4)", COUNT),
+        OwnFlag("--top_p P", "sample only the likeliest tokens that together reach probability P", SHARE),
+        OwnFlag("--min_p P", "sample only tokens at least P times as likely as the likeliest", SHARE),
         OwnFlag(
-            "--typical_p",
+            "--typical_p P",
             "sample only the tokens whose surprise is nearest to the expected one and that together reach probability "
             "P",
             SHARE,
-            "P",
         ),
         OwnFlag(
-            "--repetition_penalty",
+            "--repetition_penalty R",
             "above 1, up to 100, makes tokens that occurred before less likely; below 1, down to 0.01, more likely",
             PENALTY,
-            "R",
             1.0,
         ),
         OwnFlag(
@@ -108,14 +102,12 @@ DECODING = Group(
             "sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens that "
             "are unlike the text so far; lookup draws like sample, but guesses ahead from the text so far and checks "
             "the guesses together, which is faster where text repeats itself",
-            default="sample",
-            choices=("sample", "beam", "contrastive", "lookup"),
+            ("sample", "beam", "contrastive", "lookup"),
+            "sample",
         ),
-        OwnFlag("--beams", "beam: texts kept at each step", COUNT, "N", 4),
-        OwnFlag(
-            "--length_penalty", "beam: above 0 favours longer texts, below 0 shorter ones", LENGTH_PENALTY, "L", 1.0
-        ),
-        OwnFlag("--contrast", "contrastive: weight of being unlike, from 0 to 1", SHARE_OR_ZERO, "A", 0.6),
+        OwnFlag("--beams N", "beam: texts kept at each step", COUNT, 4),
+        OwnFlag("--length_penalty L", "beam: above 0 favours longer texts, below 0 shorter ones", LENGTH_PENALTY, 1.0),
+        OwnFlag("--contrast A", "contrastive: weight of being unlike, from 0 to 1", SHARE_OR_ZERO, 0.6),
     ),
 )
 

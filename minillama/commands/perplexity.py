@@ -69,7 +69,7 @@ COMMAND = Command(
                 flags.CORPUS,
                 flags.HELD_OUT,
                 flags.WINDOW,
-                Flag("--stride", "tokens between the starts of windows", COUNT, "N", default_text="half the window"),
+                Flag("--stride N", "tokens between the starts of windows", COUNT, default_text="half the window"),
                 flags.QUANTIZE,
             ),
         ),

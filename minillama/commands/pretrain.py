@@ -38,31 +38,30 @@ KINDS = (
     Flag(
         "--position",
         "how a new model knows positions: rotary turns queries and keys, alibi lowers the scores of distant tokens",
+        POSITIONS,
         default_text="rotary",
         elsewhere=OF_NEW,
-        choices=POSITIONS,
     ),
     Flag(
-        "--sliding_window",
+        "--sliding_window N",
         "a token of a new model sees itself and the N - 1 before it",
         COUNT,
-        "N",
         default_text="all before it",
         elsewhere=OF_NEW,
     ),
     Flag(
         "--differential",
         "differential attention in a new model: the difference of two softmaxes, from pairs of heads",
+        bool,
         elsewhere=OF_NEW,
-        action="store_true",
     ),
 )
 NEW_MODEL = Group(
     "a new model",
     (
-        Flag("--preset", "sizes of a new model", default_text="mini, the bundled model's", choices=PRESETS),
+        Flag("--preset", "sizes of a new model", PRESETS, default_text="mini, the bundled model's"),
         *(
-            Flag(f"--{name}", f"{what} of a new model", COUNT, "N", default_text="the preset's")
+            Flag(f"--{name} N", f"{what} of a new model", COUNT, default_text="the preset's")
             for name, what in SIZES.items()
         ),
         *KINDS,
@@ -75,10 +74,10 @@ TEXTS = Group(
         flags.HELD_OUT,
         flags.WINDOW,
         flags.BATCH_SIZE,
-        Flag("--max_steps", "stop after N steps", COUNT, "N", default_text="--epochs passes over the corpus"),
-        Flag("--eval_every", "judge every N steps", COUNT, "N", 200),
-        Flag("--sample_prompt", "continued after each evaluation", str, "TEXT", "Once upon a time"),
-        Flag("--tokens_dir", "folder for tokenized texts", str, "DIR", "runs/tokens"),
+        Flag("--max_steps N", "stop after N steps", COUNT, default_text="--epochs passes over the corpus"),
+        Flag("--eval_every N", "judge every N steps", COUNT, 200),
+        Flag("--sample_prompt TEXT", "continued after each evaluation", str, "Once upon a time"),
+        Flag("--tokens_dir DIR", "folder for tokenized texts", str, "runs/tokens"),
         flags.VOCAB_SIZE,
         flags.OUT_DTYPE,
         flags.MODEL_OUT,

@@ -22,9 +22,9 @@ CALIBRATE = Flag(
     "--calibrate",
     "divide a label's probability by that after a prompt without content: contextual, the mean of the prompts with "
     '"N/A", "[MASK]" and nothing as sentence; pmi, that with nothing',
-    default="none",
+    ("none", *CONTENT_FREE),
+    "none",
     elsewhere="belongs to --option prompt",
-    choices=("none", *CONTENT_FREE),
 )
 
 

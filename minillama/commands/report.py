@@ -302,20 +302,18 @@ COMMAND = Command(
             "the page",
             (
                 Flag(
-                    "--runs",
+                    "--runs DIR",
                     "folders of runs, or folders that hold some",
                     str,
-                    "DIR",
                     [RUNS],
                     default_text=RUNS,
                     nargs="+",
                 ),
-                Flag("--report_out", "the page to write", str, "FILE", "report.html"),
+                Flag("--report_out FILE", "the page to write", str, "report.html"),
                 Flag(
-                    "--curves",
+                    "--curves FILE.csv",
                     "tables of accuracy between two sets of weights: a column alpha, then one a data set",
                     str,
-                    "FILE.csv",
                     [],
                     nargs="+",
                 ),

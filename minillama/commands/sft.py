@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "dev", "test")
 ANSWER_ROWS = Flag(
-    "--answer_rows",
+    "--answer_rows N",
     "rows of dev, evenly spread, that are answered after each epoch to keep the best model by token F1; 0: keep the "
     "best by dev loss",
     COUNT_OR_ZERO,
-    "N",
     200,
 )
 

@@ -43,40 +43,36 @@ MIXING = Group(
     (
         flags.FINETUNED,
         Flag(
-            "--alphas",
+            "--alphas A,A,...",
             "the weights of the fine-tuned model; 1 alone judges it as it is",
             ALPHAS,
-            "A,A,...",
             [i / 10 for i in range(11)],
             default_text="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
         ),
-        Flag("--ood", "labelled data from elsewhere, as for --dev; each scored by itself", str, "FILE", [], nargs="+"),
+        Flag("--ood FILE", "labelled data from elsewhere, as for --dev; each scored by itself", str, [], nargs="+"),
         Flag(
-            "--ood_classes",
+            "--ood_classes K,K,...",
             "the class of the --ood file that each class of the model counts as, -1 for none, as in 0,0,-1,1,1: their "
             "probabilities are added. One for all files, or one for each. If -1 comes first, write "
             "--ood_classes=-1,...",
             COUNTS_AS,
-            "K,K,...",
             [],
             default_text="the classes are the same",
             nargs="+",
         ),
         Flag(
-            "--ood_label_names",
+            "--ood_label_names FILE",
             "label files of the --ood files, one for all or one for each; their classes are the model's by name, or "
             "where names differ, by number",
             str,
-            "FILE",
             [],
             default_text="the labels that the model was trained with",
             nargs="+",
         ),
         Flag(
-            "--curve_out",
+            "--curve_out FILE.csv",
             "table of the accuracies; beside it their picture, a page of HTML",
             str,
-            "FILE.csv",
             "wise-ft-curve.csv",
         ),
         flags.MODEL_OUT,
