@@ -141,10 +141,9 @@ COMMON = Group(
         Flag("--option OPTION", "what to do", str, "generate"),
         Flag("--seed N", "seed of every random draw", SEED, 1337),
         Flag(
-            "--config",
+            "--config FILE",
             'options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; the '
             "command line overrides it; examples/ has some",
-            metavar="FILE",
         ),
     ),
 )
