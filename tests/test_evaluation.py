@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import nn
 
 from conftest import tiny_llama
@@ -41,6 +41,7 @@ def test_predictions_stand_in_the_order_of_the_rows(size):
     gold = [row.label for row in rows]
     assert result.accuracy == pytest.approx(accuracy_score(gold, by_hand))
     assert result.macro_f1 == pytest.approx(f1_score(gold, by_hand, average="macro"))
+    assert result.confusion == confusion_matrix(gold, by_hand).tolist()
 
 
 def test_a_class_that_no_row_has_counts_in_macro_f1_as_in_the_table_beneath():
@@ -91,7 +92,8 @@ def test_evaluation_needs_no_gradient_and_restores_the_mode(was_training):
 
 def test_classes_are_told_with_a_confusion_matrix():
     rows = [Row(label, "", (1,)) for label in (0, 0, 1, 1, 1)]
-    text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833), rows, ["bad", "good", "none"])
+    matrix = [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833, None, matrix), rows, ["bad", "good", "none"])
     assert "precision" in text and text.endswith("1  1  0   bad\n1  2  0   good\n0  0  0   none")
     assert describe_classes(Evaluation([0], None, None), [Row(0, "", (1,))], ["bad", "good"]) == ""
 

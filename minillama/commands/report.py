@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillama.cli.charts import chart, colour, document, shaded, table, text, thinned
-from minillama.cli.finished_runs import Run, accuracy, find_runs, is_number, read_curves, read_run, samples
+from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, read_run
 from minillama.cli.flags import DEFAULT_PRESET, OPTION_DEFAULTS, RESUME_MAY_CHANGE, used_by
 from minillama.cli.loading import check_alone, report
 from minillama.cli.options import defaults
@@ -145,7 +145,7 @@ def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
             for score in ("dev_accuracy", "bits_per_byte", "dev_exact_match", "dev_f1")
         )
         if dev != NONE:
-            test = [accuracy(run.matrices["test"]) for run in members if "test" in run.matrices]
+            test = [run.final.get("test_accuracy") for run in members]
             labels.append((name, [link, dev, spread(test, len(members))]))
         elif bits != NONE:
             texts.append((name, [link, bits]))
@@ -179,7 +179,7 @@ def run_table(members: Sequence[Run]) -> str:
     for run in members:
         best = run.best()
         epochs = f"{text(best['epoch'])} of {len(run.scores)}" if "epoch" in best else f"– of {len(run.scores)}"
-        test = [decimals(accuracy(run.matrices["test"]) if "test" in run.matrices else None)] if labelled else []
+        test = [decimals(run.final.get("test_accuracy"))] if labelled else []
         numbers = [*(decimals(best.get(name)) for name in scores.values()), *test, f"{run.seconds / 60:.1f}"]
         rows.append([text(run.options.get("seed", "?")), epochs, *numbers, text(run.name)])
     head = ["seed", "best epoch", *scores, *(["test"] if labelled else []), "minutes", "run"]
@@ -224,24 +224,27 @@ def group_section(number: int, name: str, members: Sequence[Run]) -> str:
     if chosen := settings(members[0]):
         parts.append(f'<p class="quiet">{text(", ".join(" ".join(item) for item in chosen.items()))}</p>')
     parts += [run_table(members), figures(members)]
-    found = [(run, split, matrix) for run in members for split, matrix in run.matrices.items()]
-    if found:
-        drawn = (
-            shaded(f"{split}, seed {run.options['seed']}: accuracy {accuracy(matrix):.3f}", *matrix)
-            for run, split, matrix in found
+    drawn = [
+        shaded(
+            f"{split}, seed {run.options.get('seed', '?')}: accuracy {decimals(run.final.get(f'{split}_accuracy'))}",
+            *matrix,
         )
+        for run in members
+        for split, matrix in run.matrices().items()
+    ]
+    if drawn:
         parts.append("<h3>Confusion matrices</h3><p>A line for each true class, a column for each predicted one.</p>")
         parts.append(f'<div class="grid">{"".join(drawn)}</div>')
-    missing = Counter(reason for run in members for reason in run.missing)
+    missing = Counter(reason for run in members for reason in run.missing_matrices())
     if missing:
         lines = "".join(
             f"<li>{text(reason)} ({count} of {len(members)} runs)</li>" for reason, count in missing.items()
         )
         parts.append(f'<p class="quiet">No confusion matrix of</p><ul class="quiet">{lines}</ul>')
     for run in members:
-        if told := samples(run):
+        if told := run.samples():
             parts.append(f"<h3>What {text(run.name)} wrote</h3>")
-            parts += [f"<blockquote><b>epoch {epoch}</b> {text(sample)}</blockquote>" for epoch, sample in told]
+            parts += [f"<blockquote><b>epoch {text(epoch)}</b> {text(sample)}</blockquote>" for epoch, sample in told]
     return "".join(parts) + "</section>"
 
 

@@ -26,18 +26,21 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted class ids in the order of the rows; accuracy, macro-F1, and the loss, the mean negative log-likelihood
-    of the gold labels; None where there are no gold labels.
+    """Predicted class ids in the order of the rows, and the scores; these are None without gold labels.
+
+    loss: the mean negative log-likelihood of the gold labels. confusion: for each true class a row, how often each
+    class was predicted.
     """
 
     predictions: list[int]
     accuracy: float | None
     macro_f1: float | None
     loss: float | None = None
+    confusion: list[list[int]] | None = None
 
-    def scores(self, split: str) -> dict[str, float | None]:
-        """The scores by the names that the metrics of a run have for them."""
-        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss")}
+    def scores(self, split: str) -> dict[str, Any]:
+        """The scores under the names that they have in a run's metrics."""
+        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss", "confusion")}
 
 
 def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -96,15 +99,16 @@ def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings:
     file: a class that no row has, or that is never predicted, counts as 0.
     """
     log_probs = class_log_probs(model, rows, batch_size, **settings)
-    predictions, classes = log_probs.argmax(-1).tolist(), range(log_probs.shape[-1])
+    predictions, classes = log_probs.argmax(-1).tolist(), list(range(log_probs.shape[-1]))
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
-    from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # here: the import takes a second
 
     gold = [row.label for row in rows]
-    macro_f1 = f1_score(gold, predictions, labels=list(classes), average="macro", zero_division=0)
+    macro_f1 = f1_score(gold, predictions, labels=classes, average="macro", zero_division=0)
     loss = F.nll_loss(log_probs, torch.tensor(gold))
-    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss))
+    confusion = confusion_matrix(gold, predictions, labels=classes).tolist()
+    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss), confusion)
 
 
 @torch.no_grad()
@@ -268,13 +272,11 @@ def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Between what shares the true accuracy lies with 95 % confidence, when `right` of `count` rows are right: Wilson's
-    score interval (J. Am. Stat. Assoc. 22, 1927), (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    """
-    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-    p, w = right / count, z * z / count
-    half = math.sqrt(w * p * (1 - p) + w * w / 4)
-    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
+    """The 95 % confidence interval of an accuracy of right / count: Wilson's score interval."""
+    from scipy.stats import binomtest  # comes with scikit-learn; slow to import
+
+    interval = binomtest(right, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
@@ -291,15 +293,20 @@ def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -
 
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
     """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
-    from sklearn.metrics import classification_report, confusion_matrix
+    from sklearn.metrics import classification_report
 
-    if evaluation.accuracy is None:
+    if evaluation.confusion is None:
         return ""
-    gold, classes = [row.label for row in rows], range(len(label_names))
-    settings: dict[str, Any] = {"labels": list(classes), "zero_division": 0}
-    text = classification_report(gold, evaluation.predictions, target_names=list(label_names), digits=3, **settings)
-    matrix = confusion_matrix(gold, evaluation.predictions, labels=list(classes))
-    width = max(len(str(number)) for number in matrix.flatten())
-    head = "confusion matrix (a line for each true class, a column for each predicted one)"
-    lines = ["  ".join(f"{n:>{width}}" for n in line) + f"   {label_names[i]}" for i, line in enumerate(matrix)]
-    return "\n".join([text, head, *lines])
+    text = classification_report(
+        [row.label for row in rows],
+        evaluation.predictions,
+        labels=list(range(len(label_names))),
+        target_names=list(label_names),
+        digits=3,
+        zero_division=0,
+    )
+    lines = [text, "confusion matrix (a line for each true class, a column for each predicted one)"]
+    width = len(str(max(map(max, evaluation.confusion))))
+    for name, counts in zip(label_names, evaluation.confusion, strict=True):
+        lines.append("  ".join(f"{n:>{width}}" for n in counts) + f"   {name}")
+    return "\n".join(lines)

@@ -100,12 +100,12 @@ class LanguageModelling:
         sample = self._sample(model, dtype)
         model.train()
         if not judged:
-            return Score(None, "nothing held out to judge by", {}, f"\n    {sample}")
+            return Score(None, "nothing held out to judge by", {}, sample)
         mean = sum(bits.values()) / len(bits)
         each = "; ".join(f"{name} {bits[name]:.3f} (perplexity {perplexity[name]:.1f})" for name in bits)
         metrics: dict[str, Any] = {"bits_per_byte": mean}
         metrics |= {f"bits_per_byte_{name}": value for name, value in bits.items()}
-        return Score(-mean, f"held-out bits per byte {mean:.4f}: {each}", metrics, f"\n    {sample}")
+        return Score(-mean, f"held-out bits per byte {mean:.4f}: {each}", metrics, sample)
 
     def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
         llama: Any = getattr(model, "module", model)  # as it is without DDP around it

@@ -393,7 +393,7 @@ class Training:
         self.log(
             f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
             + " (best so far)" * (is_best and score.quality is not None)
-            + score.remark
+            + f"\n    {score.sample}" * bool(score.sample)
         )
         self.run.metric(
             progress.step,
@@ -401,6 +401,7 @@ class Training:
             train_loss=loss,
             running_train_accuracy=running,
             **score.metrics,
+            **({"sample": score.sample} if score.sample else {}),
         )
         if is_best:
             progress.best_epoch, progress.best_quality = progress.epoch, score.quality

@@ -15,12 +15,12 @@ from minillama.training.regularizers import MovingAverage
 
 @dataclass(frozen=True)
 class Score:
-    """How good a model is: `quality` is to be as large as possible, None where there is nothing to judge by."""
+    """How good a model is: the larger `quality` the better; None where there is nothing to judge by."""
 
     quality: float | None
     text: str
     metrics: dict[str, float | None]
-    remark: str = ""  # what follows in the log
+    sample: str = ""  # text that the model wrote
 
 
 class Task(Protocol):
