@@ -309,18 +309,28 @@ class RunDirectory:
 
     # Sharded states: a folder for each save, and a pointer that is replaced last.
 
-    def save_shards(self, name: str, write: Callable[[Path], None], wait: Callable[[], None]) -> None:
-        """Every process calls this; `write` puts its shards into the folder it is given, a new one for each `name`."""
+    def save_shards(self, name: str, state: dict[str, Any], wait: Callable[[], None]) -> None:
+        """Saves the shards of every process in a new folder; `wait` waits for all processes. Every process calls this.
+
+        Raises OSError if a shard cannot be written, and leaves the last good folder.
+        """
+        from torch.distributed import checkpoint
+
         folder = self.path / f"last-{name}"
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)
             self._settle_metrics()
         wait()
         try:
-            write(folder)
-        except BaseException:
+            checkpoint.save(state, checkpoint_id=folder)
+        except BaseException as error:
             if self.writes:
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, checkpoint.CheckpointException):  # gathers the failures of all processes
+                causes = [failure for failure, _ in error.failures.values()]
+                full_disk = [failure for failure in causes if isinstance(failure, OSError)]
+                reasons = "; ".join(dict.fromkeys(map(str, full_disk or causes)))
+                raise OSError(f"the shards could not be saved: {reasons}") from error
             raise
         wait()
         if self.writes:
@@ -329,6 +339,17 @@ class RunDirectory:
             for old in self.path.glob("last-*"):
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
+
+    @staticmethod
+    def load_shards(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with the values saved in `folder`. Raises ValueError if they are damaged."""
+        from torch.distributed import checkpoint
+
+        try:
+            checkpoint.load(state, checkpoint_id=folder)
+        except (checkpoint.CheckpointException, EOFError, OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}, the run's last state, is damaged; restore it, or start a new run") from error
+        return state
 
     def shards(self) -> Path | None:
         """The folder of the shards last saved whole, None where none were yet; rewinds the metrics as `load` does."""
