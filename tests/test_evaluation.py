@@ -251,7 +251,7 @@ def test_scores_are_means_over_the_answers():
 class Letters:
     """A tokenizer of ids for their own sake: 2 and 3 end an answer."""
 
-    pad_id, stop_ids = 0, (2, 3)
+    pad_id, stop_ids, unused_ids = 0, (2, 3), ()
 
     def decode(self, ids):
         return " ".join(map(str, ids)) + " "
