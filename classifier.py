@@ -29,8 +29,8 @@ POOLINGS = ("last_token", "last_column")
 def _read_config(config: Any) -> tuple[Llama, str]:
     """The backbone and the pooling of a classifier's config.
 
-    config: a namespace with pretrained_model_path, or with `llama`, a loaded model; optionally `pooling`, and `norm` and
-    `causal`, which override the checkpoint's.
+    config: a namespace with pretrained_model_path, or with `llama`, a loaded model; optionally with `pooling`, and with
+    `norm` and `causal`, which override the checkpoint's.
     """
     pooling = getattr(config, "pooling", "last_token")
     if pooling not in POOLINGS:

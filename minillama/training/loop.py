@@ -189,7 +189,8 @@ class Training:
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         if not updated:
             self.optimizer.state.clear()  # torch took a step of size 0 to create the state, and counted it
-        return {
+        average = {} if self.task.average is None else {"average": self.task.average.state()}
+        return average | {
             "model": model,
             "optimizer": optimizer,
             "updated": updated,  # whether the optimizer has taken a step
@@ -197,7 +198,6 @@ class Training:
             "progress": asdict(self.progress),
             "generators": self.processes.gather(mine),
             "base": self.base,
-            "average": {} if self.task.average is None else self.task.average.state(),
         }
 
     def save(self) -> None:
