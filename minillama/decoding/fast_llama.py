@@ -52,8 +52,8 @@ def packed_product(weight: Tensor) -> Product:
 
 
 def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (out, in) as int8 from -127 to 127 times a scale for each output (out,), bfloat16: the row's largest weight / 127,
-    rounded before the weights are divided by it.
+    """W (out, in) as int8 from -127 to 127, times a scale for each output (out,): the row's largest weight / 127,
+    rounded to bfloat16 before the weights are divided by it.
     """
     wide = weight.float()
     scale = (wide.abs().amax(1).clamp(min=1e-30) / 127).to(torch.bfloat16)

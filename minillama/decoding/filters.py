@@ -96,8 +96,8 @@ def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) 
     """The probabilities to draw from, float32 (..., V): logits (..., V) after temperature (above 0) and filters."""
     logits = logits.float()
     logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # banned at any temperature
-    # Shifted before the division: at a tiny temperature all quotients overflow to -inf, except that of the arg-max, which
-    # is 0 (or 0 / 0 if the temperature is 0 in float32).
+    # Shifted before the division: at a tiny temperature all quotients overflow to -inf, except that of the arg-max,
+    # which is 0 (or 0 / 0 if the temperature is 0 in float32).
     logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
     for keep in filters:
         logits = keep(logits)
