@@ -23,6 +23,7 @@ def beam_search(
     length_penalty: float = 1.0,
     eos_ids: Sequence[int] = (),
     banned_ids: Sequence[int] = (),
+    use_cache: bool = True,
 ) -> tuple[Tensor, float]:
     """The best continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
     log-probabilities / (their number ** length_penalty). A penalty above 0 favours longer continuations.
@@ -39,7 +40,7 @@ def beam_search(
     tokens, scores = idx, idx.new_zeros(1, dtype=torch.float32)
     ends = idx.new_tensor(list(eos_ids))
     done, new = (-math.inf, idx[0]), 1
-    read = Reader(model, idx.shape[1] + max_new_tokens, banned_ids=banned_ids)
+    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache, banned_ids)
     for new in range(1, max_new_tokens + 1):
         logits = read(tokens)[0][:, -1]
         check_finite(logits)

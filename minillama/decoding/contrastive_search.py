@@ -21,6 +21,7 @@ def contrastive_search(
     alpha: float = 0.6,
     eos_ids: Sequence[int] = (),
     banned_ids: Sequence[int] = (),
+    use_cache: bool = True,
 ) -> Tensor:
     """Continues one prompt, idx (1, T) -> (T + new,). Each step takes the one of the k most probable tokens v with the
     largest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), where h_v is the hidden state of v and h_j that of an earlier
@@ -31,7 +32,7 @@ def contrastive_search(
     if k < 1 or not 0.0 <= alpha <= 1.0:
         raise ValueError(f"k is {k} and alpha {alpha}; k must be 1 or more, alpha in [0, 1]")
     tokens = idx
-    read = Reader(model, idx.shape[1] + max_new_tokens, banned_ids=banned_ids)
+    read = Reader(model, idx.shape[1] + max_new_tokens, use_cache, banned_ids)
     logits, states = read(tokens)  # (1, 1, V), (1, T, D)
     for _ in range(max_new_tokens):
         check_finite(logits)
