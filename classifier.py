@@ -1,9 +1,9 @@
-"""Classifiers on a Llama: one asks it which label's words come next, one trains a head on its last state, and one
-trains the model to answer the question.
+"""Classifiers on a Llama: by the probability of each label's words (zero-shot), by a linear head on the last state, and
+by training the model to predict the label's word.
 
-All read each row's last real token under a padding mask, so a row's answer does not depend on its batch. Without a
-mask every token is real. `config.pooling = "last_column"` reproduces the course's reading instead, which ignores the
-mask: pads are attended to and the last column is read, whatever it holds.
+All read each row's last real token under a padding mask, so that the answer to a row does not depend on its batch.
+`config.pooling = "last_column"` reproduces the course's reading, which ignores the mask: queries attend to padding, and
+the last column is read even if it is padding.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ POOLINGS = ("last_token", "last_column")
 
 
 def _read_config(config: Any) -> tuple[Llama, str]:
-    """The backbone and the pooling that a classifier's config asks for.
+    """The backbone and the pooling of a classifier's config.
 
-    config: a namespace with pretrained_model_path, or with `llama`, a model already loaded; and optionally `pooling`,
-    `norm` and `causal`, which override what the checkpoint says.
+    config: a namespace with pretrained_model_path, or with `llama`, a loaded model; optionally with `pooling`, and with
+    `norm` and `causal`, which override the checkpoint's.
     """
     pooling = getattr(config, "pooling", "last_token")
     if pooling not in POOLINGS:
@@ -44,11 +44,11 @@ def _read_config(config: Any) -> tuple[Llama, str]:
 
 
 class LlamaZeroShotClassifier(nn.Module):
-    """Scores each label by the log-probability of its own tokens as the continuation of the input; once calibrated, by
-    how much more probable the input makes it than inputs without content do.
+    """Scores each label by the log-probability of its tokens as the continuation of the input, minus, once calibrated,
+    their log-probability after inputs without content.
 
     config: pretrained_model_path, num_labels; see `_read_config`. label_names: the words that stand for the labels.
-    Raises ValueError if num_labels is not their number.
+    Raises ValueError unless there are num_labels of them.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
@@ -59,46 +59,42 @@ class LlamaZeroShotClassifier(nn.Module):
         self.llama, self.pooling = _read_config(config)
         # The first piece carries the space before it ("▁good"), which is how the label follows the prompt.
         self.label_name_ids = [word_ids(tokenizer, name) for name in label_names]
-        # How long an input may be: all of a label but its last token has to fit behind it.
+        # The longest input: all tokens of a label but the last must fit after it.
         self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
         self.log_prior: Tensor
         self.register_buffer("log_prior", torch.zeros(self.num_labels), persistent=False)
 
     @torch.no_grad()
     def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """From now on the score of a label y after an input x is
+        """Changes the score of a label y after an input x to
 
             log p(y | x) - log mean_c p(y | c)
 
-        over the inputs c without content given here, ids (C, T) and mask as for `forward`; returns the second term
-        (num_labels,).
+        with the inputs c without content: ids (C, T) and mask as for `forward`. Returns the second term (num_labels,).
 
-        Contextual calibration (arXiv 2102.09690: W = diag(p_cf)^-1, b = 0) has for c the prompt filled with
-        "N/A", "[MASK]" and the empty string. It divides probabilities that are normalised over the labels, and takes a
-        softmax of the quotients: factors and a function that keep the order of the labels, so left out here.
-        Domain-conditional PMI (arXiv 2104.08315) subtracts log p(y | domain premise), the prompt without a
-        sentence. So for this scoring the two differ in the set of c alone: PMI's is the empty string.
+        In contextual calibration (arXiv 2102.09690: W = diag(p_cf)^-1, b = 0), c is the prompt filled with "N/A",
+        "[MASK]" and the empty string. The paper normalises the probabilities over the labels before the division, and
+        takes a softmax after it; both keep the order of the labels, and are left out here. Domain-conditional PMI
+        (arXiv 2104.08315) subtracts log p(y | domain premise), where c is the prompt with the empty string only.
         """
         self.log_prior = self._scores(input_ids, attention_mask).logsumexp(0) - math.log(len(input_ids))
         return self.log_prior
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """ids (B, T), mask bool (B, T), padding on either side -> log-probabilities of the labels (B, num_labels),
-        float32, less those that `calibrate` found.
-        """
+        """ids (B, T), mask bool (B, T), padding on either side -> scores of the labels (B, num_labels), float32."""
         return self._scores(input_ids, attention_mask) - self.log_prior
 
     def _scores(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Log-probabilities of the labels (B, num_labels), float32.
+        """Log-probabilities of the labels (B, num_labels), float32, before calibration.
 
-        A label of several tokens has log p(first | input) + log p(second | input, first) + ...: not normalised over the
-        labels, since the model may prefer yet other words.
+        A label of several tokens has log p(first | input) + log p(second | input, first) + ..., not normalised over the
+        labels.
         """
         if self.pooling == "last_column":
             return self._course_reading(input_ids)
         scores = input_ids.new_zeros(len(input_ids), self.num_labels, dtype=torch.float32)
-        # One pass for every distinct beginning of a label. Passes of their own, not positions of one longer pass: where
-        # attention is bidirectional, a token may not see the label tokens that are to be predicted.
+        # One pass for every distinct beginning of a label, not one pass over whole labels: with bidirectional attention
+        # a token would see the label tokens that it is to predict.
         beginnings = {tuple(ids[:n]) for ids in self.label_name_ids for n in range(len(ids))}
         for beginning in sorted(beginnings):
             following = self._next_log_probs(input_ids, attention_mask, beginning)  # (B, V)
@@ -118,14 +114,14 @@ class LlamaZeroShotClassifier(nn.Module):
             input_ids = torch.cat((input_ids, input_ids.new_zeros(more.shape)), dim=1)
             mask = torch.cat((mask, more), dim=1)
             after = torch.arange(len(beginning), device=input_ids.device)
-            places = last_positions(input_ids, mask)[:, None] + 1 + after  # right behind each row's last real token
+            places = last_positions(input_ids, mask)[:, None] + 1 + after  # right after each row's last real token
             input_ids = input_ids.scatter(1, places, input_ids.new_tensor(beginning).expand(rows, -1))
             mask = mask.scatter(1, places, True)
         logits = self.llama.output(self.llama.last_hidden(input_ids, mask))
         return logits.float().log_softmax(-1)
 
     def _course_reading(self, input_ids: Tensor) -> Tensor:
-        """The last column's log-probabilities, a label's pieces summed at that one position."""
+        """Log-probabilities at the last column, summed over a label's tokens at this one position."""
         logits, _ = self.llama(input_ids)
         following = logits[:, -1].float().log_softmax(-1)
         return torch.stack([following[:, ids].sum(-1) for ids in self.label_name_ids], dim=-1)
@@ -146,7 +142,7 @@ class LlamaEmbeddingClassifier(nn.Module):
         self.llama, self.pooling = _read_config(config)
         self.llama.requires_grad_(config.option != "pretrain")
         if not self.llama.config.tie_embeddings:
-            self.llama.output.requires_grad_(False)  # nothing here reads it, so no gradient would ever reach it
+            self.llama.output.requires_grad_(False)  # unused here, so it would never get a gradient
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier_head = nn.Linear(self.llama.config.dim, self.num_labels)
 
@@ -156,12 +152,12 @@ class LlamaEmbeddingClassifier(nn.Module):
 
 
 class LlamaPromptClassifier(nn.Module):
-    """Prompt-based fine-tuning (LM-BFF, arXiv 2012.15723): the label words' logits at each row's last real token, where
-    the row is a sentence and a question. The output projection is the head, so there is no weight that is not
-    pretrained; before training, this is what the zero-shot classifier says of labels of one token.
+    """Prompt-based fine-tuning (LM-BFF, arXiv 2012.15723): the logits of the label words at each row's last real token,
+    where the row is a sentence and a question. The output projection is the head, so all weights are pretrained; before
+    training, the answers are those of the zero-shot classifier for labels of one token.
 
-    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. words: what stands for the labels, each by
-    its first token. Raises ValueError if two of them have the same one.
+    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. words: the labels' words, of which the first
+    token counts. Raises ValueError if two of them begin with the same token.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, words: Sequence[str]) -> None:
@@ -179,12 +175,12 @@ class LlamaPromptClassifier(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), of the labels alone, float32 or wider."""
+        """ids (B, T), mask bool (B, T) -> log-probabilities over the labels (B, num_labels), float32 or wider."""
         return _log_probs(self.llama.output(_pooled(self, input_ids, attention_mask))[:, self.label_ids])
 
 
 def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The hidden state (B, D) that a head reads of each row, after dropout."""
+    """The hidden state of each row (B, D), after dropout."""
     return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))
 
 
@@ -193,17 +189,15 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 def acting_dropout(model: nn.Module) -> float:
-    """The largest dropout probability in a model, the backbone's and the head's: 0 where two passes in training mode
-    are equal.
-    """
+    """The largest dropout probability in a model: 0 if two passes in training mode are equal."""
     return max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
 
 
 class MergedClasses(nn.Module):
-    """A classifier for a data set of other, fewer classes: the probability of each is the sum of those of the model's
-    classes that count as it.
+    """A classifier for a data set with fewer classes: the probability of each is the sum over the model's classes that
+    count as it.
 
-    counts_as: for each of the model's classes the number of the data set's, or -1 for none.
+    counts_as: for each class of the model the class of the data set, or -1 for none.
     """
 
     def __init__(self, model: nn.Module, counts_as: Sequence[int]) -> None:
@@ -218,16 +212,16 @@ class MergedClasses(nn.Module):
 
 
 def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClassifier | LlamaPromptClassifier:
-    """The classifier that a file holds, in float32 and evaluation mode, on the CPU; LoRA's updates merged.
+    """The classifier in a file, in float32 and evaluation mode, on the CPU, with LoRA updates merged.
 
-    Raises ValueError if its tensors are not those of such a classifier.
+    Raises ValueError if the tensors are not those of such a classifier.
     """
     not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it anew")
     if found.config.n_layers > len(found.state):
         raise not_its_own
     with_lora = any(name.endswith(".lora_A") for name in found.state)
     adapter = adapter_of(found.path, found.state, found.options) if with_lora else None
-    with torch.device("meta"):  # sizes without memory, for the tensors are there
+    with torch.device("meta"):  # shapes without memory; the tensors exist already
         config = SimpleNamespace(
             llama=Llama(found.config),
             num_labels=len(found.label_names),

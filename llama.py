@@ -1,9 +1,9 @@
 """The Llama decoder: pre-norm blocks of grouped-query attention with rotary positions, and SwiGLU.
 
-Shapes, one meaning per letter in all files:
-    B  rows of the batch        D   model width (dim)             H  query heads
-    T  query positions          hd  width of one head, D / H      K  key/value heads, K <= H
-    S  key positions, cached ones included                        V  vocabulary
+Shapes, with the same letters in all files:
+    B  rows of the batch                     D   model width (dim)         H  query heads
+    T  query positions                       hd  width of one head, D / H  K  key/value heads, K <= H
+    S  key positions, with the cached ones   V   vocabulary
 """
 
 from __future__ import annotations
@@ -62,9 +62,8 @@ NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
-    A config may ask for more than the write-up has: ALiBi instead of rotary positions and a sliding window (both are
-    in the mask, see layers/masks.py), and differential heads (layers/differential.py), whose first weights depend on
-    `depth`, the number of the layer.
+    Beyond the write-up, a config may ask for ALiBi or a sliding window (both are in the mask, layers/masks.py), and for
+    differential heads (layers/differential.py), whose initial weights depend on `depth`, the number of the layer.
     """
 
     def __init__(self, config: LlamaConfig, depth: int = 0) -> None:
@@ -88,10 +87,9 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer_id: int = 0,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names.
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the position of each row that `only` (B,) names.
 
-        mask: see `compute_query_key_value_scores`. cache: x follows the tokens in it, and is added to it, as layer
-        `layer_id`.
+        mask: see `compute_query_key_value_scores`. cache: the earlier tokens; x is added to it, for layer `layer_id`.
         """
         config = self.config
         B, T, _ = x.shape
@@ -125,9 +123,10 @@ class Attention(nn.Module):
         return self.residual_dropout(self.compute_output(mixed.transpose(1, 2).flatten(-2)))  # (B, T or 1, D)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The attention of `compute_query_key_value_scores` by the kernel that the config names, or the fastest one:
-        torch's, but in half precision on the CPU, where that takes up to five times as long as the matrix products of
-        a few rows at a time (docs/results.md).
+        """The attention of `compute_query_key_value_scores` by the kernel that the config names.
+
+        "auto" is torch's fused kernel, except in half precision on the CPU, where that takes up to five times as long
+        as matrix products of a few rows at a time (docs/results.md).
         """
         config, kernel = self.config, self.config.attention_kernel
         if kernel == "auto":
@@ -147,18 +146,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         """softmax(query key^T / sqrt(hd) + mask) value: three times (B, H, T, hd) -> (B, H, T, hd). The readable path.
 
-        mask: broadcast to (B, H, T, T); bool, True = attend, or a float that is added to the scores. Without it the
-        config decides.
+        mask: broadcast to (B, H, T, T); bool, True = attend, or float, added to the scores. None: the config's mask.
         """
         if mask is None:
             mask = default_mask(query.shape[-2], self.config, query.dtype, query.device)
-        # Divided before the product, which may overflow in float16.
+        # Divided before the product, which might overflow in float16.
         scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
         if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill_(~mask, -math.inf)  # in place: nothing else needs the product
+            scores = scores.masked_fill_(~mask, -math.inf)  # in place, to save memory
         elif mask is not None:
             scores = scores + mask
-        weights = scores.softmax(-1)  # torch sums in float32 whatever the dtype
+        weights = scores.softmax(-1)  # torch sums in float32
         weights = F.dropout(weights, self.config.dropout, self.training)
         return weights.to(value.dtype) @ value
 
@@ -198,14 +196,14 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, only: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the one position of each row that `only` (B,) names."""
+        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the position of each row that `only` (B,) names."""
         mixed = self.attention(self.attention_norm(x), mask, only, cache, self.layer_id)
         x = (x if only is None else gather_positions(x, only)) + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Llama(nn.Module):
-    """A stack of `LlamaLayer`s between an embedding and the output projection that (by default) shares its weight."""
+    """Embedding, `LlamaLayer`s, norm and output projection, which by default shares the weight of the embedding."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -219,15 +217,15 @@ class Llama(nn.Module):
         self.init_weights()
 
     def tie_weights(self) -> None:
-        """Makes the output projection's weight the embedding's, if the config says so."""
+        """Shares the weight of the embedding with the output projection, if the config says so."""
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self) -> None:
-        """N(0, 0.02); the two projections that write into the residual stream N(0, 0.02 / sqrt(2 * n_layers)).
+        """Weights from N(0, 0.02); N(0, 0.02 / sqrt(2 * n_layers)) in projections that write into the residual stream.
 
         Each of the 2 * n_layers writes adds its variance to the stream, hence the root (GPT-2). The course and llama2.c
-        scale w3 instead of w2; loaded weights make that irrelevant, pretraining does not.
+        scale w3 instead of w2, which matters in pretraining only.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -243,21 +241,21 @@ class Llama(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) -> logits and hidden states (B, T, D), the latter after the final norm.
+        """tokens (B, T) -> logits, and hidden states (B, T, D) after the final norm.
 
-        Logits are (B, T, V) when `targets` is given (its values are not looked at), else (B, 1, V): those of each row's
-        last real token. attention_mask: bool (B, T), True for real tokens, padding on either side, or, with `targets`,
-        (B, T, T), True where a query may attend to a key; without it every token is real. cache: tokens follow those in
-        it, and are added to it; their number may differ from call to call. Raises ValueError if they do not fit.
+        Logits are (B, T, V) with `targets` (whose values do not matter), else (B, 1, V), of each row's last real token.
+        attention_mask: bool (B, T), True for real tokens, padding on either side; or, with `targets`, (B, T, T), True
+        where a query may attend to a key. cache: the earlier tokens; `tokens`, of any number, are added to it. Raises
+        ValueError if they do not fit.
         """
         hidden = self.norm(self.residual_stream(tokens, attention_mask, cache=cache))
         logits = self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None])
         return logits, hidden
 
     def last_hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The hidden state (B, D) of each row's last real token, equal to the one that `forward` returns.
+        """The hidden state (B, D) of each row's last real token, equal to that of `forward`, but faster.
 
-        The last layer computes its keys and values for all positions, the rest for this one only: nobody reads more.
+        The last layer computes keys and values for all positions, and the rest for this one only.
         """
         return self.norm(self.residual_stream(tokens, attention_mask, last_positions(tokens, attention_mask)))[:, 0]
 
@@ -280,7 +278,7 @@ class Llama(nn.Module):
         return x
 
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
-        """An empty cache for `capacity` tokens (default: the context); None where this model has no use for one."""
+        """An empty cache for `capacity` tokens (default: the context); None for a model that cannot use one."""
         return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
 
     @torch.no_grad()
@@ -292,8 +290,9 @@ class Llama(nn.Module):
         epsilon: float = 0.05,
         **settings: Any,
     ) -> Tensor:
-        """Continues each prompt of idx (B, T): returns prompts and continuations, (B, T + new). For more settings, such
-        as `filters`, `attention_mask`, `eos_ids` and `generator`, see `minillama.decoding.sampling.stream`.
+        """Continues each prompt of idx (B, T): prompts and continuations, (B, T + new). Temperature 0 is greedy.
+
+        settings: see `minillama.decoding.sampling.stream`.
         """
         from minillama.decoding.sampling import generate
 
@@ -301,9 +300,9 @@ class Llama(nn.Module):
 
 
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The position of each row's last real token (B,); the last column where there is no mask.
+    """The position of each row's last real token (B,); the last column without a mask.
 
-    The mask decides, never the ids: a padding id may also occur as a token.
+    The mask decides, not the ids, since the padding id may also occur as a token.
     """
     rows, columns = tokens.shape[:2]
     if attention_mask is None:
@@ -323,8 +322,8 @@ def last_token_state(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 class SkipParameterInit(TorchFunctionMode):
-    """Within it, modules do not initialise their parameters. (Initialising parameters on the device "meta" would make
-    torch import its compiler, which takes a second.)
+    """While entered, modules do not initialise their parameters. (On the device "meta" that would import torch's
+    compiler, which takes a second.)
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -334,12 +333,12 @@ class SkipParameterInit(TorchFunctionMode):
 
 
 def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
-    """The model of a checkpoint that was read. dtype: of the weights; None keeps the file's, without a copy. overrides:
-    fields of the config that replace the checkpoint's.
+    """The model of a checkpoint. dtype: of the weights; None keeps the file's, without a copy. overrides: fields of the
+    config that replace the checkpoint's.
     """
     config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
-    with torch.device("meta"), SkipParameterInit():  # sizes without memory, for the tensors exist already
+    with torch.device("meta"), SkipParameterInit():  # shapes without memory; the tensors exist already
         model = Llama(config)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
@@ -354,8 +353,8 @@ def load_pretrained(
 ) -> Llama:
     """Reads a checkpoint of any known format into a `Llama` in evaluation mode, on the CPU.
 
-    dtype: of the weights; None keeps the file's. Raises FileNotFoundError or ValueError, each with what to do, if it is
-    missing, damaged or of no known format.
+    dtype: of the weights; None keeps the file's. Raises FileNotFoundError or ValueError, with what to do, if the file
+    is missing, damaged or of an unknown format.
     """
     overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
     return llama_from_checkpoint(read_checkpoint(checkpoint), dtype, **overrides)

@@ -1,13 +1,12 @@
 """LoRA (arXiv 2106.09685): a frozen Linear plus a trainable update of low rank, W x + scaling * B A x.
 
 scaling is alpha / rank; rank-stabilized (rsLoRA, arXiv 2312.03732) alpha / sqrt(rank), so that a high rank learns as
-fast as a low one. DoRA (arXiv 2402.09353) trains the length of each row apart from its direction: with
-V = W + scaling * B A and a trained magnitude m, which starts as the row norms ||W||, the weight is m V / ||V||.
+fast as a low one. DoRA (arXiv 2402.09353) trains the length of each row separately from its direction: with
+V = W + scaling * B A and a trained magnitude m, initially the row norms ||W||, the weight is m V / ||V||.
 
-B starts at zero, so a freshly wrapped model computes what it computed before. Weights change only by explicit verbs,
-never as a side effect of train() or eval(): `merge_lora_weights` ends LoRA and leaves a standard model, with the keys
-it had before it was wrapped; `merge_lora_reversibly` keeps the wrapped layers, and `unmerge_lora` undoes it. Works on
-any module that holds `nn.Linear`s.
+B starts at zero, so a newly wrapped model computes the same as before. Weights change only by explicit calls, never by
+train() or eval(): `merge_lora_weights` ends LoRA and leaves a standard model with its former keys;
+`merge_lora_reversibly` keeps the wrapped layers, and `unmerge_lora` undoes it.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ ATTENTION_PROJECTIONS = ("compute_query", "compute_key", "compute_value", "compu
 
 
 class LoRALayer(nn.Module):
-    """Wraps a Linear: (..., in) -> (..., out). `original_layer` is frozen, `lora_A` and `lora_B` are trained, and with
-    `dora` `lora_magnitude` (out,), which else is None.
-
-    Raises ValueError if rank or alpha are not above 0.
+    """A wrapped Linear: (..., in) -> (..., out). `original_layer` is frozen; `lora_A`, `lora_B` and with `dora` also
+    `lora_magnitude` (out,) are trained. Raises ValueError unless rank and alpha are above 0.
     """
 
     lora_magnitude: nn.Parameter | None
@@ -50,11 +47,11 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(original_layer.out_features, rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_magnitude = nn.Parameter(self._row_norms()) if dora else None
-        self._before_merge: dict[str, Tensor] | None = None  # the parameters, kept so that unmerging is exact
+        self._before_merge: dict[str, Tensor] | None = None  # the parameters, so that unmerging is exact
 
     @property
     def merged(self) -> bool:
-        """Whether the update is folded into the weight at present."""
+        """Whether the update is in the weight."""
         return self._before_merge is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +59,7 @@ class LoRALayer(nn.Module):
         if self.merged:
             return base
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
-        if self.lora_magnitude is not None:  # as an addition to W x, so that half precision rounds only what is added
+        if self.lora_magnitude is not None:  # added to W x, so that half precision rounds the addition only
             gain = self.lora_magnitude / self._row_norms()
             bias = self.original_layer.bias
             update = gain * update + (gain - 1) * (base if bias is None else base - bias)
@@ -72,22 +69,22 @@ class LoRALayer(nn.Module):
         """V = W + scaling * B A (out, in), computed in `dtype`."""
         return self.original_layer.weight.to(dtype) + self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
-    @torch.no_grad()  # DoRA takes the norm for a constant (section 4.3): it cheapens the gradient, and costs nothing
+    @torch.no_grad()  # DoRA treats the norm as a constant, for a cheaper gradient (section 4.3)
     def _row_norms(self) -> Tensor:
-        """||V|| of each output (out,), float32 or wider even under autocast; never 0, to be divided by."""
+        """||V|| of each output (out,), in float32 or wider also under autocast, never 0."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return row_norms(self._updated_weight(self.lora_A.dtype))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._before_merge = None  # what is loaded replaces the weight and the update both
+        self._before_merge = None  # the loaded values replace weight and update
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds the update into the weight, in float64, cast once. Merging a merged layer does nothing.
+        """Adds the update to the weight, in float64, cast once. Merging a merged layer does nothing.
 
-        lora_B is zero meanwhile, and lora_magnitude the merged rows' norms, so that a state dict saved now stands for
-        the same function wherever it is loaded.
+        Until `unmerge`, lora_B is zero and lora_magnitude holds the norms of the merged rows, so that a state dict
+        saved now computes the same wherever it is loaded.
         """
         if self.merged:
             return
@@ -102,7 +99,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores weight and update as they were before `merge`, bit for bit. Does nothing to an unmerged layer."""
+        """Restores weight and update from before `merge`, bit for bit. Does nothing to an unmerged layer."""
         for name, kept in (self._before_merge or {}).items():
             self.get_parameter(name).copy_(kept)
         self._before_merge = None
@@ -122,12 +119,11 @@ def apply_lora(
     rslora: bool = False,
     dora: bool = False,
 ) -> nn.Module:
-    """Freezes `model` and wraps, in place, every Linear whose own name is among `targets`; returns the same model.
+    """Freezes `model` and wraps, in place, every Linear whose own name is in `targets`; returns the same model.
 
-    keep_trainable: names of submodules that have no pretrained weight to keep and go on training beside the adapters.
-    rslora, dora: see `LoRALayer`.
+    keep_trainable: names of submodules without pretrained weights, which are trained beside the adapters.
 
-    Raises ValueError, naming the Linears there are, if a target matches nothing or is wrapped already.
+    Raises ValueError if a target matches nothing, with the names of all Linears, or if the model is wrapped already.
     """
     targets, keep_trainable = tuple(targets), tuple(keep_trainable)
     if next(lora_layers(model), None) is not None:
@@ -149,10 +145,9 @@ def apply_lora(
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Puts each module where its dotted name says, in the place of what is there."""
+    """Replaces the submodules with these dotted names."""
     for name, module in modules.items():
-        parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, module)
+        model.set_submodule(name, module)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -173,30 +168,28 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
-    """(LoRA parameters, all parameters, the first as a percentage of the second); a tied weight counts once.
+    """(LoRA parameters, all parameters, the percentage); a tied weight counts once.
 
-    All means all: the course's script divides by the trainable ones instead, which makes the share look large.
+    The course's script divides by the trainable parameters instead of all, which makes the share look large.
     """
     lora = sum(parameter.numel() for parameter in get_lora_optimizer_params(model))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return lora, total, 100.0 * lora / total if total else 0.0
+    return lora, total, 100.0 * lora / total
 
 
 def merge_lora_weights(model: nn.Module) -> nn.Module:
-    """Ends LoRA: replaces every LoRALayer, in place, by a plain Linear with the merged weight and the bias it had.
-    Returns the same model, whose state dict has the plain keys and loads strictly into a model that was never wrapped;
-    of a LoRALayer by itself, its Linear. What was frozen stays frozen.
+    """Ends LoRA: replaces every LoRALayer, in place, by a plain Linear with the merged weight.
 
-    Raises ValueError, and changes nothing, if a weight to be changed is also another module's.
+    Returns the same model, whose state dict loads strictly into a model that was never wrapped; for a LoRALayer alone,
+    its Linear. Frozen parameters stay frozen. Raises ValueError as `merge_lora_reversibly` does.
     """
     return remove_lora(merge_lora_reversibly(model))
 
 
 def merge_lora_reversibly(model: nn.Module) -> nn.Module:
-    """Folds every update into its weight (see `LoRALayer.merge`); the wrapped layers stay. Returns the same model.
+    """Merges every update into its weight (see `LoRALayer.merge`); the wrapped layers stay. Returns the same model.
 
-    Raises ValueError, and changes nothing, if a weight to be changed is also another module's, as an output that is
-    tied to the embedding is: both would change.
+    Raises ValueError, and changes nothing, if such a weight is shared with another module, as a tied output is.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -217,8 +210,8 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Puts the wrapped Linears back in place, as they are, without an update that was not merged; returns the same
-    model, or of a LoRALayer by itself its Linear. The state dict then has the plain model's keys again.
+    """Puts the wrapped Linears back in place, without updates that were not merged; returns the same model, or for a
+    LoRALayer alone its Linear.
     """
     if isinstance(model, LoRALayer):
         return model.original_layer
@@ -227,10 +220,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone: {"...compute_query.lora_A": (rank, in), "...lora_B": (out, rank), ...}, a copy; with DoRA
-    "...lora_magnitude": (out,), too.
-
-    Raises ValueError while the adapter is merged, for then B is zero.
+    """A copy of the adapter alone: {"...compute_query.lora_A": (rank, in), "...lora_B": (out, rank), ...}, with DoRA
+    also "...lora_magnitude": (out,). Raises ValueError while it is merged, since B is zero then.
     """
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the adapter is merged into the weights; call unmerge_lora before saving it")
@@ -238,9 +229,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
-    """Sets the adapter of a wrapped model. Raises ValueError, before changing anything, unless names and shapes
-    match.
-    """
+    """Sets the adapter of a wrapped model. Raises ValueError, and changes nothing, unless names and shapes match."""
     own = dict(lora_parameters(model))
     if wrong := sorted(set(own) ^ set(adapter)):
         raise ValueError(

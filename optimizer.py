@@ -1,9 +1,8 @@
-"""AdamW (arXiv 1711.05101, Algorithm 2), as the course states it; decay groups; the learning rate of a step
-and of a group.
+"""AdamW (arXiv 1711.05101, Algorithm 2) as the course states it; parameter groups; learning rates.
 
-Convention: the gradient step comes first, then the weight decay p -= lr * weight_decay * p, with the learning rate in
-it. torch.optim.AdamW decays first; and it adds eps to sqrt(v / (1 - b2^t)), where here eps is added to sqrt(v) and
-the bias correction stands in the step size, as in the efficient variant of Adam (arXiv 1412.6980, end of section 2).
+Convention: the gradient step comes first, then the weight decay p -= lr * weight_decay * p. torch.optim.AdamW decays
+first. It also adds eps to sqrt(v / (1 - b2^t)); here eps is added to sqrt(v), and the bias correction is in the step
+size, as in the efficient variant of Adam (arXiv 1412.6980, end of section 2).
 
 `one_by_one` is the formula to read; `in_one_pass` is the same by one kernel over all parameters.
 """
@@ -22,14 +21,14 @@ from torch.optim import Optimizer
 class AdamW(Optimizer):
     """Adam with decoupled weight decay.
 
-    params: parameters, or groups of them, each group with settings of its own. correct_bias: undo the bias of the
-    moving averages towards their start at zero. max_grad_norm: before the step, scale a group's gradients down to
-    this global 2-norm; None leaves them alone. fused: update by `in_one_pass`, else `one_by_one`.
+    params: parameters, or groups with settings of their own. correct_bias: correct the bias of the moving averages
+    towards zero, their start. max_grad_norm: before the step, scale the gradients of a group down to this global
+    2-norm. fused: update by `in_one_pass`, else by `one_by_one`.
 
     Raises ValueError for a setting out of its range, RuntimeError for a sparse gradient.
     """
 
-    fused = True  # of the class, too: torch copies and pickles an optimizer without what is its own
+    fused = True  # also in the class, since torch copies and pickles an optimizer without attributes of its own
 
     def __init__(
         self,
@@ -66,11 +65,8 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates every parameter that has a gradient; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in parameters):
@@ -108,15 +104,15 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
     """The update of `one_by_one` by torch's fused AdamW kernel, with settings that make its formula ours.
 
     The kernel computes p * (1 - lr' wd') - lr' / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps'). With
-    keep = 1 - lr wd, ours is that at lr' = lr keep, wd' = wd / keep and eps' = eps / sqrt(1 - b2^t). Without bias
-    correction t is infinite.
+    keep = 1 - lr wd, that is our formula for lr' = lr keep, wd' = wd / keep and eps' = eps / sqrt(1 - b2^t). Without
+    bias correction t is infinite.
     """
     beta1, beta2 = group["betas"]
     keep = 1 - group["lr"] * group["weight_decay"]
-    laid_out_alike = all(p.grad.stride() == p.stride() for p in parameters if p.grad is not None)
-    if not keep > 0 or not laid_out_alike:  # the kernel goes through memory in order
+    same_layout = all(p.grad.stride() == p.stride() for p in parameters if p.grad is not None)
+    if not keep > 0 or not same_layout:  # the kernel goes through memory in order
         return one_by_one(parameters, states, group)
-    # Alike in step count, so that one eps serves; alike in dtype and device, as the kernel wants.
+    # The kernel needs one dtype and device, and one eps, which depends on the number of steps.
     alike: dict[tuple[int, torch.dtype, torch.device], list[nn.Parameter]] = {}
     for p in parameters:
         alike.setdefault((states[p]["step"], p.dtype, p.device), []).append(p)
@@ -140,7 +136,7 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is. The update is elementwise, so parts do."""
+    """This process's part of a sharded tensor; any other tensor as it is. Parts suffice for an elementwise update."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -149,9 +145,9 @@ def decay_groups(
     weight_decay: float,
     lr_multipliers: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: matrices decay, vectors (norms' weights, biases) do not. Frozen parameters are left
-    out. lr_multipliers: by the last part of a parameter's name, what its group is to multiply the learning rate by
-    ("lr_multiplier", which `set_learning_rate` minds).
+    """Parameter groups for an optimizer: matrices with weight decay, vectors (biases, weights of norms) without.
+
+    Frozen parameters are left out. lr_multipliers: factors of the learning rate by the last part of a parameter's name.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in named_parameters:
@@ -165,7 +161,7 @@ def decay_groups(
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Gives every group the learning rate, times the group's own multiplier (1 where it has none)."""
+    """Sets the learning rate of every group: lr times the multiplier of the group, if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_multiplier", 1.0)
 
@@ -173,9 +169,8 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 def learning_rate(
     step: int, total_steps: int, peak: float, schedule: str = "constant", warmup_steps: int = 0, minimum: float = 0.0
 ) -> float:
-    """The learning rate of step 0 to total_steps - 1: a linear warm-up, never zero, then "constant" or "cosine".
-
-    The cosine falls from `peak` at the end of the warm-up to `minimum` at total_steps.
+    """The learning rate of a step from 0 to total_steps - 1: a linear warm-up from above zero, then "constant", or
+    "cosine", which falls from `peak` to `minimum` at total_steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 
-from minillama.text.labelled import Row
-from minillama.training.evaluation import Evaluation, describe_classes
+from sklearn.metrics import accuracy_score, confusion_matrix
 
 NAMES = ["bad", "so <i>so</i>", "3 good"]
 VOID = {"meta", "br"}
@@ -74,8 +73,8 @@ def options(**changes):
     } | changes
 
 
-def a_run(folder, accuracies, log="", **changes):
-    """A run's folder as finetune leaves it."""
+def a_run(folder, accuracies, **changes):
+    """A run's folder as finetune leaves it before its last line."""
     folder.mkdir(parents=True)
     (folder / "options.json").write_text(json.dumps({"options": options(**changes)}), encoding="utf-8")
     lines = []
@@ -85,7 +84,6 @@ def a_run(folder, accuracies, log="", **changes):
         scores = {"running_train_accuracy": 0.5, "dev_accuracy": value, "dev_macro_f1": value / 2}
         lines.append({"step": 10 * epoch, "epoch": epoch, "train_loss": 0.3} | scores)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    (folder / "log.txt").write_text(log, encoding="utf-8")
     return folder
 
 
@@ -93,10 +91,17 @@ GOLD = [0, 0, 1, 1, 2, 2, 2, 1]
 GUESS = [0, 1, 1, 1, 2, 0, 2, 2]
 
 
-def rows(labels):
-    return [Row(label, f"sentence {i}") for i, label in enumerate(labels)]
+def with_last_line(folder, **scores):
+    """The run, finished: with a loss on dev after each epoch, and a last line with the scores of dev and test."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line | ({"dev_loss": 0.7} if "train_loss" in line else {}) for line in lines]
+    lines.append({"step": lines[-1]["step"], "final": True} | scores)
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    return folder
 
 
-def classes_log(split, guess):
-    said = describe_classes(Evaluation(guess, 0.0, 0.0), rows(GOLD), NAMES)
-    return f"{split} took 1.0 s\n\n{said}\n\n"
+def confused(split, guess):
+    """A split's part of the last line, and the names of the classes."""
+    matrix = confusion_matrix(GOLD, guess).tolist()
+    return {"classes": NAMES, f"{split}_accuracy": accuracy_score(GOLD, guess), f"{split}_confusion": matrix}

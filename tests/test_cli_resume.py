@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from sklearn.metrics import confusion_matrix
 
 from llama import load_pretrained
 from lora import lora_layers
@@ -56,6 +57,12 @@ def test_a_run_ends_with_the_scores_that_were_printed_and_resuming_adds_none(com
     for split, printed in zip(("dev", "test"), out.splitlines(), strict=True):
         told = [scores[f"{split}_{name}"] for name in ("accuracy", "macro_f1", "loss")]
         assert printed == "{} accuracy {:.3f}, macro-F1 {:.3f}, loss {:.4f} (12 rows)".format(split, *told)
+        predicted, gold = (
+            [int(line.partition(" ||| ")[0]) for line in (command.folder / name).read_text("utf-8").splitlines()]
+            for name in (f"{split}-finetuning-output.txt", f"{split}.txt")
+        )
+        assert scores[f"{split}_confusion"] == confusion_matrix(gold, predicted).tolist()
+    assert scores["classes"] == ["bad", "good"]
     assert (scores["step"], scores["final"]) == (6, True)
     epochs = [line for line in map(json.loads, lines) if "train_loss" in line]
     assert len(epochs) == 2 and scores["dev_loss"] == pytest.approx(

@@ -1,37 +1,39 @@
-"""How fast text is generated, by this program and by transformers, on the same weights; for benchmark.py."""
+"""The speed of text generation, by this program and by transformers, on the same weights."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillama.environment import optional_package
+import torch
 
-CONTENDERS = ("ours", "ours-bf16", "ours-int8", "transformers", "transformers-bf16")
+from config import PRESETS, LlamaConfig
+from llama import Llama, load_pretrained
+from minillama.benchmarks.turns import in_turns, medians
+from minillama.decoding import sampling
+from minillama.decoding.fast_llama import InferenceLlama
+from minillama.environment import optional_package
+from minillama.formats.huggingface import write_huggingface
+
 PROMPT, LONG_PROMPT, ROWS = 5, 512, 16
 NEW = 64  # tokens decoded for a rate
 
 
 def write_random_model(folder: Path, seed: int) -> None:
     """A random model of stories42M's sizes (RMSNorm, causal) as a folder that transformers opens, too."""
-    import torch
-
-    from config import PRESETS, LlamaConfig
-    from llama import Llama
-    from minillama.formats.huggingface import write_huggingface
-
     torch.manual_seed(seed)
     llama = Llama(LlamaConfig(**PRESETS["stories42M"], norm="rmsnorm", causal=True))
     write_huggingface(folder, llama.config, llama.state_dict(), 1, 2)
 
 
 def process_start() -> float:
-    """When this process began, on time.time()'s clock; Linux tells, elsewhere it is now."""
+    """The start of this process on the clock of time.time(), where Linux tells it; elsewhere the present."""
     try:
         after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / 100
         return time.time() - float(Path("/proc/uptime").read_text().split()[0]) + after_boot
@@ -39,18 +41,12 @@ def process_start() -> float:
         return time.time()
 
 
-# One token after another: continue(prompts (B, T) int64, new tokens) -> seconds each took, the first with the prompt.
+# run(prompts (B, T) int64, number of new tokens) -> the seconds of each new token, the first with the prompt's.
 Continue = Callable[[Any, int], list[float]]
 
 
 def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Continue, int]:
     """Decoding as --option generate does it, and the number of bytes of its weights."""
-    import torch
-
-    from llama import load_pretrained
-    from minillama.decoding import sampling
-    from minillama.decoding.fast_llama import InferenceLlama
-
     llama = load_pretrained(path).to(device)
     parameters = sum(parameter.numel() for parameter in llama.parameters())
     model = InferenceLlama(llama, dtype, quantize)
@@ -99,8 +95,6 @@ def transformers(path: str, dtype: Any, device: str) -> tuple[Continue, int]:
 
 def read_ceiling(device: str) -> float:
     """Bytes a second of a large read, here and now, the best of several."""
-    import torch
-
     big = torch.ones(64 * 2**20, device=device)
     best = float("inf")
     for _ in range(10):
@@ -111,9 +105,7 @@ def read_ceiling(device: str) -> float:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """One contender, in this process: seconds to the first token, and of a prompt and of tokens after it."""
-    import torch
-
+    """One contender in this process: seconds of the first token, of a long prompt, and of the tokens after a prompt."""
     began = process_start()
     name, _, kind = args.contender.partition("-")
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
@@ -151,41 +143,46 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """A row of figures for each contender, medians of the rounds, and how ours compare, round by round."""
-
-    def median(name: str, value: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(map(value, found[name]))
-
-    table = {
-        name: {
-            "first_token_seconds": median(name, lambda one: one["first_token_seconds"]),
-            "prefill_tokens_a_second": median(name, lambda one: LONG_PROMPT / one["prefill_seconds"]),
-            "tokens_a_second": median(name, lambda one: 1 / one["decode_seconds"]),
-            "tokens_a_second_of_16_rows": median(name, lambda one: ROWS / one["decode_16_seconds"]),
-            "position_1000_against_10": median(name, lambda one: one["late_seconds"] / one["early_seconds"]),
-            "of_the_bandwidth": median(name, lambda one: one["weight_bytes"] / one["decode_seconds"] / one["ceiling"]),
-        }
-        for name in found
+def figures(one: dict[str, Any]) -> dict[str, float]:
+    """One measurement in the columns of the table."""
+    return {
+        "first_token_seconds": one["first_token_seconds"],
+        "prefill_tokens_a_second": LONG_PROMPT / one["prefill_seconds"],
+        "tokens_a_second": 1 / one["decode_seconds"],
+        "tokens_a_second_of_16_rows": ROWS / one["decode_16_seconds"],
+        "position_1000_against_10": one["late_seconds"] / one["early_seconds"],
+        "of_the_bandwidth": one["weight_bytes"] / one["decode_seconds"] / one["ceiling"],
     }
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Each contender's figures, medians of the rounds; and the ratios of ours to transformers, round by round."""
+    table = {name: medians(list(map(figures, rounds))) for name, rounds in found.items()}
     ratios = {}
     for mine, theirs in (("ours", "transformers"), ("ours-bf16", "transformers-bf16"), ("ours-int8", "transformers")):
-        if mine in found and theirs in found:
-            for what in ("prefill_seconds", "decode_seconds", "decode_16_seconds"):
-                pairs = zip(found[mine], found[theirs], strict=True)
-                ratios[f"{mine} against {theirs}, {what.removesuffix('_seconds')}"] = statistics.median(
-                    b[what] / a[what] for a, b in pairs
-                )
+        if mine not in found or theirs not in found:
+            continue
+        pairs = list(zip(found[mine], found[theirs], strict=True))
+        for what in ("prefill", "decode", "decode_16"):
+            ratios[f"{mine} against {theirs}, {what}"] = statistics.median(
+                b[f"{what}_seconds"] / a[f"{what}_seconds"] for a, b in pairs
+            )
     return table, ratios
 
 
-def print_summary(table: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
-    """The figures for people."""
+def compare(args: argparse.Namespace, names: Sequence[str], argv: list[str]) -> None:
+    """Measures each contender in turns, on the same weights, and prints how they compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.pretrained_model_path is None:
+            write_random_model(Path(folder), args.seed)
+            argv = [*argv, "--pretrained-model-path", folder]
+        found = in_turns(names, args.rounds, argv)
+    table, ratios = summary(found)
     heads = ("first token s", "prefill tok/s", "tok/s", "tok/s of 16", "1000 : 10", "of bandwidth")
     print(f"{'':18}" + "".join(f"{head:>15}" for head in heads))
     for name, values in table.items():
-        figures = (f"{value:15.2f}" if value < 20 else f"{value:15,.0f}" for value in values.values())
-        print(f"{name:18}" + "".join(figures))
+        cells = (f"{value:15.2f}" if value < 20 else f"{value:15,.0f}" for value in values.values())
+        print(f"{name:18}" + "".join(cells))
     for what, ratio in ratios.items():
         print(f"{what}: {ratio:.2f}x")
-    sys.stdout.flush()
+    print(json.dumps({"options": vars(args), "table": table, "ratios": ratios, "rounds": found}))

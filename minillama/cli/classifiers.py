@@ -167,7 +167,7 @@ def predict(
         if run is not None and len(results) == 2:
             for line in lines:
                 run.log(line)
-            run.finish(**{name: score for split, one in results.items() for name, score in one.scores(split).items()})
+            run.finish(classes=label_names, **results["dev"].scores("dev"), **results["test"].scores("test"))
 
 
 # Fine-tuned models

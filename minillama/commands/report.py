@@ -1,6 +1,4 @@
-"""report: runs gathered into one page of HTML that needs nothing else: scores over seeds, curves, confusion matrices,
-samples.
-"""
+"""report: runs on one self-contained HTML page, with scores over seeds, curves, confusion matrices and samples."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from minillama.cli.charts import chart, colour, document, shaded, table, text, thinned
-from minillama.cli.finished_runs import Run, accuracy, find_runs, is_number, read_curves, read_run, samples
+from minillama.cli.charts import Line, chart, colour, document, shaded, table, text, thinned
+from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, read_run
 from minillama.cli.flags import DEFAULT_PRESET
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone
@@ -22,39 +20,29 @@ from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.session import RESUME_MAY_CHANGE
 from minillama.formats.names import RUNS, path_and_fold, without_ending
 
-NONE = "–"  # in the place of a score that there is not
-# What stands at the head of a group anyway, or is no setting.
-NOT_SETTINGS = {
-    *RESUME_MAY_CHANGE,
-    "option",
-    "seed",
-    "train",
-    "dev",
-    "test",
-    "label_names",
-    "corpus",
-    "pretrained_model_path",
-}
-NOT_SETTINGS |= {"continued", "processes", "tokenizer", "out_dtype"}
+NONE = "–"  # for a missing score
+# Options that are no settings, or that the head of a group names.
+NOT_SETTINGS = {*RESUME_MAY_CHANGE, "option", "seed", "train", "dev", "test", "label_names", "corpus"}
+NOT_SETTINGS |= {"pretrained_model_path", "continued", "processes", "tokenizer", "out_dtype"}
 
 
 # Grouping
 
 
 def group_key(run: Run) -> str:
-    """A key that is equal for runs that differ in nothing but the seed, and in what changes no number. A model made for
-    each seed (random-1 for seed 1) counts as one.
+    """A key that is equal for runs that differ in the seed only, and in options that change no number. A model made for
+    each seed (random-1 for seed 1) counts as one model.
     """
     if not run.options:
         return str(run.path)
     settings = {name: value for name, value in run.options.items() if name not in (*RESUME_MAY_CHANGE, "seed")}
-    settings["tokenizer"] = Path(str(settings["tokenizer"])).name  # a model has one, wherever it lies
+    settings["tokenizer"] = Path(str(settings["tokenizer"])).name  # its folder does not matter
     settings["pretrained_model_path"] = str(Path(str(settings["pretrained_model_path"])).parent / model_name(run))
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def model_name(run: Run) -> str:
-    """The name of the model that the run began from."""
+    """The name of the model that the run started from."""
     if run.options["option"] == "pretrain" and not run.options["continued"]:
         return f"new, {run.options['preset'] or DEFAULT_PRESET}"
     name = Path(without_ending(str(run.options["pretrained_model_path"]))).name
@@ -68,7 +56,7 @@ def data_name(run: Run) -> str:
 
 
 def head_of(run: Run) -> str:
-    """The option, the data and the model of a run; the run's name where that is not known."""
+    """The option, the data and the model of a run; its name if the options are unknown."""
     return f"{run.options['option']} {data_name(run)}, {model_name(run)}" if run.options else run.name
 
 
@@ -80,7 +68,7 @@ def setting(value: object) -> str:
 
 
 def settings(run: Run) -> dict[str, str]:
-    """The options that matter to what was learnt and differ from their defaults."""
+    """The options that affect training and differ from their defaults."""
     return {
         name: setting(value)
         for name, value in run.options.items()
@@ -89,34 +77,33 @@ def settings(run: Run) -> dict[str, str]:
 
 
 def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """The runs that differ in seed only, together, under a name that tells each group from the others."""
+    """Groups of runs that differ in the seed only, each with a distinct name."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(group_key(run), []).append(run)
-    heads: dict[str, list[dict[str, str]]] = {}  # what the groups under one head are set to
+    heads: dict[str, list[dict[str, str]]] = {}  # the settings of all groups with this head
     for members in groups.values():
         members.sort(key=lambda run: (str(run.options.get("seed")).zfill(20), run.name))
         heads.setdefault(head_of(members[0]), []).append(settings(members[0]))
     named = []
     for members in groups.values():
-        run = members[0]
-        every = heads[head_of(run)]
+        head = head_of(members[0])
         varying = [
             f"{name} {value}"
-            for name, value in settings(run).items()
-            if not all(one.get(name) == value for one in every)
+            for name, value in settings(members[0]).items()
+            if not all(other.get(name) == value for other in heads[head])
         ]
-        named.append((", ".join([head_of(run), *varying]), members))
-    twice = Counter(name for name, _ in named)
-    return [(name if twice[name] == 1 else f"{name} ({members[0].name})", members) for name, members in named]
+        named.append((", ".join([head, *varying]), members))
+    count = Counter(name for name, _ in named)
+    return [(name if count[name] == 1 else f"{name} ({members[0].name})", members) for name, members in named]
 
 
 # The page
 
 
 def spread(found: Sequence[object], runs: int) -> str:
-    """Mean and standard deviation (of a sample: n - 1) of the numbers among `found`, and of how many of the `runs` they
-    are if not of all; the value alone if there is one, a dash if there is none.
+    """The mean of the numbers in `found`, their standard deviation (of a sample: n - 1) if there are several, and how
+    many of the `runs` have one if not all; a dash if none has.
     """
     values = [value for value in found if is_number(value)]
     if not values:
@@ -131,119 +118,115 @@ def decimals(value: object) -> str:
 
 
 def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
-    """A line for each group: what its runs reach, over the seeds."""
-    labels, texts, answers = [], [], []
+    """A table for each kind of score, with a line for each group."""
+    kinds = {"Accuracy": ["dev", "test"], "Bits per byte": ["held out"], "Answers": ["dev, exact match", "dev, F1"]}
+    lines: dict[str, list[tuple[str, list[str]]]] = {title: [] for title in kinds}
     for i, (name, members) in enumerate(groups):
-        best = [run.best() for run in members]
+
+        def mean(score: str, members: list[Run] = members) -> str:
+            return spread([run.best().get(score) for run in members], len(members))
+
         seeds = ", ".join(str(run.options["seed"]) for run in members if run.options)
         link = f'<a href="#g{i}">{text(name)}</a> <div class="quiet">seed {text(seeds or "unknown")}</div>'
-        dev, bits, exact, f1 = (
-            spread([line.get(score) for line in best], len(members))
-            for score in ("dev_accuracy", "bits_per_byte", "dev_exact_match", "dev_f1")
-        )
-        if dev != NONE:
-            test = [accuracy(run.matrices["test"]) for run in members if "test" in run.matrices]
-            labels.append((name, [link, dev, spread(test, len(members))]))
-        elif bits != NONE:
-            texts.append((name, [link, bits]))
-        elif f1 != NONE:
-            answers.append((name, [link, exact, f1]))
-    note = (
-        "<p>Mean over the seeds, in brackets the standard deviation (n − 1). Of each run, the epoch that it keeps.</p>"
-    )
+        if mean("dev_accuracy") != NONE:
+            test = spread([run.final.get("test_accuracy") for run in members], len(members))
+            lines["Accuracy"].append((name, [link, mean("dev_accuracy"), test]))
+        elif mean("bits_per_byte") != NONE:
+            lines["Bits per byte"].append((name, [link, mean("bits_per_byte")]))
+        elif mean("dev_f1") != NONE:
+            lines["Answers"].append((name, [link, mean("dev_exact_match"), mean("dev_f1")]))
     parts = []
-    for title, heads, rows in (
-        ("Accuracy", ["dev", "test"], labels),
-        ("Bits per byte", ["held out"], texts),
-        ("Answers", ["dev, exact match", "dev, F1"], answers),
-    ):
-        if rows:
-            lines = [row for _, row in sorted(rows)]
-            parts.append(f"<h2>{title}</h2>{note}{table(['runs that differ in their seeds only', *heads], lines)}")
+    for title, heads in kinds.items():
+        if lines[title]:
+            parts.append(f"<h2>{title}</h2><p>Mean over the seeds, in brackets the standard deviation (n − 1). ")
+            parts.append("Of each run, the epoch that it keeps.</p>")
+            rows = [row for _, row in sorted(lines[title])]
+            parts.append(table(["runs that differ in their seeds only", *heads], rows))
     return "".join(parts)
 
 
 def run_table(members: Sequence[Run]) -> str:
     """A line for each run of a group."""
-    labelled = False
     if any(run.curve("bits_per_byte") for run in members):
         scores = {"bits/byte": "bits_per_byte"}
     elif any(run.curve("dev_loss") and not run.curve("dev_accuracy") for run in members):
         scores = {"exact match": "dev_exact_match", "F1": "dev_f1", "dev loss": "dev_loss"}
     else:
-        labelled, scores = True, {"dev": "dev_accuracy", "macro-F1": "dev_macro_f1"}
+        scores = {"dev": "dev_accuracy", "macro-F1": "dev_macro_f1", "test": "test_accuracy"}
     rows = []
     for run in members:
         best = run.best()
+        found = best | {"test_accuracy": run.final.get("test_accuracy")}
         epochs = f"{text(best['epoch'])} of {len(run.scores)}" if "epoch" in best else f"– of {len(run.scores)}"
-        test = [decimals(accuracy(run.matrices["test"]) if "test" in run.matrices else None)] if labelled else []
-        numbers = [*(decimals(best.get(name)) for name in scores.values()), *test, f"{run.seconds / 60:.1f}"]
-        rows.append([text(run.options.get("seed", "?")), epochs, *numbers, text(run.name)])
-    head = ["seed", "best epoch", *scores, *(["test"] if labelled else []), "minutes", "run"]
+        numbers = [decimals(found.get(name)) for name in scores.values()]
+        rows.append([text(run.options.get("seed", "?")), epochs, *numbers, f"{run.seconds / 60:.1f}", text(run.name)])
+    head = ["seed", "best epoch", *scores, "minutes", "run"]
     return table(head, rows, words=[len(head) - 1])
 
 
 def figures(members: Sequence[Run]) -> str:
-    """The curves of a group's runs: loss by step, and what they are judged by."""
+    """The curves of a group's runs: the loss of each step, and the scores of each epoch."""
     seeds = [str(run.options.get("seed")) for run in members]
-    pairs = zip(seeds, members, strict=True)
-    names = [f"seed {seed}" if len(set(seeds)) == len(seeds) > 1 else run.name for seed, run in pairs]
-    named = [(i, name, run) for i, (name, run) in enumerate(zip(names, members, strict=True))]
+    distinct = len(set(seeds)) == len(seeds) > 1
+    names = [f"seed {seed}" if distinct else run.name for seed, run in zip(seeds, members, strict=True)]
+
+    def curves(score: str, label: str = "", dashed: bool = False) -> list[Line]:
+        """One score of every run."""
+        pairs = zip(names, members, strict=True)
+        return [(name + label, run.curve(score), colour(i, dashed)) for i, (name, run) in enumerate(pairs)]
+
     thin = [thinned(run.losses) for run in members]
     size = max(size for _, size in thin)
-    caption = "Training loss" + (f", means of {size} steps" if size > 1 else "")
-    losses = [(name, thin[i][0], colour(i)) for i, name, _ in named]
-    dev = [(f"{name}, dev", run.curve("dev_accuracy"), colour(i)) for i, name, run in named]
-    seen = [(f"{name}, training", run.curve("running_train_accuracy"), colour(i, True)) for i, name, run in named]
-    bits = [(name, run.curve("bits_per_byte"), colour(i)) for i, name, run in named]
-    if len(members) == 1:  # room for each text
-        texts = {key: None for line in members[0].scores for key in line if key.startswith("bits_per_byte_")}
-        bits = [(f"mean of {len(texts)} texts", members[0].curve("bits_per_byte"), colour(0))] + [
-            (key.removeprefix("bits_per_byte_"), members[0].curve(key), colour(i)) for i, key in enumerate(texts, 1)
-        ]
-    answers = [(f"{name}, F1", run.curve("dev_f1"), colour(i)) for i, name, run in named]
-    answers += [(f"{name}, exact match", run.curve("dev_exact_match"), colour(i, True)) for i, name, run in named]
-    drawn = [
-        chart(caption, "step", losses, dots=False),
-        chart("Accuracy after each epoch", "step", [*dev, *seen]) if any(points for _, points, _ in dev) else "",
-        chart("Held-out bits per byte", "step", bits),
-        chart("Answers to dev after each epoch", "step", answers),
-        chart(
-            "Loss on dev after each epoch", "step", [(name, run.curve("dev_loss"), colour(i)) for i, name, run in named]
-        ),
-    ]
+    losses = [(name, points, colour(i)) for i, (name, (points, _)) in enumerate(zip(names, thin, strict=True))]
+    dev, bits = curves("dev_accuracy", ", dev"), curves("bits_per_byte")
+    if len(members) == 1:  # room for the curve of each text
+        (run,) = members
+        texts = list(dict.fromkeys(key for line in run.scores for key in line if key.startswith("bits_per_byte_")))
+        bits = [(f"mean of {len(texts)} texts", run.curve("bits_per_byte"), colour(0))]
+        bits += [(key.removeprefix("bits_per_byte_"), run.curve(key), colour(i)) for i, key in enumerate(texts, 1)]
+    drawn = [chart("Training loss" + (f", means of {size} steps" if size > 1 else ""), "step", losses, dots=False)]
+    if any(points for _, points, _ in dev):
+        seen = curves("running_train_accuracy", ", training", dashed=True)
+        drawn.append(chart("Accuracy after each epoch", "step", [*dev, *seen]))
+    answers = [*curves("dev_f1", ", F1"), *curves("dev_exact_match", ", exact match", dashed=True)]
+    drawn.append(chart("Held-out bits per byte", "step", bits))
+    drawn.append(chart("Answers to dev after each epoch", "step", answers))
+    drawn.append(chart("Loss on dev after each epoch", "step", curves("dev_loss")))
     return f'<div class="grid">{"".join(drawn)}</div>'
 
 
 def group_section(number: int, name: str, members: Sequence[Run]) -> str:
-    """Everything about runs that differ in seed only."""
+    """Everything about the runs of a group."""
     parts = [f'<section id="g{number}"><h2>{text(name)}</h2>']
     if chosen := settings(members[0]):
         parts.append(f'<p class="quiet">{text(", ".join(" ".join(item) for item in chosen.items()))}</p>')
     parts += [run_table(members), figures(members)]
-    found = [(run, split, matrix) for run in members for split, matrix in run.matrices.items()]
-    if found:
-        drawn = (
-            shaded(f"{split}, seed {run.options['seed']}: accuracy {accuracy(matrix):.3f}", *matrix)
-            for run, split, matrix in found
+    drawn = [
+        shaded(
+            f"{split}, seed {run.options.get('seed', '?')}: accuracy {decimals(run.final.get(f'{split}_accuracy'))}",
+            *matrix,
         )
+        for run in members
+        for split, matrix in run.matrices().items()
+    ]
+    if drawn:
         parts.append("<h3>Confusion matrices</h3><p>A line for each true class, a column for each predicted one.</p>")
         parts.append(f'<div class="grid">{"".join(drawn)}</div>')
-    missing = Counter(reason for run in members for reason in run.missing)
+    missing = Counter(reason for run in members for reason in run.missing_matrices())
     if missing:
         lines = "".join(
             f"<li>{text(reason)} ({count} of {len(members)} runs)</li>" for reason, count in missing.items()
         )
         parts.append(f'<p class="quiet">No confusion matrix of</p><ul class="quiet">{lines}</ul>')
     for run in members:
-        if told := samples(run):
+        if told := run.samples():
             parts.append(f"<h3>What {text(run.name)} wrote</h3>")
-            parts += [f"<blockquote><b>epoch {epoch}</b> {text(sample)}</blockquote>" for epoch, sample in told]
+            parts += [f"<blockquote><b>epoch {text(epoch)}</b> {text(sample)}</blockquote>" for epoch, sample in told]
     return "".join(parts) + "</section>"
 
 
 def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
-    """Accuracy between two sets of weights, by the share of the second."""
+    """Accuracy by alpha, the share of the second of two models."""
     lines = []
     for i, name in enumerate(head[1:], start=1):
         points = [(x, y) for x, y in ((row[0], row[i]) for row in rows) if x is not None and y is not None]
@@ -253,7 +236,7 @@ def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[floa
 
 
 def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[float | None]]]] = ()) -> str:
-    """The page: scores over seeds, curves between weights, then each group of runs."""
+    """The page: problems, scores over seeds, curves between two models, then each group of runs."""
     groups = sorted(grouped([run for run in runs if run.options or run.losses or run.scores]))
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     parts = [f'<h1>Runs</h1><p class="quiet">{title}, {date.today().isoformat()}</p>']

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest whole continuation that was found."""
+"""Beam search for the most probable whole continuation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def beam_search(
     banned_ids: Sequence[int] = (),
     use_cache: bool = True,
 ) -> tuple[Tensor, float]:
-    """The likeliest continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
-    log-probabilities / (their number ** length_penalty), so that a penalty above 0 favours longer ones.
+    """The best continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
+    log-probabilities / (their number ** length_penalty). A penalty above 0 favours longer continuations.
 
-    `beams` beginnings are kept at each step, and the best continuation that ended in one of eos_ids; the search goes on
-    until nothing is open that can beat it, or max_new_tokens. Raises ValueError for settings out of range.
+    Each step keeps `beams` open continuations, and the best one that ended in one of eos_ids. The search ends when no
+    open one can be better, or after max_new_tokens. Raises ValueError for settings out of range.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
     check_one_prompt(idx, "beam search")
@@ -45,7 +45,7 @@ def beam_search(
         logits = read(tokens)[0][:, -1]
         check_finite(logits)
         candidates = scores[:, None] + logits.float().log_softmax(-1)  # (beams, V)
-        # As many again as beams: at most half of the best end, per ending.
+        # Enough candidates that `beams` of them stay open: each beam has at most one candidate for each end token.
         allowed = candidates.numel() - len(candidates) * len(read.banned_ids)
         best = candidates.flatten().topk(min(beams * (1 + len(ends)), allowed))
         rows, chosen = best.indices // candidates.shape[1], best.indices % candidates.shape[1]
@@ -57,7 +57,7 @@ def beam_search(
         tokens, scores = grown[kept], best.values[kept]
         if read.cache is not None:
             read.cache.take(rows[kept])
-        longest = max_new_tokens if length_penalty > 0 else new  # where what is open may yet score best
+        longest = max_new_tokens if length_penalty > 0 else new  # the length at which an open one scores best
         if not len(kept) or float(scores[0]) / longest**length_penalty <= done[0]:
             break
     open_ones = [(float(score) / new**length_penalty, row) for score, row in zip(scores, tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""Contrastive search (arXiv 2202.06417): likely tokens that are unlike the text so far."""
+"""Contrastive search (arXiv 2202.06417): probable tokens that differ from the text so far."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def contrastive_search(
     banned_ids: Sequence[int] = (),
     use_cache: bool = True,
 ) -> Tensor:
-    """Continues one prompt, idx (1, T) -> (T + new,), each time by that of the k likeliest tokens v for which
-    (1 - alpha) p(v) - alpha (the largest cosine of v's hidden state with that of any token before) is largest
-    (arXiv 2202.06417). Raises ValueError for settings out of range.
+    """Continues one prompt, idx (1, T) -> (T + new,). Each step takes the one of the k most probable tokens v with the
+    largest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), where h_v is the hidden state of v and h_j that of an earlier
+    token. Raises ValueError for settings out of range.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
     check_one_prompt(idx, "contrastive search")
@@ -36,7 +36,7 @@ def contrastive_search(
     logits, states = read(tokens)  # (1, 1, V), (1, T, D)
     for _ in range(max_new_tokens):
         check_finite(logits)
-        # By logits, of which none is equal to a banned one, as probabilities that vanish are.
+        # By logits, since probabilities may be 0 like those of banned tokens.
         likely = logits[0, -1].float().topk(min(k, logits.shape[-1] - len(read.banned_ids))).indices
         probabilities = logits[0, -1].float().softmax(-1)[likely]
         tried = torch.cat((tokens.expand(len(likely), -1), likely[:, None]), dim=1)

@@ -1,6 +1,4 @@
-"""The candidates of each generated token: which candidates the filters kept and which they cut, as a table for the
-terminal and as a page of its own.
-"""
+"""The candidates of each generated token, kept and cut by the filters: a table for the terminal, and an HTML page."""
 
 from __future__ import annotations
 
@@ -17,12 +15,12 @@ from minillama.decoding.filters import Filter, distribution
 from tokenizer import Tokenizer
 
 SHOWN = 8  # candidates of each token, of those kept and of those cut
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # but not the tab and the end of a line
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # not tab and newline
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that might have been: its probability before the filters, and what it was drawn with."""
+    """A possible token, with its probability before and after the filters."""
 
     text: str
     before: float
@@ -31,19 +29,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """One choice: what was chosen, the likeliest of what was kept and of what was cut, and how many these were."""
+    """One step: the chosen token, the most probable ones kept and cut, and how many were kept and cut in all."""
 
     chosen: Candidate
     kept: list[Candidate]
     cut: list[Candidate]
     kept_count: int
     cut_count: int
-    cut_mass: float  # probability, before, of all that was cut
+    cut_mass: float  # total probability, before the filters, of the cut tokens
 
 
 class Explanation:
-    """Watches a text being generated (`generation.stream`'s watch). At temperature 0 everything but the likeliest token
-    is cut, and probabilities are those at temperature 1.
+    """A record of each step of `sampling.stream`, by its `watch`. At temperature 0 all tokens but the arg-max are cut,
+    and probabilities are those at temperature 1.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Explanation:
         self.steps: list[Step] = []
 
     def watch(self, logits: Tensor, chosen: Tensor) -> None:
-        """Takes a step down: logits (1, V), chosen (1,)."""
+        """Records a step: logits (1, V), chosen (1,)."""
         before = distribution(logits, self.temperature or 1.0, ())[0]
         if self.temperature > 0:
             after = distribution(logits, self.temperature, self.filters)[0]
@@ -81,13 +79,13 @@ class Explanation:
         self.ids.append(int(chosen))
 
     def _likeliest(self, among: Tensor, before: Tensor, after: Tensor, chosen: int | None = None) -> list[Candidate]:
-        """The likeliest tokens, and the chosen one at the end if it is none of them."""
+        """The most probable tokens, and at the end the chosen one if it is not among them."""
         best = among.topk(min(SHOWN, len(among))).indices.tolist()
         best += [chosen] if chosen is not None and chosen not in best else []
         return [self._candidate(token, before, after) for token in best if among[token] > 0]
 
     def _candidate(self, token: int, before: Tensor, after: Tensor) -> Candidate:
-        context = self.ids[-8:]  # what a token's text is depends on what it follows: a space, the rest of a character
+        context = self.ids[-8:]  # the text of a token depends on the tokens before it
         if token in self.tokenizer.stop_ids:
             text = "<end>"
         else:
@@ -98,7 +96,7 @@ class Explanation:
 
     @property
     def settings(self) -> str:
-        """Repetition penalty, temperature and filters in words."""
+        """Temperature, repetition penalty and filters in words."""
         penalty = [f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1.0 else []
         filters = (
             f"{kept.func.__name__.removesuffix('_filter').replace('_', '-')} {value:g}"
@@ -109,7 +107,7 @@ class Explanation:
         return ", ".join((f"Temperature {self.temperature:g}", *penalty, *filters))
 
     def _pieces(self) -> Iterator[str]:
-        """The text that each token added; a character of several tokens comes with the last of them."""
+        """The text that each token added; a character of several tokens comes with the last one."""
         before = self.prompt
         start = len(self.ids) - len(self.steps)
         for end in range(start + 1, len(self.ids) + 1):
@@ -119,7 +117,7 @@ class Explanation:
                 before = text
 
     def table(self) -> str:
-        """A line for each token: itself, its probability before and after, and some of what was kept and cut."""
+        """A line for each token: its probability before and after, and some kept and cut candidates."""
         lines = [f"{'token':14} {'before':>7} {'after':>7}  kept, and | cut"]
         for step in self.steps:
             kept = ", ".join(f"{shown(one)} {one.before:.3f}" for one in step.kept[:4])
@@ -130,7 +128,7 @@ class Explanation:
         return "\n".join(lines)
 
     def page(self) -> str:
-        """An HTML page of the candidates that needs nothing else: a bar for each candidate, as long as it is likely."""
+        """A self-contained HTML page: a bar for each candidate, as long as its probability."""
         rows = "\n".join(
             f"<section><h2><code>{escape(shown(step.chosen))}</code> <small>{step.chosen.before:.3f} → "
             f"{step.chosen.after:.3f}</small></h2>\n<div class=sides><div><h3>kept: {step.kept_count:,}</h3>"
@@ -151,7 +149,7 @@ class Explanation:
 
 
 def shown(candidate: Candidate) -> str:
-    """The token's text on one line, its spaces visible, and what cannot be printed by its number."""
+    """The text of a token on one line, with visible spaces, and unprintable characters by number."""
     text = candidate.text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(one if one.isprintable() else by_number(one) for one in text)
 
@@ -162,7 +160,7 @@ def by_number(character: str) -> str:
 
 
 def without_controls(text: str) -> str:
-    """A text as it is, but control characters, and halves of characters, by their numbers."""
+    """A text with control characters and surrogates by number."""
     return CONTROLS.sub(lambda found: by_number(found[0]), text)
 
 

@@ -1,8 +1,8 @@
-"""A Llama for running only: what `Llama` computes, from fewer products, whose weights lie as the kernels read them.
+"""A Llama for inference only: the results of `Llama` from fewer matrix products, with weights in the kernels' layout.
 
-What a token costs is the reading of every weight, and of what torch does between the products. So query, key and value
-are one product here, and so are gate and up; the weights go into the layout of oneDNN's kernels, or into 8 bits; and no
-module is called. `Llama` is the readable path; tests hold this one against it.
+The cost of a token is that of reading every weight, and of torch's work between the products. So query, key and value
+are one product here, and so are gate and up. The weights are in the layout of oneDNN's kernels, or in 8 bits. `Llama`
+is the readable path; tests compare the two.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rope import rotary_rows, rotate
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 QUANTIZATIONS = ("int8",)
-FEW_ROWS = 4  # up to which int8 weights are multiplied as they are; for more it pays to widen them first
-INT8_WIDTH = 16  # torch's kernel for them reads past the end of rows that are no multiple of it
+FEW_ROWS = 4  # up to here int8 weights are multiplied directly; for more rows they are converted to bfloat16 first
+INT8_WIDTH = 16  # torch's int8 kernel reads past the end of rows that are no multiple of it
 
 
 def dense_product(weight: Tensor) -> Product:
@@ -35,25 +35,25 @@ def dense_product(weight: Tensor) -> Product:
 
 def packed_product(weight: Tensor) -> Product:
     """x W^T on the CPU with W in the blocked layout of oneDNN, by the kernels that torch.compile uses. For few rows it
-    takes half the time of torch's own product in float32 and in bfloat16 (docs/results.md).
+    takes half the time of torch's own product (docs/results.md).
     """
     width, dtype = weight.shape[1], weight.dtype
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # a layout for some rows
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # a layout for about 16 rows
     linear = torch.ops.mkldnn._linear_pointwise
 
     def product(x: Tensor) -> Tensor:
         x = x.to(dtype)
         if x.numel() > width:
             return linear(x, packed, None, "none", [], "")
-        # The kernel for four rows reads the weights a fifth faster than that for one.
+        # Four rows, since that kernel reads the weights a fifth faster than the kernel for one row.
         return linear(x.view(1, width).expand(4, -1), packed, None, "none", [], "")[:1].view(*x.shape[:-1], -1)
 
     return product
 
 
 def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (out, in) as whole numbers from -127 to 127, int8, and a scale for each output, (out,), whose products they
-    are: the row's largest weight / 127, in bfloat16 before the weights are divided by it.
+    """W (out, in) as int8 from -127 to 127, times a scale for each output (out,): the row's largest weight / 127,
+    rounded to bfloat16 before the weights are divided by it.
     """
     wide = weight.float()
     scale = (wide.abs().amax(1).clamp(min=1e-30) / 127).to(torch.bfloat16)
@@ -77,14 +77,14 @@ def int8_product(weight: Tensor) -> Product:
 
 
 def product_of(weight: Tensor, quantize: str | None) -> Product:
-    """The fastest there is for a weight, where it is."""
+    """The fastest product for a weight on its device."""
     if quantize == "int8":
         return int8_product(weight)
     return packed_product(weight) if packs(weight) else dense_product(weight)
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether this torch, on this processor, has a layout of oneDNN's for the weight."""
+    """Whether torch has a oneDNN layout for the weight on this processor."""
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -92,7 +92,7 @@ def packs(weight: Tensor) -> bool:
 
 
 class InferenceLayer(NamedTuple):
-    """A `LlamaLayer` as products and norms alone."""
+    """A `LlamaLayer` as products and norms."""
 
     attention_norm: nn.Module
     query_key_value: Product  # (B, T, D) -> (B, T, (H + 2 K) hd)
@@ -103,13 +103,13 @@ class InferenceLayer(NamedTuple):
 
 
 class InferenceLlama:
-    """Computes what `Llama.forward` does, in evaluation mode, without gradients.
+    """`Llama.forward` in evaluation mode, without gradients.
 
-    Takes the weights over layer by layer, so that they are held once: the Llama that is given is empty afterwards. (An
-    output tied to the embedding is held twice, as the table that is looked up and as the product needs it.)
+    Takes the weights from `llama` layer by layer, so that memory holds them once; `llama` is empty afterwards. (The
+    weight of a tied output is held twice, as the embedding table and as the product.)
 
-    dtype: of the products (default: the weights'). quantize: "int8", or None. What adds up over the layers and, on the
-    CPU, what attention reads are float32 either way, or float64 if the weights are.
+    dtype: of the products (default: that of the weights). quantize: "int8", or None. The residual stream and, on the
+    CPU, the inputs of attention are at least float32.
     """
 
     @torch.no_grad()
@@ -160,8 +160,8 @@ class InferenceLlama:
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
         x = at_least_float32(self.tok_embeddings(tokens))  # (B, T, D)
-        visible = build_mask(tokens, attention_mask, cache, config, x.dtype)
-        table = None  # ALiBi is in what is visible
+        mask = build_mask(tokens, attention_mask, cache, config, x.dtype)
+        table = None
         if config.position_embedding_type == "rotary":
             table = rotary_rows(
                 start,
@@ -175,21 +175,21 @@ class InferenceLlama:
         for layer_id, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
             if heads.device.type == "cpu":
-                heads = at_least_float32(heads)  # the kernels for attention in half precision are slow there
-            turned = heads[:, :, : H + K] if table is None else rotate(heads[:, :, : H + K], table)
-            turned = turned.transpose(1, 2)  # (B, H + K, T, hd)
-            query, key, value = turned[:, :H], turned[:, H:], heads[:, :, H + K :].transpose(1, 2)
+                heads = at_least_float32(heads)  # attention in half precision is slow there
+            rotated = heads[:, :, : H + K] if table is None else rotate(heads[:, :, : H + K], table)
+            rotated = rotated.transpose(1, 2)  # (B, H + K, T, hd)
+            query, key, value = rotated[:, :H], rotated[:, H:], heads[:, :, H + K :].transpose(1, 2)
             if cache is not None:
                 key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
             if T == 1 and cache is not None:
-                mixed = single_token_attention(query, key, value, visible)  # (B, H, 1, hd)
+                mixed = single_token_attention(query, key, value, mask)  # (B, H, 1, hd)
             else:
                 mixed = F.scaled_dot_product_attention(
                     query,
                     key,
                     value,
-                    attn_mask=kernel_mask(visible, query.dtype),
-                    is_causal=config.causal and visible is None,
+                    attn_mask=kernel_mask(mask, query.dtype),
+                    is_causal=config.causal and mask is None,
                     enable_gqa=True,
                 )  # (B, H, T, hd)
             x = x + layer.output(mixed.transpose(1, 2).flatten(2))
@@ -200,15 +200,12 @@ class InferenceLlama:
         hidden = self.norm(x)
         return self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None]), hidden
 
-    def new_cache(self, capacity: int | None = None) -> KVCache | None:
-        """See `Llama.new_cache`."""
-        return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
+    new_cache: Any = Llama.new_cache
 
 
 def fast_model(llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> LanguageModel:
-    """The fastest there is to run a model with: an `InferenceLlama`, or for what that does not compute, differential
-    attention, the Llama itself, its products in dtype (default: the weights'). Either way the one that is given is used
-    up. Raises ValueError for `quantize` where only the Llama will do.
+    """The fastest form of a model for inference: an `InferenceLlama`, or for differential attention, which that lacks,
+    the Llama itself with products in `dtype`. `llama` is used up. Raises ValueError for `quantize` in the second case.
     """
     if llama.config.attention_type == "softmax" or quantize is not None:
         return InferenceLlama(llama, dtype, quantize)

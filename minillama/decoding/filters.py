@@ -1,8 +1,8 @@
-"""Logits filters, each a pure function of logits, and the distribution that a token is drawn from.
+"""Filters, each a pure function of logits, and the distribution that a token is drawn from.
 
-A filter cuts a token by setting its logit to -inf, row by row, and always keeps at least one: the row's arg-max, or in
-typical sampling the token whose surprise is nearest to the entropy. Order: repetition penalty, temperature, the
-filters, then renormalise (softmax), then sample.
+A filter removes a token by setting its logit to -inf. In each row it keeps at least one token: the arg-max, or in
+typical sampling the token whose surprise is nearest to the entropy. Order: repetition penalty, temperature, filters,
+softmax, draw.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
-BANNED = -1e30  # a logit below all others; finite, for an infinite one tells of damaged weights
+BANNED = -1e30  # a logit below all others; finite, since infinity is a sign of damaged weights
 
 
 # Filters
 
 
 def cut(logits: Tensor, dropped: Tensor) -> Tensor:
-    """The logits with those `dropped` (bool, the same shape) at -inf, but for each row's arg-max."""
+    """The logits, with -inf where `dropped` (bool, the same shape), except at each row's arg-max."""
     return logits.masked_fill(dropped.scatter(-1, logits.argmax(-1, keepdim=True), False), -math.inf)
 
 
@@ -34,8 +34,8 @@ def epsilon_filter(logits: Tensor, epsilon: float) -> Tensor:
 
 
 def eta_filter(logits: Tensor, eta: float) -> Tensor:
-    """Keeps probability >= min(eta, sqrt(eta) exp(-H)), H the row's entropy in nats (arXiv 2210.15191): the flatter the
-    row, the lower the bar. The paper suggests 3e-4 to 4e-3.
+    """Keeps probability >= min(eta, sqrt(eta) exp(-H)), with H the entropy of the row in nats (arXiv 2210.15191). The
+    paper suggests 3e-4 to 4e-3.
     """
     log_probabilities = logits.log_softmax(-1)
     bar = (math.sqrt(eta) * torch.exp(-entropy(log_probabilities))).clamp(max=eta)
@@ -43,7 +43,7 @@ def eta_filter(logits: Tensor, eta: float) -> Tensor:
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k likeliest tokens, and what is just as likely as the last of them. Raises ValueError for k below 1."""
+    """Keeps the k most probable tokens, and ties with the last of them. Raises ValueError for k below 1."""
     if k < 1:
         raise ValueError(f"k is {k}; it must be 1 or more")
     if k >= logits.shape[-1]:
@@ -52,22 +52,21 @@ def top_k_filter(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Keeps the likeliest tokens, as few as have probability p together (nucleus sampling, arXiv 1904.09751)."""
+    """Keeps the fewest most probable tokens with total probability p (nucleus sampling, arXiv 1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # of all likelier ones
+    before = probabilities.cumsum(-1) - probabilities  # of all more probable tokens
     return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p))
 
 
 def min_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Keeps probability >= p times that of the likeliest token (arXiv 2407.01082)."""
+    """Keeps probability >= p times that of the most probable token (arXiv 2407.01082)."""
     return cut(logits, logits < logits.amax(-1, keepdim=True) + math.log(p))
 
 
 def typical_filter(logits: Tensor, mass: float) -> Tensor:
-    """Keeps the tokens whose surprise -log p is nearest to the row's entropy, as few as have probability `mass`
-    together, and what is just as near as the last of them (arXiv 2202.00666). The nearest is always kept. The arg-max
-    is cut where it is not typical.
+    """Keeps the fewest tokens with total probability `mass` whose surprise -log p is nearest to the entropy of the row,
+    and ties with the last of them (arXiv 2202.00666). May remove the arg-max.
     """
     log_probabilities = logits.log_softmax(-1)
     distance = (-log_probabilities - entropy(log_probabilities)).abs()
@@ -78,16 +77,14 @@ def typical_filter(logits: Tensor, mass: float) -> Tensor:
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:
-    """(..., V) -> (..., 1), in nats; what is impossible adds nothing."""
+    """(..., V) -> (..., 1), in nats; impossible tokens add nothing."""
     return -(log_probabilities.exp() * log_probabilities).nan_to_num(nan=0.0).sum(-1, keepdim=True)
 
 
 def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of the tokens that a row has seen, divided by the penalty where positive and multiplied by it where
-    negative (arXiv 1909.05858); logits (B, V), seen (B, T) -> (B, V). 1 changes nothing.
+    """Logits of the tokens that a row has seen, divided by the penalty if positive, multiplied by it if negative
+    (arXiv 1909.05858): logits (B, V), seen (B, T) -> (B, V).
     """
-    if penalty == 1.0:
-        return logits
     before = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(before > 0, before / penalty, before * penalty))
 
@@ -96,22 +93,20 @@ def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
 
 
 def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
-    """The distribution to draw from: probabilities, float32, of logits (..., V) after temperature (above 0) and
-    filters.
-    """
+    """The probabilities to draw from, float32 (..., V): logits (..., V) after temperature (above 0) and filters."""
     logits = logits.float()
-    logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # at no temperature is a banned token drawn
-    # Shifted before the division: at a tiny temperature the quotients overflow, all but the likeliest one's, which is 0
-    # (or 0 / 0, where the temperature itself vanishes in float32).
+    logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # banned at any temperature
+    # Shifted before the division: at a tiny temperature all quotients overflow to -inf, except that of the arg-max,
+    # which is 0 (or 0 / 0 if the temperature is 0 in float32).
     logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
-    for kept in filters:
-        logits = kept(logits)
+    for keep in filters:
+        logits = keep(logits)
     return logits.softmax(-1)
 
 
 def check_finite(logits: Tensor) -> None:
     """Raises ValueError if the logits are not finite."""
-    if not logits.sum(dtype=torch.float32).isfinite():  # NaN and infinity, of either sign or both, stay in a sum
+    if not logits.sum(dtype=torch.float32).isfinite():  # the sum of NaN or infinity is not finite
         raise ValueError(
             f"the model's logits ({logits.dtype}) hold NaN or infinity; damaged weights, or try --dtype fp32"
         )

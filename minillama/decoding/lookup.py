@@ -1,4 +1,4 @@
-"""Look-up decoding: guesses ahead from the text so far, which the model checks in one pass."""
+"""Look-up decoding: tokens guessed from the text so far, which the model checks in one pass."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def lookup_decoding(
     draft_tokens: int = 8,
     longest_match: int = 3,
 ) -> Tensor:
-    """Continues one prompt, idx (1, T) -> (T + new,), guessing what follows from the text so far, and having the model
-    check all guessed tokens in one pass: what is kept is what `stream` would have chosen, in distribution, and at
-    temperature 0 token for token (speculative sampling, arXiv 2211.17192, with prompt look-up for a draft).
+    """Continues one prompt, idx (1, T) -> (T + new,), by speculative sampling (arXiv 2211.17192) with guesses from the
+    text so far. The result has the distribution of `stream`, and at temperature 0 the same tokens. It is faster where
+    text repeats itself.
 
-    A guess is what followed the last occurrence of the text's last tokens, `longest_match` of them or fewer. Each is
-    certain, so it is accepted with the probability that the model gives it; the first that is not is replaced by a draw
-    from the others. Pays where text repeats itself. Raises ValueError for settings out of range, and for a model
-    without a cache.
+    The guess is the text after the last earlier occurrence of the last `longest_match` tokens, or fewer. The model
+    checks up to draft_tokens of it in one pass. A guessed token is accepted with its probability under the model; the
+    first rejected one is replaced by a draw from the other tokens. Raises ValueError for settings out of range, and for
+    a model without a cache.
     """
     check_settings(max_new_tokens, temperature, 0.0)
     check_one_prompt(idx, "look-up decoding")
@@ -55,7 +55,7 @@ def lookup_decoding(
             text.append(_checked(row, proposed, temperature, filters, generator))
             if text[-1] != proposed or text[-1] in eos_ids:
                 break
-        if read.cache is not None:
+        if read.cache is not None:  # gone once the text is longer than the context
             read.cache.keep(len(text) - 1)
         if text[-1] in eos_ids:
             break
@@ -63,7 +63,7 @@ def lookup_decoding(
 
 
 def guessed(text: list[int], longest_match: int) -> list[int]:
-    """The tokens after the last occurrence, before its end, of as many of the text's last tokens as occur together."""
+    """The tokens after the last earlier occurrence of the longest possible end of the text."""
     for size in range(min(longest_match, len(text) - 1), 0, -1):
         pattern = text[-size:]
         for start in range(len(text) - size - 1, -1, -1):
@@ -79,7 +79,7 @@ def _checked(
     filters: Sequence[Filter],
     generator: torch.Generator | None,
 ) -> int:
-    """A token drawn as always, given one that was proposed for certain: that, or else one of the others."""
+    """The proposed token, or another one if it is rejected."""
     if temperature == 0.0:
         return int(logits.argmax())
     probabilities = distribution(logits, temperature, filters)

@@ -1,7 +1,7 @@
-"""Sampling over any language model, token by token.
+"""Sampling from any language model, token by token.
 
-A model with a cache computes each token once; past its context, where the first tokens fall out and all others move,
-and without a cache, the whole window is computed for each new token. The tokens chosen are the same.
+With a cache each token is computed once. Without one, and beyond the context, where all positions move with each new
+token, the whole window is computed for each new token. The chosen tokens are the same.
 """
 
 from __future__ import annotations
@@ -16,20 +16,13 @@ from torch import Tensor
 from minillama.decoding.filters import BANNED, Filter, check_finite, distribution, epsilon_filter, repetition_penalised
 
 
-class Config(Protocol):
-    """The part of a model's config that decoding reads."""
-
-    @property
-    def max_seq_len(self) -> int: ...
-
-
 class LanguageModel(Protocol):
-    """The part of a model that decoding uses: a context length, and logits (B, 1, V) of each row's last real token, (B,
-    T, V) with `targets`. One that has `new_cache` takes what that returns as `cache`.
+    """A model as decoding uses it: `config.max_seq_len`, and logits (B, 1, V) of each row's last real token, or with
+    `targets` (B, T, V). If it has `new_cache`, it takes the result as `cache`.
     """
 
     @property
-    def config(self) -> Config: ...
+    def config(self) -> Any: ...
 
     @property
     def __call__(self) -> Callable[..., tuple[Tensor, Tensor]]: ...
@@ -42,7 +35,7 @@ def next_token(
     generator: torch.Generator | None = None,
     filters: Sequence[Filter] = (),
 ) -> Tensor:
-    """Chooses one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the arg-max.
+    """Chooses one token for each row: logits (B, V) -> ids (B,). Temperature 0 takes the arg-max.
 
     Raises ValueError if the logits are not finite.
     """
@@ -62,12 +55,12 @@ def check_settings(max_new_tokens: int, temperature: float, epsilon: float, repe
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a finite number above")
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon is {epsilon}; it must be in [0, 1)")
-    if not 0.01 <= repetition_penalty <= 100.0:  # with a few zeros more logits leave the range of their numbers
+    if not 0.01 <= repetition_penalty <= 100.0:  # beyond it logits overflow
         raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be from 0.01 to 100 (1 changes nothing)")
 
 
 def check_prompts(idx: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The mask as bool. Raises ValueError for an empty or right-padded prompt, and for a mask of another shape."""
+    """The mask as bool. Raises ValueError for an empty or right-padded prompt, or a mask of another shape."""
     if idx.dim() != 2 or 0 in idx.shape:
         raise ValueError(f"idx has shape {tuple(idx.shape)}; it must be (batch, tokens) with at least one of each")
     if attention_mask is not None:
@@ -94,7 +87,7 @@ def check_one_prompt(idx: Tensor, decoder: str) -> None:
 class Reader:
     """A model that reads a growing text: through its cache while the text fits the context, then window by window.
 
-    banned_ids: tokens that are never to be generated; their logits are `BANNED`.
+    banned_ids: tokens that are never generated; their logits are `BANNED`.
     """
 
     def __init__(
@@ -107,22 +100,22 @@ class Reader:
         self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        """The model's output for the whole text tokens (B, T), which it has read up to the cache's length before."""
+        """The model's output for the text tokens (B, T), of which the cache holds the beginning."""
         logits, hidden = self._read(tokens, attention_mask, **options)
         if self.banned_ids:
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # BANNED is infinity in float16
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # BANNED is -inf in float16
             logits = wide.index_fill(-1, tokens.new_tensor(self.banned_ids), BANNED)
         return logits, hidden
 
     def _read(self, tokens: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         end = tokens.shape[1]
         if self.cache is None or end > self.context:
-            self.cache = None  # the first tokens fall out now and all others move
+            self.cache = None  # from now on the first tokens drop out, and all positions move
             window = slice(max(0, end - self.context), end)
             mask = None if attention_mask is None else attention_mask[:, window]
             return self.model(tokens[:, window], attention_mask=mask, **options)
         new = slice(self.cache.length, end)
-        # Only a prompt has padding; what is generated has none.
+        # Only a prompt has padding.
         mask = attention_mask[:, new] if attention_mask is not None and new.start == 0 else None
         return self.model(tokens[:, new], attention_mask=mask, cache=self.cache, **options)
 
@@ -147,16 +140,16 @@ def stream(
     banned_ids: Sequence[int] = (),
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """The tokens (B,) that follow the prompts of idx (B, T), one step after the other, as they are chosen.
+    """Yields the next tokens (B,) after the prompts idx (B, T), step by step. Beyond the context the window slides.
 
-    attention_mask: bool (B, T), True for real tokens; prompts of unequal length are padded on the left, so that each
-    row's continuation follows its prompt (rotary positions are relative: a shift changes nothing). eos_ids: a row that
-    produced one of them goes on with the first, and the stream ends once every row did. Past the model's context the
-    window slides. Draws come from `generator` (on idx's device), else from torch's default one. watch: is told of each
-    step the logits (B, V), after the repetition penalty, and what was chosen (B,). banned_ids: tokens that are never
-    chosen.
+    attention_mask: bool (B, T), True for real tokens. Prompts of unequal length are padded on the left, so that each
+    continuation follows its prompt (rotary positions are relative: a shift changes nothing).
+    eos_ids: a row that produced one of them is filled with the first; the stream ends when all rows have ended.
+    generator: for the draws, on the device of idx (default: torch's).
+    banned_ids: tokens that are never chosen.
+    watch: called in each step with the logits (B, V), after the repetition penalty, and the chosen tokens (B,).
 
-    Raises ValueError for an empty or right-padded prompt and for settings out of range.
+    Raises ValueError for an empty or right-padded prompt, and for settings out of range.
     """
     check_settings(max_new_tokens, temperature, epsilon, repetition_penalty)
     attention_mask = check_prompts(idx, attention_mask)
@@ -173,7 +166,7 @@ def stream(
         if repetition_penalty != 1.0:
             check_finite(logits)
             seen = tokens[:, :end] if mask is None else torch.where(mask, tokens[:, :end], tokens[:, end - 1 : end])
-            logits = repetition_penalised(logits, seen, repetition_penalty)  # padding was not seen, the last token was
+            logits = repetition_penalised(logits, seen, repetition_penalty)  # padding was not seen; the last token was
         chosen = next_token(logits, temperature, epsilon, generator, filters)
         if watch is not None:
             watch(logits, chosen)
@@ -187,8 +180,8 @@ def stream(
 
 
 def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
-    """Continues every prompt of idx (B, T) by max_new_tokens: int64 (B, T + max_new_tokens). Settings are those of
-    `stream`; where that ends early, the rest is filled with the first of `eos_ids`.
+    """Continues each prompt of idx (B, T): int64 (B, T + max_new_tokens). settings: those of `stream`; if that ends
+    early, the rest is filled with the first of `eos_ids`.
     """
     new = list(stream(model, idx, max_new_tokens, **settings))
     tokens = torch.cat((idx, *(chosen[:, None] for chosen in new)), dim=1)

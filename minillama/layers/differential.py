@@ -1,12 +1,12 @@
-"""Differential attention (arXiv 2410.05258): a head weighs its values by the difference of two softmaxes,
+"""Differential attention (arXiv 2410.05258): a head weights its values by the difference of two softmaxes,
 
     (softmax(Q1 K1^T / sqrt(hd)) - l softmax(Q2 K2^T / sqrt(hd))) V,   l = exp(lq1 . lk1) - exp(lq2 . lk2) + l0,
 
-so that noise that both maps see cancels; then RMSNorm within each head, times 1 - l0, l0 = 0.8 - 0.6 exp(-0.3 depth).
+so that noise common to both maps cancels; then RMSNorm within each head, times 1 - l0, l0 = 0.8 - 0.6 exp(-0.3 depth).
 
-Two query heads of the config make one head here, and two key/value heads one key/value head whose values are twice as
-wide, so the projections keep their sizes. Of the H query heads the first half are Q1 and the second half Q2; likewise
-the keys. The vectors of l belong to the layer; all its heads share them.
+Two query heads of the config form one head, and two key/value heads form one with values twice as wide, so that the
+projections keep their sizes. The first half of the H query heads are Q1, the second half Q2; likewise the keys. All
+heads of a layer share the vectors of l.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from config import LlamaConfig
 from minillama.layers.precision import at_least_float32
 
-# The paper says nothing of the norm's first gain, and its program has 1. The norm lifts the flat mean over the context,
-# all that attention gives at first, to full size, and a small model's embeddings drown in it (docs/results.md).
+# The initial gain of the norm; the authors' program has 1. Attention is at first a flat mean over the context, which
+# the norm scales to full size: with a gain of 1 it drowns the embeddings of a small model (docs/results.md).
 FIRST_GAIN = 0.1
 
 
@@ -40,7 +40,7 @@ class HeadNorm(nn.Module):
 
 
 def add_differential_parameters(attention: Any, config: LlamaConfig, depth: int) -> None:
-    """Gives an `Attention` the four vectors of l, N(0, 0.1), and its norm. depth: the number of the layer, from 0."""
+    """Adds the four vectors of l, N(0, 0.1), and the norm to an `Attention`. depth: the number of the layer, from 0."""
     attention.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
     for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
         setattr(attention, name, nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)))
@@ -48,7 +48,7 @@ def add_differential_parameters(attention: Any, config: LlamaConfig, depth: int)
 
 
 def share_values(value: Tensor) -> Tensor:
-    """(B, K / 2, S, 2 hd) -> (B, K, S, 2 hd): both maps weigh the same values."""
+    """(B, K / 2, S, 2 hd) -> (B, K, S, 2 hd): both maps weight the same values."""
     return value.repeat(1, 2, 1, 1)
 
 

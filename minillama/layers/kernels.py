@@ -12,7 +12,7 @@ SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
 
 
 def kernel_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as torch's kernels take it: bool, or float in the queries' dtype."""
+    """A mask for torch's kernels: bool, or float in the dtype of the queries."""
     return mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
 
 
@@ -37,7 +37,7 @@ def attention_in_pieces(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """compute(query, key, value, mask) for a few rows at a time, so that their scores stay in the processor's cache."""
+    """compute(query, key, value, mask) for a few rows at a time, so that their scores fit the processor's cache."""
     B, H, T, _ = query.shape
     at_once = max(1, SCORES_AT_ONCE // (H * T * key.shape[-2]))
     if mask is not None:
@@ -52,11 +52,11 @@ def attention_in_pieces(
 
 def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention for one new token: query (B, H, 1, hd), key and value (B, K, S, hd) -> (B, H, 1, hd). The heads of a
-    group are rows of one product, so that each key is read once. mask: as `masks.build_mask` gives it.
+    group are rows of one product, so that each key is read once. mask: see `masks.build_mask`.
     """
     B, K = key.shape[:2]
     grouped = query.reshape(B, K, -1, query.shape[-1])  # (B, K, H / K, hd)
-    if mask is not None and mask.shape[1] > 1:  # each head has its own
+    if mask is not None and mask.shape[1] > 1:  # a mask for each head
         mask = mask.reshape(len(mask), K, -1, mask.shape[-1])  # (B or 1, K, H / K, S)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=kernel_mask(mask, query.dtype))
     return mixed.reshape(*query.shape[:-1], -1)

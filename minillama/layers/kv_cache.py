@@ -9,11 +9,11 @@ from config import LlamaConfig
 
 
 class KVCache:
-    """The keys and values of all tokens a model has read, so that only new tokens have to be computed.
+    """The keys and values of all earlier tokens, so that only new tokens have to be computed.
 
-    (B, K, capacity, hd) each in every layer, the first `length` columns filled; each key/value head is stored once.
-    Memory is allocated when the first tokens come, in their dtype and on their device. With a sliding window all
-    positions are kept, too: this saves no memory, but `keep` may bring old ones back into the window.
+    For each layer two tensors (B, K, capacity, hd), of which `length` columns are filled; each key/value head is stored
+    once. Memory is allocated with the first tokens, in their dtype and on their device. A sliding window saves no
+    memory, since `keep` may bring old positions back into the window.
 
     Raises ValueError for a bidirectional model, where each new token changes the earlier ones.
     """
@@ -26,10 +26,10 @@ class KVCache:
         self.length = 0
         self.keys: list[Tensor | None] = [None] * config.n_layers
         self.values: list[Tensor | None] = [None] * config.n_layers
-        self.real: Tensor | None = None  # bool (B, capacity): the columns that are not padding; None: all
+        self.real: Tensor | None = None  # bool (B, capacity), False for padding; None: no padding
 
     def room_for(self, tokens: int) -> None:
-        """Raises ValueError if so many more tokens do not fit."""
+        """Raises ValueError if there is no room for `tokens` more tokens."""
         if self.length + tokens > self.capacity:
             raise ValueError(
                 f"{self.length} tokens are cached and {tokens} more do not fit into {self.capacity}; "
@@ -55,7 +55,7 @@ class KVCache:
             self.real[:, self.length :] = True
 
     def take(self, rows: Tensor) -> None:
-        """Replaces the rows of the batch by its rows (R,), in that order; a row may occur several times."""
+        """Replaces the batch by its rows (R,), in this order; a row may occur several times."""
         for stored in (self.keys, self.values):
             for layer_id, kept in enumerate(stored):
                 if kept is not None:
@@ -65,25 +65,11 @@ class KVCache:
         if self.real is not None:
             self.real = self.real[rows]
 
-    def mask(self, attention_mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
-        """The keys that each new query may attend to: bool (B or 1, 1, T, S), or None where it is all of them.
-
-        attention_mask: bool (B, T), of the new tokens. Call it once, before their layers.
-        """
+    def note_padding(self, attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+        """Stores which new tokens are real: bool (B, T), None: all. Returns the same for all tokens, (B, S) or None."""
         end = self.length + tokens
-        if attention_mask is not None or self.real is not None:
+        if attention_mask is not None:
             if self.real is None:
-                self.real = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
-            if attention_mask is not None:
-                self.real[:, self.length : end] = attention_mask
-        windowed = self.window is not None and end > self.window
-        if tokens == 1 and attention_mask is None and not windowed:
-            return None if self.real is None else self.real[:, None, None, :end]
-        positions = torch.arange(end, device=device)
-        queries = positions[self.length :, None]
-        seen = (positions <= queries)[None, None]
-        if self.window is not None:
-            seen = seen & (positions > queries - self.window)
-        if self.real is not None:  # a padding position attends to itself, as in `masks.position_mask`
-            seen = (self.real[:, None, None, :end] & seen) | (positions == queries)
-        return seen
+                self.real = torch.ones(batch, self.capacity, dtype=torch.bool, device=attention_mask.device)
+            self.real[:, self.length : end] = attention_mask
+        return None if self.real is None else self.real[:, :end]

@@ -15,24 +15,27 @@ from minillama.layers.kv_cache import KVCache
 def build_mask(
     tokens: Tensor, attention_mask: Tensor | None, cache: KVCache | None, config: LlamaConfig, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask of tokens (B, T) over all keys, the cached ones first: bool (B or 1, 1, T, S), True = attend; with
-    ALiBi a float to add to the scores, (B or 1, H, T, S), -inf for a hidden key, in dtype or float32. None where
-    `config.causal` says it all, for the kernels know the plain causal mask.
+    """The mask of tokens (B, T) over all keys, the cached ones first. None: every key, or with a causal config and no
+    cached tokens the plain causal mask.
 
-    Raises ValueError if the tokens do not fit into the cache.
+    bool (B or 1, 1, T, S), True = attend; with ALiBi float (B or 1, H, T, S), in `dtype` or float32, to be added to the
+    scores. Raises ValueError if the tokens do not fit into the cache.
     """
     B, T = tokens.shape
     start, window = 0 if cache is None else cache.length, config.sliding_window
+    end = start + T
     real = None if attention_mask is None else attention_mask.to(torch.bool)
     if cache is not None:
         cache.room_for(T)
-    if start == 0 and real is None and (window is None or T <= window):
+        real = cache.note_padding(real, B, T)
+    windowed = window is not None and end > window
+    if real is None and not windowed and (start == 0 or T == 1):
         mask = None
-    elif cache is not None:
-        mask = cache.mask(real, B, T, tokens.device)
+    elif real is not None and not windowed and T == 1 and attention_mask is None:
+        mask = real[:, None, None]  # (B, 1, 1, S)
     else:
-        mask = position_mask(real, T, config.causal, tokens.device, window)
-    return with_alibi(mask, start, start + T, config, dtype, tokens.device)
+        mask = position_mask(real, end, config.causal, tokens.device, window, start)
+    return with_alibi(mask, start, end, config, dtype, tokens.device)
 
 
 def default_mask(T: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -42,36 +45,40 @@ def default_mask(T: int, config: LlamaConfig, dtype: torch.dtype, device: torch.
 
 
 def position_mask(
-    attention_mask: Tensor | None, seq_len: int, causal: bool, device: torch.device, window: int | None = None
+    attention_mask: Tensor | None,
+    end: int,
+    causal: bool,
+    device: torch.device,
+    window: int | None = None,
+    start: int = 0,
 ) -> Tensor | None:
-    """bool (B or 1, 1, T, T), True = attend; None where every query attends to every key.
+    """The mask of the queries `start` to `end` - 1 over the keys before `end`: bool (B or 1, 1, T, S), True = attend.
+    None: every query attends to every key.
 
-    attention_mask: bool (B, T), True for real tokens; or (B, T, T), True where a query may attend to a key. A position
-    attends to itself, so that no row of the softmax is empty (an empty row is NaN, and NaN times zero reaches the
-    gradients of its neighbours). window: of a causal model, see `LlamaConfig.sliding_window`.
+    attention_mask: bool (B, S), True for real tokens; or (B, T, S), True where a query may attend to a key. A position
+    always attends to itself: an empty row of the softmax is NaN, and NaN times zero reaches the gradients of other
+    rows. window: see `LlamaConfig.sliding_window`.
     """
-    mask = causal_mask(seq_len, device, window) if causal else None
+    mask = causal_mask(start, end, device, window) if causal else None
     if attention_mask is not None:
-        itself = torch.eye(seq_len, dtype=torch.bool, device=device)
+        itself = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start).triu(start)
         real = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask[:, None]
         mask = (real if mask is None else real & mask) | itself
     return mask
 
 
 @lru_cache(maxsize=2)
-def causal_mask(seq_len: int, device: torch.device, window: int | None = None) -> Tensor:
-    """bool (1, 1, T, T), True at and below the diagonal, for `window` diagonals: a query attends to itself and the
-    tokens before it, window tokens in all.
-    """
-    with torch.inference_mode(False):  # a mask first made under inference_mode could never serve training
-        mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
-        return (mask if window is None else mask.triu(1 - window))[None, None]
+def causal_mask(start: int, end: int, device: torch.device, window: int | None = None) -> Tensor:
+    """bool (1, 1, T, S): a query attends to itself and the tokens before it, `window` tokens in all."""
+    with torch.inference_mode(False):  # a mask made under inference_mode could not be used in training
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
+        return (mask if window is None else mask.triu(start + 1 - window))[None, None]
 
 
 def with_alibi(
     mask: Tensor | None, start: int, end: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """The mask with ALiBi's biases in it if the config asks for them, see `alibi.alibi_mask`."""
+    """The mask, with the biases of ALiBi added if the config asks for them (see `alibi.alibi_mask`)."""
     if config.position_embedding_type != "alibi":
         return mask
     slopes = alibi_slopes(config.n_heads)

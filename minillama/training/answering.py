@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.layers.precision import autocast
-from minillama.text.batches import cut_in_batches, shuffled_batches
+from minillama.text.batches import shuffled_batches
 from minillama.text.examples import NO_TARGET, Example, pack
 from minillama.training.distributed import Processes
-from minillama.training.evaluation import answer_prompts, answer_scores, describe_answers
+from minillama.training.evaluation import answer_prompts, answer_scores, summed_loss
 from minillama.training.task import Score
 from tokenizer import Tokenizer
 
 
 @dataclass
 class Instruction:
-    """Answering prompts, for a causal `Llama`: the loss is on the answer's tokens and the end mark, given the prompt.
-    Judged by the token F1 of greedy answers on dev, or, where none are to be made, by the loss.
+    """Answering prompts, for a causal `Llama`. The loss is on the tokens of the answer and the end token, given the
+    prompt. Judged by the token F1 of greedy answers on dev, or, with answer_rows = 0, by the loss.
 
-    A batch is so many examples, whichever rows they are packed into: attention stays inside each, and rotary scores
-    depend on the distance of two tokens only, so an example counts in a row of several as it does alone.
+    A batch is a number of examples, packed into fewer rows. Attention stays inside an example, and rotary scores depend
+    on the distance of two tokens only, so an example has the same loss in a shared row and alone.
     """
 
     examples: Sequence[Example]
@@ -37,7 +37,7 @@ class Instruction:
     window: int  # tokens of a row at most
     seed: int = 0
     max_new_tokens: int = 32  # of an answer
-    answer_rows: int = 200  # of dev, evenly spread, to be answered; 0: none
+    answer_rows: int = 200  # rows of dev to answer, evenly spread; 0: none
 
     average = None
     unit = "token"
@@ -85,15 +85,15 @@ class Instruction:
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        """The loss on the answers of dev, and exact match and token F1 of what the model answers itself."""
+        """The loss on dev, and exact match and token F1 of the model's own answers."""
         model.eval()
-        dev, loss = self.dev_examples, 0.0
-        for positions in cut_in_batches(range(len(dev)), self.batch_size):
-            check()
-            for mine, counted in processes.share(positions):
-                losses, _ = self._losses(model, [dev[i] for i in mine], dtype)
-                loss += float(losses[:counted].sum())
-        nats = processes.sum(loss)[0] / sum(example.targets for example in dev)
+        dev = self.dev_examples
+
+        def losses(positions: list[int]) -> Tensor:
+            return self._losses(model, [dev[i] for i in positions], dtype)[0]
+
+        loss = summed_loss(len(dev), self.batch_size, processes, check, losses)
+        nats = loss / sum(example.targets for example in dev)
         metrics: dict[str, float | None] = {"dev_loss": nats}
         text, quality = f"dev loss {nats:.4f}", -nats
         if self.answer_rows:
@@ -112,6 +112,6 @@ class Instruction:
             found = answer_scores(answers, judged)
             metrics |= {f"dev_{name}": value for name, value in found.items()}
             quality = found["f1"]
-            text += f", {describe_answers(answers, judged)}"
+            text += f", exact match {found['exact_match']:.3f}, F1 {found['f1']:.3f}"
         model.train()
         return Score(quality, text, metrics)

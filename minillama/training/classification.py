@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from minillama.text.batches import shuffled_batches, to_batch
 from minillama.text.labelled import Row
-from minillama.training.distributed import Processes
+from minillama.training.distributed import Processes, unwrapped
 from minillama.training.evaluation import describe, evaluate, forward
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl
 from minillama.training.task import Score
 
 
 def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy of each row (B,), its target smoothed: 1 - smoothing on the label, and smoothing spread evenly over
-    all classes (arXiv 1512.00567, section 7).
+    """Cross-entropy of each row (B,) with label smoothing: the target is 1 - smoothing on the label, plus smoothing
+    spread evenly over all classes (arXiv 1512.00567, section 7).
     """
     losses = F.nll_loss(log_probs, labels, reduction="none")
     return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * log_probs.mean(-1)
@@ -36,12 +36,12 @@ class Classification:
     batch_size: int
     seed: int
     pad_id: int = 0
-    bucketed: bool = True  # rows of like length share a batch; else random batches, and evaluation in file order
+    bucketed: bool = True  # rows of similar length share a batch; else random batches, and evaluation in file order
     label_smoothing: float = 0.0
     evaluate_train: bool = False  # score the whole training set after each epoch
     smart: Smart | None = None
-    average: MovingAverage | None = None  # the Bregman penalty's
-    r_drop: float = 0.0  # how much the divergence of two passes, under dropout, counts (arXiv 2106.14448)
+    average: MovingAverage | None = None  # for the Bregman penalty
+    r_drop: float = 0.0  # weight of the divergence of two passes under dropout (arXiv 2106.14448)
 
     unit = "row"
     judged_by = "dev accuracy"
@@ -71,14 +71,14 @@ class Classification:
         log_probs = forward(model, batch.ids, batch.mask, dtype)
         labels = batch.labels.to(log_probs.device)
         losses, right = row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
-        bare: nn.Module = getattr(model, "module", model)  # DDP counts its own passes, and is to see one a step
+        bare = unwrapped(model)  # further passes go past DDP, which expects one a step
         if self.r_drop:
             second = forward(bare, batch.ids, batch.mask, dtype)
             losses = losses + row_losses(second, labels, self.label_smoothing)
             losses = losses + self.r_drop / 2 * symmetric_kl(log_probs, second)
 
         def again(model: nn.Module = bare, dtype: torch.dtype = torch.float32) -> Tensor:
-            """Another pass, under the dropout of the first."""
+            """Another pass, with the dropout mask of the first."""
             with replayed(before, device):
                 return forward(model, batch.ids, batch.mask, dtype)
 

@@ -1,9 +1,9 @@
-"""One process among several: torch's own engine (`torchrun`), or a process alone, behind the same few verbs."""
+"""One process among several that torchrun started, or a process alone, behind the same few methods."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,7 @@ from minillama.environment import this_process
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number (`rank`), how many there are (`world`), and whether they keep a shard of the model each."""
+    """The number of this process, how many there are, and whether each keeps a shard of the model (FSDP)."""
 
     rank: int = 0
     world: int = 1
@@ -25,14 +25,14 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, positions: list[int], at_once: int | None = None) -> list[tuple[list[int], int]]:
-        """This process's rows of a batch, in pieces of at most `at_once`: (positions, how many of them count).
+        """The rows of a batch for this process, in pieces of at most `at_once`: (positions, how many of them count).
 
-        Every process gets as many pieces as every other, for they meet in each. Where there is no row left, a piece is
-        the batch's first row, and none of it counts.
+        Every process gets the same number of pieces, since the processes exchange gradients in each. A process without
+        a row left gets the first row of the batch, which does not count.
         """
         longest = -(-len(positions) // self.world)
         at_once = min(at_once or longest, longest)
@@ -58,12 +58,12 @@ class Processes:
         return everything
 
     def wait(self) -> None:
-        """Returns once every process has come here."""
+        """Waits until every process has come here."""
         if self.world > 1:
             dist.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model that trains in step with the others': replicated (DDP), or sharded layer by layer (FSDP2)."""
+        """The model for training with the other processes: replicated (DDP), or sharded layer by layer (FSDP2)."""
         if self.world == 1:
             return model
         if self.fsdp:
@@ -75,26 +75,24 @@ class Processes:
             return model
         return nn.parallel.DistributedDataParallel(model)
 
-    @contextmanager
-    def gradients(self, model: nn.Module, *, in_step: bool) -> Iterator[None]:
-        """A forward and backward pass after which the processes' gradients are averaged, or kept for a later one."""
-        if self.world == 1:
-            yield
-        elif self.fsdp:
+    def gradients(self, model: nn.Module, *, in_step: bool) -> AbstractContextManager[Any]:
+        """The context of a forward and backward pass: with `in_step` it averages the gradients over the processes."""
+        if self.fsdp:
             model.set_requires_gradient_sync(in_step)  # type: ignore[operator]
-            yield
-        elif in_step:
-            yield
-        else:
-            with model.no_sync():  # type: ignore[operator]
-                yield
+        keeps_its_own = self.world > 1 and not self.fsdp and not in_step
+        return model.no_sync() if keeps_its_own else nullcontext()  # type: ignore[operator]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel; any other model as it is."""
+    return getattr(model, "module", model)
 
 
 @contextmanager
 def process_group(device: torch.device, fsdp: bool) -> Iterator[Processes]:
-    """The processes that torchrun started, ready to talk: gloo on CPU, NCCL on CUDA. Alone without torchrun.
+    """Connects the processes that torchrun started, by gloo on the CPU and NCCL on CUDA; without torchrun, one process.
 
-    Raises ValueError if a shard for each process is asked for where there is one process, or the processes cannot meet.
+    Raises ValueError for FSDP with one process, and if the processes cannot meet.
     """
     if this_process().world == 1:
         if fsdp:
@@ -103,11 +101,11 @@ def process_group(device: torch.device, fsdp: bool) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The others wait while one tokenizes, which may take hours; that one has died torchrun sees sooner than this.
+    # Long, since the others wait while one tokenizes; torchrun itself notices a dead process.
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(hours=12))
-    except ValueError as error:  # a variable of torchrun's is missing, say MASTER_ADDR
+    except ValueError as error:  # for example MASTER_ADDR is missing
         raise ValueError(
             f"the processes cannot meet ({error}); start them with torchrun, or type `unset RANK WORLD_SIZE` for one"
         ) from error

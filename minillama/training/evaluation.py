@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +20,27 @@ from minillama.layers.precision import autocast, not_finite
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
-from minillama.training.distributed import Processes
+from minillama.training.distributed import Processes, unwrapped
 from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted class ids in the order of the rows; accuracy, macro-F1, and the loss, the mean negative log-likelihood
-    of the gold labels; None where there are no gold labels.
+    """Predicted class ids in the order of the rows, and the scores; these are None without gold labels.
+
+    loss: the mean negative log-likelihood of the gold labels. confusion: for each true class a row, how often each
+    class was predicted.
     """
 
     predictions: list[int]
     accuracy: float | None
     macro_f1: float | None
     loss: float | None = None
+    confusion: list[list[int]] | None = None
 
-    def scores(self, split: str) -> dict[str, float | None]:
-        """The scores by the names that the metrics of a run have for them."""
-        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss")}
+    def scores(self, split: str) -> dict[str, Any]:
+        """The scores under the names that they have in a run's metrics."""
+        return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss", "confusion")}
 
 
 def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -46,6 +49,47 @@ def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dty
     mask = None if mask is None else mask.to(device)
     with autocast(device, dtype):
         return model(ids.to(device), mask)
+
+
+def shared_batches(
+    model: nn.Module,
+    order: Sequence[int],
+    batch_size: int,
+    *,
+    processes: Processes,
+    check: Callable[[], None],
+    name: str,
+    divided: bool = True,
+) -> Iterator[tuple[list[int], int]]:
+    """This process's part of each batch, as `Processes.share` gives it, or the whole batch unless `divided`.
+
+    Meanwhile the model is in evaluation mode, and a progress bar runs. check() is called before each batch.
+    """
+    was_training = model.training
+    model.eval()
+    hidden = None if processes.is_main else True  # None: shown on a terminal
+    with tqdm(total=len(order), desc=name, unit="row", leave=False, disable=hidden) as bar:
+        for positions in cut_in_batches(order, batch_size):
+            check()
+            yield from processes.share(positions) if divided else [(positions, len(positions))]
+            bar.update(len(positions))
+    model.train(was_training)
+
+
+def summed_loss(
+    count: int,
+    batch_size: int,
+    processes: Processes,
+    check: Callable[[], None],
+    losses: Callable[[list[int]], Tensor],
+) -> float:
+    """The summed loss of `count` rows, which the processes share. losses(positions): the loss of each row (B,)."""
+    total = 0.0
+    for positions in cut_in_batches(range(count), batch_size):
+        check()
+        for mine, counted in processes.share(positions):
+            total += float(losses(mine)[:counted].sum())
+    return processes.sum(total)[0]
 
 
 @torch.no_grad()
@@ -61,28 +105,20 @@ def class_log_probs(
     check: Callable[[], None] = lambda: None,
     name: str = "evaluating",
 ) -> Tensor:
-    """The log-probability of each class for every row (rows, classes), float64, each row counted once however many
-    processes share them.
+    """The log-probability of each class for every row: (rows, classes), float64.
 
-    Bucketed: rows of like length share a batch, so that little is computed on padding; else they are taken as they
-    stand, for the course's reading, whose answers depend on it. check() is called before each batch.
+    bucketed: rows of similar length share a batch, which saves padding; else batches follow the order of the rows, for
+    the course's reading, whose answers depend on it. check() is called before each batch.
     """
     processes = processes or Processes()
-    was_training = model.training
-    model.eval()
-    order = by_length(rows) if bucketed else list(range(len(rows)))
+    order = by_length(rows) if bucketed else range(len(rows))
     found: dict[int, list[float]] = {}
     finite = True
-    with tqdm(total=len(rows), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
-        for positions in cut_in_batches(order, batch_size):
-            check()
-            for mine, counted in processes.share(positions):
-                batch = to_batch(rows, mine, pad_id)
-                log_probs = forward(model, batch.ids, batch.mask, dtype)
-                finite = finite and bool(torch.isfinite(log_probs).all())
-                found.update(zip(mine[:counted], log_probs.tolist()[:counted], strict=True))
-            bar.update(len(positions))
-    model.train(was_training)
+    for mine, counted in shared_batches(model, order, batch_size, processes=processes, check=check, name=name):
+        batch = to_batch(rows, mine, pad_id)
+        log_probs = forward(model, batch.ids, batch.mask, dtype)
+        finite = finite and bool(torch.isfinite(log_probs).all())
+        found.update(zip(mine[:counted], log_probs.tolist()[:counted], strict=True))
     if not all(processes.gather(finite)):
         raise not_finite(f"{name}: the model's scores", dtype)
     for part in processes.gather(found):
@@ -91,20 +127,22 @@ def class_log_probs(
 
 
 def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings: Any) -> Evaluation:
-    """The class with the highest log-probability for every row, and how often it is right; settings: those of
-    `class_log_probs`. Macro-F1 is the mean of the F1 of every class that the model has, which are those of the label
-    file: a class that no row has, or that is never predicted, counts as 0.
+    """Predicts the class with the highest log-probability for every row, and scores the predictions.
+
+    settings: those of `class_log_probs`. Macro-F1 is the mean over all classes of the model: a class that no row has,
+    or that is never predicted, counts as 0.
     """
     log_probs = class_log_probs(model, rows, batch_size, **settings)
-    predictions, classes = log_probs.argmax(-1).tolist(), range(log_probs.shape[-1])
+    predictions, classes = log_probs.argmax(-1).tolist(), list(range(log_probs.shape[-1]))
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
-    from sklearn.metrics import accuracy_score, f1_score  # here, for it takes a second to import
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # here: the import takes a second
 
     gold = [row.label for row in rows]
-    macro_f1 = f1_score(gold, predictions, labels=list(classes), average="macro", zero_division=0)
+    macro_f1 = f1_score(gold, predictions, labels=classes, average="macro", zero_division=0)
     loss = F.nll_loss(log_probs, torch.tensor(gold))
-    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss))
+    confusion = confusion_matrix(gold, predictions, labels=classes).tolist()
+    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss), confusion)
 
 
 @torch.no_grad()
@@ -120,45 +158,37 @@ def answer_prompts(
     check: Callable[[], None] = lambda: None,
     name: str = "answering",
 ) -> list[str]:
-    """The likeliest answer to every prompt, token by token, up to an end mark or max_new_tokens; the prompts' own
-    answers are not looked at. check() is called before each batch.
-    """
+    """The greedy answer to every prompt, up to an end token or max_new_tokens. check() is called before each batch."""
     processes = processes or Processes()
-    # Passes of a sharded model are taken by all processes together, so there each answers all prompts.
-    sharing = Processes() if processes.fsdp else processes
-    was_training = model.training
-    model.eval()
-    llama: Any = getattr(model, "module", model)  # as it is without DDP around it
+    llama: Any = unwrapped(model)
     device = next(llama.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_length, reverse=True)
+    divided = not processes.fsdp  # all processes take part in each pass of a sharded model, so each answers all prompts
     found: dict[int, str] = {}
-    with tqdm(total=len(order), desc=name, unit="row", leave=False, disable=None if processes.is_main else True) as bar:
-        for positions in cut_in_batches(order, batch_size):
-            check()
-            for mine, counted in sharing.share(positions):
-                ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
-                with autocast(device, dtype):
-                    made = sampling.generate(
-                        llama,
-                        ids.to(device),
-                        max_new_tokens,
-                        temperature=0.0,
-                        attention_mask=None if mask is None else mask.to(device),
-                        eos_ids=tokenizer.stop_ids,
-                        banned_ids=getattr(tokenizer, "unused_ids", ()),
-                    )
-                for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
-                    end = next((t for t, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
-                    found[i] = tokenizer.decode(row[:end]).strip()
-            bar.update(len(positions))
-    model.train(was_training)
-    for part in sharing.gather(found):
+    for mine, counted in shared_batches(
+        model, order, batch_size, processes=processes, check=check, name=name, divided=divided
+    ):
+        ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
+        with autocast(device, dtype):
+            made = sampling.generate(
+                llama,
+                ids.to(device),
+                max_new_tokens,
+                temperature=0.0,
+                attention_mask=None if mask is None else mask.to(device),
+                eos_ids=tokenizer.stop_ids,
+                banned_ids=tokenizer.unused_ids,
+            )
+        for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
+            answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, row)
+            found[i] = tokenizer.decode(list(answer)).strip()
+    for part in processes.gather(found):
         found.update(part)
     return [found[i] for i in range(len(examples))]
 
 
 def normalised(answer: str) -> list[str]:
-    """The words of an answer as SQuAD compares them (arXiv 1606.05250): lower case, no punctuation, no articles."""
+    """The words of an answer, as SQuAD compares them (arXiv 1606.05250): lower case, no punctuation, no articles."""
     plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
@@ -169,8 +199,8 @@ def exact_match(predicted: str, gold: str) -> float:
 
 
 def token_f1(predicted: str, gold: str) -> float:
-    """The harmonic mean of precision and recall of the normalised words, each counted as often as both have it; of two
-    answers without words, 1 (as SQuAD 2.0 has it, arXiv 1806.03822).
+    """The harmonic mean of precision and recall of the normalised words; 1 for two answers without words, as in SQuAD
+    2.0 (arXiv 1806.03822).
     """
     ours, theirs = Counter(normalised(predicted)), Counter(normalised(gold))
     if not ours or not theirs:
@@ -182,8 +212,8 @@ def answer_scores(answers: Sequence[str], examples: Sequence[Example]) -> dict[s
     """The mean exact match and token F1."""
     pairs = [(answer, example.answer) for answer, example in zip(answers, examples, strict=True)]
     return {
-        name: sum(score(*pair) for pair in pairs) / len(pairs)
-        for name, score in (("exact_match", exact_match), ("f1", token_f1))
+        "exact_match": sum(exact_match(*pair) for pair in pairs) / len(pairs),
+        "f1": sum(token_f1(*pair) for pair in pairs) / len(pairs),
     }
 
 
@@ -203,11 +233,12 @@ def score_documents(
     tokens_at_once: int = 8192,
     device: torch.device | None = None,
 ) -> tuple[float, int]:
-    """How well a causal language model predicts documents, lists of ids: the summed loss in nats of every token but the
-    first of each, which may be <s>, and the number of these tokens.
+    """The summed loss of a causal language model on documents (lists of ids), in nats, and the number of tokens scored.
 
-    A document longer than `window` is read in windows that begin `stride` tokens after one another; each scores what
-    the one before did not reach, with at least window - stride tokens before it.
+    The first token of each document, which may be <s>, is not scored.
+
+    A document longer than `window` is read in windows that start `stride` tokens apart. Each window scores the tokens
+    that the window before it did not reach, with at least window - stride tokens of context.
     """
     device = device or torch.device("cpu")
     windows: list[tuple[Sequence[int], int]] = []  # (ids, how many of the last ones are scored)
@@ -219,9 +250,8 @@ def score_documents(
             done, start = end, start + stride
     windows.sort(key=lambda one: len(one[0]), reverse=True)
     nats = torch.zeros((), dtype=torch.float64)
-    with tqdm(
-        total=sum(scored for _, scored in windows), desc="scoring", unit="token", leave=False, disable=None
-    ) as bar:
+    total = sum(scored for _, scored in windows)
+    with tqdm(total=total, desc="scoring", unit="token", leave=False, disable=None) as bar:
         while windows:
             some = windows[: max(1, tokens_at_once // len(windows[0][0]))]
             del windows[: len(some)]
@@ -229,23 +259,23 @@ def score_documents(
             targets = batch[:, 1:].clone()
             for row, (one, scored) in enumerate(some):
                 targets[row, : len(one) - 1 - scored] = -100
-                targets[row, len(one) - 1 :] = -100  # padding, which no earlier token sees
+                targets[row, len(one) - 1 :] = -100  # padding
             with autocast(device, dtype):
                 logits, _ = model(batch[:, :-1].to(device), targets)
             nats += F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), reduction="sum").cpu()
             bar.update(sum(scored for _, scored in some))
     if not torch.isfinite(nats):
         raise not_finite("the model's scores", dtype)
-    return float(nats), sum(max(0, len(ids) - 1) for ids in documents)
+    return float(nats), total
 
 
 def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[str, float | None]:
-    """The bar to clear: logistic regression on TF-IDF of 1- to n-grams, trained on rows["train"], its C the best of 1,
-    10 and 100 on dev. Returns C, and the accuracy on dev and test, None where there are no gold labels.
+    """A baseline: logistic regression on TF-IDF of 1- to n-grams, trained on rows["train"], with C = 1, 10 or 100,
+    whichever is best on dev. Returns C, and the accuracy on dev and test, None without gold labels.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn; threads only slow down so small a problem
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn; threads slow down so small a problem
 
     vectorizer = TfidfVectorizer(ngram_range=(1, ngrams)).fit([row.sentence for row in rows["train"]])
     inputs = {split: vectorizer.transform([row.sentence for row in rows[split]]) for split in rows}
@@ -268,18 +298,16 @@ def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Between what shares the true accuracy lies with 95 % confidence, when `right` of `count` rows are right: Wilson's
-    score interval (J. Am. Stat. Assoc. 22, 1927), (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    """
-    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-    p, w = right / count, z * z / count
-    half = math.sqrt(w * p * (1 - p) + w * w / 4)
-    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
+    """The 95 % confidence interval of an accuracy of right / count: Wilson's score interval."""
+    from scipy.stats import binomtest  # comes with scikit-learn; slow to import
+
+    interval = binomtest(right, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
-    """Numbers to compare the accuracy with: its confidence interval, the accuracy of guessing, and that of naming
-    the commonest class always; "" where there are no gold labels.
+    """The confidence interval of the accuracy, the accuracy of guessing, and that of always naming the commonest class;
+    "" without gold labels.
     """
     if evaluation.accuracy is None:
         return ""
@@ -290,16 +318,21 @@ def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -
 
 
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
-    """scikit-learn's report of each class, and the confusion matrix; "" where there are no gold labels."""
-    from sklearn.metrics import classification_report, confusion_matrix
+    """scikit-learn's report of each class, and the confusion matrix; "" without gold labels."""
+    from sklearn.metrics import classification_report
 
-    if evaluation.accuracy is None:
+    if evaluation.confusion is None:
         return ""
-    gold, classes = [row.label for row in rows], range(len(label_names))
-    settings: dict[str, Any] = {"labels": list(classes), "zero_division": 0}
-    text = classification_report(gold, evaluation.predictions, target_names=list(label_names), digits=3, **settings)
-    matrix = confusion_matrix(gold, evaluation.predictions, labels=list(classes))
-    width = max(len(str(number)) for number in matrix.flatten())
-    head = "confusion matrix (a line for each true class, a column for each predicted one)"
-    lines = ["  ".join(f"{n:>{width}}" for n in line) + f"   {label_names[i]}" for i, line in enumerate(matrix)]
-    return "\n".join([text, head, *lines])
+    text = classification_report(
+        [row.label for row in rows],
+        evaluation.predictions,
+        labels=list(range(len(label_names))),
+        target_names=list(label_names),
+        digits=3,
+        zero_division=0,
+    )
+    lines = [text, "confusion matrix (a line for each true class, a column for each predicted one)"]
+    width = len(str(max(map(max, evaluation.confusion))))
+    for name, counts in zip(label_names, evaluation.confusion, strict=True):
+        lines.append("  ".join(f"{n:>{width}}" for n in counts) + f"   {name}")
+    return "\n".join(lines)

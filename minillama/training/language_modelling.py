@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from minillama.decoding import sampling
 from minillama.layers.precision import autocast
-from minillama.text.corpus import Corpus, evenly, to_tensor
-from minillama.training.distributed import Processes
+from minillama.text.corpus import Corpus, Text, evenly, to_tensor
+from minillama.training.distributed import Processes, unwrapped
+from minillama.training.evaluation import summed_loss
 from minillama.training.task import Score
 from tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ from tokenizer import Tokenizer
 class LanguageModelling:
     """Predicting each next token of a corpus, for a `Llama`; judged by bits per byte of the held-out documents.
 
-    An epoch here is `eval_every` steps: the passes over the corpus follow one another without a seam.
+    An epoch here is `eval_every` steps, wherever a pass over the corpus ends.
     """
 
     corpus: Corpus
@@ -80,35 +81,37 @@ class LanguageModelling:
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        """Bits per byte and perplexity of evenly spread held-out windows, each text's by itself and their mean; and a
-        sample of what the model writes.
-        """
+        """Bits per byte and perplexity of evenly spread held-out windows, for each text; and a sample."""
         model.eval()
         bits, perplexity = {}, {}
         judged = [text for text in self.corpus.texts if text.held_out_windows]
         for text in judged:
-            windows = to_tensor(evenly(text.held_out, self.eval_windows))
-            loss = 0.0
-            for start in range(0, len(windows), self.batch_size):
-                check()
-                for mine, counted in processes.share(list(range(start, min(start + self.batch_size, len(windows))))):
-                    losses, _ = self._losses(model, windows[mine], dtype)
-                    loss += float(losses[:counted].sum())
-            nats = processes.sum(loss)[0] / (len(windows) * self._length)
+            nats = self._held_out_loss(model, text, dtype, processes, check)
             perplexity[text.name] = math.exp(min(nats, 700.0))
             bits[text.name] = nats / math.log(2) * text.held_out_tokens / text.held_out_bytes
         sample = self._sample(model, dtype)
         model.train()
         if not judged:
-            return Score(None, "nothing held out to judge by", {}, f"\n    {sample}")
+            return Score(None, "nothing held out to judge by", {}, sample)
         mean = sum(bits.values()) / len(bits)
         each = "; ".join(f"{name} {bits[name]:.3f} (perplexity {perplexity[name]:.1f})" for name in bits)
         metrics: dict[str, Any] = {"bits_per_byte": mean}
         metrics |= {f"bits_per_byte_{name}": value for name, value in bits.items()}
-        return Score(-mean, f"held-out bits per byte {mean:.4f}: {each}", metrics, f"\n    {sample}")
+        return Score(-mean, f"held-out bits per byte {mean:.4f}: {each}", metrics, sample)
+
+    def _held_out_loss(
+        self, model: nn.Module, text: Text, dtype: torch.dtype, processes: Processes, check: Callable[[], None]
+    ) -> float:
+        """The mean loss of a token, in nats, over evenly spread held-out windows of a text."""
+        windows = to_tensor(evenly(text.held_out, self.eval_windows))
+
+        def losses(positions: list[int]) -> Tensor:
+            return self._losses(model, windows[positions], dtype)[0]
+
+        return summed_loss(len(windows), self.batch_size, processes, check, losses) / (len(windows) * self._length)
 
     def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
-        llama: Any = getattr(model, "module", model)  # as it is without DDP around it
+        llama: Any = unwrapped(model)
         device = next(llama.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
         with autocast(device, dtype):

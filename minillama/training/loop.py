@@ -1,7 +1,7 @@
-"""The training loop of every mode. What is learnt, from what batches, and how it is judged, a `Task` says (tasks.py).
+"""The training loop of every mode. A `Task` (task.py) gives the batches, the loss and the score.
 
-A run can stop at any moment and go on later to the same weights, bit for bit: what comes next depends only on the
-state that `Training.state` lists, and on rows and settings that must be the same.
+A run can stop at any moment and later go on to the same weights, bit for bit: each step depends only on the state that
+`Training.state` lists, and on rows and settings that must be the same.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import os
 import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from minillama.formats.files import read_torch
-from minillama.training.distributed import Processes
+from minillama.training.distributed import Processes, unwrapped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.task import Score, Task
 from optimizer import AdamW, decay_groups, learning_rate, local, set_learning_rate
@@ -37,24 +36,24 @@ from optimizer import AdamW, decay_groups, learning_rate, local, set_learning_ra
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train, whatever the task."""
+    """The settings of training that belong to no task."""
 
     lr: float
     dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
     betas: tuple[float, float] = (0.9, 0.999)
-    micro_batch_size: int | None = None  # rows computed at once; a batch is accumulated from as many as it takes
+    micro_batch_size: int | None = None  # rows of a batch computed at once; their gradients add up
     schedule: str = "constant"  # or "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
     lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
-    patience: int | None = None  # epochs without a better score, after which to stop
-    save_every: int = 500  # steps; an epoch's end is always saved
+    patience: int | None = None  # stop after this many epochs without a better score
+    save_every: int = 500  # steps; the end of an epoch is always saved
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop; the text says how to go on."""
+    """A signal stopped the run; the message says how to go on."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -62,38 +61,35 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM is only noted, in `number`; a second one acts as it always does."""
+    """While entered, the first SIGINT or SIGTERM is only noted, in `number`; a second one has its usual effect."""
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _note(self, number: int, frame: object) -> None:
         self.number = number
         self.__exit__()
-        # Written at a stroke, for print is not to be entered again from a handler; nobody may be there to read it.
-        with suppress(OSError):
+        with suppress(OSError):  # stderr may be closed; print is not safe in a signal handler
             os.write(2, b"\nstopping after this step; once more stops at once, and loses what is not saved\n")
 
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """The position of a run, and its running sums."""
 
     epoch: int = 1
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps of the whole run
-    loss_sum: float = 0.0  # of this epoch's targets so far, as are the next two
+    loss_sum: float = 0.0  # over the targets of this epoch so far, as the next two
     correct: int = 0
     seen: int = 0
     best_epoch: int = 0
@@ -111,15 +107,14 @@ def train(
     write_best: Callable[[dict[str, Tensor], int, Score], None] = lambda state, epoch, score: None,
     log: Callable[[str], None] = print,
 ) -> nn.Module:
-    """Trains the parameters of `model` that require gradients, has the task score it after each epoch, and leaves the
-    model as it was after the best one (ties go to the earlier epoch; where nothing can be scored, the last is best).
+    """Trains the parameters of `model` that require gradients, scores the model after each epoch, and restores the
+    weights of the best one (of equal epochs the earlier; without scores the last).
 
-    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, score) is called on the main
-    process when an epoch is the best so far. Returns the model to evaluate: the same, wrapped if there are several
-    processes.
+    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, score) is called in the main process
+    for each epoch that is the best so far. Returns the model, wrapped if there are several processes.
 
-    Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state is of other
-    weights or rows, OSError if the disk is full, Stopped after SIGINT or SIGTERM, with the state saved.
+    Raises ValueError if the loss is NaN or infinite, the memory of the device is too small, or the saved state belongs
+    to other weights or rows; OSError if the disk is full; Stopped after SIGINT or SIGTERM, with the state saved.
     """
     training = Training(model, task, settings, run, processes or Processes(), log)
     training.restore()
@@ -129,7 +124,7 @@ def train(
             while not training.progress.finished:
                 training.epoch()
                 training.end_epoch(write_best)
-            training.check_interrupts()  # a signal that came in the last moments
+            training.check_interrupts()  # a signal after the last step
         except OSError as error:
             raise OSError(
                 f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
@@ -173,9 +168,7 @@ class Training:
         self.saved_at = (0, 0)  # (epoch, step)
 
     def _checksum(self, model: nn.Module) -> int:
-        """A checksum of what the saved state leaves out and a resumed run must find again: the task's data, the shapes
-        of the weights, and those that are frozen.
-        """
+        """A checksum of what a resumed run needs unchanged: the data, the shapes of the weights, the frozen weights."""
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
         total = zlib.crc32(repr(shapes).encode(), self.task.checksum())
         for parameter in model.parameters():
@@ -186,28 +179,25 @@ class Training:
     # Saving and restoring
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on: weights, optimizer by parameter name, scaler, progress, every random
-        generator, the task's moving average. The order of the rows is a function of seed and epoch.
-        """
+        """Everything that the next step depends on. The order of the rows is a function of seed and epoch."""
         mine = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             mine["cuda"] = torch.cuda.get_rng_state(self.device)
-        # The model first: that puts the shards back which an evaluation has left gathered.
+        # The model first: this shards the weights again that an evaluation has gathered.
         model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
         updated = bool(self.optimizer.state)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
-        average = {} if self.task.average is None else {"average": self.task.average.state()}
         if not updated:
-            self.optimizer.state.clear()  # torch takes a step of no size to make them, which would count as one
-        return {
+            self.optimizer.state.clear()  # torch took a step of size 0 to create the state, and counted it
+        average = {} if self.task.average is None else {"average": self.task.average.state()}
+        return average | {
             "model": model,
             "optimizer": optimizer,
-            "updated": updated,  # else the optimizer's state is to be forgotten
+            "updated": updated,  # whether the optimizer has taken a step
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
             "generators": self.processes.gather(mine),
             "base": self.base,
-            **average,
         }
 
     def save(self) -> None:
@@ -218,17 +208,7 @@ class Training:
         self.check_weights()
         state = self.state()
         if self.processes.fsdp:
-            import torch.distributed.checkpoint as shards
-
-            try:
-                self.run.save_shards(
-                    f"{at[0]}-{at[1]}", lambda folder: shards.save(state, checkpoint_id=folder), self.processes.wait
-                )
-            except shards.CheckpointException as error:  # of all processes, and none that `except Exception` knows
-                causes = [failure for failure, _ in error.failures.values()]
-                full_disk = [failure for failure in causes if isinstance(failure, OSError)]
-                reasons = "; ".join(dict.fromkeys(str(failure) for failure in full_disk or causes))
-                raise OSError(f"the shards could not be saved: {reasons}") from error
+            self.run.save_shards(f"{at[0]}-{at[1]}", state, self.processes.wait)
         else:
             self.run.save(state)
         self.saved_at = at
@@ -237,16 +217,8 @@ class Training:
         """Goes back to the state last saved in the run's folder, if there is one."""
         begun = self.run.metrics_path.exists()
         if self.processes.fsdp:
-            import torch.distributed.checkpoint as shards
-
-            state = self.state() if (folder := self.run.shards()) else None
-            if state is not None:
-                try:
-                    shards.load(state, checkpoint_id=folder)
-                except (shards.CheckpointException, EOFError, OSError, ValueError, RuntimeError) as error:
-                    raise ValueError(
-                        f"{folder}, the run's last state, is damaged; restore it, or start a new run"
-                    ) from error
+            folder = self.run.shards()
+            state = None if folder is None else self.run.load_shards(folder, self.state())
         else:
             state = self.run.load()
         self.processes.wait()
@@ -261,8 +233,7 @@ class Training:
             )
         if state["progress"]["best_epoch"] and not self.run.best_path.exists():
             raise ValueError(f"{self.run.best_path}, the run's best model, is gone; restore it, or start a new run")
-        options = StateDictOptions(strict=False)  # frozen weights are not in it
-        set_model_state_dict(self.model, state["model"], options=options)
+        set_model_state_dict(self.model, state["model"], options=StateDictOptions(strict=False))  # without frozen ones
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if not state["updated"]:
             self.optimizer.state.clear()
@@ -279,7 +250,7 @@ class Training:
         self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}{done}")
 
     def check_weights(self) -> None:
-        """Raises ValueError if the last update broke a weight, so that it is neither saved nor evaluated."""
+        """Raises ValueError if a weight is NaN or infinite after the last update."""
         broken = not all(bool(torch.isfinite(local(parameter)).all()) for parameter in self.trained)
         if any(self.processes.gather(broken)):
             raise ValueError(
@@ -293,15 +264,13 @@ class Training:
         number = int(max(self.processes.gather(self.interrupts.number)))
         if number:
             self.save()
-            raise Stopped(
-                number,
-                f"stopped by {signal.Signals(number).name}; go on with --resume --run_dir {self.run.path}",
-            )
+            name = signal.Signals(number).name
+            raise Stopped(number, f"stopped by {name}; go on with --resume --run_dir {self.run.path}")
 
     # An epoch
 
     def epoch(self) -> None:
-        """The batches of this epoch that are left."""
+        """Trains on the rest of this epoch's batches."""
         self.model.train()
         progress, settings, task = self.progress, self.settings, self.task
         plan = task.plan(progress.epoch)
@@ -340,10 +309,10 @@ class Training:
                     self.save()
 
     def step(self, positions: list[int], lr: float) -> tuple[float, int]:
-        """One update from the rows at `positions`: (mean loss, how many targets were predicted right).
+        """One update from the rows at `positions`: (mean loss, how many targets were predicted correctly).
 
-        The gradient is that of the mean over all the targets, whatever the pieces and processes they are computed in:
-        each piece's summed loss is divided by the number of targets of the whole batch.
+        The gradient is that of the mean over all targets of the batch, however it is cut into pieces and shared among
+        processes: the summed loss of each piece is divided by the number of targets of the whole batch.
         """
         settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
@@ -353,7 +322,7 @@ class Training:
             with self.processes.gradients(self.model, in_step=number == len(pieces)):
                 losses, hits = self.task.losses(self.model, mine, settings.dtype)
                 loss = losses.sum() * (counted / len(mine))
-                # torch averages gradients over the processes; the sum is wanted.
+                # Times world, since torch averages the gradients over the processes, and the sum is needed.
                 self.scaler.scale(loss * (world / targets)).backward()
             loss_sum += loss.item()
             correct += int(hits[:counted].sum())
@@ -370,11 +339,11 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.task.average is not None:
-            self.task.average.update(getattr(self.model, "module", self.model), self.progress.step + 1, self.task.steps)
+            self.task.average.update(unwrapped(self.model), self.progress.step + 1, self.task.steps)
         return loss_sum / targets, int(right)
 
     def last_good(self) -> str:
-        """The last checkpoint to go on from, in words."""
+        """A phrase that names the last checkpoint."""
         if self.saved_at == (0, 0):
             return "nothing was saved before"
         path = self.run.shards_path if self.processes.fsdp else self.run.last_path
@@ -393,15 +362,10 @@ class Training:
         self.log(
             f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
             + " (best so far)" * (is_best and score.quality is not None)
-            + score.remark
+            + f"\n    {score.sample}" * bool(score.sample)
         )
-        self.run.metric(
-            progress.step,
-            epoch=progress.epoch,
-            train_loss=loss,
-            running_train_accuracy=running,
-            **score.metrics,
-        )
+        metrics = score.metrics | ({"sample": score.sample} if score.sample else {})
+        self.run.metric(progress.step, epoch=progress.epoch, train_loss=loss, running_train_accuracy=running, **metrics)
         if is_best:
             progress.best_epoch, progress.best_quality = progress.epoch, score.quality
             options = StateDictOptions(full_state_dict=True, cpu_offload=self.processes.fsdp)
@@ -412,19 +376,17 @@ class Training:
         stops_early = settings.patience is not None and stale >= settings.patience
         if stops_early and progress.epoch < self.task.epochs:
             self.log(f"stopped early: {stale} epochs without a better {self.task.judged_by}")
-        self.progress = replace(
-            progress,
+        self.progress = Progress(
             epoch=progress.epoch + 1,
-            batch=0,
-            loss_sum=0.0,
-            correct=0,
-            seen=0,
+            step=progress.step,
+            best_epoch=progress.best_epoch,
+            best_quality=progress.best_quality,
             finished=stops_early or progress.epoch >= self.task.epochs,
         )
         self.save()
 
     def load_best(self) -> None:
-        """Puts the weights of the best epoch back."""
+        """Restores the weights of the best epoch."""
         self.processes.wait()
         best = read_torch(self.run.best_path)["model"]
         set_model_state_dict(self.model, best, options=StateDictOptions(full_state_dict=True))

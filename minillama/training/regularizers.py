@@ -1,10 +1,10 @@
-"""Regularizers of fine-tuning: what the model says of a row shall not depend on trifles.
+"""Regularizers of fine-tuning, which keep the prediction for a row stable.
 
-Each is a symmetric KL divergence between the class distributions of two passes, one of them the model's own pass:
-    SMART (arXiv 1911.03437, section 3.1)    at the embeddings x, and at x~ within |x~ - x|_inf <= eps, the worst for it
+Each is a symmetric KL divergence between the class distributions of two passes:
+    SMART (arXiv 1911.03437, section 3.1)    at the embeddings x, and at the worst x~ with |x~ - x|_inf <= eps
     Bregman (the same paper, section 3.2)    of the model, and of a moving average of its weights
-    R-Drop (arXiv 2106.14448)                under two dropout masks; a line in tasks.py
-A value belongs to a row: no other row of the batch enters it. All but R-Drop compare passes under one dropout mask.
+    R-Drop (arXiv 2106.14448)                under two dropout masks (in classification.py)
+The value of a row does not depend on other rows. All but R-Drop compare passes under the same dropout mask.
 """
 
 from __future__ import annotations
@@ -25,28 +25,26 @@ def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Smart:
-    """Smoothness: `weight` times the divergence at the worst of the embeddings nearby.
+    """Smoothness: `weight` times the divergence at the worst embeddings nearby.
 
-    Where KL is quadratic, and the distribution of two classes, the one step of ascent taken here finds that worst one;
-    with more classes it comes near. The published step is step * gradient, with a gradient that vanishes as the noise
-    does: it is taken here relative to the largest entry of the row's gradient, so that the constants have a meaning
-    whatever the model's scale, and the batch's size does not matter.
+    One step of gradient ascent finds them: exactly for two classes where KL is quadratic, else approximately. The
+    published step is step * gradient, and the gradient vanishes with the noise. Here the gradient is divided by its
+    largest entry in the row, so that the constants do not depend on the scale of the model or the size of the batch.
 
-    The published constants are 1e-5, 1e-3 and 1e-5, but the authors' program (namisan/mt-dnn at 0d6201e,
-    perturbation.py) does not hold to that eps: it moves the largest entry of each token's embedding by the step, 1e-3.
-    The defaults are of this size: a move of 1e-5 is not felt where embeddings have a standard deviation of 0.07
+    The published eps, step and noise are 1e-5, 1e-3 and 1e-5. The authors' program (namisan/mt-dnn at 0d6201e,
+    perturbation.py) ignores that eps: it moves the largest entry of each token's embedding by the step, 1e-3. The
+    defaults are of this size, since 1e-5 has no effect where embeddings have a standard deviation of 0.07
     (docs/results.md).
     """
 
     weight: float
     eps: float = 1e-3
-    step: float = 0.1  # a hundred times eps: four of five entries move as far as they may
-    noise: float = 1e-3  # standard deviation of where the ascent starts
+    step: float = 0.1  # a hundred times eps: four of five entries reach the limit
+    noise: float = 1e-3  # standard deviation of the start of the ascent
 
     def penalty(self, model: nn.Module, shape: torch.Size, again: Callable[[], Tensor], log_probs: Tensor) -> Tensor:
-        """weight * divergence (B,). shape: (B, T) of the ids. again(): another pass of the model over the same rows,
-        to be compared with `log_probs`; both at least float32, for in half precision the products round off more than
-        such a perturbation changes.
+        """weight * divergence (B,). shape: (B, T) of the ids. again(): another pass of the model over the same rows, to
+        compare with `log_probs`; both at least float32, since in half precision rounding exceeds the perturbation.
         """
         embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
         weight = embedding.weight
@@ -63,7 +61,7 @@ class Smart:
 
 @contextmanager
 def shifted(embedding: nn.Embedding, by: Tensor) -> Iterator[None]:
-    """While entered, the embedding's output (B, T, D) is moved by `by`."""
+    """While entered, `by` is added to the output of the embedding (B, T, D)."""
     hook = embedding.register_forward_hook(lambda module, inputs, output: output + by)
     try:
         yield
@@ -72,17 +70,17 @@ def shifted(embedding: nn.Embedding, by: Tensor) -> Iterator[None]:
 
 
 class MovingAverage:
-    """The exponential moving average of a model's trained weights, beta * average + (1 - beta) * weights after each
-    step, beginning with where training began; and the Bregman proximal penalty, which holds the model near it.
+    """The exponential moving average of a model's trained weights, from the initial weights on, with
+    beta * average + (1 - beta) * weights after each step; and the Bregman penalty, which keeps the model near it.
 
-    beta None: as published, 0.99 in the first tenth of the steps and 0.999 in the rest.
+    beta None: as published, 0.99 in the first tenth of the steps, then 0.999.
     """
 
     def __init__(self, weight: float, beta: float | None = None) -> None:
         self.weight, self.beta = weight, beta
 
     def start(self, model: nn.Module) -> None:
-        """Makes a copy of `model`, with what is frozen in common."""
+        """Copies `model`; frozen weights are shared."""
         frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.model = copy.deepcopy(model, frozen)
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -90,14 +88,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, steps: int) -> None:
-        """After the optimizer's step number `step`, from 1 to `steps`."""
+        """Updates the average after the optimizer's step number `step`, from 1 to `steps`."""
         beta = self.beta if self.beta is not None else 0.99 if step <= 0.1 * steps else 0.999
         weights = dict(model.named_parameters())
         for name, average in self.state().items():
             average.lerp_(weights[name], 1 - beta)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages themselves, by the names of the weights."""
+        """The averages, by the names of the weights."""
         return {name: self.model.get_parameter(name).detach() for name in self.trained}
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -113,13 +111,13 @@ class MovingAverage:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a pass on this device draws dropout from."""
+    """The states of the random generators that a pass on this device uses."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager
 def replayed(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Draws what was drawn from `state` on, and then goes on as if nothing had been drawn."""
+    """Random draws from `state` on; afterwards the generators continue as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if device.type == "cuda":

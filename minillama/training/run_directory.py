@@ -1,15 +1,15 @@
-"""A run's folder: its options, its metrics, its log, the state to go on from, and a lock.
+"""A run's folder: options, metrics, log, the state to go on from, and a lock.
 
-    options.json     the resolved options, and the versions they ran with, the project's commit among them
-    metrics.jsonl    a line for each step and each epoch, and at the end one with the scores of dev and test
-    log.txt          what was told
-    last.pt          everything training needs to go on (a folder of shards under FSDP)
+    options.json     the resolved options, and the versions of Python, torch and the project
+    metrics.jsonl    a line for each step and each epoch, and a last line with the scores of dev and test
+    log.txt          the messages of the run
+    last.pt          everything that training needs to go on (under FSDP a folder of shards, named in last.json)
     best.pt          the best model so far
-    lock             locked while a process trains the run, whose number it holds; it stays, unlocked
-    events.*         the same metrics for TensorBoard, where that is installed
+    lock             holds the number of the process that trains the run, and is locked by it
+    events.*         the same metrics for TensorBoard, if that is installed
 
-`last` and `best` are replaced whole or not at all: a crash at any moment leaves the one before. The lock ends with its
-process, however that ends.
+`last` and `best` are replaced atomically: a crash at any moment leaves the version before. The lock ends with its
+process, even if that is killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _locked: set[Path] = set()  # the lock files that this process has locked
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks a run's folder. Raises ValueError if another process has locked it, naming that, or it cannot be locked."""
+    """Locks a run's folder. Raises ValueError if another process has locked it, or it cannot be locked."""
     path = folder.resolve() / "lock"
     with _open_lock(folder / "lock") as file:
         file.truncate(0)
@@ -51,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> IO[str]:
-    """The lock file, made where it is missing, open and locked."""
+    """The lock file, created if missing, open and locked."""
     while True:
         try:
             file = path.open("a+", encoding="utf-8", errors="replace")
@@ -69,16 +69,15 @@ def _open_lock(path: Path) -> IO[str]:
         if not is_ours:
             who = f"process {owner}" if owner.isdigit() else "another process"
             raise ValueError(f"{path.parent} is still being trained by {who}; wait until it ends, or stop it")
-
-        # Else the process that had it has removed it since.
+        # Else its owner has removed the file meanwhile: try again.
 
 
 @contextmanager
 def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
-    """Makes and locks the folder of a run that starts now: `named`, or else a new one under `parent`, named by the time
-    and the option. When the block ends without a run in it (no options.json), what was made is removed.
+    """Creates and locks the folder of a new run: `named`, or one under `parent` named by the time and the option.
+    If the block ends without a run in it (no options.json), everything created is removed.
 
-    Raises ValueError if the folder is taken, another process has locked it, or it cannot be made.
+    Raises ValueError if the folder is taken, is locked by another process, or cannot be created.
     """
     stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{option}"
     for i in count(1):
@@ -96,7 +95,7 @@ def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
                 free = True
                 yield path
             finally:
-                # Under the lock: whoever opened the file meanwhile finds that it is gone, and makes another.
+                # Removed under the lock: a process that opened the file meanwhile notices, and creates another.
                 if made_lock and not (free and (path / "options.json").exists()):
                     with suppress(OSError):  # Windows removes no open file
                         lock.unlink()
@@ -105,8 +104,8 @@ def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
 
 
 def _make_folders(path: Path, tries: int = 20) -> list[Path]:
-    """Makes a folder and those above it, as far as they are missing; returns those that it made, the lowest first.
-    Raises ValueError, and leaves none, if it cannot.
+    """Creates a folder and its missing parents; returns the created ones, the deepest first. Raises ValueError, and
+    leaves none of them, if it cannot.
     """
     made: list[Path] = []
     for folder in (*reversed(path.parents), path):
@@ -115,7 +114,7 @@ def _make_folders(path: Path, tries: int = 20) -> list[Path]:
                 folder.mkdir()
                 made.insert(0, folder)
         except OSError as error:
-            # Another process may just have made this folder, or removed one above it that it had made.
+            # Another process may have created this folder just now, or removed a parent that it had created.
             if isinstance(error, FileExistsError | FileNotFoundError) and tries:
                 return _make_folders(path, tries - 1) + made
             _remove_empty(made)
@@ -127,20 +126,20 @@ def _make_folders(path: Path, tries: int = 20) -> list[Path]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # there is something in it, or it is gone
+        with suppress(OSError):  # not empty, or gone
             folder.rmdir()
 
 
 def latest_run_path(parent: Path) -> Path:
-    """The folder under `parent` whose run was active last; where that is still going, the last one that stopped before
-    its end, if there is one. Raises FileNotFoundError if there is no run.
+    """The folder of the last active run under `parent`; if that is still going, the last one that stopped before its
+    end, if any. Raises FileNotFoundError if there is no run.
     """
     runs = [path.parent for path in parent.glob("*/options.json")]
     if not runs:
         raise FileNotFoundError(f"there is no run under {parent} to resume; name its folder with --run_dir")
 
     def active(run: Path) -> float:
-        """When; the lock says nothing of it, for it is taken by a command that then refuses to go on, too."""
+        """The time of its last change, without the lock, which also a command changes that refuses to resume."""
         files = (run / name for name in RUN_FILES if name != "lock")
         return max(file.stat().st_mtime for file in files if file.exists())
 
@@ -151,7 +150,7 @@ def latest_run_path(parent: Path) -> Path:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process is at work on a run."""
+    """Whether a process trains the run."""
     try:
         with (run / "lock").open("rb") as file:
             return not try_lock(file)
@@ -160,20 +159,20 @@ def is_locked(run: Path) -> bool:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run has told its last scores."""
+    """Whether the last line of a run's metrics is there."""
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines()[-1:] if path.exists() else []
     return any(b'"final": true' in line for line in lines)
 
 
 class RunDirectory:
-    """One run's folder. Only the process that `writes` touches it; the others may read."""
+    """One run's folder. Only the process with `writes` changes it; the others may read."""
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         self.path = Path(path)
         self.writes = writes
         self.metrics_path = self.path / "metrics.jsonl"
-        self._tensorboard: Any = None  # False where there is none
+        self._tensorboard: Any = None  # the writer; False if there is none
 
     @property
     def best_path(self) -> Path:
@@ -185,11 +184,11 @@ class RunDirectory:
 
     @property
     def shards_path(self) -> Path:
-        """Names the folder of the last good shards."""
+        """The file that names the folder of the last good shards."""
         return self.path / "last.json"
 
     def check_free(self) -> None:
-        """Raises ValueError if a run is there already, or a part of one, or a file."""
+        """Raises ValueError if there is a run already, or a part of one, or a file."""
         if (self.path / "options.json").exists():
             raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
         for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
@@ -199,7 +198,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
 
     def create(self, options: dict[str, Any]) -> None:
-        """Writes `options` into the folder, which is there (`new_run` makes it)."""
+        """Writes the options into the folder, which exists (see `new_run`)."""
         if not self.writes:
             return
         versions = {
@@ -211,7 +210,7 @@ class RunDirectory:
         write_json(self.path / "options.json", {"options": options, "versions": versions})
 
     def options(self) -> dict[str, Any]:
-        """The options that the run was started with. Raises FileNotFoundError or ValueError if there are none."""
+        """The options of the run. Raises FileNotFoundError or ValueError if there are none."""
         path = self.path / "options.json"
         try:
             options = json.loads(path.read_text(encoding="utf-8"))["options"]
@@ -224,7 +223,7 @@ class RunDirectory:
             raise ValueError(f"{path} is damaged; the run cannot be resumed") from error
 
     def metric(self, step: int, **values: Any) -> None:
-        """Adds a line to the metrics, and the numbers among them to TensorBoard's events."""
+        """Adds a line to the metrics, and its numbers to TensorBoard's events."""
         if not self.writes:
             return
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -233,8 +232,8 @@ class RunDirectory:
             self._tell_tensorboard(step, {name: value for name, value in values.items() if isinstance(value, float)})
 
     def _tell_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds to TensorBoard's events, which forget what was written from the first `step` on. Where the package is
-        missing or broken there are none; a broken one is told of once.
+        """Adds to TensorBoard's events, and drops older events from the first `step` on. Without the package nothing is
+        written; a broken package is reported once.
         """
         try:
             with optional_package("tensorboard", f"{self.path}/events.* is left out"):
@@ -250,7 +249,7 @@ class RunDirectory:
                 print(f"notice: {error}", file=sys.stderr, flush=True)
 
     def finish(self, **scores: Any) -> None:
-        """Adds the last line to the metrics: the scores of the best model. Resuming drops the line again."""
+        """Adds the last line to the metrics: the scores of the best model. Resuming removes the line again."""
         if not self.writes:
             return
         with self.metrics_path.open("r+", encoding="utf-8") as file:
@@ -264,17 +263,14 @@ class RunDirectory:
                 file.write(line + "\n")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces last.pt by `state`, and remembers in it how far the metrics are."""
+        """Replaces last.pt by `state`, with the present size of the metrics."""
         if not self.writes:
             return
         self._settle_metrics()
         write_torch(self.last_path, state | {"metrics_bytes": self._metrics_bytes()})
 
     def load(self) -> dict[str, Any] | None:
-        """The state last saved, None where none was yet; the metrics go back to where they were then.
-
-        Raises ValueError if the file is damaged.
-        """
+        """The last saved state, or None; cuts the metrics back to it. Raises ValueError if the file is damaged."""
         state = read_torch(self.last_path) if self.last_path.exists() else None
         if state is not None and not (isinstance(state, dict) and "base" in state and "metrics_bytes" in state):
             raise ValueError(f"{self.last_path} holds no state of a run; restore it, or start a new run")
@@ -282,9 +278,9 @@ class RunDirectory:
         return state
 
     def rewind_metrics(self, size: int) -> None:
-        """Drops the lines of steps that the saved state does not know, for they will be taken again, and what a save
-        that was killed has left half written; under the lock, if this process writes. Raises ValueError if lines are
-        missing, or another process has the lock.
+        """Cuts the metrics to `size` bytes, since later steps will be repeated, and removes half-written files of a
+        killed save; under the lock, if this process writes. Raises ValueError if lines are missing, or another process
+        has the lock.
         """
         found = self._metrics_bytes()
         if found < size:
@@ -302,25 +298,35 @@ class RunDirectory:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def _settle_metrics(self) -> None:
-        """Waits until the metrics are on the disk, before a state says so."""
+        """Waits until the metrics are on the disk, before a state refers to them."""
         if self.metrics_path.exists():
             with self.metrics_path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    # Sharded states: a folder for each save, and a pointer that is replaced last.
+    # Sharded states: a folder for each save, and a file that names it, replaced last
 
-    def save_shards(self, name: str, write: Callable[[Path], None], wait: Callable[[], None]) -> None:
-        """Every process calls this; `write` puts its shards into the folder it is given, a new one for each `name`."""
+    def save_shards(self, name: str, state: dict[str, Any], wait: Callable[[], None]) -> None:
+        """Saves the shards of every process in a new folder; `wait` waits for all processes. Every process calls this.
+
+        Raises OSError if a shard cannot be written, and leaves the last good folder.
+        """
+        from torch.distributed import checkpoint
+
         folder = self.path / f"last-{name}"
         if self.writes:
             shutil.rmtree(folder, ignore_errors=True)
             self._settle_metrics()
         wait()
         try:
-            write(folder)
-        except BaseException:
+            checkpoint.save(state, checkpoint_id=folder)
+        except BaseException as error:
             if self.writes:
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, checkpoint.CheckpointException):  # gathers the failures of all processes
+                causes = [failure for failure, _ in error.failures.values()]
+                full_disk = [failure for failure in causes if isinstance(failure, OSError)]
+                reasons = "; ".join(dict.fromkeys(map(str, full_disk or causes)))
+                raise OSError(f"the shards could not be saved: {reasons}") from error
             raise
         wait()
         if self.writes:
@@ -330,8 +336,19 @@ class RunDirectory:
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
 
+    @staticmethod
+    def load_shards(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with the values saved in `folder`. Raises ValueError if they are damaged."""
+        from torch.distributed import checkpoint
+
+        try:
+            checkpoint.load(state, checkpoint_id=folder)
+        except (checkpoint.CheckpointException, EOFError, OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}, the run's last state, is damaged; restore it, or start a new run") from error
+        return state
+
     def shards(self) -> Path | None:
-        """The folder of the shards last saved whole, None where none were yet; rewinds the metrics as `load` does."""
+        """The folder of the last good shards, or None; cuts the metrics back to them."""
         pointer = self.shards_path
         try:
             saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None

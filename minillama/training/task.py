@@ -1,4 +1,4 @@
-"""A task: its batches, its loss, and how the model is judged. The loop knows no more of it."""
+"""A task: its batches, its loss, and its score. The training loop uses nothing else."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from minillama.training.regularizers import MovingAverage
 
 @dataclass(frozen=True)
 class Score:
-    """How good a model is: `quality` is to be as large as possible, None where there is nothing to judge by."""
+    """How good a model is: the larger `quality` the better; None where there is nothing to judge by."""
 
     quality: float | None
     text: str
     metrics: dict[str, float | None]
-    remark: str = ""  # what follows in the log
+    sample: str = ""  # text that the model wrote
 
 
 class Task(Protocol):
-    """All that the training loop needs to know. A position is the number of a training row; a target is what the loss
-    is a mean over.
-    """
+    """The interface of the training loop. A position is the index of a row; the loss is a mean over targets."""
 
     unit: str  # of targets, for the progress bar
     judged_by: str
@@ -34,7 +32,7 @@ class Task(Protocol):
 
     @property
     def epochs(self) -> int:
-        """How often the loop goes through a plan, and has the model scored."""
+        """The number of plans; the model is scored after each."""
 
     @property
     def steps(self) -> int:
@@ -42,10 +40,10 @@ class Task(Protocol):
 
     @property
     def average(self) -> MovingAverage | None:
-        """The moving average of the weights, if the losses ask for one; the loop keeps it up to date and saves it."""
+        """The moving average of the weights, if the losses need one; the loop updates and saves it."""
 
     def checksum(self) -> int:
-        """A checksum of all the data: a run goes on only with the same."""
+        """A checksum of all data; a resumed run needs the same."""
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch; a function of seed and epoch."""
@@ -57,9 +55,9 @@ class Task(Protocol):
         """How many tokens these rows have."""
 
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The summed loss of each row (B,), and how many of its targets the model would have guessed (B,)."""
+        """The summed loss of each row (B,), and the number of its correctly predicted targets (B,)."""
 
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        """Judges the model. Every process calls this, and check() now and then."""
+        """The score of the model. Every process calls this, and this calls check() now and then."""

@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 def interpolate(theta_0: Mapping[str, Tensor], theta_1: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """(1 - alpha) * theta_0 + alpha * theta_1, tensor by tensor. At 0 and 1 the ends themselves, bit for bit; what is
-    equal in both is what it was, bit for bit; what shares memory in both, as a tied output does with the embedding,
-    shares it again. What is not floating point comes from theta_1.
+    """(1 - alpha) * theta_0 + alpha * theta_1, tensor by tensor.
 
-    Raises ValueError, naming the tensor, unless names and shapes are the same, or if alpha is outside [0, 1].
+    At alpha 0 and 1 the inputs themselves, and equal tensors unchanged, bit for bit. Tensors that share memory in both
+    inputs, as a tied output and the embedding, share it in the result. Tensors of whole numbers come from theta_1.
+
+    Raises ValueError, naming the tensor, unless names and shapes are equal, or if alpha is outside [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must be from 0 to 1")
@@ -21,7 +22,7 @@ def interpolate(theta_0: Mapping[str, Tensor], theta_1: Mapping[str, Tensor], al
     if alpha in (0, 1):
         return dict(theta_1 if alpha == 1 else theta_0)
     mixed: dict[str, Tensor] = {}
-    made: dict[tuple[object, ...], Tensor] = {}  # by where the two tensors lie
+    made: dict[tuple[object, ...], Tensor] = {}  # by the memory of the two tensors
     for name, one in theta_1.items():
         zero = theta_0[name]
         if zero.shape != one.shape:

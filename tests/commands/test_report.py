@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -12,21 +11,10 @@ import pytest
 
 from minillama.cli.finished_runs import find_runs, read_curves, read_run
 from minillama.commands.report import grouped, page
-from reported_runs import GOLD, GUESS, NAMES, Page, a_run, classes_log, rows
+from reported_runs import GOLD, GUESS, NAMES, Page, a_run, confused, with_last_line
 from run_llama import COMMANDS, main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
-
-
-def with_data(folder):
-    """The data and the predictions of a run whose log has none of them, beside its folder."""
-    write = lambda name, labels: (folder / name).write_text(  # noqa: E731
-        "".join(f"{row.label} ||| {row.sentence}\n" for row in rows(labels)), encoding="utf-8"
-    )
-    (folder / "names.json").write_text(json.dumps(NAMES), encoding="utf-8")
-    for split in ("dev", "test"):
-        write(f"{split}.txt", GOLD)
-        write(f"{split}-finetuning-output.txt", GUESS)
 
 
 def shown(*folders):
@@ -61,43 +49,37 @@ def test_a_model_made_for_each_seed_counts_as_one_and_another_model_does_not(tmp
     assert [re.sub(r".*seed ", "", head) for head in sorted(heads)] == ["1, 2", "1", "2"]
 
 
-def test_the_numbers_of_a_run_are_those_of_its_metrics_and_its_log(tmp_path):
-    folder = a_run(tmp_path / "run", [0.625, 0.5], classes_log("dev", GUESS) + classes_log("test", GOLD))
+def test_the_numbers_of_a_run_are_those_of_its_metrics(tmp_path):
+    folder = with_last_line(a_run(tmp_path / "run", [0.625, 0.5]), **confused("dev", GUESS) | confused("test", GOLD))
     line = next(row for row in shown(folder).rows if row[-1] == "run" and row[0] == "1")
     assert line == ["1", "1 of 2", "0.625", "0.312", "1.000", "2.0", "run"]
 
 
-def test_the_confusion_matrix_of_the_log_and_of_the_predictions_is_scikit_learns(tmp_path):
-    from sklearn.metrics import confusion_matrix
-
-    wanted = confusion_matrix(GOLD, GUESS).tolist()
-    logged = a_run(tmp_path / "a" / "run", [0.625], classes_log("dev", GUESS) + classes_log("test", GUESS))
-    silent = a_run(tmp_path / "b" / "run", [0.625])
-    with_data(tmp_path / "b")
-    for folder in (logged, silent):
-        run = read_run(folder, "run", COMMANDS)
-        assert not run.missing
-        assert run.matrices == {split: (NAMES, wanted) for split in ("dev", "test")}
-    drawn = shown(logged).rows
-    assert drawn.count(["3 good", *map(str, wanted[2])]) == 2
+def test_the_confusion_matrices_of_the_last_line_are_drawn(tmp_path):
+    scores = confused("dev", GUESS) | confused("test", GOLD)
+    found = shown(with_last_line(a_run(tmp_path / "run", [0.625]), **scores))
+    for split in ("dev", "test"):
+        for name, counts in zip(NAMES, scores[f"{split}_confusion"], strict=True):
+            assert [name, *map(str, counts)] in found.rows
+    assert "dev, seed 1: accuracy 0.625" in found.text and "test, seed 1: accuracy 1.000" in found.text
+    assert "No confusion matrix" not in found.text
 
 
-def test_predictions_of_another_run_are_left_out_with_the_reason(tmp_path):
-    folder = a_run(tmp_path / "run", [0.5])
-    with_data(tmp_path)
-    run = read_run(folder, "run", COMMANDS)
-    assert not run.matrices
-    assert "is of another run: its accuracy is 0.625" in run.missing[0] and run.missing[1].startswith("test: ")
-    assert "is of another run" in shown(folder).text
-    shutil.move(tmp_path / "dev.txt", tmp_path / "gone.txt")
-    assert "dev.txt is not there" in read_run(folder, "run", COMMANDS).missing[0]
+def test_a_missing_confusion_matrix_is_told_in_one_line_with_the_reason(tmp_path):
+    no_gold = {"test_accuracy": None, "test_confusion": None}
+    finished = with_last_line(a_run(tmp_path / "s1", [0.5]), **confused("dev", GUESS) | no_gold)
+    assert "test: no gold labels (1 of 1 runs)" in shown(finished).text
+    going = a_run(tmp_path / "s2", [0.5], seed=2)
+    older = with_last_line(a_run(tmp_path / "s3", [0.5], seed=3), dev_accuracy=0.5, test_accuracy=0.5)
+    text = shown(finished, going, older).text
+    assert text.count("dev and test: the run has not finished, or an older version made it (2 of 3 runs)") == 1
 
 
 def test_text_stays_text_wherever_it_comes_from(tmp_path):
-    log = f"epoch 1: loss 1.0, held-out bits per byte 2.0\n    {NASTY}\n"
     folder = tmp_path / "run"
-    a_run(folder, [], log, option="pretrain", corpus=[NASTY], preset=NASTY, norm=NASTY, seed=NASTY, continued=False)
+    a_run(folder, [], option="pretrain", corpus=[NASTY], preset=NASTY, norm=NASTY, seed=NASTY, continued=False)
     line = {"step": 3, "epoch": NASTY, "train_loss": 1.0, "bits_per_byte": 2.0, f"bits_per_byte_{NASTY}": 1.5}
+    line["sample"] = NASTY
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     curve = tmp_path / "curve.csv"
     curve.write_text(f'alpha,"{NASTY.replace(chr(34), "")}"\n0,0.5\n1,0.75\n', encoding="utf-8")
@@ -155,8 +137,15 @@ def test_a_run_with_odd_values_does_not_end_the_page(tmp_path, changes, lines):
     assert any(row[-1] == "odd" for row in found.rows) or "odd: " in found.text
 
 
+@pytest.mark.parametrize("damage", [3, [1, 2, 3], [[1, 2]], [[1, 2, 3], [1, 2, 3], ["a", 2, 3]], [[10**400] * 3] * 3])
+def test_a_damaged_confusion_matrix_costs_its_line_alone(tmp_path, damage):
+    scores = confused("dev", GUESS) | {"test_confusion": damage}
+    found = shown(with_last_line(a_run(tmp_path / "run", [0.5]), **scores))
+    assert "run: 1 line of metrics.jsonl, damaged" in found.text and "the run has not finished" in found.text
+
+
 def test_a_mean_says_of_how_many_runs_it_is_where_not_of_all(tmp_path):
-    tested = [a_run(tmp_path / f"s{i}", [0.5], classes_log("test", GUESS), seed=i) for i in (1, 2)]
+    tested = [with_last_line(a_run(tmp_path / f"s{i}", [0.5], seed=i), **confused("test", GUESS)) for i in (1, 2)]
     silent = a_run(tmp_path / "s3", [0.75], seed=3)
     half = a_run(tmp_path / "s4", [], seed=4)
     for folders, dev, test in (
@@ -179,16 +168,6 @@ def test_groups_are_told_apart_by_their_settings_as_they_would_be_typed(tmp_path
     ]
 
 
-def with_last_line(folder, **scores):
-    """A finished run of today: loss on dev after each epoch, and a last line with the scores of dev and test."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line | ({"dev_loss": 0.7} if "train_loss" in line else {}) for line in lines]
-    lines.append({"step": lines[-1]["step"], "final": True} | scores)
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    return folder
-
-
 def test_the_last_line_of_a_finished_run_is_neither_damage_nor_an_epoch(tmp_path):
     today = with_last_line(a_run(tmp_path / "s1", [0.5, 0.25], seed=1), dev_accuracy=0.5, dev_loss=0.7, test_accuracy=1)
     older = a_run(tmp_path / "s2", [0.25], seed=2)
@@ -208,10 +187,11 @@ def test_what_was_typed_and_substituted_does_not_tell_runs_apart(tmp_path):
 
 
 def test_samples_and_bits_per_byte_of_pretraining_are_shown(tmp_path):
-    told = [f"epoch {i}: loss 1.0, held-out bits per byte 2.0\n    text {i}!\n" for i in range(1, 30)]
-    folder = a_run(tmp_path / "run", [], "".join(told), option="pretrain", corpus=["a.txt=2"], continued=False)
+    folder = a_run(tmp_path / "run", [], option="pretrain", corpus=["a.txt=2"], continued=False)
     lines = [
-        {"step": i, "epoch": i, "train_loss": 1.0, "bits_per_byte": 2.0 - i / 8, "bits_per_byte_a": 1.0} for i in (1, 2)
+        {"step": i, "epoch": i, "train_loss": 1.0, "bits_per_byte": 2.0 - i / 116, "bits_per_byte_a": 1.0}
+        | {"sample": f"text {i}!"}
+        for i in range(1, 30)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found = shown(folder)
@@ -237,6 +217,9 @@ def test_exact_match_and_f1_of_answers_are_shown(tmp_path, answered):
     kept = ["2 of 2", "0.500", "0.600", "1.250"] if answered else ["1 of 2", "–", "–", "1.000"]  # by F1, else by loss
     assert ["1", *kept, "0.0", "s1"] in found.rows
     assert "epochs" not in found.text  # 4 is sft's default
+
+
+# Charts
 
 
 @pytest.fixture
@@ -280,21 +263,3 @@ def test_nonsense_gets_one_line_and_no_page(runs, capsys, arguments, message):
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
     assert not list(runs.rglob("*.html"))
-
-
-@pytest.mark.parametrize(
-    "labels", [{"4": "bad", "7": "fair", "9": "good"}, {"a": "bad", "b": None, "c": "fair", "d": "good"}]
-)
-def test_predictions_are_read_with_the_labels_of_the_label_file(tmp_path, labels):
-    from minillama.text.labelled import class_labels, write_predictions
-
-    run = a_run(tmp_path / "run", [0.625])
-    (tmp_path / "names.json").write_text(json.dumps(labels), encoding="utf-8")
-    known = class_labels(labels)
-    for split in ("dev", "test"):
-        lines = "".join(f"{known[row.label]} ||| {row.sentence}\n" for row in rows(GOLD))
-        (tmp_path / f"{split}.txt").write_text(lines, encoding="utf-8")
-        write_predictions(tmp_path / f"{split}-finetuning-output.txt", GUESS, rows(GOLD), labels)
-    found = read_run(run, "run", COMMANDS)
-    assert found.missing == [] and found.matrices["dev"] == found.matrices["test"]
-    assert found.matrices["dev"][0] == ["bad", "fair", "good"] and found.matrices["dev"][1][0] == [1, 1, 0]

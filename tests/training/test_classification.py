@@ -20,7 +20,7 @@ def test_a_classifier_is_judged_by_its_accuracy_on_dev(evaluate_train):
     wanted |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
     wanted["dev_loss"] = found["dev"].loss
     assert score.metrics == wanted and f"loss {found['dev'].loss:.4f}" in score.text
-    assert score.quality == found["dev"].accuracy and score.remark == ""
+    assert score.quality == found["dev"].accuracy and score.sample == ""
     assert ("train accuracy" in score.text) == evaluate_train and "dev accuracy" in score.text
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from fitting import Bag, some_rows
 from minillama.text.examples import Example
@@ -41,6 +42,7 @@ def test_predictions_stand_in_the_order_of_the_rows(size):
     gold = [row.label for row in rows]
     assert result.accuracy == pytest.approx(accuracy_score(gold, by_hand))
     assert result.macro_f1 == pytest.approx(f1_score(gold, by_hand, average="macro"))
+    assert result.confusion == confusion_matrix(gold, by_hand).tolist()
 
 
 def test_a_class_that_no_row_has_counts_in_macro_f1_as_in_the_table_beneath():
@@ -91,15 +93,18 @@ def test_evaluation_needs_no_gradient_and_restores_the_mode(was_training):
 
 def test_classes_are_told_with_a_confusion_matrix():
     rows = [Row(label, "", (1,)) for label in (0, 0, 1, 1, 1)]
-    text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833), rows, ["bad", "good", "none"])
+    matrix = [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    text = describe_classes(Evaluation([0, 1, 1, 1, 0], 0.6, 0.5833, None, matrix), rows, ["bad", "good", "none"])
     assert "precision" in text and text.endswith("1  1  0   bad\n1  2  0   good\n0  0  0   none")
     assert describe_classes(Evaluation([0], None, None), [Row(0, "", (1,))], ["bad", "good"]) == ""
 
 
 @pytest.mark.parametrize("right, count", [(0, 1), (1, 1), (0, 12), (12, 12), (7, 12), (242, 1101), (146, 245)])
 def test_the_interval_is_wilsons(right, count):
-    wanted = binomtest(right, count).proportion_ci(confidence_level=0.95, method="wilson")
-    assert wilson_interval(right, count) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+    """Its ends p solve (right / count - p)^2 = z^2 p (1 - p) / count (J. Am. Stat. Assoc. 22, 1927)."""
+    a = NormalDist().inv_cdf(0.975) ** 2 / count
+    roots = np.roots([1 + a, -(2 * right / count + a), (right / count) ** 2])
+    assert wilson_interval(right, count) == pytest.approx(sorted(roots.real), abs=1e-7)
 
 
 def test_accuracy_is_held_against_chance_and_the_commonest_class():
@@ -209,7 +214,7 @@ def test_scores_are_means_over_the_answers():
 class Letters:
     """A tokenizer of ids for their own sake: 2 and 3 end an answer."""
 
-    pad_id, stop_ids = 0, (2, 3)
+    pad_id, stop_ids, unused_ids = 0, (2, 3), ()
 
     def decode(self, ids):
         return " ".join(map(str, ids)) + " "

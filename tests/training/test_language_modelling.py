@@ -107,16 +107,16 @@ def test_many_windows_are_judged_by_some_evenly_spread(tokenizer):
 def test_with_nothing_held_out_there_is_no_quality_but_a_sample(tokenizer):
     score = judged(a_task(tokenizer, held_out=0), a_llama())
     assert score.quality is None and score.metrics == {} and score.text == "nothing held out to judge by"
-    assert score.remark.strip()
+    assert score.sample
 
 
 def test_the_sample_continues_the_prompt_alike_each_time(tokenizer):
     model = a_llama()
-    samples = [judged(a_task(tokenizer, sample_prompt="the  big", seed=seed), model).remark for seed in (3, 3, 4)]
+    samples = [judged(a_task(tokenizer, sample_prompt="the  big", seed=seed), model).sample for seed in (3, 3, 4)]
     assert samples[0] == samples[1] != samples[2]
-    assert all(sample.startswith("\n    the big") for sample in samples) and all(s.count("\n") == 1 for s in samples)
+    assert all(sample.startswith("the big") and "\n" not in sample for sample in samples)
     long_prompt = a_task(tokenizer, sample_prompt="the big cat " * 30)  # longer than the model's context
-    assert judged(long_prompt, model).remark.startswith("\n    the big cat the big")
+    assert judged(long_prompt, model).sample.startswith("the big cat the big")
 
 
 def test_a_sample_prompt_that_is_no_text_is_refused_before_the_first_step(tokenizer):
