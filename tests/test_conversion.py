@@ -246,7 +246,7 @@ def test_outputs_that_are_there_or_inputs_are_refused(folder, tmp_path, capsys):
     assert main(["--option", "convert", *path]) == 2
     assert "lies in" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "full") == 2
-    assert "full is there already; give the name of a new folder" in capsys.readouterr().err
+    assert "full exists already; give the name of a new folder" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "none" / "deeper") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert convert(folder, "llama2c-v1", folder / "model.safetensors") == 2
