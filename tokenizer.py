@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import shown
-from minillama.formats.tokenizers import _open_model, _tokenizer_file
+from minillama.formats.tokenizers import find_tokenizer_file, open_tokenizer
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,8 +46,8 @@ class Tokenizer:
         if max_len is not None and max_len < 1:
             raise ValueError(f"max_len is {max_len}; it must be 1 or more, or None for no limit")
         self.max_len = max_len
-        self.path = _tokenizer_file(path)
-        self.model = _open_model(self.path)
+        self.path = find_tokenizer_file(path)
+        self.model = open_tokenizer(self.path)
         self.kind = self.model.kind
         self.n_words = self.model.n_words
         self.bos_id = self.model.bos_id

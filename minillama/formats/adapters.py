@@ -99,8 +99,10 @@ def _is_alpha(value: object) -> TypeGuard[float]:
 
 
 # Settings that adapter_config.json may leave out, and must not turn on.
-PEFT_OFF = ("fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-PEFT_OFF += ("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "target_parameters")
+PEFT_OFF = (
+    *("fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "target_parameters"),
+)
 PEFT_ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),

@@ -226,8 +226,9 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     if not isinstance(content, dict) or content.get("kind") != "classifier":
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
     _check_version(path, content)
-    tables = [content.get(name) for name in ("model", "model_args", "options", "labels")]
-    names, head = content.get("label_names"), content.get("head")
+    tables: list[Any] = [content.get(name) for name in ("model", "model_args", "options", "labels")]
+    names: Any = content.get("label_names")
+    head: Any = content.get("head")
     if not all(isinstance(table, dict) for table in tables) or head not in ("linear", "prompt"):
         raise ValueError(f"{path} lacks one of model, model_args, options, labels and head; {wanted}")
     tensors, arguments, options, labels = tables

@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it holds no JSON; fetch or copy it again") from error
+        raise ValueError(f"{path} is damaged: it holds no whole JSON; fetch or copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {shown(content)}; it must be a JSON object")
     return content

@@ -122,8 +122,8 @@ def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
     try:
         scaling = None
         if kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            scaling = RopeScaling(*(rope[name] for name in names))
+            parts = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = RopeScaling(*(rope[part] for part in parts))
         config = LlamaConfig(
             vocab_size=content["vocab_size"],
             dim=content["hidden_size"],

@@ -128,7 +128,8 @@ def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, 
     fixed = {"rope_theta": LLAMA2C_THETA, "rope_scaling": None, "layer_norm_eps": LLAMA2C_EPS}
     for name, wanted in fixed.items():
         if (value := getattr(config, name)) != wanted:
-            raise ValueError(f"llama2.c computes {name} {wanted} only, this model has {shown(value)}; take huggingface")
+            only = f"{name} {wanted} only, and this model has {shown(value)}"
+            raise ValueError(f"llama2.c computes {only}; convert to huggingface")
     hidden = parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0]
     sizes = [config.dim, hidden, config.n_layers, config.n_heads, config.kv_heads]
     tied = config.tie_embeddings
