@@ -144,8 +144,8 @@ def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if content.get("head_dim") not in (None, config.head_dim):
-        allowed = f"hidden_size / heads = {config.head_dim}"
-        raise ValueError(f"{path}: head_dim is {shown(content['head_dim'])}; this program computes {allowed} only")
+        only = f"hidden_size / heads = {config.head_dim}"
+        raise ValueError(f"{path}: head_dim is {shown(content['head_dim'])}; this program computes {only} only")
     return config
 
 
