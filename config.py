@@ -1,6 +1,4 @@
-"""The shape and the conventions of a Llama, in one frozen dataclass. Imports no torch, so that `--help` stays
-instant.
-"""
+"""Shape and conventions of a Llama, in one frozen dataclass. Imports no torch, so that `--help` stays instant."""
 
 from __future__ import annotations
 
@@ -17,22 +15,20 @@ POSITIONS = ("rotary", "alibi")
 
 
 class RopeScaling(NamedTuple):
-    """How Llama 3.1 stretches its rotary positions, see `rope.scaled`."""
+    """Llama 3.1's scaling of rotary positions, see `rope.scaled`."""
 
     factor: float  # 8; 32 in Llama 3.2
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_context: int = 8192  # that the model was first trained at
+    original_context: int = 8192  # context of the first training
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Everything that decides what a Llama computes.
 
-    The defaults are the course's: a checkpoint that says no more than its sizes is read as LayerNorm with bidirectional
-    attention (no causal mask). Checkpoints of other origin state `norm` and `causal` themselves.
-
-    Raises ValueError if the sizes do not fit together.
+    The defaults are the course's: a checkpoint that states only sizes is read as LayerNorm with bidirectional attention
+    (no causal mask). Readers of other formats set `norm` and `causal`. Raises ValueError if the values do not fit.
     """
 
     vocab_size: int = 32000
@@ -60,30 +56,29 @@ class LlamaConfig:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         self._check_rope_scaling()
-        for name in (
-            "vocab_size",
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "max_seq_len",
-            "multiple_of",
-            "hidden_dim",
-            "sliding_window",
-        ):
-            value = getattr(self, name)
-            if name in ("hidden_dim", "sliding_window") and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 63:
-                raise ValueError(f"{name} is {shown(value)}; it must be a whole number of 1 or more, below 2^63")
+        self._check_values()
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2 and self.position_embedding_type == "rotary":
-            raise ValueError(
-                f"the head size dim / n_heads = {self.head_dim} is odd; rotary embeddings turn pairs of it"
-            )
+            raise ValueError(f"the head size dim / n_heads = {self.head_dim} is odd; rotary embeddings need pairs")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if not self.causal and self.position_embedding_type == "alibi":
+            raise ValueError("ALiBi needs causal attention (--attention causal)")
+        if not self.causal and self.sliding_window is not None:
+            raise ValueError("a sliding window needs causal attention (--attention causal)")
+        if self.attention_type == "differential" and (self.n_heads % 2 or self.kv_heads % 2):
+            raise ValueError(
+                f"n_heads is {self.n_heads}, n_kv_heads {self.kv_heads}; differential attention needs even numbers"
+            )
+
+    def _check_values(self) -> None:
+        sizes = ["vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "multiple_of"]
+        sizes += [name for name in ("hidden_dim", "sliding_window") if getattr(self, name) is not None]
+        for name in sizes:
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 1 << 63:
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number of 1 or more, below 2^63")
         for name, accepts, wanted in (
             ("dropout", lambda value: 0.0 <= value < 1.0, "in [0, 1)"),
             ("layer_norm_eps", lambda value: 0.0 < value <= sys.float_info.max, "a number above 0"),
@@ -103,32 +98,20 @@ class LlamaConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be one of {', '.join(allowed)}")
-        if not self.causal and self.position_embedding_type == "alibi":
-            raise ValueError("ALiBi is of what came before: it needs causal attention (--attention causal)")
-        if not self.causal and self.sliding_window is not None:
-            raise ValueError("a sliding window is of what came before: it needs causal attention (--attention causal)")
-        if self.attention_type == "differential" and (self.n_heads % 2 or self.kv_heads % 2):
-            raise ValueError(
-                f"n_heads is {self.n_heads}, n_kv_heads {self.kv_heads}; differential attention takes heads in pairs, "
-                "so both must be even"
-            )
 
     def _check_rope_scaling(self) -> None:
         if self.rope_scaling is None:
             return
-        try:  # a file has it as a table or a list
-            given: Any = self.rope_scaling
+        given: Any = self.rope_scaling
+        try:  # files hold a table or a list
             scaling = RopeScaling(**given) if isinstance(given, dict) else RopeScaling(*given)
         except TypeError as error:
-            raise ValueError(
-                f"rope_scaling is {shown(self.rope_scaling)}; it must give {', '.join(RopeScaling._fields)}"
-            ) from error
+            wanted = ", ".join(RopeScaling._fields)
+            raise ValueError(f"rope_scaling is {shown(given)}; it must give {wanted}") from error
         numbers = all(isinstance(value, int | float) and 0 < value < math.inf for value in scaling)
         if not numbers or scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise ValueError(
-                f"rope_scaling is {shown(tuple(scaling))}; it must be numbers above 0, its low_freq_factor below its "
-                "high_freq_factor"
-            )
+            wanted = "numbers above 0, its low_freq_factor below its high_freq_factor"
+            raise ValueError(f"rope_scaling is {shown(tuple(scaling))}; it must be {wanted}")
         object.__setattr__(self, "rope_scaling", scaling)
 
     @property
@@ -143,10 +126,13 @@ class LlamaConfig:
 
     @property
     def extras(self) -> list[str]:
-        """In words, what of this model the Llamas of other programs have not."""
-        found = ["differential attention"] if self.attention_type == "differential" else []
-        found += ["ALiBi positions"] if self.position_embedding_type == "alibi" else []
-        return found + ([] if self.sliding_window is None else [f"sliding window of {self.sliding_window}"])
+        """Features, in words, that the Llamas of other programs lack."""
+        has = {
+            "differential attention": self.attention_type == "differential",
+            "ALiBi positions": self.position_embedding_type == "alibi",
+            f"sliding window of {self.sliding_window}": self.sliding_window is not None,
+        }
+        return [name for name in has if has[name]]
 
     @property
     def convention(self) -> str:
@@ -161,15 +147,14 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
-        """Builds a config from the `model_args` of a checkpoint. Raises ValueError for a field it does not know."""
-        unknown = sorted(map(str, set(values) - {field.name for field in fields(cls)}))
-        if unknown:
+        """A config from the `model_args` of a checkpoint. Raises ValueError for an unknown field."""
+        if unknown := sorted(map(str, set(values) - {field.name for field in fields(cls)})):
             raise ValueError(f"model_args has fields that this program does not know: {', '.join(unknown)}")
         return cls(**values)
 
 
 def shown(value: object) -> str:
-    """A value from a file on one short line, whatever it is."""
+    """Any value from a file, as one short line."""
     return " ".join(reprlib.repr(value).split())
 
 
@@ -206,8 +191,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"output.weight": (config.vocab_size, dim)}
 
 
-# Sizes by name, for `--preset`; the vocabulary of a new model is its tokenizer's. stories*: the models that llama2.c
-# publishes. The others are Meta's and TinyLlama's, as their files have them.
+# Sizes for `--preset`; a new model takes its vocabulary size from its tokenizer. The stories* models are llama2.c's.
 META: dict[str, Any] = {"norm": "rmsnorm", "tie_embeddings": False}
 LLAMA2 = META | {"vocab_size": 32000, "max_seq_len": 4096, "multiple_of": 256}
 LLAMA3 = META | {"vocab_size": 128256, "max_seq_len": 8192, "n_kv_heads": 8, "rope_theta": 500000.0}
@@ -229,16 +213,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check_rmsnorm(config: LlamaConfig, target: str) -> None:
-    """Raises ValueError unless the model is of the kind that all other programs take a Llama to be."""
+    """Raises ValueError unless other programs can run the model: RMSNorm, causal, no `extras`."""
     if config.norm != "rmsnorm":
-        raise ValueError(
-            f"{target} holds RMSNorm models only, and this one has LayerNorm, which computes something else; "
-            "keep it as safetensors, or pretrain one with --norm rmsnorm"
-        )
-    if not config.causal:
-        raise ValueError(
-            f"{target} holds causal models only, and this one's attention is bidirectional; keep it as safetensors, "
-            "or say --attention causal if it was trained so"
-        )
-    if config.extras:
-        raise ValueError(f"{target} holds no model with {config.extras[0]}, as this one has; keep it as safetensors")
+        reason, remedy = "RMSNorm models only, and this one has LayerNorm", "or pretrain one with --norm rmsnorm"
+    elif not config.causal:
+        reason = "causal models only, and this one's attention is bidirectional"
+        remedy = "or give --attention causal if it was trained so"
+    elif config.extras:
+        reason, remedy = f"no model with {config.extras[0]}, as this one has", "which this program reads"
+    else:
+        return
+    raise ValueError(f"{target} holds {reason}; keep it as safetensors, {remedy}")

@@ -1,4 +1,4 @@
-"""Fetch the course's files from where they are published, or from a mirror, and check each against its SHA-256.
+"""Fetch the course's files from their published addresses or from a mirror, and check each against its SHA-256.
 
 groups:
   data          SST and CFIMDB with their label names
@@ -12,10 +12,10 @@ examples:
   python fetch_data.py --source /mnt/usb/assets     the same from a folder, without a network
   python fetch_data.py --source http://host:8000 data stories260K
 
-A file that is there with the right checksum is kept. A download goes to NAME.part, which the next call resumes if it
-broke off, and gets its name when it is complete and verified. Two calls for one folder take turns, file by file.
-Exit code: 0 if all is there, but for what is not published and no --source was named to have; 2 if any file failed, 130
-if interrupted.
+A file with the right checksum is kept. A download goes to NAME.part and is renamed when it is complete and verified;
+the next call resumes an incomplete one. Two calls for one folder take turns, file by file.
+Exit code: 0 if all files are there (without --source, unpublished ones are skipped), 2 if a file failed, 130 if
+interrupted.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"
 COURSE_2024 = "https://raw.githubusercontent.com/neubig/minllama-assignment/master"
 TINYLLAMAS = "https://huggingface.co/karpathy/tinyllamas/resolve/main"
 REFS = "course/reference"  # in a mirror
-RECORD = "data/SHA256SUMS.local"  # checksums of files that nobody published one for, as first seen here
+RECORD = "data/SHA256SUMS.local"  # checksums that nobody published, as first seen here
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18
-WEB = ("https://", "http://")  # anything else is a path on this machine
+WEB = ("https://", "http://")  # other places are paths on this machine
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file: `url` None means that only a mirror has it, `sha256` None that its checksum is recorded, not pinned."""
+    """One file to fetch."""
 
     group: str
-    target: str  # below --into
-    url: str | None
-    mirror: str  # below --source, where a project folder (with `target`) does as well
-    sha256: str | None
+    target: str  # its path below --into
+    url: str | None  # None: only a mirror has it
+    mirror: str  # its path below --source; a project folder, with `target`, can also be a mirror
+    sha256: str | None  # None: recorded at the first download
 
 
-COURSE_DATA = {  # in the folder data/ everywhere
+COURSE_DATA = {
     "sst-train.txt": "7aeac81f2a387f2ce7fab98ed8f40ef85cc9c8ad11bcbb63b122e95665cb1f35",
     "sst-dev.txt": "11963c76cd073e68006da0390620aadf5a4b8f775e2f900e92a50b3002e39b9b",
     "sst-test.txt": "bdcc8352d37bdc82113e4a4dd887b824144201539d5a1e49be566232d306a4ba",
@@ -109,11 +109,11 @@ GROUPS = (*DEFAULT_GROUPS, "stories260K")
 
 
 class FetchError(Exception):
-    """A file that could not be had; the message is one line for the person at the keyboard."""
+    """A file could not be fetched; the message is one line."""
 
 
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https, and to http only where the request was http already."""
+    """Follows a redirect to https, and one to http only from http."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         scheme = urllib.parse.urlsplit(newurl).scheme
@@ -123,24 +123,19 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def check_address(url: urllib.parse.SplitResult) -> None:
-    """ValueError, with the reason, unless urllib can send a request to `url`."""
-    if not url.hostname:
-        raise ValueError("it names no host")
-    url.hostname.encode("idna")
-    _ = url.port  # looked at, because that is where urllib checks it
-    if not re.fullmatch("[!-~]*", url.path):
-        raise ValueError(f"write {url.path!r} as {urllib.parse.quote(url.path, safe='/%')!r}")
-
-
 def parse_source(text: str) -> str:
-    """Normalise --source to an http(s) URL or the path of a folder that exists; ValueError for anything else."""
+    """The http(s) URL or the existing folder that --source names. Raises ValueError for anything else."""
     folder = text
     if text.lower().startswith((*WEB, "file://")):
         try:
             url = urllib.parse.urlsplit(text)
             if url.scheme != "file":
-                check_address(url)
+                if not url.hostname:
+                    raise ValueError("it names no host")
+                url.hostname.encode("idna")
+                _ = url.port  # raises ValueError for a wrong one
+                if not re.fullmatch("[!-~]*", url.path):
+                    raise ValueError(f"write {url.path!r} as {urllib.parse.quote(url.path, safe='/%')!r}")
                 return url.geturl().rstrip("/")
         except ValueError as error:
             raise ValueError(f"--source {text}: no address ({error}); give one such as http://host:8000") from error
@@ -151,14 +146,14 @@ def parse_source(text: str) -> str:
 
 
 def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
-    """Open a URL or path to read on from byte `start`: the stream, the byte it really starts at, the full size if told.
+    """Opens a URL or path, from byte `start` if possible, else from 0: (stream, its first byte, full size if known).
 
-    A local file and a server that does not give the range asked for start over at 0. FileNotFoundError means a 404 too.
+    Raises FileNotFoundError, also for a 404.
     """
     if not place.startswith(WEB):
         stream = open(place, "rb")
         return stream, 0, os.fstat(stream.fileno()).st_size
-    # identity: a range of a compressed body is of no use here
+    # identity: part of a compressed file cannot be resumed
     request = urllib.request.Request(place, headers={"User-Agent": "fetch_data.py", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -170,7 +165,7 @@ def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
             raise FileNotFoundError(place) from None
         if error.code != 416 or not start:
             raise
-        if error.headers.get("Content-Range") == f"bytes */{start}":  # all of it is here already
+        if error.headers.get("Content-Range") == f"bytes */{start}":  # already complete
             return io.BytesIO(), start, start
         return open_place(place, 0)
     head = response.peek(64).lstrip().lower()
@@ -188,9 +183,9 @@ def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
 
 
 def download(place: str, part: Path, label: str) -> None:
-    """Bring `place` to `part`, going on where an earlier call stopped; if bytes are missing, raises and keeps it."""
+    """Downloads `place` to `part`, resuming an incomplete one. If bytes are missing, raises FetchError, keeps `part`."""
     if part.is_symlink():
-        raise FetchError(f"{part} is a link, which is not written through; remove it")
+        raise FetchError(f"{part} is a link; remove it")
     stream, start, total = open_place(place, part.stat().st_size if part.exists() else 0)
     bar = tqdm(desc=label, initial=start, total=total, unit="B", unit_scale=True, disable=None, leave=False)
     with stream, open(part, "ab" if start else "wb") as out, bar:
@@ -205,7 +200,7 @@ def download(place: str, part: Path, label: str) -> None:
 
 
 def download_first(entry: Entry, source: str | None, part: Path) -> None:
-    """Download from where it is published, or from whichever of a mirror's two spots for it has it."""
+    """Downloads from the published address, or from the first of the two places in a mirror that has the file."""
     places = [f"{source}/{entry.mirror}", f"{source}/{entry.target}"] if source else [str(entry.url)]
     for place in places:
         with suppress(FileNotFoundError):
@@ -215,21 +210,19 @@ def download_first(entry: Entry, source: str | None, part: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file whose checksum nobody knows may be what it should be: a zip, as torch's files are, with its end,
-    and with the checksums that it carries itself.
-    """
+    """Whether a file is a complete zip, as torch's files are, with the right checksums inside."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):  # the last one: encrypted, unknown
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):  # RuntimeError: encrypted
         return False
 
 
 def checksum(path: Path, entry: Entry) -> str:
-    """SHA-256 of the file at `path` in hex; of a JSON file, that of its content on one line, so that layout is free."""
+    """SHA-256 of the file at `path` in hex; of JSON, that of its content on one line, independent of layout."""
     content = path.read_bytes()
     if entry.target.endswith(".json"):
         with suppress(ValueError, RecursionError):
@@ -238,17 +231,17 @@ def checksum(path: Path, entry: Entry) -> str:
 
 
 def read_record(into: Path) -> dict[str, str]:
-    """The checksums recorded on this machine, by target; empty before the first. Raises FetchError if it is no text."""
+    """The recorded checksums by target; empty before the first. Raises FetchError if the record is no text."""
     record = into / RECORD
     try:
         lines = record.read_text("utf-8").splitlines() if record.exists() else []
     except UnicodeDecodeError as error:
-        raise FetchError(f"{record} is not UTF-8 text; remove it, and the checksums are recorded anew") from error
+        raise FetchError(f"{record} is not UTF-8 text; remove it, and the checksums are recorded again") from error
     return {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  \S", line)}
 
 
 def write_record(into: Path, sums: dict[str, str]) -> None:
-    """Replace the record at once; `sha256sum -c data/SHA256SUMS.local` in the project folder reads it too."""
+    """Replaces the record atomically; `sha256sum -c data/SHA256SUMS.local` reads it too."""
     record = into / RECORD
     record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{record.name}.", dir=record.parent) as folder:
@@ -259,7 +252,7 @@ def write_record(into: Path, sums: dict[str, str]) -> None:
 
 @contextmanager
 def alone(into: Path) -> Iterator[None]:
-    """Waits until no other process fetches into the folder: two would mix their bytes in one NAME.part."""
+    """Waits until no other process fetches into the folder: two would write to one NAME.part."""
     into.mkdir(parents=True, exist_ok=True)
     try:
         folder = os.open(into, os.O_RDONLY)
@@ -276,9 +269,9 @@ def alone(into: Path) -> Iterator[None]:
 
 
 def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = False) -> str:
-    """Have the file of `entry` below `into`, verified, and return one line on what was done.
+    """Brings the verified file of `entry` below `into`; returns one line on what was done.
 
-    Raises FetchError (or an OSError, HTTPException) where that fails; then nothing new bears the file's name.
+    Raises FetchError, OSError or HTTPException; then the file of that name is as before.
     """
     target, record = into / entry.target, {} if entry.sha256 else read_record(into)
     part = target.with_name(target.name + ".part")
@@ -287,7 +280,7 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
     keep = target.exists() and not force
     if not keep:
         if not source and not entry.url:
-            return f"skipped  {entry.target}: no published place is known, only a mirror has it (--source)"
+            return f"skipped  {entry.target}: not published, only a mirror has it (--source)"
         target.parent.mkdir(parents=True, exist_ok=True)
         download_first(entry, source, part)
         if entry.sha256 is None and not is_whole(part):
@@ -310,7 +303,7 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
 
 
 def explain(error: Exception) -> str:
-    """One line on what went wrong and what to do next."""
+    """One line with the failure and the next step."""
     if isinstance(error, urllib.error.HTTPError):
         return f"{error.url} answered {error.code} {error.reason}; try again later, or a mirror with --source"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -320,13 +313,13 @@ def explain(error: Exception) -> str:
     if isinstance(error, FetchError):
         return str(error)
     if isinstance(error, (ValueError, http.client.InvalidURL)):
-        return f"an answer or the address in it makes no sense ({error}); try a mirror with --source"
+        return f"the server sent an invalid answer or address ({error}); try a mirror with --source"
     reason = getattr(error, "reason", None) or error or type(error).__name__
     return f"connection failed ({reason}); run the same command again to resume, or try a mirror with --source"
 
 
 def build_parser() -> OneLineParser:
-    """The command line; its manual is this file's docstring."""
+    """The command line, described by this file's docstring."""
     parser = OneLineParser(prog="fetch_data.py", description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"default: {' '.join(DEFAULT_GROUPS)}")
     parser.add_argument("--source", metavar="DIR_OR_URL", help="a mirror: its folder, or an http, https or file URL")
@@ -337,13 +330,13 @@ def build_parser() -> OneLineParser:
 
 
 def complain(text: str) -> None:
-    """Print one line to stderr, whatever a server or an argument put into it."""
+    """Prints one line to stderr, without control characters that a server or an argument may contain."""
     line = "".join(character if character.isprintable() else " " for character in text.rstrip())
     print(f"fetch_data.py: {line}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command and return its exit code; a standard output that fails stops no download."""
+    """Runs the command and returns its exit code; a failing standard output stops no download."""
     with safe_display() as out:
         code = fetch_all(argv)
         out.flush()
@@ -352,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fetch_all(argv: list[str] | None) -> int:
-    """Fetch what the arguments name and return the exit code."""
+    """Fetches what the arguments name and returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
         if unknown := [group for group in args.groups if group not in GROUPS]:
@@ -374,7 +367,7 @@ def fetch_all(argv: list[str] | None) -> int:
                 print(fetch(entry, args.into, source, args.force), flush=True)
         except (FetchError, OSError, http.client.HTTPException, ValueError) as error:
             message = explain(error)
-            # Without a network every file says the same: the advice is given once.
+            # Without a network, every file has the same message: its advice is printed once.
             complain(f"{entry.target}: {message.partition('; ')[0] if message in said else message}")
             said.add(message)
             failed += 1

@@ -20,53 +20,51 @@ from minillama.cli.parser import OneLineParser
 from minillama.cli.provenance import PROMPT, find_record
 from minillama.environment import file_sha256
 
-SIZE_LIMIT = 10_000_000  # bytes, to stay below: the safe reading of "under 10 MB", which may also mean 10 * 2**20
-UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked for a look inside
+SIZE_LIMIT = 10_000_000  # bytes: the stricter meaning of "under 10 MB"
+UNPACKED_LIMIT = 100_000_000  # bytes; a zip that claims more is not unpacked
 SHOWN = 40  # problems printed at most
 CODE = ("run_llama.py", "llama.py", "optimizer.py", "classifier.py", "rope.py")
-PACKAGE = "minillama"  # what the modules use
+PACKAGE = "minillama"
 GENERATED = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
 LABELS = {"sst": 5, "cfimdb": 2}  # data set: number of its labels
-FORBIDDEN_FOLDERS = {"__pycache__", "data", "runs", "tests", "venv"}  # and every name that starts with a dot
+FORBIDDEN_FOLDERS = {"__pycache__", "data", "runs", "tests", "venv"}  # and all names that begin with a dot
 FORBIDDEN_SUFFIXES = {".bin", ".ckpt", ".data", ".model", ".npy", ".npz", ".pt", ".pth", ".pyc", ".safetensors", ".zip"}
 SOURCE_DATA = re.compile(r"(sst|cfimdb)-(train|dev|test)\.txt")
 PREDICTIONS = re.compile(r"(sst|cfimdb)-(dev|test)-(prompting|finetuning|lora|advanced)-output\.txt")
 ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
-LINE_END = re.compile(r"\r{0,2}\n|\r")  # of a source file, as dataset.py reads it; that one would bring torch along
+LINE_END = re.compile(r"\r{0,2}\n|\r")  # as in minillama/text/labelled.py, which would import torch
 
 
 class Rejected(Exception):
-    """A hand-in is refused; `args` holds its problems, one each."""
+    """A hand-in is refused; `args` are its problems."""
 
 
 def required_outputs() -> dict[str, str]:
-    """The text files that must be there, each with the command that makes it."""
+    """The required text files, each with the command that makes it."""
     outputs = dict.fromkeys(GENERATED, "python run_llama.py --option generate")
     for corpus in LABELS:
-        rows = 80 if corpus == "sst" else 10
-        training = f"--epochs 5 --lr 2e-5 --batch_size {rows}"
+        training = f"--epochs 5 --lr 2e-5 --batch_size {80 if corpus == 'sst' else 10}"
+        sources = " ".join(f"--{split} data/{corpus}-{split}.txt" for split in ("train", "dev", "test"))
+        sources += f" --label-names data/{corpus}-label-mapping.json"
         for option, kind, settings in (
             ("prompt", "prompting", "--batch_size 10"),
             ("finetune", "finetuning", training),
             ("lora", "lora", f"{training} --lora_rank 4 --lora_alpha 1.0"),
         ):
             dev, test = (f"{corpus}-{split}-{kind}-output.txt" for split in ("dev", "test"))
-            sources = " ".join(f"--{split} data/{corpus}-{split}.txt" for split in ("train", "dev", "test"))
-            outputs[dev] = outputs[test] = (
-                f"python run_llama.py --option {option} {settings} {sources} "
-                f"--label-names data/{corpus}-label-mapping.json --dev_out {dev} --test_out {test}"
-            )
+            command = f"python run_llama.py --option {option} {settings} {sources} --dev_out {dev} --test_out {test}"
+            outputs |= {dev: command, test: command}
     return outputs
 
 
 def optional_files(student: str) -> list[str]:
-    """The files that go in if they are there."""
+    """The files that are packed if they exist."""
     advanced = [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
     return [*advanced, "feedback.txt", f"{student}-report.pdf"]
 
 
 def missing_files(present: Mapping[str, bytes]) -> list[str]:
-    """One problem for each missing module, and one for the files that the same command makes."""
+    """One problem for each missing module, and one for each command whose files are missing."""
     problems = [f"missing {name}, a module of the project" for name in CODE if name not in present]
     by_command: dict[str, list[str]] = {}
     for name, command in required_outputs().items():
@@ -75,23 +73,11 @@ def missing_files(present: Mapping[str, bytes]) -> list[str]:
     return problems + [f"missing {', '.join(names)}; make it: {command}" for command, names in by_command.items()]
 
 
-def encoding_problem(name: str, raw: bytes) -> str | None:
-    """Says so if `raw` is not UTF-8."""
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"{name} is not UTF-8 text: {error}; save it as UTF-8"
-    return None
-
-
-def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
-    """The first thing wrong with the prediction file `name`, whose bytes are UTF-8; its source file in `data` is
-    compared if it is there.
-    """
+def prediction_problem(name: str, text: str, data: Path) -> str | None:
+    """The first problem of a prediction file; its sentences are compared with the source file, if `data` has it."""
     corpus, split, kind = name.split("-")[:3]
-    predicted = raw.decode("utf-8").removesuffix("\n").split("\n")  # splitlines() would split inside sentences
     sentences = []
-    for number, line in enumerate(predicted, 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # splitlines() would split sentences
         row = ROW.fullmatch(line)
         if row is None:
             return f"{name}, line {number}: {line[:60]!r} is not '{{label}} ||| {{sentence}}' with a whole-number label"
@@ -101,8 +87,7 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
     source = data / f"{corpus}-{split}.txt"
     if not source.is_file():
         return None
-    lines = LINE_END.split(source.read_bytes().decode("utf-8-sig", "replace"))
-    rows = [line for line in lines if line.strip()]
+    rows = [line for line in LINE_END.split(source.read_bytes().decode("utf-8-sig", "replace")) if line.strip()]
     if len(rows) != len(sentences):
         return f"{name} has {len(sentences)} rows, {source} has {len(rows)}; predict the whole file"
     for number, (row_text, sentence) in enumerate(zip(rows, sentences, strict=True), 1):
@@ -113,14 +98,17 @@ def prediction_problem(name: str, raw: bytes, data: Path) -> str | None:
 
 
 def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
-    """All that is missing or malformed in `files`, the hand-in's name -> content."""
+    """All missing and malformed files of a hand-in; files: content by name."""
     problems = missing_files(files)
     for name, raw in files.items():
+        try:
+            text = raw.decode("utf-8") if name.endswith(".txt") else ""
+        except UnicodeDecodeError as error:
+            problems.append(f"{name} is not UTF-8 text: {error}; save it as UTF-8")
+            continue
         if not raw.strip() and (name in CODE or name.endswith((".txt", ".pdf"))):
             problems.append(f"{name} is empty")
-        elif name.endswith(".txt") and (problem := encoding_problem(name, raw)):
-            problems.append(problem)
-        elif PREDICTIONS.fullmatch(name) and (problem := prediction_problem(name, raw, data)):
+        elif PREDICTIONS.fullmatch(name) and (problem := prediction_problem(name, text, data)):
             record = find_record(data.parent, name, raw)
             source = f"; it was made from {record['data']}" if record is not None and record.get("data") else ""
             problems.append(f"{problem}{source}; make it: {required_outputs().get(name, 'as before')}")
@@ -128,7 +116,7 @@ def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
 
 
 def member_problem(info: zipfile.ZipInfo) -> str | None:
-    """The problem of one entry's path or type in a zip, None if there is none."""
+    """The problem of an entry's path or type in a zip; None without one."""
     parts = info.filename.rstrip("/").split("/")
     if parts[0] == "" or "\\" in info.filename or ":" in parts[0]:
         return f"{info.filename!r} is an absolute or a Windows path"
@@ -151,10 +139,9 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
 
 
 def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
-    """The files of the hand-in zip at `path`. Raises Rejected with everything that is wrong with it.
+    """The files of the hand-in zip at `path`. Raises Rejected with all its problems.
 
-    student: the id that the top folder must carry; None takes any. data: the folder of the source files, which the
-    predictions are compared with as far as they are there.
+    student: the id that must name the top folder; None: any id. data: the folder of the source files.
     """
     if not path.is_file():
         raise Rejected(f"there is no file {path}")
@@ -196,7 +183,7 @@ def is_student_id(text: str) -> bool:
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
     """Writes the zip of `folder` to `out` and returns its files; the same files give the same bytes.
 
-    Raises Rejected, and leaves `out` as it was, if anything is missing or wrong.
+    Raises Rejected, and does not change `out`, if the hand-in has problems.
     """
     code = [*folder.glob("[!.]*.py"), *(folder / PACKAGE).rglob("[!.]*.py")]
     wanted = [path.relative_to(folder).as_posix() for path in code]
@@ -218,9 +205,7 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
 
 
 def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict[str, dict[str, Any] | None]:
-    """The record in `folder` of each prediction file and generated text in the zip at `path`, None where it has none;
-    by the name in the zip.
-    """
+    """The record in `folder` of each prediction file and generated text in the zip, by its name there; None without."""
     found = {}
     with zipfile.ZipFile(path) as archive:
         for info in files:
@@ -231,8 +216,9 @@ def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict
 
 
 def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> list[str]:
-    """All that a grader would not expect of the prediction file `name`, by its record: another model than the course's,
-    or another data set than the name says. data: the folder of the source files.
+    """Surprises for a grader in a file's record: another model than the course's, another data set than in its name.
+
+    data: the folder of the source files.
     """
     if record is None:
         return ["no record of what it was made from: changed by hand, copied from elsewhere, or of an older version"]
@@ -250,7 +236,7 @@ def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> 
 
 
 def made_from(record: Mapping[str, Any] | None) -> str:
-    """The checkpoint and the accuracy in a record, for the table."""
+    """The checkpoint and the accuracy of a record, for the table."""
     if record is None:
         return "no record"
     bundled = " (bundled)" if record.get("bundled_model") else ""
@@ -260,7 +246,7 @@ def made_from(record: Mapping[str, Any] | None) -> str:
 
 
 def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Prints what is inside the zip at `path`: sizes in bytes, and what the predictions were made from."""
+    """Prints the files of the zip at `path`: sizes in bytes, and what the predictions were made from."""
     width = max(len(info.filename) for info in files)
     print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}  made from")
     for info in files:
@@ -270,7 +256,7 @@ def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 2 if the hand-in or an option is wrong."""
+    """Runs the command; returns 0, or 2 if the hand-in or an option is wrong."""
     with safe_display() as out:
         status = pack_or_check(arguments)
         out.flush()
@@ -279,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def pack_or_check(arguments: list[str] | None) -> int:
-    """Does what the arguments say, and prints the table; returns the exit status."""
+    """Packs or checks a zip and prints its table; returns the exit status."""
     parser = OneLineParser(prog="prepare_submit.py", description="Pack the hand-in zip and check it.")
     parser.add_argument("student", metavar="ID", nargs="?", help="your id in lowercase; names the zip's top folder")
     parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="the project (default: here)")
@@ -293,7 +279,7 @@ def pack_or_check(arguments: list[str] | None) -> int:
     if not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: there is no such folder")
     if options.check is not None and options.out is not None:
-        parser.error("--check writes nothing, so it goes without --out")
+        parser.error("--check writes nothing; leave out --out")
     path = options.check or options.out or Path(f"{options.student}.zip")
     if options.check is None and (path.suffix != ".zip" or path.is_dir() or not path.parent.is_dir()):
         parser.error(f"--out {path}: it must name a file that ends in .zip, in a folder that exists")

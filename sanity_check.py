@@ -1,21 +1,18 @@
-"""Holds the model against reference outputs: the course's, where they are here, those of a tiny model that ships, and
-those of the bundled model.
+"""Compares the model with reference outputs: of the course, of a tiny model, and of the bundled model.
 
 examples:
-  python sanity_check.py                                    everything that is here
-  python sanity_check.py --pretrained-model-path my.pt      the course's references against another copy of its model
-  python sanity_check.py sanity_check.data                  against this reference file alone
+  python sanity_check.py                                    all references that are here
+  python sanity_check.py --pretrained-model-path my.pt      the course's references with another copy of its model
+  python sanity_check.py sanity_check.data                  this reference file alone
 
-The course's editions differ in norm and attention. Each reference file shows which it was made with, and is compared
-under that convention, whatever the checkpoint says. Everything is computed in float32 on the CPU.
-The last line is the verdict. Exit code: 0 if all that was compared agrees, 1 if something differs or the bundled model
-is not the one that its reference was made of, 2 for a file that cannot be used, with --strict 3 if something could not
-be compared.
+The course's editions differ in norm and attention. Both are detected from a reference file and used for its comparison,
+instead of the checkpoint's own. Everything is computed in float32 on the CPU.
+The last line is the verdict. Exit code: 0 if all compared references agree, 1 if one differs or the bundled model is
+not the one of its reference, 2 for a file that cannot be used, 3 with --strict if a reference was not compared.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections import Counter
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillama.cli.parser import OneLineParser
+from minillama.environment import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,26 +29,26 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 CONFORMANCE = HERE / "tests" / "conformance"
-# The bundled model, and what tests/make_bundled_reference.py computed with it in float64.
+# The bundled model, and its outputs as tests/make_bundled_reference.py computed them in float64.
 BUNDLED = Path("data/mini-llama.safetensors")
 BUNDLED_EXPECTED = Path("tests/conformance/bundled_expected.safetensors")
-# What the course's references are outputs for; the two rows begin alike, which betrays a causal mask.
+# The inputs of the course's references. The rows share their first ids, which reveals a causal mask.
 REFERENCE_IDS = [[101, 7592, 2088, 102, 0, 0, 0, 0], [101, 7592, 15756, 2897, 2005, 17953, 2361, 102]]
-SHARED = 2  # ids that the rows have in common at their beginning
+SHARED = 2  # ids that both rows begin with
 DEFAULT_CHECKPOINT = Path("stories42M.pt")
 REFERENCES = Path("data/reference")
 COURSE_REFERENCES = tuple(f"sanity_check_{edition}.data" for edition in ("2024", "fall2025", "spring2026"))
 
 
 class Tolerance(NamedTuple):
-    """A difference passes up to absolute + relative * |wanted|."""
+    """The largest difference allowed: absolute + relative * |wanted|."""
 
     absolute: float
     relative: float
 
 
 class Check(NamedTuple):
-    """One reference: whether it was compared and agrees (what is missing disagrees with nothing), else why not."""
+    """The result for one reference; `agrees` is also True for a missing one. not_compared: the reason, if any."""
 
     name: str
     agrees: bool
@@ -58,29 +56,21 @@ class Check(NamedTuple):
 
 
 COURSE = Tolerance(1e-5, 1e-3)  # the course's own
-CONFORMING = Tolerance(1e-4, 0.0)  # float32, summed in another order, over logits of up to 30
-BUNDLED_AGREES = Tolerance(3e-5, 0.0)  # float32 against float64: ten times the 2.6e-6 measured at logits of up to 9
+CONFORMING = Tolerance(1e-4, 0.0)  # float32, summed in another order, for logits of up to 30
+BUNDLED_AGREES = Tolerance(3e-5, 0.0)  # float32 and float64: ten times the measured 2.6e-6, for logits of up to 9
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = OneLineParser(prog="sanity_check.py", description=__doc__)
-    parser.add_argument(
-        "references",
-        nargs="*",
-        type=Path,
-        metavar="REFERENCE",
-        help="reference files to compare with (default: data/reference/sanity_check*.data and ./sanity_check.data, "
-        "the tiny model of tests/conformance, and the bundled model)",
+    references = (
+        "reference files to compare with (default: data/reference/sanity_check*.data, ./sanity_check.data, the "
     )
-    parser.add_argument(
-        "--pretrained-model-path",
-        type=Path,
-        default=DEFAULT_CHECKPOINT,
-        metavar="FILE",
-        help="the course's checkpoint (default: %(default)s)",
-    )
-    parser.add_argument("--strict", action="store_true", help="exit with 3 if something could not be compared")
+    references += "tiny model of tests/conformance, and the bundled model)"
+    model = "the course's checkpoint (default: %(default)s)"
+    parser.add_argument("references", nargs="*", type=Path, metavar="REFERENCE", help=references)
+    parser.add_argument("--pretrained-model-path", type=Path, default=DEFAULT_CHECKPOINT, metavar="FILE", help=model)
+    parser.add_argument("--strict", action="store_true", help="exit with 3 if a reference was not compared")
     args = parser.parse_args(argv)
     try:
         checks = run(args.references, args.pretrained_model_path)
@@ -94,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verdict(checks: list[Check]) -> str:
-    """`5 of 8 references compared, all agree; 3 not compared: stories42M.pt is missing`."""
+    """The last line: `5 of 8 references compared, all agree; 3 not compared: stories42M.pt is missing`."""
     compared = [check for check in checks if not check.not_compared]
     differ = [check.name for check in compared if not check.agrees]
     agreement = f"{len(differ)} DIFFER: {', '.join(differ)}" if differ else "all agree"
@@ -104,8 +94,9 @@ def verdict(checks: list[Check]) -> str:
 
 
 def run(asked: list[Path], path: Path) -> list[Check]:
-    """Compares the checkpoint at `path` with the references asked for, else the tiny model, the bundled one and the
-    course's references; prints each comparison, and what brings what is missing.
+    """Compares the checkpoint at `path` with the references `asked` for; by default, all references with their models.
+
+    Prints each comparison, and how to get missing files.
     """
     from minillama.formats.checkpoint import read_checkpoint
 
@@ -114,29 +105,28 @@ def run(asked: list[Path], path: Path) -> list[Check]:
     there = [reference for reference in references if asked or reference.exists()]
     if len(there) < len(references):
         print("The course's reference outputs are missing; python fetch_data.py references brings them (1 MB).")
-    # Who names a file wants it: only a default that is missing is passed over.
+    # A missing file is an error if it was named on the command line.
     has_model = bool(asked) or path != DEFAULT_CHECKPOINT or path.exists()
     if not has_model:
         print(f"The course's checkpoint {path} is missing; python fetch_data.py checkpoint brings it (167 MB).")
     checkpoint = read_checkpoint(path) if has_model else None
     for reference in references:
-        missing = [] if reference in there else [str(reference)]
-        missing += [] if has_model else [str(path)]
-        if checkpoint is not None and not missing:
+        if checkpoint is not None and reference in there:
             checks.append(check_reference(reference, checkpoint))
             continue
         if reference in there:
             causal = is_causal(read_reference(reference)["hidden_states"])
             print(f"{reference} ({'causal' if causal else 'bidirectional'} attention)")
             print(f"    not compared: {path} is missing")
-        # One reason for all references that are missing.
-        why = [str(REFERENCES) if name != str(path) else name for name in missing]
-        checks.append(Check(str(reference), True, f"{' and '.join(why)} {'are' if len(why) > 1 else 'is'} missing"))
+        missing = [] if reference in there else [str(REFERENCES)]
+        missing += [] if has_model else [str(path)]
+        verb = "are" if len(missing) > 1 else "is"
+        checks.append(Check(str(reference), True, f"{' and '.join(missing)} {verb} missing"))
     return checks
 
 
 def course_references() -> list[Path]:
-    """The course's reference files, where fetch_data.py puts them, be they there or not, and where the course does."""
+    """The course's reference files: those of fetch_data.py, also if missing, and ./sanity_check.data if it exists."""
     places = {HERE / REFERENCES / name for name in COURSE_REFERENCES}
     places |= set((HERE / REFERENCES).glob("sanity_check*.data"))
     own = Path("sanity_check.data").absolute()
@@ -144,7 +134,7 @@ def course_references() -> list[Path]:
 
 
 def compare(name: str, convention: str, tolerance: Tolerance, pairs: dict[str, tuple[Tensor, Tensor]]) -> Check:
-    """Prints the largest difference of each (got, wanted) pair, and whether all stay within the tolerance."""
+    """Prints the largest difference of each (got, wanted) pair, and whether all are within the tolerance."""
     import torch
 
     atol, rtol = tolerance
@@ -157,14 +147,14 @@ def compare(name: str, convention: str, tolerance: Tolerance, pairs: dict[str, t
 
 
 def check_conformance() -> Check:
-    """The tiny model of tests/conformance against what a course-conforming implementation computed with it."""
+    """Compares the tiny model of tests/conformance with the outputs of a course-conforming implementation."""
     import torch
 
     from llama import load_pretrained
     from minillama.formats.files import read_torch
 
     expected = read_torch(CONFORMANCE / "course_tiny_expected.pt")
-    # The file says nothing of it, but its greedy tokens continue a prefix just as logits over the whole row foretell.
+    # causal: not stated in the file, but its greedy tokens agree with the logits over the whole row.
     model = load_pretrained(CONFORMANCE / "course_tiny.pt", causal=True)
     with torch.no_grad():
         last, hidden = model(expected["ids"])
@@ -181,23 +171,25 @@ def check_conformance() -> Check:
 
 
 def check_bundled() -> Check:
-    """The bundled model against what float64 NumPy computed with it. Disagrees without being compared if the reference
-    is missing or was made of another file.
-    """
+    """Compares the bundled model with its outputs in float64. A missing reference, or another model's, disagrees."""
     import torch
 
     from llama import load_pretrained
+    from minillama.formats.files import read_safetensors, safetensors_metadata
 
     name = f"{BUNDLED}, the bundled model"
     if not (HERE / BUNDLED).exists():
         print(f"The bundled model {BUNDLED} is missing; it comes with the project (git checkout {BUNDLED}).")
         return Check(name, True, f"{BUNDLED} is missing")
-    remedy = "python tests/make_bundled_reference.py makes it anew"
+    remedy = "python tests/make_bundled_reference.py makes it again"
     if not (HERE / BUNDLED_EXPECTED).exists():
         print(f"{name}\n    NOT COMPARED: {BUNDLED_EXPECTED} is missing; {remedy}")
         return Check(name, False, f"{BUNDLED_EXPECTED} is missing")
-    expected, made_of = read_bundled_reference(HERE / BUNDLED_EXPECTED)
-    if made_of != hashlib.sha256((HERE / BUNDLED).read_bytes()).hexdigest():
+    expected = read_safetensors(HERE / BUNDLED_EXPECTED)
+    made_of = safetensors_metadata(HERE / BUNDLED_EXPECTED).get("model_sha256")
+    if made_of is None:
+        raise ValueError(f"{BUNDLED_EXPECTED} is damaged or cut short; {remedy}")
+    if made_of != file_sha256(HERE / BUNDLED):
         another = f"{BUNDLED_EXPECTED} belongs to another model"
         print(f"{name}\n    NOT COMPARED: {another}, with SHA-256 {made_of[:12]}...; {remedy}")
         return Check(name, False, another)
@@ -215,19 +207,6 @@ def check_bundled() -> Check:
         "greedy tokens": (greedy, expected["greedy"]),
     }
     return compare(name, model.config.convention, BUNDLED_AGREES, pairs)
-
-
-def read_bundled_reference(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors that tests/make_bundled_reference.py describes, and the SHA-256 of the model they were made of."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["model_sha256"]
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged or cut short; python tests/make_bundled_reference.py makes it anew"
-        ) from error
 
 
 def read_reference(path: Path) -> dict[str, Tensor]:
@@ -248,16 +227,14 @@ def read_reference(path: Path) -> dict[str, Tensor]:
         if not is_dense(tensor) or not tensor.is_floating_point():
             raise ValueError(f"{path}: {name} is sparse, has no data or no real numbers; save it dense, as float32")
         if tensor.dim() != 3 or tuple(tensor.shape[:2]) != sizes or not tensor.numel():
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensor.shape)}; it must be ({sizes[0]}, {sizes[1]}, {wanted}), "
-                "what a model computes for the course's two rows of ids"
-            )
+            shape = f"({sizes[0]}, {sizes[1]}, {wanted})"
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}; it must be {shape}, as for the course's ids")
     return {name: content[name].float() for name in names}
 
 
 def is_causal(hidden: Tensor) -> bool:
-    """Whether hidden states (2, 8, D) of REFERENCE_IDS were made with a causal mask: with one, what follows cannot tell
-    the rows' equal beginnings apart.
+    """Whether hidden states (2, 8, D) of REFERENCE_IDS were made with a causal mask: then the rows' first ids, which
+    are equal, have equal states.
     """
     import torch
 
@@ -265,19 +242,18 @@ def is_causal(hidden: Tensor) -> bool:
 
 
 def norm_of(hidden: Tensor, norm_weight: Tensor) -> str:
-    """The norm that hidden states (2, 8, D) left as the last: a LayerNorm with zero bias, once its weight is divided
-    out, gives a state of mean zero; an RMSNorm leaves the mean where it was.
+    """The last norm before hidden states (2, 8, D). Divided by the weight, the output of a LayerNorm with zero bias has
+    mean zero; that of an RMSNorm has not.
 
-    Without the weight it cannot be told: some weight gives all of the few states mean zero. For the course's RMSNorm
-    file of 2024 one does whose features differ by no more than a factor of 1.5.
+    The states alone do not show it: some weight gives all of these few states mean zero.
     """
-    kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()  # a feature scaled to nothing cannot be scaled back
+    kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()  # other features cannot be divided by their weight
     normed = hidden[..., kept] / norm_weight[kept]
     return "layernorm" if normed.mean(-1).abs().max() < 1e-3 else "rmsnorm"
 
 
 def check_reference(path: Path, checkpoint: Checkpoint) -> Check:
-    """One of the course's reference files against the checkpoint, under the file's own convention."""
+    """Compares the checkpoint with one of the course's reference files, with that file's norm and attention."""
     import torch
 
     from llama import llama_from_checkpoint
@@ -287,10 +263,8 @@ def check_reference(path: Path, checkpoint: Checkpoint) -> Check:
     sizes = {"logits": (rows, 1, checkpoint.config.vocab_size), "hidden_states": (rows, length, checkpoint.config.dim)}
     for name, size in sizes.items():
         if tuple(wanted[name].shape) != size:
-            raise ValueError(
-                f"{path}: {name} is {tuple(wanted[name].shape)}, {checkpoint.path} computes {size}; "
-                "give the --pretrained-model-path of the model that the reference was made with"
-            )
+            both = f"{name} is {tuple(wanted[name].shape)}, {checkpoint.path} computes {size}"
+            raise ValueError(f"{path}: {both}; give the --pretrained-model-path of the reference's model")
     norm = norm_of(wanted["hidden_states"], checkpoint.complete_state(checkpoint.config)["norm.weight"])
     model = llama_from_checkpoint(checkpoint, norm=norm, causal=is_causal(wanted["hidden_states"]))
     with torch.no_grad():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import shown
-from minillama.formats.tokenizers import _open_model, _tokenizer_file
+from minillama.formats.tokenizers import find_tokenizer_file, open_tokenizer
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,9 +17,7 @@ LLAMA3_TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 def default_tokenizer_path() -> Path:
-    """tokenizer.model in the working directory, else beside the modules, else in data/, as the course's program looks
-    for it. Raises FileNotFoundError if it is in none of them.
-    """
+    """The first tokenizer.model of: the working directory, the project's folder, data/. Raises FileNotFoundError."""
     for folder in (Path(), HERE, HERE / "data"):
         if (folder / "tokenizer.model").is_file():
             return folder / "tokenizer.model"
@@ -30,15 +28,15 @@ def default_tokenizer_path() -> Path:
 
 
 class Tokenizer:
-    """A tokenizer of any kind, with the ids that a Llama gives to beginning, end and padding.
+    """A tokenizer of any kind, with a Llama's ids for beginning, end and padding.
 
-    max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or a
-    folder that holds it (default: `default_tokenizer_path`). `path` is the file, `kind` one of the words above,
-    `n_words` the size of the vocabulary, `special_ids` the ids of special tokens by name, `stop_ids` the ids at which a
-    text ends, eos first. `adds_bos`: whether bos stands before a text, as the files say. `unused_ids`: ids of the model
-    without a piece, never to be generated; see `fit_to_model`.
+    max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or
+    the folder of the file (default: `default_tokenizer_path`). Raises FileNotFoundError or ValueError if the file is
+    missing, damaged or no tokenizer.
 
-    Raises FileNotFoundError or ValueError if the file is missing, damaged or no tokenizer.
+    Attributes: `path` of the file, `kind` (see minillama/formats/tokenizers.py), `n_words` (vocabulary size),
+    `special_ids` (of special tokens, by name), `stop_ids` (ids that end a text, eos first), `adds_bos` (whether its
+    files put bos before a text), `unused_ids` (ids of the model without a piece, never generated; see `fit_to_model`).
     """
 
     def __init__(self, max_len: int | None = None, tokenizer_model: str | PathLike[str] | None = None) -> None:
@@ -46,49 +44,47 @@ class Tokenizer:
         if max_len is not None and max_len < 1:
             raise ValueError(f"max_len is {max_len}; it must be 1 or more, or None for no limit")
         self.max_len = max_len
-        self.path = _tokenizer_file(path)
-        self.model = _open_model(self.path)
+        self.path = find_tokenizer_file(path)
+        self.model = open_tokenizer(self.path)
         self.kind = self.model.kind
         self.n_words = self.model.n_words
         self.bos_id = self.model.bos_id
         self.eos_id = self.model.eos_id
-        # No id is set aside for padding. This byte stands only in text that holds a NUL character; and what is
-        # padding is told by a mask, never by the id.
+        # No id is reserved for padding: this is the NUL byte's. Padding is marked by a mask, never by the id.
         self.pad_id = self.model.pad_id
         self.special_ids = self.model.special_ids
         ends = (self.special_ids[name] for name in ("<|end_of_text|>", "<|eot_id|>") if name in self.special_ids)
-        # bos begins another text. It comes last: what ended early is filled with the first.
+        # bos begins another text. eos comes first: it fills up texts that ended early.
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *ends, self.bos_id)))
         self.adds_bos = self.model.adds_bos
         self.unused_ids: tuple[int, ...] = ()
 
     @property
     def sp_model(self) -> Any:
-        """SentencePiece's own object, where the kind is its."""
+        """The package's own tokenizer: a SentencePieceProcessor for SentencePiece."""
         return self.model.processor
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with the beginning and end marks that are asked for; what reads like a special token is
-        text. Raises TypeError unless s is a string, ValueError if it holds half a character, as Python makes of bytes
-        that are not UTF-8.
+        """The ids of a text, with the marks asked for; the names of special tokens are ordinary text.
+
+        Raises TypeError unless s is a string, ValueError if it has lone surrogates.
         """
         ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text that is to be continued: with bos first if the tokenizer adds one, or if there is nothing
-        else. Raises like `encode`.
-        """
+        """The ids of a text to be continued: bos first if the tokenizer adds it, or if the text is empty."""
         ids = self.encode(text, bos=False, eos=False)
         return [self.bos_id] * (self.adds_bos or not ids) + ids
 
     def bytes_of_first(self, text: str) -> int:
-        """How many bytes of a text its first token covers."""
+        """The number of bytes that a text's first token covers."""
         return self.model.bytes_of_first(_utf8(text))
 
     def fit_to_model(self, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
-        """Prepares for a model with `vocab_size` ids, at whose own `stop_ids` a text ends, too. Special tokens that the
-        model lacks are dropped. Raises ValueError if text, bos or eos could give an id that the model lacks.
+        """Adapts to a model with `vocab_size` ids and further `stop_ids`; drops special tokens that the model lacks.
+
+        Raises ValueError if text, bos or eos could give an id that the model lacks.
         """
         more = [i for i in range(vocab_size, self.n_words) if i not in self.model.holes]
         if max(self.bos_id, self.eos_id) >= vocab_size or not self.model.keep_out_of_text(more):
@@ -99,38 +95,37 @@ class Tokenizer:
         self.unused_ids = tuple(sorted(without - set(self.stop_ids)))
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, whole and without marks, on all cores. Raises like `encode`."""
+        """The ids of each text, uncut and without marks, on all cores. Raises like `encode`."""
         return self.model.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens leave no trace, and what is no whole character becomes U+FFFD. Raises
-        ValueError for an id that is not in the vocabulary.
+        """The text of ids, without special tokens; incomplete characters become U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
         """
         ids = [int(i) for i in ids]
-        ids = [i for i in ids if i < self.n_words or i not in self.stop_ids]  # a model may end with what has no piece
+        ids = [i for i in ids if i < self.n_words or i not in self.stop_ids]  # a stop id may have no piece
         if outside := [i for i in ids if not 0 <= i < self.n_words]:
             raise ValueError(f"{self.path} has ids from 0 to {self.n_words - 1}, not {outside[0]}")
         return self.model.decode(ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation up to where the assistant's next reply begins, with all marks, never cut.
+        """The ids of a conversation up to the assistant's next reply, with all marks, never cut.
 
         messages: {"role": "system", "user" or "assistant", "content": a text}; a system message may come first, then
-        user and assistant take turns, user first and last. Llama 2's format for SentencePiece, Llama 3's where its
-        special tokens are known. Raises ValueError for other messages, and for a tokenizer that has neither format.
+        user and assistant take turns, user first and last. The format is Llama 3's for a vocabulary with its special
+        tokens, Llama 2's for other SentencePiece models. Raises ValueError for other messages and other tokenizers.
         """
         llama3 = all(name in self.special_ids for name in LLAMA3_TURN)
         if not llama3 and self.kind != "sentencepiece":
-            raise ValueError(
-                f"{self.path} ({self.kind}) has no chat format; Llama 2's and Llama 3's tokenizers have one"
-            )
+            raise ValueError(f"{self.path} ({self.kind}) has no chat format; Llama 2's and Llama 3's tokenizers do")
         turns = _turns(messages)
         return self._llama3_chat(turns) if llama3 else self._llama2_chat(turns)
 
     def _llama2_chat(self, turns: list[tuple[str, str]]) -> list[int]:
         for role, content in turns:
             if tags := [tag for tag in LLAMA2_TAGS if tag in content]:
-                raise ValueError(f"the {role} says {tags[0]}, which marks turns in Llama 2's format; take it out")
+                raise ValueError(f"the {role} says {tags[0]}, which marks turns in Llama 2's format; remove it")
         if turns[0][0] == "system":
             (_, system), (_, first), *rest = turns
             turns = [("user", f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}"), *rest]
@@ -163,7 +158,7 @@ def _utf8(text: str) -> str:
 
 
 def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Role and content of each message. Raises ValueError unless they make up a conversation that awaits a reply."""
+    """Role and content of each message. Raises ValueError unless they are a conversation that awaits a reply."""
     turns = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
@@ -172,10 +167,8 @@ def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     roles = [role for role, _ in turns]
     count = len(roles) - (roles[:1] == ["system"])
     if count % 2 == 0 or roles[-count:] != [("user", "assistant")[n % 2] for n in range(count)]:
-        raise ValueError(
-            f"the roles are {', '.join(roles) or 'none'}; a system message may come first, then user and assistant "
-            "take turns, user first and last"
-        )
+        wanted = "a system message may come first, then user and assistant take turns, user first and last"
+        raise ValueError(f"the roles are {', '.join(roles) or 'none'}; {wanted}")
     for role, content in turns:
         if not content.strip():
             raise ValueError(f"a message of the {role} is empty; leave it out or say something")

@@ -1,20 +1,20 @@
-"""Lays out the texts that the bundled model is trained on, from the public collections that the model card names.
+"""Writes the training texts of the bundled model, from the public collections in its model card.
 
   python data/make_corpora.py --source DIR --into runs/corpora
 
-DIR holds corpora/ (tinystories.txt, tinystories_recased.txt, books/, prose/) and reviews/ (movie_reviews_2000.tsv,
-pros_cons.tsv). Written are, each document ended by <|endoftext|>:
+DIR has the folders corpora/ (tinystories.txt, tinystories_recased.txt, books/, prose/) and reviews/
+(movie_reviews_2000.tsv, pros_cons.tsv). Files written, with <|endoftext|> after each document:
 
-  stories.txt           TinyStories but for the last 980, and the recased ones
+  stories.txt           TinyStories without the last 980, and the recased ones
   stories-held-out.txt  the last 980 of tinystories.txt
-  books.txt, prose.txt  as they are
+  books.txt, prose.txt  unchanged
   reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
-  reviews-held-out.txt  fold 9, as it was written
-  opinions.txt          pieces of the same reviews, a few sentences long, and product opinions; after each its verdict,
-                        after two of three asked for in the words of `--option prompt`
+  reviews-held-out.txt  fold 9, unchanged
+  opinions.txt          parts of the same reviews, a few sentences long, and product opinions; a verdict follows each,
+                        and in two of three cases the question of `--option prompt` stands before the verdict
 
-No sentence of SST or CFIMDB is among them (rt-polarity is SST by another name, and the sentences of the "subjectivity"
-set are largely SST's, so neither is used).
+They contain no sentence of SST or CFIMDB. rt-polarity and the "subjectivity" set are not used: their sentences are
+largely SST's.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ QUESTIONS = (
 
 
 def verdict(label: int, draw: random.Random) -> str:
-    """The lines after a piece of text: a question or none, and the answer."""
+    """The end of a document: a question or none, and the answer."""
     return f"{draw.choice(QUESTIONS)}{draw.choice(WORDS[label])}."
 
 
 def pieces(text: str, draw: random.Random) -> Iterator[str]:
-    """A review cut after one to three sentences, again and again; what is too short to hold an opinion is left out."""
+    """Pieces of a review, one to three sentences each; pieces under six words are left out."""
     sentences = text.replace(" . ", " .\n").split("\n")
     while sentences:
         count = draw.randint(1, 3)
@@ -59,7 +59,7 @@ def pieces(text: str, draw: random.Random) -> Iterator[str]:
 
 
 def write(path: Path, documents: Iterable[str]) -> None:
-    """Writes documents, each with its end mark, and tells how many."""
+    """Writes documents with their end marks, and prints how many."""
     count = 0
     with atomic_file(path) as file:
         for document in documents:
@@ -99,7 +99,7 @@ def make(source: Path, into: Path, seed: int = 0) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; the exit code is 0, or 2 if a file is missing or unusable."""
+    """Runs the command; returns 0, or 2 if a file is missing or unusable."""
     parser = OneLineParser(prog="make_corpora.py", description=__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="where the collections are")
     parser.add_argument("--into", type=Path, default=Path("runs/corpora"), metavar="DIR", help="(default: %(default)s)")

@@ -1,18 +1,16 @@
 """Writes the demo data: short opinions about films in five classes, made by the grammar below.
 
-What a sentence says as a whole decides its label. Most sentences hold a verdict and a decoy drawn from the same lists
-(an opinion rejected, a hope, a fear, one part of the film), so praise and blame occur in every class and counting words
-is not enough. All wording is the project's own and in the public domain.
+The meaning of a whole sentence is its label. Most sentences have a verdict and a decoy from the same lists (a rejected
+opinion, a hope, a fear, one part of the film): praise and blame occur in every class, and counting words is not enough.
+All wording is the project's own and in the public domain.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +23,7 @@ Rows = dict[str, list[tuple[int, str]]]  # (label, sentence) by split
 LABELS = ["awful", "bad", "average", "good", "excellent"]
 SIZES = {"train": 600, "dev": 150, "test": 150}  # a fifth of each class
 
-# Lists of fillers, parted by "/". What follows "//" is kept out of the training set.
+# Lists of fillers, separated by "/". Those after "//" are not in the training set.
 NEUTRAL = {
     "style": "low-budget / big-budget / Danish / Korean / Italian / black-and-white / long // French / Brazilian",
     "genre": "thriller / comedy / documentary / western / musical / romance / heist film / ghost story / war film / "
@@ -39,9 +37,9 @@ NEUTRAL = {
     "he": "brother / father / husband / nephew // son",
     "she": "sister / mother / aunt / niece // daughter",
 }
-# These by level, from awful to excellent.
+# Fillers by level, from awful to excellent.
 LEVELED = {
-    # What a film or a part of it is.
+    # Follows "is", for a film or a part of it.
     "adjective": (
         "dreadful / unbearable / atrocious / abysmal / a disgrace / beyond saving / entirely without merit / "
         "painfully bad / as bad as it gets / nowhere near bearable / perfectly awful // appalling / wretched / "
@@ -60,7 +58,7 @@ LEVELED = {
         "without a single weak moment / impossible to fault / as good as it gets / very nearly perfect / "
         "too good for words / not just fine but dazzling // sublime / beyond all praise / never less than stunning",
     ),
-    # What somebody calls a film, expects of it or gets from it.
+    # What somebody calls a film, or expects of it.
     "noun": (
         "a disaster / a train wreck / the worst film of the year / a complete and utter failure / a catastrophe / "
         "an insult to anyone who bought a ticket / pure torture / a new low point for everyone involved / "
@@ -78,7 +76,7 @@ LEVELED = {
         "a work of genius / a joy from the first shot to the last / a marvel without one dull minute / "
         "the best thing on any screen // a treasure / a wonder without one bad scene",
     ),
-    # More of what only a whole film is.
+    # Follows "is", for a whole film only.
     "whole": (
         "not even good for a laugh / so bad that no star could save it / less a story than a punishment // "
         "enough to make a saint demand a refund",
@@ -111,8 +109,8 @@ LEVELED = {
         "I was in heaven from start to finish",
     ),
 }
-# One template a line; "*" marks those kept out of the training set. A slot is {kind_role}: role v is the verdict (the
-# label), w another filler of its level, d the decoy, o its opposite. `is` draws from all lists that may follow "is".
+# One template a line; those with "*" are not in the training set. A slot is {kind_role}: role v is the verdict (the
+# label), w another filler of its level, d the decoy, o its opposite. {is_...} draws from all lists that may follow "is".
 TEMPLATES = {
     # The decoy lies on another side of average than the verdict.
     "contrast": """
@@ -191,8 +189,8 @@ TEMPLATES = {
         * it is {noun_v}, this {film}, and {clause_v}.
     """,
 }
-NOT_THERE = "acting|performance|costume|camera|love story"  # parts that a documentary or a cartoon hardly has
-# Which levels a decoy may have beside a verdict; where there is none, the templates are not for that label.
+NOT_THERE = "acting|performance|costume|camera|love story"  # rare in a documentary or a cartoon
+# The levels of decoys for each verdict. Without any, the templates are not for that label.
 ALLOWED: dict[str, Callable[[int, int], bool]] = {
     "contrast": lambda verdict, decoy: (verdict > 2) - (verdict < 2) != (decoy > 2) - (decoy < 2),
     "any": lambda verdict, decoy: decoy != verdict,
@@ -205,7 +203,7 @@ ALLOWED: dict[str, Callable[[int, int], bool]] = {
 
 
 class Grammar:
-    """Draws sentences; with `held_out` false, only from what the training set may hold."""
+    """Draws sentences, with or without the held-out fillers and templates."""
 
     def __init__(self, draw: random.Random, held_out: bool) -> None:
         self.draw = draw
@@ -222,7 +220,7 @@ class Grammar:
             self.fillers |= {f"{kind}{level}": found for kind, found in lists.items()}
 
     def sentence(self, label: int) -> tuple[str, tuple[str, ...]]:
-        """A sentence of that label, and its frame: template and opinions without films, parts and people."""
+        """A sentence with that label, and its frame: the template and the opinions."""
         while True:
             relation, template = self.draw.choice(self.templates)
             decoys = [level for level in range(5) if ALLOWED[relation](label, level)]
@@ -239,7 +237,7 @@ class Grammar:
             text = full.format_map(chosen)
             words = [word for filler in chosen.values() for word in set(re.findall(r"\w{4,}", filler))]
             if len(words) > len(set(words)) or not 8 <= len(text.split()) <= 40:
-                continue  # two fillers share a word, or the sentence is too short or too long
+                continue  # two fillers share a word, or the length is wrong
             if re.search("documentary|cartoon", text) and re.search(NOT_THERE, text):
                 continue
             opinions = [filler for slot, filler in chosen.items() if "_" in slot]
@@ -247,7 +245,7 @@ class Grammar:
 
 
 def make_rows(seed: int = 0) -> Rows:
-    """The rows by split. No two share a frame, so none differ by their film, its parts or the people alone."""
+    """The rows by split. No two have the same frame: no two differ only in the film, its parts or the people."""
     draw = random.Random(seed)
     rows: Rows = {}
     frames = set()
@@ -266,16 +264,17 @@ def make_rows(seed: int = 0) -> Rows:
 
 def write_files(folder: Path, rows: Rows) -> None:
     """Writes demo-train.txt, demo-dev.txt, demo-test.txt and demo-label-mapping.json into `folder`, each atomically."""
-    texts = {f"demo-{split}.txt": "".join(f"{label} ||| {text}\n" for label, text in rows[split]) for split in rows}
-    for name, text in (texts | {"demo-label-mapping.json": json.dumps(LABELS, indent=2) + "\n"}).items():
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
-            part = Path(temporary) / name
-            part.write_bytes(text.encode("utf-8"))
-            os.replace(part, folder / name)
+    from minillama.formats.files import atomic_file  # imports torch: not for --help
+
+    for split, found in rows.items():
+        with atomic_file(folder / f"demo-{split}.txt") as file:
+            file.writelines(f"{label} ||| {text}\n" for label, text in found)
+    with atomic_file(folder / "demo-label-mapping.json") as file:
+        file.write(json.dumps(LABELS, indent=2) + "\n")
 
 
 def baseline(rows: Rows) -> dict[str, float | None]:
-    """How far counting words gets on these rows."""
+    """The accuracies of counting words."""
     from minillama.text.labelled import Row  # takes a second or two: not for --help
     from minillama.training.evaluation import counting_words
 
@@ -285,7 +284,7 @@ def baseline(rows: Rows) -> dict[str, float | None]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     about = """Writes the demo data: opinions about films in five classes, from a grammar in which counting words is not
-enough. Then prints how far counting words gets: the accuracy of logistic regression on TF-IDF features."""
+enough. Then prints what counting words reaches: the accuracy of logistic regression on TF-IDF features."""
     parser = OneLineParser(prog="make_demo_data.py", description=about)
     options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
     rows = make_rows(options.seed)

@@ -1,20 +1,17 @@
 """Writes the demo questions: short stories about two children, each with questions that the story answers.
 
-An answer stands in the story and is as likely in any other, so who does not read does not know it. What a child had,
-saw or ate is the only such thing in its story; to tell which child it was, one has to know who did what.
+The answer is in the story and as likely in any other story: without reading, nobody knows it. A story has one thing
+that a child had, saw or ate; a question for the child asks who did what.
 All wording is the project's own and in the public domain.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +23,7 @@ Rows = dict[str, list[dict[str, str]]]  # {"prompt": ..., "answer": ...} by spli
 STORIES = {"train": 850, "dev": 75, "test": 75}
 QUESTIONS = 2  # of each story
 
-# Fillers, parted by "/". What follows "//" is kept out of the training set.
+# Fillers, separated by "/". Those after "//" are not in the training set.
 FILLERS = {
     "girl": "Lily / Mia / Anna / Lucy / Sara / Emma / Molly / Sue / Amy / Kitty // Daisy",
     "boy": "Tom / Ben / Tim / Max / Sam / Jack / Leo / Bob / Jim / Joe // Peter",
@@ -40,8 +37,8 @@ FILLERS = {
     "food": "an apple / a cookie / some cake / some soup / some bread / a banana / a carrot / some cheese",
 }
 
-# What happens, in this order, though only some of it in a story. X is one of the two children; each line is a way to
-# tell it. A question and its answer follow "?".
+# Events in their order in a story, which has only some of them. X is one of the two children. Each line is one way to
+# tell the event; lines with "?" are a question and its answer.
 EVENTS = [
     """
     {X} had a {colour} {toy}.
@@ -90,12 +87,12 @@ EVENTS_OF_A_STORY = 3
 
 
 def items(text: str, held_out: bool) -> list[str]:
-    """The fillers of a list; without the held-out ones, those that the training set may hold."""
+    """The fillers of a list, with or without the held-out ones."""
     return [item.strip() for item in (text.replace("//", "/") if held_out else text.split("//")[0]).split("/")]
 
 
 def make_story(draw: random.Random, held_out: bool) -> tuple[str, list[tuple[str, str]]]:
-    """A story of two children and all questions on it, with their answers."""
+    """A story of two children, and all questions on it with their answers."""
     fillers = {kind: items(text, held_out) for kind, text in FILLERS.items()}
     her = dict.fromkeys(fillers.pop("girl"), "her") | dict.fromkeys(fillers.pop("boy"), "his")
     children = draw.sample(list(her), 2)
@@ -116,12 +113,12 @@ def make_story(draw: random.Random, held_out: bool) -> tuple[str, list[tuple[str
 
 
 def filled(template: str, slots: dict[str, str]) -> str:
-    """The template with its fillers, and "an" for "a" where it has to be."""
+    """The template with its fillers, and "an" for "a" before vowels."""
     return re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", template.format_map(slots))
 
 
 def make_rows(seed: int = 0) -> Rows:
-    """The rows by split. No story is in two of them."""
+    """The rows by split. No story is in two splits."""
     draw = random.Random(seed)
     rows: Rows = {}
     stories: set[str] = set()
@@ -139,54 +136,44 @@ def make_rows(seed: int = 0) -> Rows:
 
 def write_files(folder: Path, rows: Rows) -> None:
     """Writes demo-qa-train.jsonl, demo-qa-dev.jsonl and demo-qa-test.jsonl into `folder`, each atomically."""
+    from minillama.formats.files import atomic_file  # imports torch: not for --help
+
     for split, found in rows.items():
-        name = f"demo-qa-{split}.jsonl"
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
-            part = Path(temporary) / name
-            part.write_bytes("".join(json.dumps(row) + "\n" for row in found).encode("utf-8"))
-            os.replace(part, folder / name)
+        with atomic_file(folder / f"demo-qa-{split}.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
 
 
 def question_of(prompt: str) -> str:
-    """The question of a prompt, behind its story."""
+    """The question of a prompt, without its story."""
     return re.split(r"[.?!\"] (?=[A-Z])", prompt)[-1]
 
 
 def baselines(rows: Rows, split: str) -> dict[str, float]:
-    """The exact matches of who does not read: the most frequent answer to a question that begins like this one, and the
-    answer to the question most like it.
+    """Shares of exact matches without reading the story: the most frequent answer to a question with the same first two
+    words, and the answer to the most similar question.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second or two: not for --help
+    from sklearn.metrics import accuracy_score
 
     asked = {name: [question_of(row["prompt"]) for row in rows[name]] for name in ("train", split)}
     gold = {name: [row["answer"] for row in rows[name]] for name in ("train", split)}
-    frequent: dict[str, Counter[str]] = {}
+    frequent: dict[tuple[str, ...], Counter[str]] = {}
     for question, answer in zip(asked["train"], gold["train"], strict=True):
-        frequent.setdefault(kind_of(question), Counter())[answer] += 1
-    by_kind = [frequent[kind_of(question)].most_common(1)[0][0] for question in asked[split]]
+        frequent.setdefault(tuple(question.split()[:2]), Counter())[answer] += 1
+    by_kind = [frequent[tuple(question.split()[:2])].most_common(1)[0][0] for question in asked[split]]
     vectorizer = TfidfVectorizer(ngram_range=(1, 2)).fit(asked["train"])
     alike = vectorizer.transform(asked[split]) @ vectorizer.transform(asked["train"]).T  # cosines
     nearest = [gold["train"][i] for i in alike.toarray().argmax(-1)]
     return {
-        "the most frequent answer to such a question": share(by_kind, gold[split]),
-        "the answer to the most similar question": share(nearest, gold[split]),
+        "the most frequent answer to such a question": accuracy_score(gold[split], by_kind),
+        "the answer to the most similar question": accuracy_score(gold[split], nearest),
     }
-
-
-def kind_of(question: str) -> str:
-    """Its first two words, such as "What colour"."""
-    return " ".join(question.split()[:2])
-
-
-def share(found: Sequence[str], gold: Sequence[str]) -> float:
-    """How many of the answers are right."""
-    return sum(a == b for a, b in zip(found, gold, strict=True)) / len(gold)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     about = """Writes the demo questions: short stories about two children, each with questions that the story answers.
-Then prints how often one is right without reading."""
+Then prints the share of right answers without reading."""
     parser = OneLineParser(prog="make_demo_qa.py", description=about)
     options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
     rows = make_rows(options.seed)
@@ -196,9 +183,8 @@ Then prints how often one is right without reading."""
         parser.error(f"--into {options.into}: {error.strerror or error}")
     print(f"{options.into}: " + ", ".join(f"demo-qa-{split}.jsonl with {len(rows[split])} rows" for split in rows))
     for split in ("dev", "test"):
-        print(
-            f"exact match on {split}: " + ", ".join(f"{name} {one:.3f}" for name, one in baselines(rows, split).items())
-        )
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in baselines(rows, split).items())
+        print(f"exact match on {split}: {shares}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Surroundings of the program: the processes that torchrun started, locks, optional packages, the project's commit.
+"""The program's environment: torchrun's processes, locks, optional packages, the project's commit.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -20,36 +20,33 @@ HERE = Path(__file__).resolve().parent.parent  # the project's folder
 
 
 class PackageError(ValueError):
-    """An optional package is missing, or does not work here; `missing` says which of the two."""
+    """An optional package is missing or broken; `missing` says which."""
 
     def __init__(self, package: str, purpose: str, error: BaseException) -> None:
         module = getattr(error, "name", None) or ""
         self.missing = isinstance(error, ModuleNotFoundError) and module.partition(".")[0] == package
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         self.short = f"{purpose}, for {package} is broken here ({reason})"
-        if self.missing:
-            super().__init__(f"{purpose}: pip install {package}")
-        else:
-            super().__init__(
-                f"{purpose}, and {package} is broken here ({reason}): pip install --force-reinstall {package}"
-            )
+        broken = f"{purpose}, and {package} is broken here ({reason}): pip install --force-reinstall {package}"
+        super().__init__(f"{purpose}: pip install {package}" if self.missing else broken)
 
 
 @contextmanager
 def optional_package(package: str, purpose: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Imports and uses an optional package: whatever goes wrong inside becomes a PackageError, a line with the reason
-    and the command to type. purpose: what needs the package, as the line begins. Ctrl-C and `passes` go through.
+    """Turns any error of an optional package into a PackageError: one line with the reason and the command to type.
+
+    purpose: the beginning of that line. Ctrl-C and the `passes` are raised as they are.
     """
     try:
         yield
-    except BaseException as error:  # a broken package may raise anything, also SystemExit, or a panic of Rust's
+    except BaseException as error:  # a broken package may raise anything: SystemExit, or a panic of Rust
         if isinstance(error, (KeyboardInterrupt, *passes)):
             raise
         raise PackageError(package, purpose, error) from error
 
 
 class Process(NamedTuple):
-    """This process's number among those that torchrun started, of how many, and its number on this machine."""
+    """The number of this process among torchrun's, their count, and its number on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -57,8 +54,9 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """This process by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets. One process, unless both of the first two
-    are set; without LOCAL_RANK the rank stands for it. Raises ValueError for a value that is no number, or out of
+    """This process by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without LOCAL_RANK, the rank is used.
+
+    A single process unless RANK and WORLD_SIZE are both set. Raises ValueError for a value that is no number or out of
     range.
     """
     rank, world = map(_from_environment, ("RANK", "WORLD_SIZE"))
@@ -79,28 +77,27 @@ def _from_environment(name: str) -> int | None:
     try:
         return int(text) if text else None
     except ValueError:
-        raise ValueError(
-            f"the environment variable {name} is {text[:40]!r}; it must be a whole number, as torchrun sets it: type "
-            f"`unset {name}` to run one process"
-        ) from None
+        wanted = f"it must be a whole number, as torchrun sets it: type `unset {name}` to run one process"
+        raise ValueError(f"the environment variable {name} is {text[:40]!r}; {wanted}") from None
 
 
 def try_lock(file: IO[Any] | int, wait: bool = False) -> bool:
-    """Locks an open file or folder until it is closed or the process dies; False if another has locked it and this one
-    is not to wait. Where the system or the file system knows no locks, nothing is locked, and that is True.
+    """Locks an open file or folder until it is closed or the process ends; False if another process holds the lock.
+
+    wait: wait for the other process instead. On systems without locks nothing is locked, and the result is True.
     """
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:  # an old network file system, for one
+    except OSError:  # for example, an old network file system
         pass
     return True
 
 
 def is_still_at(path: Path, file: IO[Any]) -> bool:
-    """Whether the open `file` is what lies at `path`, and was not removed or replaced since it was opened."""
+    """Whether the open `file` is still the one at `path`, neither removed nor replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -108,12 +105,10 @@ def is_still_at(path: Path, file: IO[Any]) -> bool:
 
 
 def project_commit(folder: Path = HERE) -> str | None:
-    """The git commit of the code in `folder`, with "-dirty" where tracked files differ from it; None without git, or if
-    the code is in no repository.
-    """
-    import subprocess  # here, and hashlib below, for --help is to come at once
+    """The git commit of the code in `folder`, with "-dirty" if tracked files differ; None without git or repository."""
+    import subprocess  # here, and hashlib below: `--help` stays instant
 
-    # A hook of another repository sets variables that would lead there.
+    # A hook of another repository sets variables that lead there.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
@@ -122,7 +117,7 @@ def project_commit(folder: Path = HERE) -> str | None:
         return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
 
     try:
-        if not git("ls-files", "--", "run_llama.py"):  # a copy inside some other repository
+        if not git("ls-files", "--", "run_llama.py"):  # a copy inside another repository
             return None
         commit = git("rev-parse", "HEAD")
         dirty = commit and git("status", "--porcelain", "--untracked-files=no")

@@ -184,7 +184,7 @@ def test_an_unpinned_file_that_is_there_and_cannot_be_whole_is_not_recorded(mirr
 def test_a_file_that_only_a_mirror_has_is_skipped_in_one_line(into, capsys):
     code, out, err = run(capsys, "tokenizer", "--into", into)
     assert (code, err) == (0, [])
-    assert out == ["skipped  data/tokenizer.model: no published place is known, only a mirror has it (--source)"]
+    assert out == ["skipped  data/tokenizer.model: not published, only a mirror has it (--source)"]
 
 
 def test_the_list_shows_every_file_and_fetches_none(into, capsys):

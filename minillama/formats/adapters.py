@@ -1,7 +1,7 @@
-"""LoRA adapters by themselves: ours, out of the file of a fine-tuned model, and peft's folders, read and written.
+"""LoRA adapters without their base model: ours, from the file of a fine-tuned model, and peft's folders.
 
-peft names an adapter's tensors after Hugging Face's layers and computes what lora.py does, rsLoRA and DoRA too. Since
-the rows of Hugging Face's query and key stand in split halves, so do the rows of their B and their magnitudes.
+peft names tensors after Hugging Face's layers and computes the same as lora.py, rsLoRA and DoRA included. Rows of
+Hugging Face's query and key are in split halves, and so are the rows of their B matrices and magnitudes.
 """
 
 from __future__ import annotations
@@ -15,58 +15,47 @@ from torch import Tensor, nn
 
 from config import LlamaConfig, parameter_shapes, shown
 from lora import apply_lora, load_lora_state_dict, lora_layers, put_modules, remove_lora, unmerge_lora
+from minillama.formats import files
 from minillama.formats.checkpoint import fits_float32, write_checkpoint
-from minillama.formats.files import (
-    read_json,
-    read_safetensors,
-    read_torch,
-    weights_of,
-    write_json,
-    write_safetensors_file,
-)
 from minillama.formats.keys import renamed, rotary_heads, to_pairs, to_split_halves
 
 PEFT_PREFIX = "base_model.model."
-# The endings of an adapter's tensors, ours and peft's.
+# Endings of an adapter's tensors: ours and peft's.
 ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
 @dataclass
 class Adapter:
-    """A LoRA adapter: its tensors by our names, "layers.0.attention.compute_query.lora_A", and their scale."""
+    """A LoRA adapter: tensors by our names, such as "layers.0.attention.compute_query.lora_A", and their scale."""
 
     state: dict[str, Tensor]
     rank: int
     alpha: float
-    head: dict[str, Tensor]  # of a classifier that was trained with it
+    head: dict[str, Tensor]  # of a classifier trained with it
     rslora: bool = False
 
     def __post_init__(self) -> None:
         for name, tensor in self.state.items():
-            if name.endswith("lora_magnitude"):
-                fits = tensor.dim() == 1
-            else:
-                fits = tensor.dim() == 2 and tensor.shape[0 if name.endswith("lora_A") else 1] == self.rank
-            if not fits:
+            fits = tensor.dim() == 2 and tensor.shape[0 if name.endswith("lora_A") else 1] == self.rank
+            if not (tensor.dim() == 1 if name.endswith("lora_magnitude") else fits):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is none of rank {self.rank}")
             if not fits_float32(tensor):
                 raise ValueError(f"{name} holds NaN or infinity; the adapter is damaged")
 
     @property
     def dora(self) -> bool:
-        """Whether it has trained magnitudes."""
+        """Whether the adapter has trained magnitudes."""
         return any(name.endswith("lora_magnitude") for name in self.state)
 
     def apply(self, model: nn.Module) -> None:
-        """Puts the adapter on the model's Linears, in the place of the one that may be there, whatever its rank and
-        kind; the Linears themselves are the same ones. Raises ValueError if it does not fit; the one before stays then.
+        """Replaces the model's adapter, if any, by this one; the base Linears stay the same objects.
+
+        Raises ValueError if the adapter does not fit the model; the model then keeps its previous adapter.
         """
         before = dict(lora_layers(unmerge_lora(model)))
-        targets = {name.split(".")[-2] for name in self.state}
+        targets = sorted({name.split(".")[-2] for name in self.state})
         try:
-            apply_lora(
-                remove_lora(model), self.rank, self.alpha, sorted(targets), (), rslora=self.rslora, dora=self.dora
-            )
+            apply_lora(remove_lora(model), self.rank, self.alpha, targets, (), rslora=self.rslora, dora=self.dora)
             load_lora_state_dict(model, self.state)
         except ValueError:
             put_modules(remove_lora(model), before)
@@ -74,63 +63,53 @@ class Adapter:
 
 
 def read_adapter(path: Path, config: LlamaConfig) -> Adapter:
-    """The adapter of a peft folder, or of the file that `--option lora` makes; config: of the model it belongs to.
+    """The adapter in a peft folder or in a file of `--option lora`, for a base model with this config.
 
-    Raises FileNotFoundError if there is none, ValueError for what is no adapter or one that this program cannot apply.
+    Raises FileNotFoundError if there is none, ValueError for anything but an adapter that this program can apply.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter; --adapter takes a peft folder, or a file of --option lora")
-    return _read_peft(path, config) if path.is_dir() else _read_ours(path)
-
-
-def _read_ours(path: Path) -> Adapter:
-    content = read_torch(path)
+    if path.is_dir():
+        return _read_peft(path, config)
+    content = files.read_torch(path)
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is no file of --option lora; --adapter takes one, or a peft folder")
-    return adapter_of(path, weights_of(path, content["model"]), options)
+    return adapter_of(path, files.weights_of(path, content["model"]), options)
 
 
 def adapter_of(path: Path, state: dict[str, Tensor], options: dict[str, Any]) -> Adapter:
-    """The adapter among the tensors of a file of `--option lora`, which the options describe. Raises ValueError if they
-    do not.
-    """
+    """The adapter in the tensors of a file of `--option lora`. Raises ValueError if the options describe none."""
     adapter = {name.removeprefix("llama."): t for name, t in state.items() if name.rpartition(".")[2] in ENDINGS}
     rank, alpha, rslora = options.get("lora_rank"), options.get("lora_alpha"), options.get("rslora", False)
-    if not adapter or type(rank) is not int or not is_alpha(alpha) or type(rslora) is not bool:
+    if not adapter or type(rank) is not int or not _is_alpha(alpha) or type(rslora) is not bool:
         raise ValueError(f"{path} holds a model without LoRA; --adapter takes a file of --option lora")
     head = {name: tensor for name, tensor in state.items() if name.startswith("classifier_head.")}
     return Adapter(adapter, rank, float(alpha), head, rslora)
 
 
 def write_adapter(path: str | PathLike[str], adapter: Adapter, config: LlamaConfig) -> None:
-    """Writes what a file of `--option lora` holds, without the base model: the adapter, its head, and what it is."""
+    """Writes the adapter, its classifier head and its settings as a file of `--option lora` without the base model."""
     options = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora, "dora": adapter.dora}
     write_checkpoint(path, adapter.state | adapter.head, config, kind="adapter", options=options)
 
 
-def is_alpha(value: object) -> TypeGuard[float]:
-    """Whether a value from a file can be LoRA's alpha."""
+def _is_alpha(value: object) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 < value < 1e30  # type: ignore[operator]
 
 
-# What adapter_config.json may say and ours computes.
-PEFT_MUST_BE: dict[str, tuple[Any, ...]] = {
+# Settings that adapter_config.json may leave out, and must not turn on.
+PEFT_OFF = (
+    *("fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "target_parameters"),
+)
+PEFT_ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "use_dora": (False, None, True),
     "use_rslora": (False, None, True),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-    "trainable_token_indices": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "target_parameters": (None, []),
-    "lora_bias": (False, None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base model
+    **dict.fromkeys(PEFT_OFF, (None, False, [], {})),
 }
 
 
@@ -139,23 +118,24 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
     for needed in (path, weights):
         if not needed.is_file():
             raise FileNotFoundError(f"{folder} has no {needed.name}; --adapter takes a folder that peft saved")
-    settings = read_json(path)
-    for name, allowed in PEFT_MUST_BE.items():
+    settings = files.read_json(path)
+    for name, allowed in PEFT_ALLOWED.items():
         if (value := settings.get(name, allowed[0] if name != "peft_type" else None)) not in allowed:
             raise ValueError(f"{path}: {name} is {shown(value)}; this program applies {shown(allowed[0])} only")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not is_alpha(alpha):
+    if type(rank) is not int or rank < 1 or not _is_alpha(alpha):
         raise ValueError(f"{path}: r is {shown(rank)} and lora_alpha {shown(alpha)}; both must be numbers above 0")
     state = {}
-    theirs = weights_of(weights, read_safetensors(weights))
-    ours = renamed([_without(name, weights) for name in theirs], "huggingface", "ours")
-    layers = known_layers(config)
+    theirs = files.weights_of(weights, files.read_safetensors(weights))
+    ours = renamed([_without_peft_affixes(name, weights) for name in theirs], "huggingface", "ours")
+    matrices = {name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    layers = matrices - {"tok_embeddings"}
     for (name, tensor), target in zip(theirs.items(), ours.values(), strict=True):
         layer, _, ending = target.rpartition(".")
         if layer not in layers:
             raise ValueError(f"{weights} holds {shown(name)}, which is no LoRA matrix of a Llama of this size")
         if layer == "output" and config.tie_embeddings:
-            raise ValueError(f"{weights} changes the output, which in this model is the embedding, too; untie the base")
+            raise ValueError(f"{weights} changes the output, which is tied to the embedding here; untie the base")
         heads = rotary_heads(f"{layer}.", config)
         if heads is not None and ending != "lora_A":
             rows = tensor.shape[0] if tensor.dim() else 0
@@ -170,7 +150,7 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
     return adapter
 
 
-def _without(name: str, weights: Path) -> str:
+def _without_peft_affixes(name: str, weights: Path) -> str:
     """peft's "base_model.model.LAYER.lora_A.weight" as "LAYER.lora_A"."""
     for ours, theirs in ENDINGS.items():
         if name.startswith(PEFT_PREFIX) and name.endswith(f".{theirs}"):
@@ -178,27 +158,21 @@ def _without(name: str, weights: Path) -> str:
     raise ValueError(f"{weights} holds {shown(name)}; an adapter's tensors are named {PEFT_PREFIX}...lora_A.weight")
 
 
-def known_layers(config: LlamaConfig) -> set[str]:
-    """The names of the Linears that an adapter may change."""
-    matrices = {name.removesuffix(".weight") for name, shape in parameter_shapes(config).items() if len(shape) == 2}
-    return matrices - {"tok_embeddings"}
-
-
 def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, which peft loads onto the base model, written as a
-    Hugging Face folder; the head of a classifier goes into a file of its own, which peft does not look at.
+    """Writes the adapter for peft, for a base model converted to Hugging Face's format.
+
+    The head of a classifier goes into classifier_head.safetensors, which peft ignores.
     """
     tensors = {}
     names = renamed(adapter.state, "ours", "huggingface")
     for name, tensor in adapter.state.items():
         layer, _, ending = names[name].rpartition(".")
         heads = rotary_heads(name, config) if ending != "lora_A" else None
-        reordered = tensor if heads is None else to_split_halves(tensor, heads)
-        tensors[f"{PEFT_PREFIX}{layer}.{ENDINGS[ending]}"] = reordered
+        tensors[f"{PEFT_PREFIX}{layer}.{ENDINGS[ending]}"] = to_split_halves(tensor, heads) if heads else tensor
     targets = sorted({name.split(".")[-2] for name in names.values()})
-    write_safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    files.write_safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     if adapter.head:
-        write_safetensors_file(folder / "classifier_head.safetensors", adapter.head, {"format": "pt"})
+        files.write_safetensors_file(folder / "classifier_head.safetensors", adapter.head, {"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -212,4 +186,4 @@ def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -
         "bias": "none",
         "inference_mode": True,
     }
-    write_json(folder / "adapter_config.json", settings)
+    files.write_json(folder / "adapter_config.json", settings)

@@ -1,7 +1,6 @@
-"""Hugging Face's folders: paths in, (config, tensors by our keys) out, and back.
+"""Hugging Face's folders, read into a config and tensors by our keys, and written.
 
-A folder that computes what this program does not is refused, and so is a
-model that a folder cannot describe.
+A folder whose computation differs from ours is refused, and so is a model that such a folder cannot describe.
 """
 
 from __future__ import annotations
@@ -12,21 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from config import LlamaConfig, RopeScaling, check_rmsnorm, parameter_shapes, shown
-from minillama.formats.files import (
-    read_json,
-    read_safetensors,
-    safetensors_names,
-    unwrapped,
-    weights_of,
-    write_json,
-    write_safetensors_file,
-)
-from minillama.formats.keys import ROTARY_TABLES, State, renamed, rotary_heads, to_pairs, to_split_halves
-
-
-def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is one of `ROTARY_TABLES`."""
-    return ROTARY_TABLES.fullmatch(name) is not None
+from minillama.formats import files
+from minillama.formats.keys import State, is_rotary_table, renamed, rotary_heads, to_pairs, to_split_halves
 
 
 def is_meta_folder(folder: Path) -> bool:
@@ -34,95 +20,85 @@ def is_meta_folder(folder: Path) -> bool:
     return any(folder.glob("consolidated.*.pth"))
 
 
-# Hugging Face
-
-
 def read_huggingface(folder: Path) -> tuple[LlamaConfig, State, tuple[int, ...]]:
-    """A folder with config.json and safetensors, one file or several with an index; and the ids at which a text ends.
+    """The config, the tensors and the stop ids of a folder with config.json and one or several safetensors.
 
-    Raises ValueError for a model that is no Llama, or one that computes what this program does not.
+    Raises ValueError for a model that is no Llama, or whose computation differs from ours.
     """
-    content = read_json(folder / "config.json")
+    content = files.read_json(folder / "config.json")
     config = huggingface_config(folder / "config.json", content)
     stop_ids = huggingface_stop_ids(folder, content, config.vocab_size)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():  # first, as in transformers: an index beside it is left over from a model saved in shards
-        files = [single]
+        paths = [single]
     elif index.is_file():
-        files = shard_files(index)
+        paths = _shard_paths(index)
     else:
-        raise ValueError(
-            f"{folder} has no model.safetensors; fetch it, or save the model anew with transformers' save_pretrained"
-        )
+        raise ValueError(f"{folder} has no model.safetensors; fetch it, or save the model with save_pretrained")
     state: State = {}
-    for file in files:
-        found = _huggingface_tensors(file, config)
+    for path in paths:
+        found = _huggingface_tensors(path, config)
         if twice := state.keys() & found.keys():
-            raise ValueError(f"{file} holds {min(twice)} again, which another file of {folder} has; save it anew")
+            raise ValueError(f"{path} holds {min(twice)} again, which another file of {folder} has; save it again")
         state |= found
     return config, state, stop_ids
 
 
 def huggingface_stop_ids(folder: Path, content: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, where that is missing of config.json, whose `content` is given."""
+    """eos_token_id of generation_config.json; without that file, of the `content` of config.json."""
     path = folder / "generation_config.json"
-    path, content = (path, read_json(path)) if path.is_file() else (folder / "config.json", content)
+    path, content = (path, files.read_json(path)) if path.is_file() else (folder / "config.json", content)
     return checked_stop_ids(path, "eos_token_id", content.get("eos_token_id"), vocab_size)
 
 
 def checked_stop_ids(path: Path, name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    """Ids at which a text ends, of a value that a file has: an id, a list of ids, or none. Raises ValueError for
-    anything else.
-    """
+    """Stop ids from a file's value: an id, a list of ids, or None. Raises ValueError for anything else."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise ValueError(
-            f"{path}: {name} is {shown(value)}; it must be an id from 0 to {vocab_size - 1}, or a list of such ids: "
-            "mend the file"
-        )
+        wanted = f"an id from 0 to {vocab_size - 1}, or a list of such ids"
+        raise ValueError(f"{path}: {name} is {shown(value)}; it must be {wanted}: correct the file")
     return tuple(dict.fromkeys(ids))
 
 
 def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
-    """One file's tensors by our names, in our layout; mapped, but for the query and key, which have to be reordered.
+    """One file's tensors by our names, in our layout; memory-mapped except query and key, which are reordered.
 
-    These are read through a mapping of their own, let go at once: their pages would count twice.
+    Query and key are read through short-lived mappings: otherwise their pages would count twice.
     """
-    plain = {k: name for k, name in unwrapped(file, safetensors_names(file)).items() if not is_rotary_table(name)}
-    by_plain = renamed(plain.values(), "huggingface", "ours")
-    names = {key: by_plain[name] for key, name in plain.items()}
-    if unknown := [key for key, name in plain.items() if name == by_plain[name]]:  # no name is the same in both
+    names = files.unwrapped(file, files.safetensors_names(file))
+    names = {key: name for key, name in names.items() if not is_rotary_table(name)}
+    ours = renamed(names.values(), "huggingface", "ours")
+    if unknown := [key for key, name in names.items() if name == ours[name]]:  # no name is the same in both
         raise ValueError(f"{file} holds {shown(unknown[0])}, which is no tensor of a Hugging Face Llama")
-    heads = {name: rotary_heads(ours, config) for name, ours in names.items()}
+    heads = {key: rotary_heads(ours[name], config) for key, name in names.items()}
     state = {}
-    for name, count in heads.items():
+    for key, count in heads.items():
         if count is not None:
-            (tensor,) = weights_of(file, read_safetensors(file, [name])).values()
+            (tensor,) = files.weights_of(file, files.read_safetensors(file, [key])).values()
             if tensor.dim() not in (1, 2) or tensor.shape[0] % (2 * count):
-                raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, which is no {count} heads of pairs")
-            state[names[name]] = to_pairs(tensor, count)
-    others = [name for name, count in heads.items() if count is None]
-    found = weights_of(file, read_safetensors(file, others))
-    return state | {by_plain[name]: tensor for name, tensor in found.items()}
+                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, which is no {count} heads of pairs")
+            state[ours[names[key]]] = to_pairs(tensor, count)
+    others = [key for key, count in heads.items() if count is None]
+    found = files.weights_of(file, files.read_safetensors(file, others))
+    return state | {ours[name]: tensor for name, tensor in found.items()}
 
 
-def shard_files(index: Path) -> list[Path]:
-    """The files that an index names, each in the index's own folder. Raises ValueError for one that is elsewhere."""
-    names = read_json(index).get("weight_map")
+def _shard_paths(index: Path) -> list[Path]:
+    """The files that an index names. Raises ValueError for one outside the index's folder."""
+    names = files.read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{index} has no "weight_map" from tensors to files; fetch it again')
-    files = []
-    for name in sorted(set(names.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(f"{index} names the file {shown(name)}; only .safetensors beside it are read")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index.parent} lacks {name}, which its index names; fetch it")
-        files.append(index.parent / name)
-    return files
+    paths = [index.parent / name for name in sorted(set(names.values()))]
+    for path in paths:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", path.name) or path.parent != index.parent:
+            raise ValueError(f"{index} names the file {shown(str(path))}; only .safetensors beside it are read")
+        if not path.is_file():
+            raise ValueError(f"{index.parent} lacks {path.name}, which its index names; fetch it")
+    return paths
 
 
-# What their config may say and ours computes; a field that is not here changes nothing, or not what a Llama computes.
-HUGGINGFACE_MUST_BE: dict[str, tuple[Any, ...]] = {
+# Values that the fields of config.json may have. Other fields do not change the computation.
+HUGGINGFACE_ALLOWED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -132,8 +108,8 @@ HUGGINGFACE_MUST_BE: dict[str, tuple[Any, ...]] = {
 
 
 def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
-    """The config of a config.json. Raises ValueError, with the reason, for what this program does not compute."""
-    for name, allowed in HUGGINGFACE_MUST_BE.items():
+    """The config of a config.json. Raises ValueError if the model's computation differs from ours."""
+    for name, allowed in HUGGINGFACE_ALLOWED.items():
         value = content.get(name, allowed[0] if name != "model_type" else None)
         if value not in allowed:
             raise ValueError(f"{path}: {name} is {shown(value)}; this program computes {shown(allowed[0])} only")
@@ -146,12 +122,8 @@ def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
     try:
         scaling = None
         if kind == "llama3":
-            scaling = RopeScaling(
-                rope["factor"],
-                rope["low_freq_factor"],
-                rope["high_freq_factor"],
-                rope["original_max_position_embeddings"],
-            )
+            parts = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = RopeScaling(*(rope[part] for part in parts))
         config = LlamaConfig(
             vocab_size=content["vocab_size"],
             dim=content["hidden_size"],
@@ -172,10 +144,8 @@ def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if content.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(
-            f"{path}: head_dim is {shown(content['head_dim'])}; this program computes hidden_size / heads = "
-            f"{config.head_dim} only"
-        )
+        only = f"hidden_size / heads = {config.head_dim}"
+        raise ValueError(f"{path}: head_dim is {shown(content['head_dim'])}; this program computes {only} only")
     return config
 
 
@@ -185,8 +155,9 @@ SHARD_BYTES = 4 << 30
 def write_huggingface(
     folder: Path, config: LlamaConfig, state: State, bos_id: int, eos_id: int | Sequence[int]
 ) -> None:
-    """Writes config.json and the safetensors that transformers' `AutoModelForCausalLM` loads. Of a model above 4 GiB,
-    several files and an index. Raises ValueError for what a Llama folder cannot hold.
+    """Writes a folder that transformers' `AutoModelForCausalLM` loads, in shards of up to 4 GiB.
+
+    Raises ValueError for a model that such a folder cannot hold.
     """
     check_rmsnorm(config, "a Hugging Face Llama")
     names = renamed(state, "ours", "huggingface")
@@ -210,17 +181,17 @@ def write_huggingface(
             heads = rotary_heads(ours, config)
             content[name] = tensor if heads is None else to_split_halves(tensor, heads)
             weight_map[name] = file
-        write_safetensors_file(folder / file, content, {"format": "pt"})
+        files.write_safetensors_file(folder / file, content, {"format": "pt"})
     if len(shards) > 1:
         total = sum(tensor.nbytes for _, tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        files.write_json(folder / "model.safetensors.index.json", index)
     dtype = str(state["tok_embeddings.weight"].dtype).removeprefix("torch.")
-    write_json(folder / "config.json", to_huggingface_config(config, dtype, bos_id, eos_id))
+    files.write_json(folder / "config.json", _config_json(config, dtype, bos_id, eos_id))
 
 
-def to_huggingface_config(config: LlamaConfig, dtype: str, bos_id: int, eos_id: int | Sequence[int]) -> dict[str, Any]:
-    """The content of config.json, in the words of transformers 4 and of 5. eos_id: one, or all at which a text ends."""
+def _config_json(config: LlamaConfig, dtype: str, bos_id: int, eos_id: int | Sequence[int]) -> dict[str, Any]:
+    """The content of config.json, with the field names of transformers 4 and 5."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= config.rope_scaling._asdict() | {"rope_type": "llama3"}

@@ -1,8 +1,8 @@
-"""Names and layouts of tensors in the checkpoints of other programs, and the way to and from ours.
+"""Names and layouts of tensors in the checkpoints of other programs, converted to and from ours.
 
-Two things differ. The names: one table, `KEYS`. The layout of query and key: Meta and llama2.c keep a head's rotary
-pairs side by side, as this program does, Hugging Face keeps them in split halves, see `to_split_halves`.
-docs/checkpoints.md has it all on one page.
+Names differ: the table `KEYS`. The layout of query and key differs too: Meta and llama2.c keep a head's rotary pairs
+side by side, as this program does; Hugging Face keeps them in split halves, see `to_split_halves`. All formats are
+described in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from config import LlamaConfig
 
 State = dict[str, Tensor]
-# One row a tensor: ours, Meta's (and llama2.c's .pt), Hugging Face's, GGUF's. ".weight" follows in each, and the number
-# of the layer stands for "{}".
+# One row a tensor: ours, Meta's (and llama2.c's .pt), Hugging Face's, GGUF's, each without ".weight". "{}" stands for
+# the number of the layer.
 DIALECTS = ("ours", "meta", "huggingface", "gguf")
 LAYER = ("layers.{}.", "layers.{}.", "model.layers.{}.", "blk.{}.")
 KEYS_OF_A_LAYER = (
@@ -37,27 +37,29 @@ KEYS: tuple[tuple[str, ...], ...] = (
     ("norm", "norm", "model.norm", "output_norm"),
     ("output", "output", "lm_head", "output"),
 )
-# Tables that some files hold beside the weights, and that a model computes for itself.
 ROTARY_TABLES = re.compile(r"rope\.freqs|freqs_(cis|cos|sin)|.*\.rotary_emb\.inv_freq")
 
 
+def is_rotary_table(name: str) -> bool:
+    """Whether a tensor is a rotary table: some files hold them, and the model computes its own."""
+    return ROTARY_TABLES.fullmatch(name) is not None
+
+
 def renamed(names: Iterable[str], source: str, target: str) -> dict[str, str]:
-    """Each name of one dialect with its name in another; one that the dialect does not know keeps its own."""
+    """Names of one dialect mapped to another; an unknown name is mapped to itself."""
     column, row = DIALECTS.index(target), {row[DIALECTS.index(source)]: row for row in KEYS}
     result = {}
     for name in names:
         stem, dot, part = name.rpartition(".")
         number = re.search(r"(?<=\.)\d+(?=\.)", stem)
-        general = stem if number is None else f"{stem[: number.start()]}{{}}{stem[number.end() :]}"
-        known = row.get(general)
-        own = "" if number is None else number[0]
-        result[name] = name if known is None else f"{known[column].format(own)}{dot}{part}"
+        known = row.get(stem if number is None else f"{stem[: number.start()]}{{}}{stem[number.end() :]}")
+        result[name] = f"{known[column].format(number and number[0])}{dot}{part}" if known else name
     return result
 
 
 def to_split_halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorders the rows of a query or key weight (heads * hd, ...) within each head, from interleaved pairs (0, 1),
-    (2, 3), ... to Hugging Face's (0, hd/2), (1, hd/2 + 1), ...
+    """Reorders the rows of a query or key weight (heads * hd, ...) within each head to Hugging Face's layout: from
+    interleaved pairs (0, 1), (2, 3), ... to (0, hd/2), (1, hd/2 + 1), ...
     """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -68,14 +70,14 @@ def to_pairs(weight: Tensor, heads: int) -> Tensor:
 
 
 def rotary_heads(name: str, config: LlamaConfig) -> int | None:
-    """The number of heads of a query or key tensor, by our name; None for every other tensor."""
+    """The number of heads of a query or key tensor, by our name; None for other tensors."""
     if ".compute_query." in name:
         return config.n_heads
     return config.kv_heads if ".compute_key." in name else None
 
 
 def is_tied(state: State) -> bool:
-    """Whether the output projection is the embedding: left out, or there with the same numbers."""
+    """Whether the output projection is the embedding: missing, or with the same numbers."""
     output, embedding = state.get("output.weight"), state.get("tok_embeddings.weight")
     if output is None or embedding is None:
         return output is None

@@ -1,4 +1,4 @@
-"""llama2.c's own files: its three versions of .bin, read and written."""
+"""llama2.c's .bin files, versions 0 to 2, read and written."""
 
 from __future__ import annotations
 
@@ -14,31 +14,17 @@ from torch import Tensor
 
 from config import LlamaConfig, check_rmsnorm, parameter_shapes, shown
 from minillama.formats.files import atomic_file, raw_bytes
+from minillama.formats.keys import State
 from rope import rotary_frequencies
 
-State = dict[str, Tensor]
 LLAMA2C_MAGIC = 0x616B3432
-LLAMA2C_EPS, LLAMA2C_THETA = 1e-5, 10000.0  # written into its program, not into its files
+LLAMA2C_EPS, LLAMA2C_THETA = 1e-5, 10000.0  # constants of its program, not in its files
 ATTENTION = tuple(f"layers.{{}}.attention.compute_{part}" for part in ("query", "key", "value", "output"))
 FEED_FORWARD = tuple(f"layers.{{}}.feed_forward.{part}" for part in ("w1", "w2", "w3"))
-# The order of the tensors, all layers of one name in a row. After norm, v0 has two rotary tables that nobody reads;
-# where the output is not tied to the embedding, it comes last.
-LLAMA2C_V0 = (
-    "tok_embeddings",
-    "layers.{}.attention_norm",
-    *ATTENTION,
-    "layers.{}.ffn_norm",
-    *FEED_FORWARD,
-    "norm",
-)
-LLAMA2C_V1 = (
-    "layers.{}.attention_norm",
-    "layers.{}.ffn_norm",
-    "norm",
-    "tok_embeddings",
-    *ATTENTION,
-    *FEED_FORWARD,
-)
+# The order of the tensors, all layers of one name in a row. v0 has two rotary tables after norm, which nobody reads.
+# An untied output comes last.
+LLAMA2C_V0 = ("tok_embeddings", "layers.{}.attention_norm", *ATTENTION, "layers.{}.ffn_norm", *FEED_FORWARD, "norm")
+LLAMA2C_V1 = ("layers.{}.attention_norm", "layers.{}.ffn_norm", "norm", "tok_embeddings", *ATTENTION, *FEED_FORWARD)
 
 
 def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:
@@ -63,7 +49,7 @@ def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -
 
 
 def _llama2c_order(config: LlamaConfig, order: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every tensor, in file order."""
+    """(name, shape) of each tensor, in file order."""
     shapes = parameter_shapes(config)
     for template in (*order, *([] if config.tie_embeddings else ["output"])):
         for i in range(config.n_layers if "{}" in template else 1):
@@ -72,10 +58,10 @@ def _llama2c_order(config: LlamaConfig, order: tuple[str, ...]) -> Iterator[tupl
 
 
 def read_llama2c(path: Path) -> tuple[str, LlamaConfig, State] | None:
-    """A llama2.c .bin file, and its version in words; None if it is none. v1 and v2 begin with a magic number; v0 does
-    not, so a file is taken for one only if its size fits its header to the byte.
+    """The version in words, the config and the tensors of a llama2.c .bin file; None for any other file.
 
-    Raises ValueError for a damaged file.
+    v1 and v2 begin with a magic number. v0 does not: its size must fit its header to the byte. Raises ValueError for a
+    damaged file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -112,7 +98,7 @@ def read_llama2c(path: Path) -> tuple[str, LlamaConfig, State] | None:
 
 
 def _llama2c_bytes(shape: tuple[int, ...], group: int | None = None) -> int:
-    """The bytes of one tensor: float32; or a matrix in int8 with a float32 a group."""
+    """Size of a tensor in bytes: float32, or a matrix in int8 with one float32 scale a group."""
     count = math.prod(shape)
     return 4 * count if group is None or len(shape) == 1 else count + 4 * (count // group)
 
@@ -120,7 +106,7 @@ def _llama2c_bytes(shape: tuple[int, ...], group: int | None = None) -> int:
 def _llama2c_tensors(
     path: Path, start: int, order: list[tuple[str, tuple[int, ...]]], group: int | None = None
 ) -> State:
-    """The tensors, mapped; the int8 ones of v2 become float32 numbers in memory."""
+    """The tensors, memory-mapped; v2's int8 matrices become float32 in memory."""
     content = torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="c"))
     state: State = {}
     for name, shape in order:
@@ -129,8 +115,7 @@ def _llama2c_tensors(
             state[name] = content[start:behind].view(torch.float32).view(shape)
         else:
             integers = content[start : start + count].view(torch.int8).view(-1, group)
-            # A copy, for the scales need not stand at a multiple of 4.
-            scales = content[start + count : behind].clone().view(torch.float32)
+            scales = content[start + count : behind].clone().view(torch.float32)  # a copy is aligned to 4 bytes
             state[name] = (integers * scales[:, None]).view(shape)
         start = behind
     state.pop("", None)  # v0's rotary tables
@@ -138,26 +123,21 @@ def _llama2c_tensors(
 
 
 def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, version: int) -> None:
-    """Writes version 0, 1 (float32) or 2 (int8 in groups). Raises ValueError for what such a file cannot hold."""
+    """Writes version 0, 1 (float32) or 2 (int8). Raises ValueError for a model that such a file cannot hold."""
     check_rmsnorm(config, "llama2.c")
-    for name, value, fixed in (
-        ("rope_theta", config.rope_theta, LLAMA2C_THETA),
-        ("rope_scaling", config.rope_scaling, None),
-        ("layer_norm_eps", config.layer_norm_eps, LLAMA2C_EPS),
-    ):
-        if value != fixed:
-            raise ValueError(
-                f"llama2.c computes {name} {fixed} only, and this model has {shown(value)}; take huggingface"
-            )
-    sizes = [config.dim, parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0], config.n_layers]
-    sizes += [config.n_heads, config.kv_heads]
+    fixed = {"rope_theta": LLAMA2C_THETA, "rope_scaling": None, "layer_norm_eps": LLAMA2C_EPS}
+    for name, wanted in fixed.items():
+        if (value := getattr(config, name)) != wanted:
+            only = f"{name} {wanted} only, and this model has {shown(value)}"
+            raise ValueError(f"llama2.c computes {only}; convert to huggingface")
+    hidden = parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0]
+    sizes = [config.dim, hidden, config.n_layers, config.n_heads, config.kv_heads]
     tied = config.tie_embeddings
-    group = quantization_group(config.dim, sizes[1]) if version == 2 else None
+    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers that share a scale: part of a row
     with atomic_file(path, "wb") as file:
         if version == 0:
-            file.write(
-                struct.pack("<7i", *sizes, config.vocab_size if tied else -config.vocab_size, config.max_seq_len)
-            )
+            signed = config.vocab_size if tied else -config.vocab_size
+            file.write(struct.pack("<7i", *sizes, signed, config.max_seq_len))
         else:
             head = struct.pack("<Ii7iB", LLAMA2C_MAGIC, version, *sizes, config.vocab_size, config.max_seq_len, tied)
             file.write((head + (b"" if group is None else struct.pack("<i", group))).ljust(256, b"\0"))
@@ -168,29 +148,20 @@ def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, 
             if group is None or len(shape) == 1:
                 file.write(raw_bytes(tensor))
             else:
-                for part in quantized(tensor, group):
-                    file.write(raw_bytes(part))
+                file.writelines(map(raw_bytes, _quantized(tensor, group)))
         if version == 0 and tied:
             file.write(_unread_tables(config))
 
 
 def _unread_tables(config: LlamaConfig) -> bytes:
-    """The cosines and sines that end a v0 file."""
+    """The cosines and sines of a v0 file."""
     frequencies = rotary_frequencies(config.head_dim, LLAMA2C_THETA)
     angles = torch.outer(torch.arange(config.max_seq_len).float(), frequencies)
     return bytes(raw_bytes(angles.cos())) + bytes(raw_bytes(angles.sin()))
 
 
-def quantization_group(*widths: int) -> int:
-    """How many numbers share a scale: 64, or half of it, and so on, until it divides every row."""
-    group = 64
-    while any(width % group for width in widths):
-        group //= 2
-    return group
-
-
-def quantized(tensor: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(int8, float32 scales): in each group of numbers, the largest is 127 or -127 (llama2.c's Q8_0)."""
+def _quantized(tensor: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(int8, float32 scales): the largest number of each group becomes 127 or -127 (llama2.c's Q8_0)."""
     groups = tensor.reshape(-1, group)
     scales = groups.abs().amax(dim=1) / 127.0
     integers = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)

@@ -1,4 +1,4 @@
-"""Meta's folders, as Llama 1 to 3.2 are published: params.json, and consolidated.NN.pth, one for each shard."""
+"""Meta's folders, as Llama 1 to 3.2 are published: params.json, and one consolidated.NN.pth for each shard."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig, RopeScaling, shown
-from minillama.formats.files import (
-    read_json,
-    read_torch,
-    weights_of,
-)
-from minillama.formats.huggingface import is_rotary_table
-from minillama.formats.keys import State, is_tied, renamed
-
-# Meta
+from minillama.formats.files import read_json, read_torch, weights_of
+from minillama.formats.keys import State, is_rotary_table, is_tied, renamed
 
 
 def is_meta(names: Iterable[str]) -> bool:
-    """Whether tensors are named as Meta's and llama2.c's own are."""
+    """Whether tensors have the names of Meta's and llama2.c's checkpoints."""
     return any(name.endswith(".attention.wq.weight") for name in names)
 
 
@@ -34,11 +27,7 @@ def meta_state(state: State) -> State:
 
 
 def read_meta(folder: Path) -> tuple[LlamaConfig, State]:
-    """A folder as Meta publishes it: params.json, and consolidated.00.pth and its followers, the parts of a model that
-    was sharded over as many devices.
-
-    Raises ValueError for parts that do not belong together.
-    """
+    """The config and the merged tensors of a folder. Raises ValueError for shards that do not belong together."""
     parts = sorted(folder.glob("consolidated.*.pth"))
     if not parts or [part.name for part in parts] != [f"consolidated.{i:02}.pth" for i in range(len(parts))]:
         raise ValueError(f"{folder} lacks one of its consolidated.NN.pth, which count from 00; fetch it again")
@@ -48,22 +37,23 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, State]:
         if not isinstance(content, dict):
             raise ValueError(f"{part} holds {shown(content)}; it must be a table of tensors")
         shards.append(meta_state(weights_of(part, content)))
-    for part, shard in zip(parts, shards, strict=True):
-        if shard.keys() != shards[0].keys():
+        if shards[-1].keys() != shards[0].keys():
             raise ValueError(f"{part} and {parts[0].name} hold different tensors; they are parts of two models")
     params = read_json(folder / "params.json")
     state: State = {}
     for name in list(shards[0]):
         try:
-            state[name] = merged(name, [shard.pop(name) for shard in shards], params.get("dim"))
+            state[name] = _merged(name, [shard.pop(name) for shard in shards], params.get("dim"))
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{folder}: the parts of {name} do not fit together; fetch it again") from error
     return meta_config(folder / "params.json", params, state), state
 
 
-def merged(name: str, parts: list[Tensor], dim: object) -> Tensor:
-    """The tensor whose parts were on several devices: w1, w3, query, key, value and output in blocks of rows, w2 and
-    compute_output in blocks of columns, the embedding in columns (Llama 2) or rows (Llama 3), norms whole in each.
+def _merged(name: str, parts: list[Tensor], dim: object) -> Tensor:
+    """A tensor from its shards.
+
+    w1, w3, query, key, value and output are blocks of rows, w2 and compute_output blocks of columns. The embedding is
+    in columns (Llama 2) or rows (Llama 3). Each shard holds the whole norms.
     """
     if len(parts) == 1 or parts[0].dim() == 1:
         return parts[0]
@@ -74,27 +64,22 @@ def merged(name: str, parts: list[Tensor], dim: object) -> Tensor:
 
 
 def meta_config(path: Path, params: dict[str, Any], state: State) -> LlamaConfig:
-    """The config of params.json; what it leaves out is derived as Meta's program does, or known of the release: the
-    context, of which it says nothing.
-    """
-    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
-    known |= {"rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len"}
-    known |= {"max_batch_size"}
-    if unknown := sorted(set(params) - known):
+    """The config of params.json; missing fields as in Meta's program, a missing context as in the release's paper."""
+    known = "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta max_seq_len "
+    known += "use_scaled_rope rope_scaling_factor rope_high_freq_factor max_batch_size"
+    if unknown := sorted(set(params) - set(known.split())):
         raise ValueError(f"{path} has {unknown[0]}, which belongs to no Llama 1 to 3 that this program knows")
     try:
         dim, vocab_size = params["dim"], params.get("vocab_size", -1)
         if vocab_size == -1:  # Llama 1 and 2 leave it to the tokenizer
             vocab_size = state["tok_embeddings.weight"].shape[0]
         theta = params.get("rope_theta", 10000.0)
-        context = params.get("max_seq_len")
+        context = 8192 if theta > 10000.0 else 2048 if params.get("norm_eps") == 1e-6 else 4096
         scaling = None
-        if params.get("use_scaled_rope"):
-            # Llama 3.1; the small models of 3.2 are stretched further, though their files do not say so.
+        if params.get("use_scaled_rope"):  # Llama 3.1; the small models of 3.2 have another factor, not in their files
             factor = params.get("rope_scaling_factor", 32.0 if dim < 4096 else 8.0)
             scaling = RopeScaling(factor, high_freq_factor=params.get("rope_high_freq_factor", 4.0))
-            context = context or 131072
-        context = context or (8192 if theta > 10000.0 else 2048 if params.get("norm_eps") == 1e-6 else 4096)
+            context = 131072
         hidden = int(2 * 4 * dim / 3)
         if params.get("ffn_dim_multiplier") is not None:
             hidden = int(params["ffn_dim_multiplier"] * hidden)
@@ -105,7 +90,7 @@ def meta_config(path: Path, params: dict[str, Any], state: State) -> LlamaConfig
             n_layers=params["n_layers"],
             n_heads=params["n_heads"],
             n_kv_heads=params.get("n_kv_heads"),
-            max_seq_len=context,
+            max_seq_len=params.get("max_seq_len") or context,
             layer_norm_eps=params.get("norm_eps", 1e-5),
             hidden_dim=multiple_of * math.ceil(hidden / multiple_of),
             norm="rmsnorm",

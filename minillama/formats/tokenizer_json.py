@@ -1,12 +1,12 @@
-"""A tokenizer as Hugging Face's libraries read it: tokenizer.json and what stands beside it, made without them.
+"""Hugging Face's tokenizer files, tokenizer.json and those beside it, written without Hugging Face's libraries.
 
 Sources of the formats: sentencepiece_model.proto (github.com/google/sentencepiece), the documentation of the tokenizers
-library (huggingface.co/docs/tokenizers) for the parts that a tokenizer.json names, Llama 3's own tokenizer.json for
-which of them make up a tokenizer by ranks.
+library (huggingface.co/docs/tokenizers), and Llama 3's tokenizer.json, for the parts of a tokenizer by ranks.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Iterator
@@ -17,26 +17,25 @@ from typing import Any, TypeVar
 from minillama.formats.files import atomic_file
 from minillama.formats.tokenizers import BYTE_LETTERS, BytePairModel, HuggingFaceModel, SentencePieceModel
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's letter for a space
 # Numbers of fields and values in sentencepiece_model.proto.
 PIECES, TRAINER, NORMALIZER, DENORMALIZER = 1, 2, 3, 5  # of a ModelProto
 PIECE, SCORE, TYPE = 1, 2, 3  # of a piece
 NORMAL, UNKNOWN, USER_DEFINED, UNUSED = 1, 2, 4, 5  # types of a piece
 MODEL_TYPE, SPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35  # of the trainer
-BPE = 2  # of the model types
+BPE = 2  # a model type
 CHARACTER_MAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPED_SPACES = 2, 3, 4, 5  # of the normalizer; all flags default to true
-ALL = 1 << 30  # more spaces than there can be
+ALL = 1 << 30  # more spaces than any text has
 Token = TypeVar("Token", str, bytes)
 
 
 def write_huggingface_tokenizer(tokenizer: Any, folder: str | PathLike[str]) -> None:
-    """Writes what transformers.AutoTokenizer.from_pretrained(folder) makes the same tokenizer of: tokenizer.json,
-    tokenizer_config.json, and for SentencePiece tokenizer.model. It puts bos before a text if the tokenizer
-    does, and no eos behind it.
+    """Writes the tokenizer for transformers.AutoTokenizer.from_pretrained(folder): tokenizer.json,
+    tokenizer_config.json, and for SentencePiece tokenizer.model. bos is added to a text if this tokenizer adds it.
 
-    Hugging Face's way differs: its encode takes special tokens out of a text; its decode makes U+FFFD of each byte of a
-    run that is not UTF-8 all through, and nothing of SentencePiece's unknown piece. A tokenizer.json that was read is
-    copied as it is. Each file is written atomically. Raises ValueError if the tokenizer does what cannot be said there.
+    Hugging Face's libraries differ: encode finds special tokens in a text; decode gives one U+FFFD for each byte of a
+    run that is not UTF-8, and nothing for SentencePiece's unknown piece. A tokenizer.json that was read is copied.
+    Each file is written atomically. Raises ValueError for a tokenizer that these files cannot describe.
     """
     model, folder = tokenizer.model, Path(folder)
     names = {i: name for name, i in tokenizer.special_ids.items()}
@@ -71,12 +70,13 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
 
 
 def _tokenizer_json(tokenizer: Any, names: dict[int, str], parts: dict[str, Any]) -> dict[str, Any]:
-    """All of a tokenizer.json, from the parts in which the kinds differ: normalizer, pre_tokenizer, decoder, model."""
+    """A tokenizer.json, from the parts in which the kinds differ: normalizer, pre_tokenizer, decoder, model."""
     bos = names[tokenizer.bos_id]
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    single = [begin] * tokenizer.adds_bos + [{"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}] * tokenizer.adds_bos
-    second += [{"Sequence": {"id": "B", "type_id": 1}}]
+
+    def marked(text: str, number: int) -> list[dict[str, Any]]:
+        begin = [{"SpecialToken": {"id": bos, "type_id": number}}] if tokenizer.adds_bos else []
+        return [*begin, {"Sequence": {"id": text, "type_id": number}}]
+
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -85,8 +85,8 @@ def _tokenizer_json(tokenizer: Any, names: dict[int, str], parts: dict[str, Any]
         "added_tokens": [{"id": i, "content": name, **plain} for i, name in sorted(names.items())],
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": single,
-            "pair": single + second,
+            "single": marked("A", 0),
+            "pair": marked("A", 0) + marked("B", 1),
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         },
         **parts,
@@ -102,12 +102,11 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]], **options: Any) -> dict
 
 
 def _merges(preference: dict[Token, float]) -> list[list[Token]]:
-    """Every two tokens that make up a third, the preferred one first, as BPE by merges takes them.
+    """All pairs of tokens that make up a third, ordered as the merges of BPE.
 
-    BPE by preference merges, of all neighbours that make up a token, those that make up the preferred one, the
-    leftmost if there are several; by merges it is the first of the list. Where several would do, leftmost means that
-    what has grown grows on: so the longer token comes first, and that made from the longer left part (Llama 2 prefers
-    all runs of spaces alike).
+    BPE by preference merges the neighbours that make the most preferred token, the leftmost of several. BPE by merges
+    uses the first pair of the list. To be equal where preferences tie (as for Llama 2's runs of spaces), longer tokens
+    come first, and of these the one with the longer left part: leftmost merging lets the longest token grow.
     """
     ordered = sorted(preference, key=lambda token: (-preference[token], -len(token)))
     splits = ((token[:at], token[at:]) for token in ordered for at in range(len(token) - 1, 0, -1))
@@ -115,7 +114,7 @@ def _merges(preference: dict[Token, float]) -> list[list[Token]]:
 
 
 def byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
-    """The parts of a tokenizer.json that do what tiktoken does with the ranks."""
+    """The parts of a tokenizer.json that tokenize as tiktoken does with the ranks."""
     letters = {token: "".join(BYTE_LETTERS[byte] for byte in token) for token in model.ranks}
     merges = [[letters[left], letters[right]] for left, right in _merges({t: -rank for t, rank in model.ranks.items()})]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -124,16 +123,13 @@ def byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": _sequence("pretokenizers", split, byte_level),
         "decoder": byte_level,
-        # tiktoken looks a whole piece up before it merges anything.
+        # ignore_merges: tiktoken looks up a whole piece before it merges anything.
         "model": _bpe({letters[token]: rank for token, rank in model.ranks.items()}, merges, ignore_merges=True),
     }
 
 
-# SentencePiece
-
-
 def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
-    """The parts that do what a SentencePiece proto says. Raises ValueError for what they cannot do."""
+    """The parts that tokenize as a SentencePiece proto does. Raises ValueError where they cannot."""
     messages = list(_fields(proto))
     pieces = [dict(_fields(value)) for number, value in messages if number == PIECES]
     trainer, normalizer, denormalizer = (
@@ -142,7 +138,7 @@ def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     )
     texts = [piece[PIECE].decode() for piece in pieces]
     types = [piece.get(TYPE, NORMAL) for piece in pieces]
-    # The score of each piece that text is made into: those for bytes, and special ones, are never merged to.
+    # Scores of ordinary pieces: those for bytes, and special ones, are never results of merges.
     scores = {
         text: struct.unpack("<f", piece.get(SCORE, b"\0\0\0\0"))[0]
         for text, piece, kind in zip(texts, pieces, types, strict=True)
@@ -163,31 +159,26 @@ def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
         if holds:
             raise ValueError(f"{path} cannot be written for other programs: {reason}, which their files cannot say")
     strips, prefixes = space_flags(proto)
-    steps = [_replace({"Regex": r"\A +"}, ""), _replace({"Regex": " {2,}"}, " ")] if strips else []
-    steps += [_replace({"Regex": f"[ {SPACE}]+\\z"}, "")] if strips else []
-    steps += [{"type": "Prepend", "prepend": SPACE}] if prefixes else []
-    # Text whose spaces are stripped has none at its beginning; else one is the prefix.
-    unstrip = (
-        [{"type": "Strip", "content": " ", "start": ALL if strips else 1, "stop": 0}] if strips or prefixes else []
-    )
+    steps, decoders = [], [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if strips:
+        patterns = {r"\A +": "", " {2,}": " ", f"[ {SPACE}]+\\z": ""}
+        steps += [_replace({"Regex": pattern}, content) for pattern, content in patterns.items()]
+    if prefixes:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    if strips or prefixes:  # stripped text begins with no spaces; otherwise one is the prefix
+        decoders.append({"type": "Strip", "content": " ", "start": ALL if strips else 1, "stop": 0})
+    vocab = {text: i for i, text in enumerate(texts)}
+    options = {"unk_token": texts[types.index(UNKNOWN)], "fuse_unk": True, "byte_fallback": True}
     return {
         "normalizer": _sequence("normalizers", *steps, _replace({"String": " "}, SPACE)),
         "pre_tokenizer": None,
-        "decoder": _sequence(
-            "decoders", _replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *unstrip
-        ),
-        "model": _bpe(
-            {text: i for i, text in enumerate(texts)},
-            _merges(scores),
-            unk_token=texts[types.index(UNKNOWN)],
-            fuse_unk=True,
-            byte_fallback=True,
-        ),
+        "decoder": _sequence("decoders", *decoders),
+        "model": _bpe(vocab, _merges(scores), **options),
     }
 
 
 def space_flags(proto: bytes) -> tuple[bool, bool]:
-    """Whether a SentencePiece proto strips spaces that are too many, and whether it puts one before a text."""
+    """Whether a SentencePiece proto strips extra spaces, and whether it puts a space before a text."""
     normalizer = {k: v for number, value in _fields(proto) if number == NORMALIZER for k, v in _fields(value)}
     return bool(normalizer.get(EXTRA_SPACES, True)), bool(normalizer.get(DUMMY_PREFIX, True))
 
@@ -197,27 +188,19 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message, in order: an integer, or bytes where it is something else
-    (protobuf.dev/programming-guides/encoding).
+    """Number and value of each field of a protobuf message: an integer, or the bytes of anything else.
+
+    Source: protobuf.dev/programming-guides/encoding
     """
-    at = 0
+    stream = io.BytesIO(message)
 
     def integer() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
+        byte = stream.read(1)[0]
+        return byte if byte < 0x80 else (byte & 0x7F) | integer() << 7
 
-    while at < len(message):
+    while stream.tell() < len(message):
         number, wire = divmod(integer(), 8)
         if wire == 0:
             yield number, integer()
-            continue
-        size = integer() if wire == 2 else {1: 8, 5: 4}[wire]
-        yield number, message[at : at + size]
-        at += size
+        else:
+            yield number, stream.read(integer() if wire == 2 else {1: 8, 5: 4}[wire])

@@ -1,6 +1,6 @@
-"""Text to token ids and back: the tokenizers of Llama 2, Llama 3, GPT-2 and Hugging Face, told apart by what they hold.
+"""The kinds of tokenizers: Llama 2's, Llama 3's, GPT-2's and Hugging Face's, detected from the content of their files.
 
-  kind           the file holds                                           read through
+  kind           content of the file                                      package
   sentencepiece  a SentencePiece proto: Llama 2's, llama2.c's, our own    sentencepiece
   llama3         lines `base64 rank`: tokenizer.model of Llama 3          tiktoken
   gpt2           JSON of token to id, or merges: GPT-2's pair of files    tiktoken
@@ -23,17 +23,17 @@ from typing import Any
 
 from config import shown
 from minillama.environment import optional_package
+from minillama.formats.files import read_json
 
-# What is looked for in a folder, first to last, and GPT-2's two files under the names they go by.
 GPT2_PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt", "gpt2_encoder.json": "gpt2_vocab.bpe"}
-IN_FOLDER = ("tokenizer.model", "tokenizer.json", *GPT2_PAIRS)
+IN_FOLDER = ("tokenizer.model", "tokenizer.json", *GPT2_PAIRS)  # the first of these is used
 SMALLEST_TOKENIZER = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
-LARGEST = 1 << 27  # bytes; the largest published tokenizers have a quarter of that
+LARGEST = 1 << 27  # bytes: four times the largest published tokenizer
 LLAMA3_PATTERN = "|".join(
     (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*")
     + (r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+")
 )
-LLAMA3_RANKS = 128_000  # and behind them 256 special tokens
+LLAMA3_RANKS = 128_000  # followed by 256 special tokens
 LLAMA3_SPECIAL = (
     *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id"),
     *("reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
@@ -41,21 +41,20 @@ LLAMA3_SPECIAL = (
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_END = "<|endoftext|>"
-# GPT-2 writes a byte as a letter: as itself where that can be seen, else as one from U+0100 on. In order of their ids.
-SEEN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-UNSEEN_BYTES = tuple(byte for byte in range(0x100) if byte not in SEEN_BYTES)
-BYTE_LETTERS = {byte: chr(byte) for byte in SEEN_BYTES} | {byte: chr(0x100 + n) for n, byte in enumerate(UNSEEN_BYTES)}
+# GPT-2 writes a byte as a letter: a printable one as itself, others as letters from U+0100 on. In order of their ids.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = tuple(byte for byte in range(0x100) if byte not in PRINTABLE)
+BYTE_LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(0x100 + n) for n, byte in enumerate(OTHERS)}
 LETTER_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
-# The marks that a tokenizer.json is taken to have where nothing beside it names them.
+# The marks of a tokenizer.json, where no file beside it names them.
 KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", GPT2_END)
 KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", GPT2_END)
 
-# tiktoken's regex overflows its stack within a longer run of white, or of other, characters. Meta cuts there, too.
+# tiktoken's regex overflows its stack in a longer run of spaces, or of other characters. Meta's program cuts there too.
 LONGEST_RUN = 25_000
 
 
-# The kinds: each has kind, n_words, special_ids, the ids of the marks and those without a piece (holes), encodes UTF-8
-# text, decodes ids that it has, and keeps ids out of text where it can.
+# Each kind has: kind, n_words, bos_id, eos_id, pad_id, special_ids, adds_bos, and holes, the ids without a piece.
 
 
 class SentencePieceModel:
@@ -72,14 +71,11 @@ class SentencePieceModel:
             self.processor = SentencePieceProcessor(model_proto=content)
             self.processor.id_to_piece(list(range(self.processor.vocab_size())))  # each is UTF-8
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is no SentencePiece model, nor another tokenizer that is known here; "
-                "--tokenizer takes one such as tokenizer.model"
-            ) from error
+            raise ValueError(f"{path} is no tokenizer; --tokenizer takes one such as data/tokenizer.model") from error
         self.n_words: int = self.processor.vocab_size()
         self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
-        self.pad_id: int = self.processor.piece_to_id("<0x00>")  # where no bytes are among the pieces: the unknown one
+        self.pad_id: int = self.processor.piece_to_id("<0x00>")  # the unknown piece, where bytes have no pieces
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no pieces for beginning and end (bos, eos); train it with both")
         self.holes: frozenset[int] = frozenset()
@@ -105,15 +101,13 @@ class SentencePieceModel:
 
 
 class BytePairModel:
-    """Byte pairs by rank, special tokens behind them, through tiktoken: Llama 3's and GPT-2's.
+    """Byte pair encoding by rank, through tiktoken: Llama 3's and GPT-2's. The first special token is bos.
 
-    pattern: splits a text into what pairs are looked for in. ranks: the id of each token, the lower the sooner it is
-    made of two others.
+    pattern: a regex for the pieces of text that are merged separately. ranks: the id of each token; lower ids are
+    merged first.
     """
 
-    def __init__(
-        self, path: Path, kind: str, pattern: str, ranks: dict[bytes, int], special: Sequence[str], eos: str
-    ) -> None:
+    def __init__(self, path: Path, kind: str, pattern: str, ranks: dict[bytes, int], special: Sequence[str], eos: str):
         self.kind = kind
         self.pattern = pattern
         self.ranks = ranks
@@ -124,7 +118,7 @@ class BytePairModel:
             self.processor = tiktoken.Encoding(
                 kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
             )
-            self.processor.encode_ordinary("a")  # shows whether it works
+            self.processor.encode_ordinary("a")  # fails here if the package is broken
         self.n_words = len(ranks) + len(special)
         self.bos_id = len(ranks)
         self.eos_id = self.special_ids[eos]
@@ -155,7 +149,7 @@ class BytePairModel:
 
 
 class HuggingFaceModel:
-    """A tokenizer.json, through tokenizers; bos and eos as the files beside it name them, else by their usual names."""
+    """A tokenizer.json, through tokenizers. bos and eos: named by the files beside it, else by their usual names."""
 
     kind = "huggingface"
 
@@ -165,19 +159,18 @@ class HuggingFaceModel:
             import tokenizers
 
             read = tokenizers.Tokenizer.from_str
+            read(SMALLEST_TOKENIZER)  # fails here if the package is broken
         try:
             self.processor = read(content)
-        except BaseException as error:  # the library raises bare Exceptions, or panics, which is not even one
+        except BaseException as error:  # bare Exceptions, and panics of Rust, which are no Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            with optional_package("tokenizers", purpose):
-                read(SMALLEST_TOKENIZER)  # the fault may be the package's
             raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error)[:200]!r}") from error
         with optional_package("tokenizers", purpose, passes=(ValueError,)):
             self._find_marks(path, content)
 
     def _find_marks(self, path: Path, content: str) -> None:
-        """Takes the marks and sizes from the tokenizer. Raises ValueError if no end of a text is named."""
+        """Sets marks and sizes from the tokenizer. Raises ValueError if no eos is named."""
         self.processor.no_truncation()
         self.processor.no_padding()
         added = {token.content: i for i, token in self.processor.get_added_tokens_decoder().items()}
@@ -185,12 +178,10 @@ class HuggingFaceModel:
         bos = _first_id(self.processor, named.get("bos_token"), [name for name in KNOWN_BOS if name in added])
         eos = _first_id(self.processor, named.get("eos_token"), [name for name in KNOWN_EOS if name in added])
         if eos is None:
-            raise ValueError(
-                f"{path} names no end of a text; put a tokenizer_config.json with bos_token and eos_token beside it"
-            )
+            raise ValueError(f"{path} names no eos; put a tokenizer_config.json with bos_token and eos_token beside it")
         self.eos_id = eos
         self.bos_id = eos if bos is None else bos
-        # Only what is marked as special is kept out of ordinary text, and out of what is decoded.
+        # Only tokens marked as special are kept out of ordinary text, and out of decoded text.
         self.processor.add_special_tokens([self.processor.id_to_token(i) for i in (self.bos_id, self.eos_id)])
         self.processor.encode_special_tokens = True
         decoder = self.processor.get_added_tokens_decoder()
@@ -198,13 +189,11 @@ class HuggingFaceModel:
         used = self.processor.get_vocab().values()
         self.n_words = 1 + max(used)
         self.holes = frozenset(range(self.n_words)) - frozenset(used)
-        # As transformers has it: the post-processor counts, whatever tokenizer_config.json says.
+        # The post-processor decides, not tokenizer_config.json, as in transformers.
         marks = self.processor.encode("").ids
-        both = self.bos_id == self.eos_id and len(marks) == 1  # one mark, which may stand before a text or behind it
         self.adds_bos = marks[:1] == [self.bos_id]
-        if self.adds_bos and both:
-            post_processor = json.loads(content).get("post_processor")
-            self.adds_bos = _puts_first(post_processor, self.bos_id)
+        if marks == [self.bos_id] == [self.eos_id]:  # one mark, before a text or after it
+            self.adds_bos = _puts_first(json.loads(content).get("post_processor"), self.bos_id)
         pad = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
         self.pad_id: int = self.eos_id if pad is None else pad
 
@@ -214,14 +203,14 @@ class HuggingFaceModel:
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         try:
             return [done.ids for done in self.processor.encode_batch(texts, add_special_tokens=False)]
-        except Exception as error:  # bare, such as for a word that is unknown where no token stands for these
+        except Exception as error:  # a bare one, for an unknown word without an unknown token
             raise ValueError(f"the tokenizer has no ids for a text: {str(error)[:200]!r}") from error
 
     def keep_out_of_text(self, ids: Sequence[int]) -> bool:
         added = self.processor.get_added_tokens_decoder()
         if not all(i in added for i in ids):
             return False
-        self.processor.add_special_tokens([added[i].content for i in ids])  # these are not looked for in text
+        self.processor.add_special_tokens([added[i].content for i in ids])  # special tokens are not found in text
         return True
 
     def bytes_of_first(self, text: str) -> int:
@@ -231,7 +220,7 @@ class HuggingFaceModel:
         (_, end), following = found.offsets[0], found.offsets[1:2]
         if not following or following[0][0] >= end:
             return len(text[:end].encode())
-        # A part of a character, a byte or a letter for each; or a space that the tokenizer itself puts first.
+        # Part of a character, as bytes or letters; or a space that the tokenizer itself puts first.
         piece, alone = found.tokens[0], self.decode(found.ids[:1])
         return len(alone.encode()) if "\ufffd" not in alone else 1 if piece.startswith("<0x") else len(piece)
 
@@ -240,16 +229,16 @@ class HuggingFaceModel:
 
 
 def _first_id(processor: Any, named: str | None, known: Sequence[str]) -> int | None:
-    """The id of the first of the names that the vocabulary has."""
+    """The id of the first name that is in the vocabulary."""
     ids = (processor.token_to_id(name) for name in (named, *known) if name is not None)
     return next((i for i in ids if i is not None), None)
 
 
 def _named_marks(path: Path) -> dict[str, str]:
-    """bos_token and eos_token as the files beside a tokenizer.json name them."""
+    """bos_token and eos_token of the files beside a tokenizer.json."""
     marks: dict[str, str] = {}
     for beside in (path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")):
-        content = _json_object(beside, _read(beside)) if beside.is_file() else {}
+        content = read_json(beside) if beside.is_file() else {}
         for mark in ("bos_token", "eos_token"):
             token = content.get(mark)
             name = token.get("content") if isinstance(token, dict) else token
@@ -259,17 +248,17 @@ def _named_marks(path: Path) -> dict[str, str]:
 
 
 def _files_add_bos(path: Path, bos_id: int) -> bool:
-    """Whether the files of Hugging Face beside a SentencePiece model have bos put before a text; True without any."""
+    """Whether Hugging Face's files beside a tokenizer.model add bos before a text; True without such files."""
     fast, slow = path.with_name("tokenizer.json"), path.with_name("tokenizer_config.json")
     if path.name != "tokenizer.model":
         return True
-    if fast.is_file():  # then the other is not asked, as in transformers
-        return _puts_first(_json_object(fast, _read(fast)).get("post_processor"), bos_id)
-    return not slow.is_file() or _json_object(slow, _read(slow)).get("add_bos_token") is not False
+    if fast.is_file():  # the other file is ignored then, as in transformers
+        return _puts_first(read_json(fast).get("post_processor"), bos_id)
+    return not slow.is_file() or read_json(slow).get("add_bos_token") is not False
 
 
 def _puts_first(processor: Any, bos_id: int) -> bool:
-    """Whether the post-processor of a tokenizer.json puts bos before a text; by its id, whatever it is called there."""
+    """Whether the post-processor of a tokenizer.json puts the token with this id before a text."""
     if not isinstance(processor, dict):
         return False
     parts = [part for part in processor.get("processors", []) if isinstance(part, dict)]
@@ -284,8 +273,8 @@ def _puts_first(processor: Any, bos_id: int) -> bool:
 # Files
 
 
-def _tokenizer_file(path: Path) -> Path:
-    """The file meant by a path. Raises FileNotFoundError or ValueError if there is none."""
+def find_tokenizer_file(path: Path) -> Path:
+    """The tokenizer's file: `path`, or a file in that folder. Raises FileNotFoundError or ValueError without one."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such tokenizer; `python fetch_data.py tokenizer` brings the course's")
     if path.is_dir():
@@ -298,35 +287,20 @@ def _tokenizer_file(path: Path) -> Path:
     return path
 
 
-def _open_model(path: Path) -> SentencePieceModel | BytePairModel | HuggingFaceModel:
-    """The tokenizer in a file, of the kind that its content tells. Raises ValueError if it is damaged or none."""
-    content = _read(path)
+def open_tokenizer(path: Path) -> SentencePieceModel | BytePairModel | HuggingFaceModel:
+    """The tokenizer in a file, its kind detected from the content. Raises ValueError for anything else."""
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes, no tokenizer more than {LARGEST:,}; is it a checkpoint?")
+    content = path.read_bytes()
     if content.startswith(b"#version"):
-        return _gpt2_model(path, _merged_ranks(path, content))
+        return _gpt2_model(path, _merged_ranks(path))
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\s", content):
         return _llama3_model(path, content)
     if not re.match(rb"\s*\{", content):
         return SentencePieceModel(path, content)
-    tokens = _json_object(path, content)
-    if isinstance(tokens.get("model"), dict):
+    if isinstance(read_json(path).get("model"), dict):
         return HuggingFaceModel(path, content.decode("utf-8"))
-    return _gpt2_model(path, _encoder_ranks(path, tokens))
-
-
-def _read(path: Path) -> bytes:
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes, no tokenizer more than {LARGEST:,}; is it a checkpoint?")
-    return path.read_bytes()
-
-
-def _json_object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it holds no whole JSON; fetch or copy it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {shown(found)}; it must be a JSON object")
-    return found
+    return _gpt2_model(path, _encoder_ranks(path))
 
 
 def _llama3_model(path: Path, content: bytes) -> BytePairModel:
@@ -336,58 +310,51 @@ def _llama3_model(path: Path, content: bytes) -> BytePairModel:
             token, rank = line.split()
             pairs.append((base64.b64decode(token, validate=True), int(rank)))
         except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged: line {number} is {shown(line)}, not `base64 rank`; fetch or copy it again"
-            ) from error
+            what = f"line {number} is {shown(line)}, not `base64 rank`"
+            raise ValueError(f"{path} is damaged: {what}; fetch or copy it again") from error
     if len(pairs) != LLAMA3_RANKS:
         raise ValueError(f"{path} has {len(pairs):,} ranks, but Llama 3's {LLAMA3_RANKS:,}; fetch or copy it again")
     special = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
-    return BytePairModel(path, "llama3", LLAMA3_PATTERN, _whole(path, pairs), special, eos=special[1])
+    return BytePairModel(path, "llama3", LLAMA3_PATTERN, _checked_ranks(path, pairs), special, eos=special[1])
 
 
 def _gpt2_model(path: Path, ranks: dict[bytes, int]) -> BytePairModel:
-    """GPT-2's files say the same twice: one is enough, and two have to agree."""
+    """The tokenizer of GPT-2's two files. Each holds all of it; if both exist, they must agree."""
     for encoder, merges in GPT2_PAIRS.items():
         one, other = path.with_name(encoder), path.with_name(merges)
-        if path.name == merges and one.is_file():
-            agree = _encoder_ranks(one, _json_object(one, _read(one))) == ranks
-        elif path.name == encoder and other.is_file():
-            agree = _merged_ranks(other, _read(other)) == ranks
-        else:
-            continue
-        if not agree:
+        both = path.name in (encoder, merges) and one.is_file() and other.is_file()
+        if both and _encoder_ranks(one) != _merged_ranks(other):
             raise ValueError(f"{one} and {other} are not of one tokenizer, or one is cut short; fetch both again")
     return BytePairModel(path, "gpt2", GPT2_PATTERN, ranks, [GPT2_END], eos=GPT2_END)
 
 
-def _encoder_ranks(path: Path, tokens: dict[str, Any]) -> dict[bytes, int]:
-    """The ranks that JSON of token to id gives. Raises ValueError unless it is laid out as GPT-2's."""
+def _encoder_ranks(path: Path) -> dict[bytes, int]:
+    """The ranks in GPT-2's JSON of token to id. Raises ValueError for other JSON."""
+    tokens = read_json(path)
     ordinary = {token: i for token, i in tokens.items() if token != GPT2_END}
     sound = {type(i) for i in ordinary.values()} == {int} and set("".join(ordinary)) <= LETTER_BYTES.keys()
     if not sound or tokens.get(GPT2_END) != len(ordinary):
-        raise ValueError(
-            f"{path} is JSON, but no tokenizer.json and no encoder.json of GPT-2, which ends in {GPT2_END}"
-        )
-    return _whole(path, [(bytes(LETTER_BYTES[letter] for letter in token), i) for token, i in ordinary.items()])
+        raise ValueError(f"{path} is JSON, but no tokenizer.json and no encoder.json of GPT-2")
+    pairs = [(bytes(LETTER_BYTES[letter] for letter in token), i) for token, i in ordinary.items()]
+    return _checked_ranks(path, pairs)
 
 
-def _merged_ranks(path: Path, content: bytes) -> dict[bytes, int]:
-    """The ranks that GPT-2's merges give: first the bytes, then line by line what two tokens make."""
+def _merged_ranks(path: Path) -> dict[bytes, int]:
+    """The ranks in GPT-2's merges: first the bytes, then for each line the token that it makes of two others."""
     tokens = dict.fromkeys(LETTER_BYTES)  # keeps order
-    for number, line in enumerate(content.decode("utf-8", "replace").split("\n")[1:], start=2):
-        parts = line.rstrip("\r").split(" ")
-        if parts == [""]:
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n")[1:], start=2):
+        if not line:
             continue
+        parts = line.split(" ")
         if len(parts) != 2 or not all(part in tokens for part in parts) or "".join(parts) in tokens:
-            raise ValueError(
-                f"{path} is damaged: line {number} is {shown(line)}, which makes no new token of two; fetch it again"
-            )
+            what = f"line {number} is {shown(line)}, which makes no new token of two"
+            raise ValueError(f"{path} is damaged: {what}; fetch it again")
         tokens["".join(parts)] = None
     return {bytes(LETTER_BYTES[letter] for letter in token): rank for rank, token in enumerate(tokens)}
 
 
-def _whole(path: Path, pairs: list[tuple[bytes, int]]) -> dict[bytes, int]:
-    """Token to rank. Raises ValueError unless every byte has a rank, and every rank from 0 on just one token."""
+def _checked_ranks(path: Path, pairs: list[tuple[bytes, int]]) -> dict[bytes, int]:
+    """Ranks by token. Raises ValueError unless every byte has a rank, and each rank from 0 on has one token."""
     ranks = dict(pairs)
     lacks = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if len(ranks) != len(pairs) or sorted(ranks.values()) != list(range(len(ranks))) or lacks:

@@ -1,4 +1,4 @@
-"""Rows as token ids, prompts around them, and the batches of an epoch."""
+"""Rows tokenized, with prompts around them, and the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ from tokenizer import Tokenizer
 
 
 class Tokenized(Protocol):
-    """Anything with token ids: a row, or an example of examples.py."""
+    """Anything with token ids: a `Row` or an `Example`."""
 
     @property
     def ids(self) -> Sequence[int]: ...
 
 
 class Batch(NamedTuple):
-    """ids int64 (B, T); mask bool (B, T), True for real tokens, None where there is no padding; labels int64 (B,)."""
+    """ids int64 (B, T); mask bool (B, T), True for real tokens, None without padding; labels int64 (B,)."""
 
     ids: Tensor
     mask: Tensor | None
     labels: Tensor
-    positions: list[int]  # of the rows in the list that the batch was drawn from
+    positions: list[int]  # of the rows in their list
 
 
 def listed(words: Sequence[str]) -> str:
-    """`bad, average, or good`."""
+    """Words as a list in English: `bad, average, or good`."""
     *first, last = words
     return f"{first[0]} or {last}" if len(first) == 1 else f"{', '.join(first)}, or {last}"
 
 
 def prompt_parts(template: str, words: Sequence[str], pooling: str = "last_token") -> tuple[str, str]:
-    """The parts of a template before and behind the sentence, with `words` instead of {labels}. A word's first
-    piece brings its own space, so the prompt ends without one; not so in the course's reading, "last_column".
+    """The parts of a template before and after the sentence, with `words` instead of {labels}.
+
+    The prompt ends without a space: the word that follows brings its own. With pooling "last_column", as in the
+    course, the space stays.
     """
     before, _, behind = (part.replace("{labels}", listed(words)) for part in template.partition("{sentence}"))
     return before, behind if pooling == "last_column" else behind.rstrip(" ")
 
 
 def prompt_question(label_names: Sequence[str]) -> str:
-    """The question for the class of a sentence: ` Is this movie bad, average, or good? This movie is `."""
+    """The course's question: ` Is this movie bad, average, or good? This movie is `."""
     return prompt_parts(COURSE_TEMPLATE, label_names, "last_column")[1]
 
 
@@ -57,12 +59,11 @@ def tokenize_rows(
     question: str | None = None,
     max_sentence_len: int | None = None,
 ) -> tuple[list[Row], int]:
-    """The rows with their ids, and how many sentences had to be cut to fit `context`.
+    """The rows with their ids, and the number of sentences cut to fit `context`.
 
-    Without a question a row is <s> sentence </s>. With one it is <s> before sentence question, left open for a
-    continuation; a row too long for the context loses the end of its sentence, never of what is around it. There is no
-    <s> where the tokenizer adds none.
-    `max_sentence_len` cuts sentences first. Raises ValueError if a long row has no room for its sentence.
+    Without a question a row is <s> sentence </s>. With one it is <s> before sentence question, to be continued. Only
+    the sentence is cut, at its end: first to `max_sentence_len`, then to the context. <s> is left out if the tokenizer
+    adds none. Raises ValueError if a long row has no room for its sentence.
     """
 
     def encode(text: str) -> list[int]:
@@ -72,22 +73,21 @@ def tokenize_rows(
     behind = question or ""
     done, cut = [], 0
     for row in rows:
-        # An empty sentence leaves one space, not two, between its neighbours, and none at the beginning.
+        # An empty sentence leaves one space between its neighbours, and none at the beginning.
         text = before + row.sentence + behind if row.sentence else (before.rstrip(" ") + behind).lstrip(" ")
         ids = encode(text)
         begin = beginning(tokenizer, ids)
-        # The text is tokenized as a whole, for what a part begins with depends on what precedes it: a line break or a
-        # quotation mark has no space behind it, and a piece may reach over the seam. Such a piece counts as the
-        # question's, and is never cut.
+        # The whole text is tokenized at once: the ids of a part depend on the text before it. A piece may belong to
+        # the sentence and the question; it counts as the question's and is never cut.
         if max_sentence_len is not None or len(begin) + len(ids) + len(end) > context:
-            start = _shared(ids, encode(before)) if before else 0
-            stop = _shared(ids, encode(before + row.sentence)) if behind else len(ids)
+            start = _shared_length(ids, encode(before)) if before else 0
+            stop = _shared_length(ids, encode(before + row.sentence)) if behind else len(ids)
             sentence, question_ids = ids[start:stop][:max_sentence_len], ids[stop:]
-            room = context - len(begin) - start - len(question_ids) - len(end)
+            around = start + len(question_ids) + len(end)
+            room = context - len(begin) - around
             if room < 1:
                 raise ValueError(
-                    f"the model's context of {context} tokens has no room for a sentence beside "
-                    f"{start + len(question_ids) + len(end)} of prompt"
+                    f"the context of {context} tokens has no room for a sentence beside {around} of prompt"
                 )
             cut += len(sentence) > room
             ids = ids[:start] + sentence[:room] + question_ids
@@ -95,19 +95,19 @@ def tokenize_rows(
     return done, cut
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two lists begin with in common."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common beginning of two lists."""
+    differing = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 def word_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text that follows a word, with the space between them, whatever the word.
+    """The ids of a text that follows another word, with the space between them.
 
-    The space belongs to the text: pieces of Llama's vocabularies begin with it and none ends in one. So a prompt has
-    the same ids with a text behind it as without, which is how it is seen when it is to be continued. Raises ValueError
-    for a vocabulary of which that is not true.
+    Pieces of Llama's vocabularies begin with the space, and none ends with one: a prompt has the same ids with and
+    without a text after it. Raises ValueError for a vocabulary without this property.
     """
-    if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":  # puts that space before any text
+    if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":  # adds the space to any text
         return tokenizer.encode(text, bos=False, eos=False)
     before = tokenizer.encode(".", bos=False, eos=False)
     both = tokenizer.encode(f". {text}", bos=False, eos=False)
@@ -117,9 +117,9 @@ def word_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor | None]:
-    """Sequences of ids as one tensor (B, T) and the mask of its real tokens, None where all are as long.
+    """Sequences as one tensor (B, T) and the mask of real tokens, None without padding.
 
-    Prompts that will be continued are padded on the left, rows that are read on the right.
+    side: "left" for prompts to be continued, "right" for other rows.
     """
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id)
@@ -132,29 +132,29 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") ->
 
 
 def to_batch(rows: Sequence[Row], positions: list[int], pad_id: int) -> Batch:
-    """The rows at `positions`, padded to the longest of them."""
+    """The rows at `positions`, padded to the longest."""
     ids, mask = pad([rows[i].ids for i in positions], pad_id)
     return Batch(ids, mask, torch.tensor([rows[i].label for i in positions]), positions)
 
 
 def cut_in_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """`order`, `batch_size` at a time; the last batch may be smaller."""
+    """`order` in batches; the last one may be smaller."""
     return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
 def by_length(rows: Sequence[Tokenized]) -> list[int]:
-    """The rows' positions, the longest first."""
+    """The positions of the rows, the longest row first."""
     return sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
 
 
 def shuffled_batches(
     rows: Sequence[Tokenized], batch_size: int, seed: int, epoch: int, bucketed: bool = True
 ) -> list[list[int]]:
-    """The batches of one epoch, each row in one of them; the same for the same seed and epoch.
+    """The batches of one epoch, a function of seed and epoch; each row is in one batch.
 
-    Bucketed: rows are drawn into pools of up to 32 batches (half of all, where there are few), and within a pool those
-    of like length share a batch, so that about a twentieth of it is padding instead of half. The longest batch is the
-    first: if the memory does not suffice, that shows at once.
+    Bucketed: rows are drawn into pools of up to 32 batches (at most half of all), and in a pool rows of similar length
+    share a batch. About a twentieth of a batch is padding then, instead of half. The longest batch comes first: a lack
+    of memory shows at once.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     order = torch.randperm(len(rows), generator=generator).tolist()

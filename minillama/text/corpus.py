@@ -1,4 +1,4 @@
-"""Texts mixed to pretrain on: the windows of tokens that training draws from them, and those held out to judge by."""
+"""A mix of texts to pretrain on: windows of tokens for training, and held-out windows for evaluation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from minillama.text.documents import DOCUMENT_END, Tokens
 
-MOST_WINDOWS = 1 << 28  # in a pass of one text, whose order is held in memory
+MOST_WINDOWS = 1 << 28  # of one text in a pass, whose order is in memory
 
 
 class Stretch:
-    """Tokens, one file's after another's, as windows of `length` inputs and the token after each."""
+    """The tokens of several files, end to end, as windows of `length` inputs and the token after each."""
 
     def __init__(self, parts: Sequence[np.ndarray], length: int) -> None:
         self.length = length
@@ -25,14 +25,14 @@ class Stretch:
 
     @property
     def size(self) -> int:
-        """Tokens in all."""
+        """Number of tokens."""
         return int(self._ends[-1])
 
     def __len__(self) -> int:
         return max(0, (self.size - 1) // self.length)
 
     def window(self, i: int) -> np.ndarray:
-        """Window i: (length + 1,); its last token is the first of the next."""
+        """Window i (length + 1,); its last token is the first of the next window."""
         start, missing = i * self.length, self.length + 1
         found: list[np.ndarray] = []
         for k in range(int(np.searchsorted(self._ends, start, side="right")), len(self._parts)):
@@ -45,8 +45,9 @@ class Stretch:
 
 
 def held_out_count(held_out: float, documents: int) -> int:
-    """How many of a text's documents are held out: a number of them, or a share below 1, then one at least; but none
-    of a single document. Raises ValueError for 1.5 and the like.
+    """The number of held-out documents; `held_out`: a number, or a share below 1 (at least one, but not the only one).
+
+    Raises ValueError for a number like 1.5.
     """
     if held_out >= 1 and held_out != int(held_out):
         raise ValueError(f"--held_out is {held_out:g}; it must be a share below 1, or a whole number of documents")
@@ -56,7 +57,7 @@ def held_out_count(held_out: float, documents: int) -> int:
 
 
 class Text:
-    """A text file or folder, cut into windows to train on and windows of held-out documents, its last ones.
+    """A text file or folder as windows to train on, and windows of its last documents, which are held out.
 
     held_out: see `held_out_count`. Raises ValueError if nothing is left to train on.
     """
@@ -72,7 +73,7 @@ class Text:
             )
         train, out = [], []
         self.held_out_bytes = 0
-        left = documents - kept_out  # documents to train on, from here on
+        left = documents - kept_out  # documents to train on in this file and the next ones
         for tokens in files:
             here = min(left, len(tokens.text_bytes))
             middle = int(tokens.starts[here])
@@ -85,20 +86,17 @@ class Text:
         self.held_out_tokens = self.held_out.size
         self.training_windows, self.held_out_windows = len(self.train), len(self.held_out)
         if self.training_windows * weight > MOST_WINDOWS:
-            raise ValueError(
-                f"{name}: a weight of {weight:g} makes {self.training_windows * weight:.3g} windows of one pass, more "
-                f"than {MOST_WINDOWS:,}; give a smaller one, and more --epochs"
-            )
+            makes = f"a weight of {weight:g} makes {self.training_windows * weight:.3g} windows of one pass"
+            raise ValueError(f"{name}: {makes}, more than {MOST_WINDOWS:,}; give a smaller one, and more --epochs")
         if not self.training_windows or (kept_out and not self.held_out_windows):
-            raise ValueError(
-                f"{name} is too short for windows of {length} tokens; give more text, a shorter --window, or another "
-                "--held_out"
-            )
+            remedy = "give more text, a shorter --window, or another --held_out"
+            raise ValueError(f"{name} is too short for windows of {length} tokens; {remedy}")
 
 
 class Corpus:
-    """Texts, mixed by weight: in one pass, each of a text's windows comes `weight` times (a weight of 0.3: three of ten
-    windows, others in the next pass; one window at least).
+    """Texts mixed by weight: in one pass, each window of a text occurs `weight` times.
+
+    With a weight of 0.3, a pass has three of ten windows (at least one), and the next pass has others.
     """
 
     def __init__(self, texts: Sequence[Text], seed: int) -> None:
@@ -113,46 +111,44 @@ class Corpus:
 
     @property
     def pass_length(self) -> int:
-        """Windows in one pass."""
-        return sum(map(self._in_a_pass, self.texts))
-
-    def _in_a_pass(self, text: Text) -> int:
-        return max(1, round(text.weight * text.training_windows))
+        """Number of windows in one pass."""
+        return sum(map(_windows_in_pass, self.texts))
 
     def order(self, number: int) -> np.ndarray:
-        """The windows of a pass, shuffled: a function of the seed and the number of the pass."""
+        """The shuffled windows of a pass: a function of the seed and the number of the pass."""
         if self._pass[0] != number:
             parts, first = [], 0
             for text in self.texts:
-                n, count = text.training_windows, self._in_a_pass(text)
-                # One endless row of permutations of the text, of which each pass takes the next `count`.
+                n, count = text.training_windows, _windows_in_pass(text)
+                # Each pass takes the next `count` windows of an endless sequence of permutations of the text.
                 begin, end = number * count, (number + 1) * count
-                rounds = [self._permutation(n, r, text) for r in range(begin // n, -(-end // n))]
+                rounds = [_permutation(n, self.seed, text.name, r) for r in range(begin // n, -(-end // n))]
                 parts.append(first + np.concatenate(rounds)[begin % n :][:count])
                 first += n
             together = np.concatenate(parts)
-            self._pass = (number, together[_shuffled(len(together), self.seed, "pass", number)])
+            self._pass = (number, together[_permutation(len(together), self.seed, "pass", number)])
         return self._pass[1]
 
-    def _permutation(self, n: int, number: int, text: Text) -> np.ndarray:
-        return _shuffled(n, self.seed, text.name, number)
-
     def batch(self, step: int, batch_size: int) -> list[int]:
-        """The windows of optimizer step 0, 1, ...; one pass goes over into the next."""
+        """The windows of optimizer step 0, 1, ...; a batch may end one pass and begin the next."""
         places = range(step * batch_size, (step + 1) * batch_size)
         return [int(self.order(place // self.pass_length)[place % self.pass_length]) for place in places]
 
 
-def _shuffled(n: int, *seed: object) -> np.ndarray:
+def _windows_in_pass(text: Text) -> int:
+    return max(1, round(text.weight * text.training_windows))
+
+
+def _permutation(n: int, *seed: object) -> np.ndarray:
     generator = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
     return torch.randperm(n, generator=generator).numpy()
 
 
 def to_tensor(windows: Sequence[np.ndarray]) -> Tensor:
-    """Windows of ids as int64 (B, length + 1)."""
+    """Windows as int64 (B, length + 1)."""
     return torch.from_numpy(np.stack(windows).astype(np.int64))
 
 
 def evenly(stretch: Stretch, count: int) -> list[np.ndarray]:
-    """At most `count` windows, evenly spread over all of them."""
+    """At most `count` windows, evenly spread."""
     return [stretch.window(i) for i in range(0, len(stretch), max(1, math.ceil(len(stretch) / count)))]

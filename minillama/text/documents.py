@@ -1,19 +1,19 @@
-"""Text to pretrain on, as documents: in files of text, and their tokens in memory-mapped files; and a tokenizer made
-from it.
+"""Documents to pretrain on: read from text files, tokenized into memory-mapped files; and a tokenizer trained on them.
 
-A text is a UTF-8 file, or a folder of `.txt` files; `<|endoftext|>` parts its documents, and so does a file's end. Each
-file is tokenized once into a file of its own, as `<s> document </s>` one after another:
+A text is a UTF-8 file, or a folder of `.txt` files. `<|endoftext|>` or the end of a file ends a document. Each file is
+tokenized once into a file of its own, as a sequence of `<s> document </s>`:
 
     bytes 0 to 4095     magic, and a JSON header: dtype, counts, checksums of the text and of the tokenizer
-    tokens              uint16, or uint32 where the vocabulary needs it
-    documents           where each begins (uint64, one more for the end), and its length in bytes of text (uint64)
+    tokens              uint16, or uint32 for vocabularies above 65,536
+    documents           the start of each (uint64, one more for the end), and its length in bytes of text (uint64)
 
-Nothing here holds more than a few megabytes of a text at a time, however long it is.
+No more than a few megabytes of a text are in memory at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -33,8 +33,8 @@ from tokenizer import Tokenizer
 
 DOCUMENT_END = "<|endoftext|>"
 LONGEST_PIECE = 1 << 20  # characters; a longer document is read in pieces, cut at the end of a line
-LONGEST_LINE = 1 << 12  # characters; a tokenizer is trained on pieces of a longer one
-AT_ONCE = 1 << 22  # characters that are tokenized in one go
+LONGEST_LINE = 1 << 12  # characters; longer lines are cut to train a tokenizer
+AT_ONCE = 1 << 22  # characters that are tokenized together
 MAGIC = b"mini-llama tokens 2\n"
 HEADER_SIZE = 4096
 TEXT_ENDING = ".txt"
@@ -42,43 +42,39 @@ TOKENS_ENDING = ".tokens"
 
 
 def text_files(path: str | PathLike[str], tell: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """The file itself, or every text file of a folder and its subfolders (of a folder without any, every file of
-    tokens), in order of name, empty ones left out. Links are followed; a file that is reached twice counts once.
-    Files and subfolders whose names begin with a dot are left out: copies that programs keep. tell: takes a line about
-    what is left out, if there is anything.
+    """The file itself, or the text files of a folder and its subfolders, sorted; without any, its files of tokens.
 
-    Raises FileNotFoundError or ValueError if there is none.
+    Empty files are left out, and names that begin with a dot: copies that programs keep. Links are followed; a file
+    that is reached twice counts once. tell: called with a line about files left out, if any. Raises FileNotFoundError
+    or ValueError if there is no text.
     """
     path = Path(path)
-    if path.is_dir():
-        files, left_out = _walk(path)
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        told = f"left out of {path}: {', '.join(left_out[:3])}{more}"
-        for ending in (TEXT_ENDING, TOKENS_ENDING):
-            some = sorted(file for file in files if file.suffix.lower() == ending)
-            known: dict[tuple[int, int], Path] = {}  # by device and number: links, and hard ones, are one file
-            for file in some:
-                status = file.stat()
-                if status.st_size:
-                    known.setdefault((status.st_dev, status.st_ino), file)
-            if known:
-                if left_out:
-                    tell(f"notice: {told}")
-                return list(known.values())
-        raise ValueError(
-            f"{path} is a folder without a {TEXT_ENDING} file{f' ({told})' if left_out else ''}; give text files, or "
-            "folders of them"
-        )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such text; give a {TEXT_ENDING} file, or a folder of them")
-    return [path]
+    if not path.is_dir():
+        return [path]
+    files, left_out = _walk(path)
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    told = f"left out of {path}: {', '.join(left_out[:3])}{more}"
+    for ending in (TEXT_ENDING, TOKENS_ENDING):
+        known: dict[tuple[int, int], Path] = {}  # by device and inode: symbolic and hard links are one file
+        for file in sorted(file for file in files if file.suffix.lower() == ending):
+            status = file.stat()
+            if status.st_size:
+                known.setdefault((status.st_dev, status.st_ino), file)
+        if known:
+            if left_out:
+                tell(f"notice: {told}")
+            return list(known.values())
+    reason = f" ({told})" if left_out else ""
+    raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file{reason}; give text files, or folders of them")
 
 
 def _walk(path: Path) -> tuple[list[Path], list[str]]:
-    """The files below a folder, and what is left out that may hold texts, each with the reason."""
+    """The text and token files below a folder, and the names left out, each with the reason."""
     files: list[Path] = []
     left_out: list[str] = []
-    seen = set()  # real folders: two links may lead to one
+    seen = set()  # real paths: two links may lead to one folder
     top = os.path.realpath(path)
 
     def unreadable(error: OSError) -> None:
@@ -97,20 +93,18 @@ def _walk(path: Path) -> tuple[list[Path], list[str]]:
         for one in sorted([*folders, *names]):
             file = folder / one
             is_text = file.suffix.lower() in (TEXT_ENDING, TOKENS_ENDING)
-            if one.startswith("."):
-                if one in folders or is_text:
-                    left_out.append(f"{file.relative_to(path)} (its name begins with a dot)")
-            elif one in names and is_text:
-                if file.is_file():
-                    files.append(file)
-                else:
-                    left_out.append(f"{file.relative_to(path)} (no file, or a link to nothing)")
+            if one.startswith(".") and (is_text or one in folders):
+                left_out.append(f"{file.relative_to(path)} (its name begins with a dot)")
+            elif is_text and file.is_file():
+                files.append(file)
+            elif is_text and one in names:
+                left_out.append(f"{file.relative_to(path)} (no file, or a link to nothing)")
         folders[:] = sorted(one for one in folders if not one.startswith("."))
     return files, left_out
 
 
 def read_documents(path: str | PathLike[str]) -> Iterator[str]:
-    """The documents of one file, blank ones left out. Raises ValueError if the file is not UTF-8, or holds tokens."""
+    """The documents of one file, without blank ones. Raises ValueError if the file is not UTF-8, or holds tokens."""
     parts: list[str] = []
     for piece, ends in read_pieces(path):
         parts.append(piece)
@@ -120,13 +114,13 @@ def read_documents(path: str | PathLike[str]) -> Iterator[str]:
 
 
 def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
-    """The documents of one file, a long one in several pieces, each with whether it is the document's last."""
+    """(text, whether it ends a document) for each piece of one file; only a long document has several pieces."""
     if is_tokens(Path(path)):
         raise ValueError(f"{path} holds tokens, not text; give the text they were made from")
     parts: list[str] = []
     length = 0
-    begun = False  # a piece of this document is out already
-    behind = ""  # what may be the beginning of a mark, where a line was too long to be read at once
+    begun = False  # whether a piece of this document was yielded
+    behind = ""  # the end of a partly read line, which may be the beginning of a mark
     try:
         with open(path, encoding="utf-8-sig") as file:
             while line := file.readline(LONGEST_PIECE):
@@ -141,7 +135,7 @@ def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
                 length += len(rest)
                 if length >= LONGEST_PIECE:
                     text = "".join(parts)
-                    kept = text.rstrip("\n")  # line ends go with what follows: they may be the document's last
+                    kept = text.rstrip("\n")  # line ends go with the next piece: they may be the document's last
                     for found in _piece([kept], begun, ends=False):
                         yield found
                         begun = True
@@ -152,9 +146,7 @@ def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
-    """The text of `parts`, in a list; an empty list if it is blank, unless it ends a document that has begun. A
-    document has no empty lines at its ends.
-    """
+    """The piece made of `parts`, without empty lines at the ends of its document; none if blank and not needed."""
     text = "".join(parts)
     text = text if begun else text.lstrip("\n")
     text = text.rstrip("\n") if ends else text
@@ -164,12 +156,10 @@ def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
 def train_tokenizer(
     paths: Sequence[str], vocab_size: int, model_path: str, seed: int, tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Trains a SentencePiece BPE with byte fallback, as Llama 2's is, on lines of the texts; writes it atomically.
+    """Trains a SentencePiece BPE with byte fallback, like Llama 2's, and writes it atomically.
 
-    Long texts are sampled: a million lines at most. Raises ValueError if the texts are too small for the vocabulary.
+    It learns from at most a million lines of the texts. Raises ValueError if they are too few for the vocabulary.
     """
-    import io
-
     import sentencepiece
 
     sentencepiece.set_random_generator_seed(seed % (1 << 32))
@@ -195,18 +185,17 @@ def train_tokenizer(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=4 * LONGEST_LINE,  # bytes; longer ones would be left out
+            max_sentence_length=4 * LONGEST_LINE,  # bytes
             input_sentence_size=1_000_000,
             shuffle_input_sentence=True,
             unk_id=0,
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            minloglevel=3,  # what goes wrong is said below
+            minloglevel=3,
         )
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2].partition(". Increase")[0].rstrip(".")
-        reason = reason or "the library does not say why"
         raise ValueError(
             f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {reason}; give another "
             "--vocab_size (at least 260 and one for each letter), or more text"
@@ -215,13 +204,10 @@ def train_tokenizer(
         file.write(model.getvalue())
 
 
-# Tokens in a file
-
-
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one text, memory-mapped: `ids` (N,), document d of which is ids[starts[d] : starts[d + 1]], made
-    from text_bytes[d] bytes.
+    """The tokens of one file, memory-mapped: `ids` (N,); document d is ids[starts[d] : starts[d + 1]], made from
+    text_bytes[d] bytes.
     """
 
     path: Path
@@ -232,20 +218,16 @@ class Tokens:
 
 
 def tokenizer_checksum(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the vocabulary: two tokenizers that share it give the same ids."""
+    """SHA-256 of the vocabulary: tokenizers with the same one give the same ids."""
     return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
 
 
 def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Writes the tokens of a text into `folder`, unless they are there already; returns their file.
-
-    A text that has changed is tokenized anew.
-    """
+    """Writes the tokens of a text into `folder`, unless they are there and up to date; returns their file."""
     if is_tokens(path):
         return path
     text_crc = _file_crc(path)
-    # Two texts may share a name, and two tokenizers a text.
-    origin = f"{path.resolve()}\n{tokenizer_checksum(tokenizer)}"
+    origin = f"{path.resolve()}\n{tokenizer_checksum(tokenizer)}"  # texts may share a name, tokenizers a text
     target = folder / f"{without_ending(path.name)}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
     if target.exists() and read_header(target)["text_crc32"] == text_crc:
         return target
@@ -255,11 +237,9 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
         raise ValueError(f"--tokens_dir {folder} cannot be made: {error.strerror}; give another folder") from error
     dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
     starts, text_bytes = array("Q", [0]), array("Q")
-    with (
-        atomic_file(target, "wb") as file,
-        tqdm(total=path.stat().st_size, desc=f"tokenizing {path.name}", unit="B", unit_scale=True, leave=False,
-             disable=None) as bar,
-    ):  # fmt: skip
+    settings: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    bar = tqdm(total=path.stat().st_size, desc=f"tokenizing {path.name}", **settings)
+    with atomic_file(target, "wb") as file, bar:
         file.write(bytes(HEADER_SIZE))
         count = size = 0  # tokens so far; bytes of this document so far
         for pieces in _groups(read_pieces(path)):
@@ -275,7 +255,7 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
                     size = 0
         if not text_bytes:
             raise ValueError(f"{path} holds no text; give a file with some")
-        file.write(bytes(-dtype.itemsize * starts[-1] % 8))  # what follows is aligned to 8 bytes
+        file.write(bytes(-dtype.itemsize * starts[-1] % 8))  # aligns the rest to 8 bytes
         file.write(np.array(starts, "<u8").tobytes() + np.array(text_bytes, "<u8").tobytes())
         header = {
             "dtype": dtype.str,
@@ -292,7 +272,7 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
 
 
 def _groups(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """The pieces in lists of some megabytes each."""
+    """The pieces in lists of about `AT_ONCE` characters."""
     group: list[tuple[str, bool]] = []
     length = 0
     for piece in pieces:
@@ -314,41 +294,36 @@ def _file_crc(path: Path) -> int:
 
 
 def is_tokens(path: Path) -> bool:
-    """Whether a file holds tokens rather than text."""
+    """Whether a file holds tokens instead of text."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """The header of a file of tokens. Raises ValueError if the file is damaged or cut short."""
-    damaged = f"{path} is damaged or cut short; remove it, and it is made anew from its text"
     with path.open("rb") as file:
         head = file.read(HEADER_SIZE)
     try:
         header = json.loads(head.removeprefix(MAGIC).rstrip(b"\0"))
-        tokens, documents = header["tokens"], header["documents"]
-        size = np.dtype(header["dtype"]).itemsize * tokens
-        expected = HEADER_SIZE + size + -size % 8 + 8 * (2 * documents + 1)
+        size = np.dtype(header["dtype"]).itemsize * header["tokens"]
+        whole = path.stat().st_size == HEADER_SIZE + size + -size % 8 + 8 * (2 * header["documents"] + 1)
+        if not whole or not head.startswith(MAGIC):
+            raise ValueError("another size or format")
+        if missing := {"vocab_size", "tokenizer_sha256", "text_crc32"} - header.keys():
+            raise KeyError(missing)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(damaged) from error
-    whole = {"vocab_size", "tokenizer_sha256", "text_crc32"} <= header.keys()
-    if not whole or not head.startswith(MAGIC) or path.stat().st_size != expected:
-        raise ValueError(damaged)
+        raise ValueError(f"{path} is damaged or cut short; remove it, and it is made again from its text") from error
     return header
 
 
-def _check_tokenizer(path: Path, header: dict[str, Any], tokenizer: Tokenizer) -> None:
+def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
+    """Memory-maps a file of tokens. Raises ValueError if it is damaged or another tokenizer's."""
+    header = read_header(path)
     if header["tokenizer_sha256"] != tokenizer_checksum(tokenizer):
         raise ValueError(
             f"{path} was made with another tokenizer ({header['vocab_size']} pieces) than {tokenizer.path} "
             f"({tokenizer.n_words}); give that --tokenizer, or another --tokens_dir"
         )
-
-
-def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
-    """Maps a file of tokens. Raises ValueError if it is damaged or another tokenizer's."""
-    header = read_header(path)
-    _check_tokenizer(path, header, tokenizer)
     dtype, tokens, documents = np.dtype(header["dtype"]), header["tokens"], header["documents"]
     ids = np.memmap(path, dtype, "r", HEADER_SIZE, (tokens,))
     behind = HEADER_SIZE + dtype.itemsize * tokens

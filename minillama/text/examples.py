@@ -1,4 +1,4 @@
-"""Prompts with answers: JSON lines in, token ids and packed rows out, answers back into JSON lines."""
+"""Prompts with answers: read from JSON lines, tokenized and packed into rows; predicted answers written."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from minillama.text.labelled import beginning, numbered_lines, read_text
 from tokenizer import Tokenizer
 
 EXAMPLE_LINE = '{"prompt": "...", "answer": "..."}'
-NO_TARGET = -100  # what torch's cross-entropy leaves out
+NO_TARGET = -100  # ignored by torch's cross-entropy
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer; `ids` are both, with the marks around them, the first `prompt_length` the prompt's."""
+    """A prompt and its answer. ids: <s> prompt answer </s>; the first `prompt_length` are the prompt's."""
 
     prompt: str
     answer: str
     ids: tuple[int, ...] = ()
     prompt_length: int = 0
-    line: int = field(default=0, compare=False)  # in its file, for messages; 0: unknown
+    line: int = field(default=0, compare=False)  # its number in the file, for messages; 0: unknown
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -37,15 +37,14 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """Tokens to be learnt: the answer's, and the end mark."""
+        """Number of tokens to learn: the answer's and the end mark."""
         return len(self.ids) - self.prompt_length
 
 
 def read_examples(path: str | PathLike[str]) -> list[Example]:
-    """The examples of a file of JSON lines with "prompt" and "answer", not yet tokenized; further keys and blank
-    lines are ignored.
+    """The examples of a file of JSON lines, not yet tokenized; other keys and blank lines are ignored.
 
-    Raises ValueError, naming file and line, if one is no JSON object, or lacks either text.
+    Raises ValueError, naming file and line, for a line that is no JSON object with "prompt" and "answer".
     """
     text = read_text(path, f"data file of {EXAMPLE_LINE} lines").rstrip()
     examples = []
@@ -69,12 +68,11 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
 def tokenize_examples(
     path: str | PathLike[str], examples: Iterable[Example], tokenizer: Tokenizer, window: int, new_tokens: int
 ) -> tuple[list[Example], int]:
-    """The examples of a file with their ids, <s> prompt answer </s>, and how many prompts had to be cut. Spaces at the
-    end of a prompt are left out, as in a template (`dataset.prompt_parts`): the answer brings its own. There is no <s>
-    where the tokenizer adds none.
+    """The examples of a file with their ids, and the number of prompts that were cut.
 
-    A prompt loses its beginning (after <s>) where it would leave no room in `window` tokens for the answer, or for the
-    `new_tokens` that are made in its place. Raises ValueError, naming file and line, if an answer leaves no room.
+    Spaces at the end of a prompt are left out: the answer brings its own. <s> is left out if the tokenizer adds none. A
+    prompt loses its beginning (after <s>) if `window` tokens have no room for the answer, or for `new_tokens` instead
+    of it. Raises ValueError, naming file and line, if an answer leaves no room for a prompt.
     """
     done, cut = [], 0
     for number, example in enumerate(examples, start=1):
@@ -84,10 +82,8 @@ def tokenize_examples(
             begin = beginning(tokenizer, prompt)
             room = window - len(begin) - max(len(answer), new_tokens)
             if room < 1:
-                raise ValueError(
-                    f"an answer of {len(answer)} tokens, or --max_new_tokens {new_tokens}, leaves no room for its "
-                    f"prompt in {window} tokens; shorten it"
-                )
+                longer = f"an answer of {len(answer)} tokens, or --max_new_tokens {new_tokens}"
+                raise ValueError(f"{longer}, leaves no room for its prompt in {window} tokens; shorten it")
         except ValueError as error:
             raise ValueError(f"{path}, line {example.line or number}: {error}") from error
         cut += len(prompt) > room
@@ -97,8 +93,8 @@ def tokenize_examples(
 
 
 class Packed(NamedTuple):
-    """Examples end to end: ids, targets and segments, each int64 (rows, T). A target is the id that follows, NO_TARGET
-    where that is none to learn; a segment is the number of the example from 1 on, 0 for padding.
+    """Examples end to end, int64 (rows, T). targets: the next id to learn, or NO_TARGET. segments: the number of the
+    example, from 1 on; 0 for padding.
     """
 
     ids: Tensor
@@ -107,7 +103,7 @@ class Packed(NamedTuple):
 
 
 def shared_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which sequences share a row of `room` tokens: the longest first, each in the first row that has the room."""
+    """The sequences that share each row of `room` tokens: the longest first, each in the first row with room."""
     rows: list[list[int]] = []
     left: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
@@ -121,7 +117,7 @@ def shared_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], window: int) -> Packed:
-    """The examples in rows of at most `window` tokens; what predicts nothing, the last token of each, is left out."""
+    """The examples in rows of at most `window` tokens; the last token of each is left out, as it predicts nothing."""
     rows = shared_rows([len(example.ids) - 1 for example in examples], window)
     longest = max(sum(len(examples[i].ids) - 1 for i in row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -138,7 +134,7 @@ def pack(examples: Sequence[Example], window: int) -> Packed:
 
 
 def write_answers(path: str | PathLike[str], answers: Sequence[str], examples: Sequence[Example]) -> None:
-    """Writes JSON lines of prompt, answer and what was predicted, atomically."""
+    """Writes JSON lines of prompt, answer and predicted answer, atomically."""
     with atomic_file(path) as file:
         for predicted, example in zip(answers, examples, strict=True):
             line = {"prompt": example.prompt, "answer": example.answer, "predicted": predicted}

@@ -1,4 +1,4 @@
-"""Labelled sentences: files in, token ids and batches out, predictions back into files."""
+"""Files of labelled sentences, read into rows; prediction files, written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
@@ -18,14 +19,14 @@ from minillama.formats.names import path_and_fold
 from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "
-HEADS = ("label", "class", "class index")  # what a first line says that names the columns
-# str.splitlines would also break a sentence at characters such as U+0085 or U+2028.
-LINE_END = re.compile(r"\r{0,2}\n|\r")
+HEADS = ("label", "class", "class index")  # first cells of a line of column names
+LINE_END = re.compile(r"\r{0,2}\n|\r")  # str.splitlines would also break sentences, at U+0085 or U+2028
+Labels = Sequence[str] | Mapping[str, str | None]  # names of the labels 0, 1, ..., or the class of each label
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a data file; `ids` are its tokens, made once."""
+    """One row of a data file; `ids` are its tokens."""
 
     label: int
     sentence: str
@@ -33,7 +34,7 @@ class Row:
 
 
 def read_text(path: str | PathLike[str], what: str) -> str:
-    """The text of a UTF-8 file. Raises FileNotFoundError or ValueError, naming `what` it should have been."""
+    """The text of a UTF-8 file. Raises FileNotFoundError or ValueError, with `what` it should be."""
     path = Path(path)
     if not path.exists():
         brings = ", or `python fetch_data.py` brings the course's" if path.name.startswith(("sst-", "cfimdb-")) else ""
@@ -44,8 +45,9 @@ def read_text(path: str | PathLike[str], what: str) -> str:
 
 
 def decoded_text(content: bytes, name: str, what: str) -> str:
-    """UTF-8 as text, without a byte order mark. Raises ValueError with the name of the source, and `what` it should
-    have been, if it is something else or blank.
+    """The text of UTF-8 bytes, without a byte order mark.
+
+    Raises ValueError, with the `name` of the source and `what` it should be, for other bytes and for blank text.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -58,15 +60,15 @@ def decoded_text(content: bytes, name: str, what: str) -> str:
 
 
 def read_labels(path: str | PathLike[str]) -> dict[str, str | None]:
-    """The class of each label that a data file may have, None for a label whose rows are left out.
+    """The class of each label in the data files, None for a label whose rows are left out.
 
-    The file is a JSON object of just that, or a JSON list: the names of the labels 0, 1, ... Raises ValueError unless
-    there are two classes or more, if a list has a name twice, or an object a label.
+    The file holds this as a JSON object, or a JSON list with the names of the labels 0, 1, ... Raises ValueError for
+    fewer than two classes, a name twice in a list, or a label twice in an object.
     """
     wanted = 'a JSON list of names such as ["bad", "good"], or an object such as {"neg": "bad", "pos": "good"}'
     text = read_text(path, "label file (a JSON list of class names, or an object from label to name)")
     try:
-        found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide that a label is there twice
+        found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide a second entry for a label
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); it should be {wanted}") from error
     is_list = isinstance(found, list)
@@ -84,7 +86,7 @@ def read_labels(path: str | PathLike[str]) -> dict[str, str | None]:
 
 
 def class_names(labels: Mapping[str, str | None]) -> list[str]:
-    """The classes, in the order of their ids: that in which the labels name them first."""
+    """The classes in the order of their ids: the order in which the labels first name them."""
     return list(dict.fromkeys(name for name in labels.values() if name is not None))
 
 
@@ -94,7 +96,7 @@ def read_label_names(path: str | PathLike[str]) -> list[str]:
 
 
 class Record(NamedTuple):
-    """One row as a data file has it; fold: what the row is marked with beside its label, for choosing rows by."""
+    """One row of a data file as text; fold: a further mark, by which rows can be selected."""
 
     line: int
     label: str
@@ -103,7 +105,7 @@ class Record(NamedTuple):
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text with their numbers in the file, blank ones left out."""
+    """The lines of a text that are not blank, with their numbers."""
     return ((number, line) for number, line in enumerate(LINE_END.split(text), start=1) if line.strip())
 
 
@@ -119,27 +121,23 @@ def _separated_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Record]:
-    """Records of `"label","title","description"`, as the sets of arXiv 1509.01626 are published; what follows the label
-    is the text, joined by spaces. A line break in it becomes a space.
+    """Records of `"label","title","description"`, as the sets of arXiv 1509.01626 are published. The cells after the
+    label are the text, joined by spaces; line breaks become spaces.
 
-    Quotes inside a field are doubled, or where that cannot be read, behind a backslash. What else a backslash is
-    differs: a line break by itself in AG News, the first half of `\\n` and `\\"` in the Yelp and Amazon sets. It is the
-    latter in a file where most backslashes stand before an n or a quote.
+    Quotes inside a field are doubled, or else escaped by a backslash. Other backslashes mean a line break in AG News,
+    and begin `\\n` and `\\"` in the Yelp and Amazon sets: the latter if most of a file's backslashes precede n or ".
     """
     try:
         records = list(_cells(path, text))
         found = re.findall(r"\\(.?)", "\n".join(cell for _, cells in records for cell in cells[1:]), re.DOTALL)
         escapes = 2 * sum(after in ("n", '"') for after in found) > len(found)
     except ValueError:
-        if '\\"' not in text:
-            raise
-        try:
-            records = list(_cells(path, re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text)))
-        except ValueError:
-            records = []
+        records, escapes = [], True
+        doubled = re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text)
+        with suppress(ValueError):
+            records = list(_cells(path, doubled))
         if not records:
-            raise  # what is wrong with the file as it stands
-        escapes = True
+            raise
     for number, cells in records:
         joined = " ".join(cell.strip() for cell in cells[1:])
         if escapes:
@@ -148,7 +146,7 @@ def _csv_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV that are not blank, each with the number of the line that it begins on."""
+    """The records of a CSV that are not blank, each with the number of its first line."""
     lines = csv.reader(io.StringIO(LINE_END.sub("\n", text), newline=""), strict=True)
     width, number = 0, 1
     try:
@@ -165,26 +163,25 @@ def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _tab_records(path: Path, text: str) -> Iterator[Record]:
-    """Lines of label, tab, text, and maybe more columns before or after the text: the text is the column with the most
-    characters in the whole file, and the first of the others is the fold.
+    """Lines of label, tab, text, and maybe more columns. The text is the column with the most characters in the whole
+    file; the first of the other columns is the fold.
     """
     lines = [(number, line.split("\t")) for number, line in numbered_lines(text)]
     width = len(lines[0][1])
     for number, cells in lines:
         if len(cells) != width or width < 2:
             raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; a line is `label TAB text` or more")
-    sizes = [sum(len(cells[n]) for _, cells in lines) for n in range(1, width)]
-    text_at = 1 + sizes.index(max(sizes))
-    fold_at = next((n for n in range(1, width) if n != text_at), None)
+    text_at = max(range(1, width), key=lambda n: sum(len(cells[n]) for _, cells in lines))
+    fold_at = 1 if text_at > 1 else 2
     for number, cells in lines:
-        yield Record(number, cells[0], cells[text_at], None if fold_at is None else cells[fold_at])
+        yield Record(number, cells[0], cells[text_at], cells[fold_at] if fold_at < width else None)
 
 
 def _columns(cells: list[str], width: int) -> str:
     return f"{len(cells)} column{'s' * (len(cells) != 1)}" + (f", not {width} as above" if width != len(cells) else "")
 
 
-# The kinds of data files, by what their names end in.
+# The kinds of data files, by the suffixes of their names.
 KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
     ".csv": ("data file of `label,text` records", _csv_records),
     ".tsv": ("data file of `label TAB text` lines", _tab_records),
@@ -192,39 +189,38 @@ KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
 }
 
 
-def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[str, str | None]) -> list[Row]:
-    """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv. `#fold=PATTERN`
-    behind the path takes those rows alone whose fold matches, as file names do in a shell. A first line of column names
-    is no row, if it begins with one of `HEADS`. Blank lines are left out.
+def read_rows(path: str | PathLike[str], label_names: Labels) -> list[Row]:
+    """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv.
 
-    label_names: the class of each label (`read_labels`), or the names of the labels 0, 1, ...; a row's label is its
-    class's position in `class_names`. Raises ValueError, naming file and line, if a line has no separator, no
-    sentence, or another label, or if no row is left.
+    `#fold=PATTERN` after the path selects the rows whose fold matches, as file names do in a shell. Blank lines are
+    left out, and a first line that begins with one of `HEADS`. A row's label is the position of its class in
+    `class_names`. Raises ValueError, naming file and line, for a line without separator or sentence or with another
+    label, and if no row is left.
     """
     name, pattern = path_and_fold(str(path))
     file = Path(name)
     what, records = KINDS.get(file.suffix.lower(), KINDS[""])
-    labels = label_names if isinstance(label_names, Mapping) else {str(n): c for n, c in enumerate(label_names)}
+    labels = _as_mapping(label_names)
     ids = {name: number for number, name in enumerate(class_names(labels))}
     rows = []
     folds = set()
-    first = True
-    for number, label, sentence, fold in records(file, read_text(file, what).rstrip(" \r\n")):  # a tab ends a column
-        is_first, first = first, False
+    text = read_text(file, what).rstrip(" \r\n")  # a tab at the end belongs to a column
+    for position, (number, label, sentence, fold) in enumerate(records(file, text)):
+        label = label.strip()
         if pattern is not None:
             if fold is None:
                 raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
             folds.add(fold)
             if not fnmatchcase(fold, pattern):
                 continue
-        where = f"{file}, line {number}"
-        if is_first and label.strip().lower() in HEADS and label.strip() not in (*labels, *labels.values()):
+        if position == 0 and label.lower() in HEADS and label not in (*labels, *labels.values()):
             continue
-        found = _class_of(label.strip(), labels, where)
+        where = f"{file}, line {number}"
+        found = _class_of(label, labels, where)
         if found is None:
             continue
         if not sentence.strip():
-            raise ValueError(f"{where}: the sentence is empty; write one, or take the line out")
+            raise ValueError(f"{where}: the sentence is empty; write one, or remove the line")
         rows.append(Row(ids[found], sentence.strip()))
     if not rows:
         some = f"; its folds are such as {', '.join(sorted(folds)[:5])}" if folds else ""
@@ -232,13 +228,18 @@ def read_rows(path: str | PathLike[str], label_names: Sequence[str] | Mapping[st
     return rows
 
 
+def _as_mapping(labels: Labels) -> Mapping[str, str | None]:
+    return labels if isinstance(labels, Mapping) else {str(n): name for n, name in enumerate(labels)}
+
+
 def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str | None:
-    """The class of a label, None if its rows are left out. A number may be written in several ways: 00 is 0; and a
-    class by its name. Raises ValueError if the label is unknown.
+    """The class of a label, None if its rows are left out. Raises ValueError if the label is unknown.
+
+    A class may also be given by its name, and a number as 00 for 0.
     """
     if label in labels:
         return labels[label]
-    if label in labels.values():  # written as the class's name
+    if label in labels.values():
         return label
     is_number = re.fullmatch(r"-?[0-9]{1,20}", label) is not None  # int refuses thousands of digits
     if is_number and str(int(label)) in labels:
@@ -248,34 +249,30 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
     if list(labels) == [str(n) for n in range(len(labels))]:
         allowed = f"0 to {len(labels) - 1} ({', '.join(classes)})"
     raise ValueError(
-        f"{where}: label {label[:60]!r} is none of {allowed}; mend it, or give the label file that belongs to it "
+        f"{where}: label {label[:60]!r} is none of {allowed}; correct it, or give the label file that belongs to it "
         "(--label-names, for one of --ood --ood_label_names); where labels are not 0, 1, ... it is an object such as "
         '{"1": "bad", "2": "good"}'
     )
 
 
 def has_gold_labels(rows: Sequence[Row]) -> bool:
-    """Whether the labels can be scored against: a column with one value (CFIMDB's test set: all 0) is a placeholder."""
+    """Whether the labels are real: a column with one value (CFIMDB's test set: all 0) is a placeholder."""
     return len({row.label for row in rows}) > 1
 
 
-def class_labels(labels: Sequence[str] | Mapping[str, str | None]) -> list[str]:
-    """The label that a data file has for each class, in the order of the class ids: the first of those that the label
-    file gives it. labels: as `read_rows` takes them.
-    """
-    if not isinstance(labels, Mapping):
-        return [str(n) for n in range(len(labels))]
+def class_labels(labels: Labels) -> list[str]:
+    """The label of each class in a data file, in the order of the class ids; of several labels the first."""
     first: dict[str, str] = {}
-    for label, name in labels.items():
+    for label, name in _as_mapping(labels).items():
         if name is not None:
             first.setdefault(name, label)
     return list(first.values())
 
 
 def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> list[str]:
-    """The names that no training row bears, for a warning.
+    """The class names without a training row, for a warning.
 
-    Raises ValueError if the last one is among them: then the names are those of another data set, with more classes.
+    Raises ValueError if the last name is one of them: the names belong to another data set, with more classes.
     """
     found = {row.label for row in rows}
     if max(found) + 1 < len(label_names):
@@ -287,21 +284,16 @@ def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names:
 
 
 def beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """The ids before those of a text: bos if the tokenizer adds one, or if there is nothing else."""
+    """The ids before a text: bos if the tokenizer adds it, or if the text is empty."""
     return [tokenizer.bos_id] if getattr(tokenizer, "adds_bos", True) or not ids else []
 
 
-# Predictions
-
-
 def write_predictions(
-    path: str | PathLike[str],
-    predictions: Sequence[int],
-    rows: Sequence[Row],
-    labels: Sequence[str] | Mapping[str, str | None] | None = None,
+    path: str | PathLike[str], predictions: Sequence[int], rows: Sequence[Row], labels: Labels | None = None
 ) -> None:
-    """Writes `{label} ||| {sentence}` lines, atomically. predictions: class ids. labels: as `read_rows` takes them, so
-    that it reads the file with the same ones; without them a class's label is its id.
+    """Writes `{label} ||| {sentence}` lines, atomically. predictions: class ids.
+
+    labels: as for `read_rows`, which reads the file with the same ones; without them a class's label is its id.
     """
     written = None if labels is None else class_labels(labels)
     with atomic_file(path) as file:

@@ -239,7 +239,7 @@ def test_outputs_that_are_there_or_inputs_are_refused(folder, tmp_path, capsys):
     (tmp_path / "full" / "a").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert convert(folder, "huggingface", tmp_path / "link") == 2
-    assert "link is there already" in capsys.readouterr().err
+    assert "link exists already" in capsys.readouterr().err
     assert convert(folder, "safetensors", tmp_path / "mine.model") == 2
     assert "mine.model is where its tokenizer would go" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "hf") == 0
@@ -247,7 +247,7 @@ def test_outputs_that_are_there_or_inputs_are_refused(folder, tmp_path, capsys):
     assert main(["--option", "convert", *path]) == 2
     assert "lies in" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "full") == 2
-    assert "full is there already; give the name of a new folder" in capsys.readouterr().err
+    assert "full exists already; give the name of a new folder" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "none" / "deeper") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert convert(folder, "llama2c-v1", folder / "model.safetensors") == 2

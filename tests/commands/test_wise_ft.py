@@ -280,7 +280,7 @@ BAD = [
         "a label in words",
         ["--ood", "o.txt"],
         writes("o.txt", "neg ||| a\npos ||| b\n"),
-        "o.txt, line 1: label 'neg' is none of 0 to 1 (in, of); mend it, or give the label file that belongs to it "
+        "o.txt, line 1: label 'neg' is none of 0 to 1 (in, of); correct it, or give the label file that belongs to it "
         "(--label-names, for one of --ood --ood_label_names)",
     ),
     ("one label alone", ["--ood", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),

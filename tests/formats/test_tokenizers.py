@@ -96,7 +96,7 @@ def test_marks_are_as_the_file_beside_names_them(tmp_path):
 def test_marks_are_else_known_by_name(tmp_path):
     path = word_level(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="names no end of a text; put a tokenizer_config.json with"):
+    with pytest.raises(ValueError, match="names no eos; put a tokenizer_config.json with"):
         Tokenizer(tokenizer_model=path)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     tokens = [{"id": 4 + n, "content": name, **plain} for n, name in enumerate(("<pad>", "</s>", "<s>"))]

@@ -72,7 +72,7 @@ def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
         ("0 ||| one\n1 |||two\n", r"line 2: no"),
         ("0 ||| one\n\n \n1 two\n", r"line 4: no"),
         ("0 ||| one\nx ||| two\n", "line 2: label 'x' is none of"),
-        ("0 ||| one\nx ||| two\n", r"is none of 0 to 1 \(bad, good\); mend it"),
+        ("0 ||| one\nx ||| two\n", r"is none of 0 to 1 \(bad, good\); correct it"),
         ("0 ||| one\n" + "9" * 5000 + " ||| two\n", r"line 2: label '9{20,60}' is none of 0 to 1 \(bad, good\)"),
         ("0 ||| one\n" + "9" * 5000 + "x ||| two\n", r"line 2: label '9{20,60}' is none of"),
         ("0 ||| one\r1 ||| \r0 ||| x", "line 2: the sentence is empty"),

@@ -148,7 +148,7 @@ def test_damaged_tokens_are_refused(tmp_path, tokenizer, damage):
     path = tokenized(tmp_path, tokenizer, ["one fox", "two"]).path
     path.write_bytes(damage(path.read_bytes()))
     for read in (read_header, lambda p: open_tokens(p, tokenizer)):
-        with pytest.raises(ValueError, match=r"a-\w+\.tokens is damaged or cut short; remove it, and it is made anew"):
+        with pytest.raises(ValueError, match=r"a-\w+\.tokens is damaged or cut short; remove it, and it is made again"):
             read(path)
     with pytest.raises(ValueError, match="is damaged or cut short; remove it"):
         tokenize_text(tmp_path / "a.txt", tokenizer, tmp_path / "tokens")
