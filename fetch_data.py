@@ -183,7 +183,7 @@ def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
 
 
 def download(place: str, part: Path, label: str) -> None:
-    """Downloads `place` to `part`, resuming an incomplete one. If bytes are missing, raises FetchError, keeps `part`."""
+    """Downloads `place` to `part`, or resumes it. Raises FetchError, and keeps `part`, if bytes are missing."""
     if part.is_symlink():
         raise FetchError(f"{part} is a link; remove it")
     stream, start, total = open_place(place, part.stat().st_size if part.exists() else 0)

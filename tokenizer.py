@@ -65,10 +65,7 @@ class Tokenizer:
         return self.model.processor
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with the marks asked for; the names of special tokens are ordinary text.
-
-        Raises TypeError unless s is a string, ValueError if it has lone surrogates.
-        """
+        """The ids of a text; names of special tokens are plain text. Raises TypeError or ValueError for no UTF-8."""
         ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
@@ -99,10 +96,7 @@ class Tokenizer:
         return self.model.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without special tokens; incomplete characters become U+FFFD.
-
-        Raises ValueError for an id outside the vocabulary.
-        """
+        """The text of ids, without special tokens; broken characters become U+FFFD. Raises ValueError for other ids."""
         ids = [int(i) for i in ids]
         ids = [i for i in ids if i < self.n_words or i not in self.stop_ids]  # a stop id may have no piece
         if outside := [i for i in ids if not 0 <= i < self.n_words]:

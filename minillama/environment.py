@@ -26,7 +26,7 @@ class PackageError(ValueError):
         module = getattr(error, "name", None) or ""
         self.missing = isinstance(error, ModuleNotFoundError) and module.partition(".")[0] == package
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self.short = f"{purpose}, for {package} is broken here ({reason})"
+        self.short = f"{purpose}, because {package} is broken here ({reason})"
         broken = f"{purpose}, and {package} is broken here ({reason}): pip install --force-reinstall {package}"
         super().__init__(f"{purpose}: pip install {package}" if self.missing else broken)
 

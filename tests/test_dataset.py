@@ -24,7 +24,6 @@ from minillama.text.labelled import (
     class_names,
     has_gold_labels,
     missing_classes,
-    read_label_names,
     read_labels,
     read_rows,
     write_predictions,
@@ -46,7 +45,7 @@ def written(tmp_path, text):
 
 @pytest.mark.parametrize("corpus, sizes", [("sst", (8544, 1101, 2210)), ("cfimdb", (1707, 245, 488))])
 def test_the_courses_files_have_the_published_numbers_of_rows(asset, corpus, sizes):
-    names = read_label_names(ROOT / "data" / f"{corpus}-label-mapping.json")
+    names = class_names(read_labels(ROOT / "data" / f"{corpus}-label-mapping.json"))
     assert names == NAMES[corpus]
     rows = [read_rows(asset(f"course/data/{corpus}-{split}.txt"), names) for split in ("train", "dev", "test")]
     assert tuple(map(len, rows)) == sizes
@@ -193,9 +192,9 @@ def test_label_names_are_a_list_of_distinct_names(tmp_path, content, message):
     path = tmp_path / "names.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_label_names(path)
+        class_names(read_labels(path))
     path.write_text(json.dumps(SST), encoding="utf-8")
-    assert read_label_names(path) == SST
+    assert class_names(read_labels(path)) == SST
 
 
 # Other files, other labels
@@ -257,7 +256,7 @@ def test_two_classes_made_of_five_are_the_published_sst_2(asset, split, count):
 
 def test_class_ids_go_by_first_mention_and_null_leaves_rows_out(tmp_path):
     labels = mapping(tmp_path, {"pos": "good", "meh": None, "neg": "bad", "very neg": "bad"})
-    assert class_names(labels) == read_label_names(tmp_path / "mapping.json") == ["good", "bad"]
+    assert class_names(labels) == class_names(read_labels(tmp_path / "mapping.json")) == ["good", "bad"]
     path = named(tmp_path, "a.tsv", "neg\tone\nmeh\ttwo\npos\tthree\nvery neg\tfour\n")
     assert read_rows(path, labels) == [Row(1, "one"), Row(0, "three"), Row(1, "four")]
     assert mapping(tmp_path, ["bad", "good"]) == {"0": "bad", "1": "good"}

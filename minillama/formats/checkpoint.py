@@ -96,10 +96,7 @@ def fits_float32(tensor: Tensor) -> bool:
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
-    """Reads a file or folder of any known format, onto the CPU.
-
-    Raises FileNotFoundError if there is none, ValueError if it is damaged, of no known format, or a pickle with code.
-    """
+    """Reads a file or folder of any known format, onto the CPU. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; `python fetch_data.py checkpoint` brings stories42M.pt")
@@ -213,10 +210,7 @@ class FineTuned:
 
 
 def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
-    """Reads the file of a fine-tuned classifier.
-
-    Raises FileNotFoundError if there is no such file, ValueError if it is damaged or holds anything else.
-    """
+    """Reads the file of a fine-tuned classifier. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     wanted = "give the best.pt of a run, or the finetune-...pt or lora-...pt that it wrote"
     if not path.is_file():

@@ -206,10 +206,7 @@ def _give_usual_permissions(path: str | Path, most: int) -> None:
 
 @contextmanager
 def atomic_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Makes a folder that is renamed to `path` when the block ends; after an error nothing is left.
-
-    Raises FileExistsError if `path` exists.
-    """
+    """Makes a folder that is renamed to `path` at the end; an error leaves nothing. Raises FileExistsError."""
     check_free(path)
     target = Path(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

@@ -117,10 +117,7 @@ def word_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor | None]:
-    """Sequences as one tensor (B, T) and the mask of real tokens, None without padding.
-
-    side: "left" for prompts to be continued, "right" for other rows.
-    """
+    """Sequences padded to a tensor (B, T), and the mask of real tokens (None without padding)."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
