@@ -269,10 +269,7 @@ def alone(into: Path) -> Iterator[None]:
 
 
 def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = False) -> str:
-    """Brings the verified file of `entry` below `into`; returns one line on what was done.
-
-    Raises FetchError, OSError or HTTPException; then the file of that name is as before.
-    """
+    """Brings the verified file of `entry`; returns a line about it. Raises FetchError, OSError or HTTPException."""
     target, record = into / entry.target, {} if entry.sha256 else read_record(into)
     part = target.with_name(target.name + ".part")
     expected = entry.sha256 or record.get(entry.target)

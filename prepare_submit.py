@@ -128,10 +128,7 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
 
 
 def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
-    """The files of the hand-in zip at `path`. Raises Rejected with all its problems.
-
-    student: the id that must name the top folder; None: any id. data: the folder of the source files.
-    """
+    """The files of the hand-in zip at `path`; student None: any id. Raises Rejected with all its problems."""
     if not path.is_file():
         raise Rejected(f"there is no file {path}")
     try:
@@ -170,10 +167,7 @@ def is_student_id(text: str) -> bool:
 
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
-    """Writes the zip of `folder` to `out` and returns its files; the same files give the same bytes.
-
-    Raises Rejected, and does not change `out`, if the hand-in has problems.
-    """
+    """Writes the zip of `folder` to `out`, the same bytes for the same files. Raises Rejected with all problems."""
     code = [*folder.glob("[!.]*.py"), *(folder / PACKAGE).rglob("[!.]*.py")]
     wanted = [path.relative_to(folder).as_posix() for path in code]
     wanted += [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]

@@ -79,10 +79,7 @@ class Tokenizer:
         return self.model.bytes_of_first(_utf8(text))
 
     def fit_to_model(self, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
-        """Adapts to a model with `vocab_size` ids and further `stop_ids`; drops special tokens that the model lacks.
-
-        Raises ValueError if text, bos or eos could give an id that the model lacks.
-        """
+        """Adapts to a model of `vocab_size` ids and more `stop_ids`. Raises ValueError if text could give other ids."""
         more = [i for i in range(vocab_size, self.n_words) if i not in self.model.holes]
         if max(self.bos_id, self.eos_id) >= vocab_size or not self.model.keep_out_of_text(more):
             raise ValueError(f"{self.path} gives ids that a model with a vocabulary of {vocab_size} does not have")

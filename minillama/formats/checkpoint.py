@@ -130,10 +130,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     if is_huggingface:
         config, state, stop_ids = read_huggingface(folder)
         return Checkpoint(folder, "Hugging Face", config, state, stop_ids=stop_ids)
-    raise ValueError(
-        f"{folder} is a folder without Meta's params.json or Hugging Face's config.json; "
-        "give a folder that has one, or a checkpoint file"
-    )
+    raise ValueError(f"{folder} is a folder without Meta's params.json or Hugging Face's config.json")
 
 
 def _described_safetensors(path: Path) -> dict[str, Any]:

@@ -86,9 +86,7 @@ def tokenize_rows(
             around = start + len(question_ids) + len(end)
             room = context - len(begin) - around
             if room < 1:
-                raise ValueError(
-                    f"the context of {context} tokens has no room for a sentence beside {around} of prompt"
-                )
+                raise ValueError(f"a context of {context} tokens has no room for a sentence and {around} of prompt")
             cut += len(sentence) > room
             ids = ids[:start] + sentence[:room] + question_ids
         done.append(Row(row.label, row.sentence, (*begin, *ids, *end)))

@@ -43,10 +43,7 @@ class Stretch:
 
 
 def held_out_count(held_out: float, documents: int) -> int:
-    """The number of held-out documents; `held_out`: a number, or a share below 1 (at least one, but not the only one).
-
-    Raises ValueError for a number like 1.5.
-    """
+    """The number of held-out documents, from a number or a share below 1. Raises ValueError for a number like 1.5."""
     if held_out >= 1 and held_out != int(held_out):
         raise ValueError(f"--held_out is {held_out:g}; it must be a share below 1, or a whole number of documents")
     if held_out >= 1 or not held_out:

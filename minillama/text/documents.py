@@ -156,10 +156,7 @@ def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
 def train_tokenizer(
     paths: Sequence[str], vocab_size: int, model_path: str, seed: int, tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Trains a SentencePiece BPE with byte fallback, like Llama 2's, and writes it atomically.
-
-    It learns from at most a million lines of the texts. Raises ValueError if they are too few for the vocabulary.
-    """
+    """Trains a SentencePiece BPE like Llama 2's on at most a million lines, and writes it. Raises ValueError."""
     import sentencepiece
 
     sentencepiece.set_random_generator_seed(seed % (1 << 32))

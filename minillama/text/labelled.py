@@ -259,10 +259,7 @@ def class_labels(labels: Labels) -> list[str]:
 
 
 def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> list[str]:
-    """The class names without a training row, for a warning.
-
-    Raises ValueError if the last name is one of them: the names belong to another data set, with more classes.
-    """
+    """The class names without a training row. Raises ValueError if the last name is one: it is of another data set."""
     found = {row.label for row in rows}
     if max(found) + 1 < len(label_names):
         raise ValueError(
