@@ -65,7 +65,7 @@ class Tokenizer:
         return self.model.processor
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text; names of special tokens are plain text. Raises TypeError or ValueError for no UTF-8."""
+        """The ids of a text; names of special tokens are plain text. Raises TypeError or ValueError for other input."""
         ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 

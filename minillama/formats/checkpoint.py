@@ -219,7 +219,7 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     _check_version(path, content)
     tables: list[Any] = [content.get(name) for name in ("model", "model_args", "options", "labels")]
     names: Any = content.get("label_names")
-    head: Any = content.get("head")
+    head: Any = content.get("head", "linear")
     if not all(isinstance(table, dict) for table in tables) or head not in ("linear", "prompt"):
         raise ValueError(f"{path} lacks one of model, model_args, options, labels and head; {wanted}")
     tensors, arguments, options, labels = tables

@@ -124,7 +124,7 @@ def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, 
     hidden = parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0]
     sizes = [config.dim, hidden, config.n_layers, config.n_heads, config.kv_heads]
     tied = config.tie_embeddings
-    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers that share a scale: part of a row
+    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers that share a scale; divides every row
     with atomic_file(path, "wb") as file:
         if version == 0:
             signed = config.vocab_size if tied else -config.vocab_size
