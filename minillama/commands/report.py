@@ -122,11 +122,7 @@ def decimals(value: object) -> str:
 
 def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
     """A table for each kind of score, with a line for each group."""
-    kinds = {
-        "Accuracy": ["dev", "test"],
-        "Bits per byte": ["held out"],
-        "Answers": ["dev, exact match", "dev, F1"],
-    }
+    kinds = {"Accuracy": ["dev", "test"], "Bits per byte": ["held out"], "Answers": ["dev, exact match", "dev, F1"]}
     lines: dict[str, list[tuple[str, list[str]]]] = {title: [] for title in kinds}
     for i, (name, members) in enumerate(groups):
 
