@@ -167,7 +167,7 @@ class LlamaPromptClassifier(nn.Module):
             if (j := self.label_ids.index(first)) < i:
                 raise ValueError(
                     f"the labels {words[j]!r} and {words[i]!r} begin with the same token, "
-                    f"{tokenizer.decode([first])!r}, and could not be told apart; give other --label_words, or "
+                    f"{tokenizer.decode([first])!r}, and cannot be distinguished; give other --label_words, or "
                     "--head linear"
                 )
         self.num_labels = len(words)
@@ -216,7 +216,7 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
 
     Raises ValueError if the tensors are not those of such a classifier.
     """
-    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it anew")
+    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it again")
     if found.config.n_layers > len(found.state):
         raise not_its_own
     with_lora = any(name.endswith(".lora_A") for name in found.state)

@@ -117,10 +117,7 @@ class InferenceLlama:
         if quantize not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
         if llama.config.attention_type != "softmax":
-            raise ValueError(
-                f"a model with {llama.config.attention_type} attention has no copy for running only, so none in 8 "
-                "bits; leave out --quantize"
-            )
+            raise ValueError(f"{llama.config.attention_type} attention cannot be quantized; leave out --quantize")
         self.config = llama.config
 
         def product(*linears: nn.Linear) -> Product:

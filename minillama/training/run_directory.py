@@ -63,7 +63,7 @@ def _open_lock(path: Path) -> IO[str]:
         if is_ours and is_still_at(path, file):
             if owner and not owner.isdigit():
                 file.close()
-                raise ValueError(f"{path} is there already and is no lock of a run; give another --run_dir")
+                raise ValueError(f"{path} exists already and is not the lock of a run; give another --run_dir")
             return file
         file.close()
         if not is_ours:
@@ -120,7 +120,7 @@ def _make_folders(path: Path, tries: int = 20) -> list[Path]:
             _remove_empty(made)
             if folder.is_file():
                 raise ValueError(f"{folder} is a file; --run_dir takes a folder, new or empty") from error
-            raise ValueError(f"{folder} cannot be made: {error.strerror}; give another --run_dir") from error
+            raise ValueError(f"{folder} cannot be created: {error.strerror}; give another --run_dir") from error
     return made
 
 
@@ -193,7 +193,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
         for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
             if path.exists():
-                raise ValueError(f"{path} is there already, but no options.json; give another --run_dir, new or empty")
+                raise ValueError(f"{path} exists already, but no options.json; give another --run_dir, new or empty")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
 
