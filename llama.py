@@ -77,7 +77,7 @@ class Attention(nn.Module):
         self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.residual_dropout = nn.Dropout(config.dropout)
         if self.differential:
-            add_differential_parameters(self, config, depth)
+            add_differential_parameters(self, RMSNorm(2 * config.head_dim), config, depth)
 
     def forward(
         self,

@@ -172,30 +172,18 @@ class RunDirectory:
         self.path = Path(path)
         self.writes = writes
         self.metrics_path = self.path / "metrics.jsonl"
+        self.best_path = self.path / "best.pt"
+        self.last_path = self.path / "last.pt"
+        self.shards_path = self.path / "last.json"  # names the folder of the last good shards
         self._tensorboard: Any = None  # the writer; False if there is none
 
-    @property
-    def best_path(self) -> Path:
-        return self.path / "best.pt"
-
-    @property
-    def last_path(self) -> Path:
-        return self.path / "last.pt"
-
-    @property
-    def shards_path(self) -> Path:
-        """The file that names the folder of the last good shards."""
-        return self.path / "last.json"
-
     def check_free(self) -> None:
-        """Raises ValueError if there is a run already, or a part of one, or a file."""
+        """Raises ValueError if the folder holds a run, or a part of one."""
         if (self.path / "options.json").exists():
             raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
         for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
             if path.exists():
                 raise ValueError(f"{path} exists already, but no options.json; give another --run_dir, new or empty")
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
 
     def create(self, options: dict[str, Any]) -> None:
         """Writes the options into the folder, which exists (see `new_run`)."""
