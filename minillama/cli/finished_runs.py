@@ -39,10 +39,11 @@ class Run:
         return [(line["step"], line[name]) for line in self.scores if is_number(line.get(name))]
 
     def best(self) -> dict[str, Any]:
-        """The scores of the epoch that the run keeps: the first of the best; empty if there are none."""
+        """The scores of the epoch that the run keeps, the first of the best, and the accuracy on test."""
         for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1), ("dev_f1", 1), ("dev_loss", -1)):
             if scored := [line for line in self.scores if is_number(line.get(name))]:
-                return max(scored, key=lambda line: sign * line[name])
+                best = max(scored, key=lambda line: sign * line[name])
+                return best | {"test_accuracy": self.final.get("test_accuracy")}
         return {}
 
     def matrices(self) -> dict[str, Matrix]:
