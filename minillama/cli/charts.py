@@ -1,4 +1,4 @@
-"""The HTML of a page that needs nothing else: text, tables, charts as SVG; for any screen, and for paper."""
+"""The HTML of a self-contained page, for screens and paper: text, tables, and charts as SVG."""
 
 from __future__ import annotations
 
@@ -76,38 +76,38 @@ STYLE += "".join(f".c{i} {{ --c: var(--c{i}) }}\n" for i in range(COLOURS))
 
 
 def text(value: object) -> str:
-    """Any text as HTML shows it, nothing in it taken for a tag; what HTML has no place for becomes U+FFFD."""
+    """Any text as HTML, without tags; characters that HTML does not allow become U+FFFD."""
     plain = str(value).encode("utf-8", "replace").decode("utf-8")
     return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", plain))
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from at or below `low` to at or above `high`."""
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers, the first at most `low`, the last at least `high`."""
     span = (high - low) or abs(high) or 1.0
-    size = 10 ** math.floor(math.log10(max(span / count, 1e-300)))
-    step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= count)
+    size = 10 ** math.floor(math.log10(max(span / 5, 1e-300)))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= 5)
     first = math.floor(low / step + 1e-9)
     last = max(first + 1, math.ceil(high / step - 1e-9))
     return [number * step for number in range(first, last + 1)]
 
 
 def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
-    """The means of stretches of equal length, few enough to draw, and how many points make one."""
+    """The means of groups of neighbouring points, few enough to draw, and the size of a group."""
     size = max(1, math.ceil(len(points) / MOST_POINTS))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts], size
 
 
 def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -> str:
-    """A figure of curves with its legend; "" if no line has two points: one alone is no curve."""
+    """A figure of curves with its legend; "" if no line has two points."""
     lines = [line for line in lines if line[1]]
     if all(len(points) < 2 for _, points, _ in lines):
         return ""
     width, height, left, right, top, bottom = 400, 240, 44, 12, 10, 38
     xs = [x for _, points, _ in lines for x, _ in points]
     ys = [y for _, points, _ in lines for _, y in points]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(*xs, 1e-9)), ticks(min(ys), max(ys))
     x_low, x_high = min(0.0, *xs), max(*xs, 1e-9)
+    x_ticks, y_ticks = ticks(x_low, x_high), ticks(min(ys), max(ys))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(point: Point) -> tuple[str, str]:
@@ -151,7 +151,7 @@ def colour(number: int, dashed: bool = False) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
-    """Rows of HTML under heads of text; the columns `words` hold words, the others numbers."""
+    """A table of HTML cells under text heads; the columns `words` hold words, the others numbers."""
     kinds = ["" if i in words else ' class="n"' for i in range(len(head))]
     heads = "".join(f"<th{kind}>{text(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
@@ -160,7 +160,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[in
 
 
 def shaded(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
-    """A figure of counts under the same names down and across, shaded by the share of each line."""
+    """A figure of a square table of counts, shaded by their share of the line."""
     head = "".join(f"<th>{text(name)}</th>" for name in names)
     body = []
     for name, row in zip(names, rows, strict=True):
@@ -174,7 +174,7 @@ def shaded(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) ->
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page of parts of HTML. By its policy nothing in it can load or run anything."""
+    """A page from parts of HTML. Its content security policy forbids scripts and loading."""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -41,10 +41,11 @@ class Run:
         return [(line["step"], line[name]) for line in self.scores if is_number(line.get(name))]
 
     def best(self) -> dict[str, Any]:
-        """The scores of the epoch that the run keeps: the first of the best; empty if there are none."""
+        """The scores of the epoch that the run keeps, the first of the best, and the accuracy on test."""
         for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1), ("dev_f1", 1), ("dev_loss", -1)):
             if scored := [line for line in self.scores if is_number(line.get(name))]:
-                return max(scored, key=lambda line: sign * line[name])
+                best = max(scored, key=lambda line: sign * line[name])
+                return best | {"test_accuracy": self.final.get("test_accuracy")}
         return {}
 
     def matrices(self) -> dict[str, Matrix]:
@@ -73,14 +74,14 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def find_runs(folders: Sequence[str]) -> list[Path]:
-    """The folders of runs: each of `folders` that is one, or is empty, and those below each that is not. Raises
-    ValueError or FileNotFoundError if one is no folder, or there is no run at all.
+    """The folders of runs among `folders` and below them; an empty folder counts as a run. Raises ValueError or
+    FileNotFoundError if one is not a folder, or there is no run.
     """
     found: dict[Path, None] = {}
     for name in folders:
         folder = Path(name)
         if not folder.is_dir():
-            what = "is a file" if folder.exists() else "is not there"
+            what = "is a file" if folder.exists() else "does not exist"
             raise FileNotFoundError(f"--runs {name} {what}; give folders of runs (default: all under {RUNS}/)")
         below = {path.parent for file in ("options.json", "metrics.jsonl") for path in folder.rglob(file)}
         if folder in below or not any(folder.iterdir()):
@@ -152,12 +153,12 @@ def check_matrices(final: dict[str, Any]) -> None:
         if name.endswith("_confusion") and matrix is not None:
             counts, classes = numpy.array(matrix), len(final["classes"])
             if counts.shape != (classes, classes) or counts.dtype.kind != "i":
-                raise ValueError(f"{name} is no table of counts")
+                raise ValueError(f"{name} is not a table of counts")
 
 
 def read_curves(path: str) -> tuple[list[str], list[list[float | None]]]:
-    """The head and the rows of a table: alpha, then an accuracy for each data set, None where the field is empty.
-    Raises ValueError for anything else, naming the row, and for a file that cannot be read.
+    """The head and the rows of a CSV file: alpha, then an accuracy for each data set, None for an empty field. Raises
+    ValueError, naming the row, for anything else, and for a file that cannot be read.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -167,7 +168,7 @@ def read_curves(path: str) -> tuple[list[str], list[list[float | None]]]:
             f"--curves {path} cannot be read ({error.strerror}); give the CSV that --option wise_ft wrote"
         ) from error
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise ValueError(f"--curves {path} is no table of comma-separated values with a head") from error
+        raise ValueError(f"--curves {path} is not a table of comma-separated values with a head") from error
     if head[0] != "alpha" or len(head) < 2 or not rows:
         raise ValueError(
             f"--curves {path}: the head must be alpha and a column for each data set, and rows must follow"

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import ROOT
 from minillama.text.batches import prompt_question, tokenize_rows
-from minillama.text.labelled import has_gold_labels, missing_classes, read_label_names, read_rows
+from minillama.text.labelled import class_names, has_gold_labels, missing_classes, read_labels, read_rows
 
 SST = ["awful", "bad", "average", "good", "excellent"]
 CFIMDB = ["bad", "good"]
