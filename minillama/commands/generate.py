@@ -21,7 +21,7 @@ from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
 from minillama.cli.provenance import Origin, writing_turn
 
 if TYPE_CHECKING:
-    from minillama.decoding.continuation import Continuation, Watch, Writer
+    from minillama.decoding.decoders import Continuation, Watch, Writer
     from minillama.decoding.filters import Filter
     from tokenizer import Tokenizer
 
@@ -179,7 +179,7 @@ def outputs(options: Options) -> list[str]:
 
 def run(options: Options) -> None:
     """Continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
-    from minillama.decoding.continuation import Decoding, Writer
+    from minillama.decoding.decoders import Decoding, Writer
     from minillama.decoding.fast_llama import fast_model
 
     check_stdin(options)
@@ -261,7 +261,7 @@ def write_one(
     watch: Watch | None = None,
 ) -> Continuation:
     """Continues a prompt and shows each piece of the text at once, the prompt's first; then reports the speed."""
-    from minillama.decoding.continuation import Speed
+    from minillama.decoding.decoders import Speed
 
     speed = Speed()
 
