@@ -217,10 +217,10 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     if not isinstance(content, dict) or content.get("kind") != "classifier":
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
     _check_version(path, content)
-    tables: list[Any] = [content.get(name) for name in ("model", "model_args", "options")]
+    tables: list[Any] = [content.get(name, {}) for name in ("model", "model_args", "options")]
     head: Any = content.get("head", "linear")
     if not all(isinstance(table, dict) for table in tables) or head not in ("linear", "prompt"):
-        raise ValueError(f"{path} lacks one of model, model_args, options and head; {wanted}")
+        raise ValueError(f"{path}: one of model, model_args, options and head is damaged; {wanted}")
     tensors, arguments, options = tables
     names: Any = content.get("label_names")
     template, words = options.get("template", COURSE_TEMPLATE), options.get("label_words") or names
