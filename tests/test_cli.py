@@ -38,7 +38,7 @@ def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, opt
     count, room = (2, 62) if option == "prompt" else (3, 64)  # a label's three tokens: two must fit behind a row
     assert code == 0
     assert [line for line in err.splitlines() if "warning" in line] == [
-        f"warning: {count} of {total} sentences were cut; the model's context has room for {room} tokens a row"
+        f"warning: {count} of {total} sentences were cut; the model's context holds {room} tokens per row"
     ]
     written = (command.folder / outputs(option)[0]).read_text(encoding="utf-8")
     assert written.rstrip().endswith("long story " * 89 + "long story")  # the file has the whole sentence

@@ -133,7 +133,7 @@ def test_what_is_typed_is_blamed_on_no_file(configured, capsys):
 
 def test_a_file_that_is_read_is_not_written_over(configured):
     options = configured({"option": "tokenizer", "corpus": ["a.txt"], "model_out": "run.json"})
-    with pytest.raises(ValueError, match="run.json is to be read and to be written"):
+    with pytest.raises(ValueError, match="run.json is both input and output"):
         check_options(options)
 
 

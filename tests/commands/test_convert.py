@@ -241,17 +241,17 @@ def test_outputs_that_are_there_or_inputs_are_refused(folder, tmp_path, capsys):
     assert convert(folder, "huggingface", tmp_path / "link") == 2
     assert "link exists already" in capsys.readouterr().err
     assert convert(folder, "safetensors", tmp_path / "mine.model") == 2
-    assert "mine.model is where its tokenizer would go" in capsys.readouterr().err
+    assert "mine.model is its tokenizer's name" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "hf") == 0
     path = ["--pretrained-model-path", str(tmp_path / "hf"), "--model_out", str(tmp_path / "hf" / "model.safetensors")]
     assert main(["--option", "convert", *path]) == 2
-    assert "lies in" in capsys.readouterr().err
+    assert "is inside" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "full") == 2
     assert "full exists already; give the name of a new folder" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "none" / "deeper") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert convert(folder, "llama2c-v1", folder / "model.safetensors") == 2
-    assert "is to be read and to be written" in capsys.readouterr().err
+    assert "is both input and output" in capsys.readouterr().err
     assert (tmp_path / "full" / "a").read_text() == "mine"
 
 
