@@ -1,4 +1,4 @@
-"""Measures speed and memory against others, in one run on one machine, as ratios.
+"""Compares speed and memory with other programs, on one machine in one run.
 
 examples:
   python benchmark.py train                                    fine-tuning on SST, batch size 80
@@ -17,7 +17,7 @@ train compares, each in a process of its own and in turns:
 generate compares, on the same weights and each in a process of its own, ours and transformers' generate: a prompt of
 512 tokens read, tokens decoded one after the other, 1 and 16 rows at once, the first token from the start of the
 process, and how much of the memory's bandwidth is used, measured by reading 256 MB.
-words tells how far counting words gets: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
+words measures the accuracy of counting words: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
 
 Prints a table for people and, as the last line, a JSON object.
 """

@@ -20,6 +20,7 @@ from llama import Llama, last_positions, load_pretrained
 from lora import merge_lora_weights
 from minillama.formats.adapters import adapter_of
 from minillama.formats.checkpoint import FineTuned
+from minillama.layers.precision import at_least_float32
 from minillama.text.batches import word_ids
 from tokenizer import Tokenizer
 
@@ -148,7 +149,7 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T) -> log-probabilities (B, num_labels), float32 or wider."""
-        return _log_probs(self.classifier_head(_pooled(self, input_ids, attention_mask)))
+        return at_least_float32(self.classifier_head(_pooled(self, input_ids, attention_mask))).log_softmax(-1)
 
 
 class LlamaPromptClassifier(nn.Module):
@@ -167,7 +168,7 @@ class LlamaPromptClassifier(nn.Module):
             if (j := self.label_ids.index(first)) < i:
                 raise ValueError(
                     f"the labels {words[j]!r} and {words[i]!r} begin with the same token, "
-                    f"{tokenizer.decode([first])!r}, and could not be told apart; give other --label_words, or "
+                    f"{tokenizer.decode([first])!r}, and cannot be distinguished; give other --label_words, or "
                     "--head linear"
                 )
         self.num_labels = len(words)
@@ -176,16 +177,13 @@ class LlamaPromptClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """ids (B, T), mask bool (B, T) -> log-probabilities over the labels (B, num_labels), float32 or wider."""
-        return _log_probs(self.llama.output(_pooled(self, input_ids, attention_mask))[:, self.label_ids])
+        logits = self.llama.output(_pooled(self, input_ids, attention_mask))[:, self.label_ids]
+        return at_least_float32(logits).log_softmax(-1)
 
 
 def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor, mask: Tensor | None) -> Tensor:
     """The hidden state of each row (B, D), after dropout."""
     return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))
-
-
-def _log_probs(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def acting_dropout(model: nn.Module) -> float:
@@ -216,7 +214,7 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
 
     Raises ValueError if the tensors are not those of such a classifier.
     """
-    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it anew")
+    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it again")
     if found.config.n_layers > len(found.state):
         raise not_its_own
     with_lora = any(name.endswith(".lora_A") for name in found.state)

@@ -183,7 +183,7 @@ def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
 
 
 def download(place: str, part: Path, label: str) -> None:
-    """Downloads `place` to `part`, resuming an incomplete one. If bytes are missing, raises FetchError, keeps `part`."""
+    """Downloads `place` to `part`, or resumes it. Raises FetchError, and keeps `part`, if bytes are missing."""
     if part.is_symlink():
         raise FetchError(f"{part} is a link; remove it")
     stream, start, total = open_place(place, part.stat().st_size if part.exists() else 0)
@@ -269,10 +269,7 @@ def alone(into: Path) -> Iterator[None]:
 
 
 def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = False) -> str:
-    """Brings the verified file of `entry` below `into`; returns one line on what was done.
-
-    Raises FetchError, OSError or HTTPException; then the file of that name is as before.
-    """
+    """Brings the verified file of `entry`; returns a line about it. Raises FetchError, OSError or HTTPException."""
     target, record = into / entry.target, {} if entry.sha256 else read_record(into)
     part = target.with_name(target.name + ".part")
     expected = entry.sha256 or record.get(entry.target)

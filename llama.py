@@ -77,7 +77,7 @@ class Attention(nn.Module):
         self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.residual_dropout = nn.Dropout(config.dropout)
         if self.differential:
-            add_differential_parameters(self, config, depth)
+            add_differential_parameters(self, RMSNorm(2 * config.head_dim), config, depth)
 
     def forward(
         self,
@@ -260,11 +260,7 @@ class Llama(nn.Module):
         return self.norm(self.residual_stream(tokens, attention_mask, last_positions(tokens, attention_mask)))[:, 0]
 
     def residual_stream(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        only: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, tokens: Tensor, attention_mask: Tensor | None, only: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
         mask = build_mask(tokens, attention_mask, cache, self.config, self.tok_embeddings.weight.dtype)
@@ -283,12 +279,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        epsilon: float = 0.05,
-        **settings: Any,
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, epsilon: float = 0.05, **settings: Any
     ) -> Tensor:
         """Continues each prompt of idx (B, T): prompts and continuations, (B, T + new). Temperature 0 is greedy.
 

@@ -127,7 +127,7 @@ def apply_lora(
     """
     targets, keep_trainable = tuple(targets), tuple(keep_trainable)
     if next(lora_layers(model), None) is not None:
-        raise ValueError("the model has LoRA layers already; merge_lora_weights or remove_lora takes them off")
+        raise ValueError("the model has LoRA layers already; remove them by merge_lora_weights or remove_lora")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     own_names = {name.rpartition(".")[2] for name, _ in linears}
     if missing := [target for target in targets if target not in own_names]:
@@ -174,7 +174,7 @@ def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
     """
     lora = sum(parameter.numel() for parameter in get_lora_optimizer_params(model))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return lora, total, 100.0 * lora / total
+    return lora, total, 100.0 * lora / total if total else 0.0
 
 
 def merge_lora_weights(model: nn.Module) -> nn.Module:

@@ -113,10 +113,10 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
     if not keep > 0 or not same_layout:  # the kernel goes through memory in order
         return one_by_one(parameters, states, group)
     # The kernel needs one dtype and device, and one eps, which depends on the number of steps.
-    alike: dict[tuple[int, torch.dtype, torch.device], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, torch.dtype, torch.device], list[nn.Parameter]] = {}
     for p in parameters:
-        alike.setdefault((states[p]["step"], p.dtype, p.device), []).append(p)
-    for (step, _, device), members in alike.items():
+        groups.setdefault((states[p]["step"], p.dtype, p.device), []).append(p)
+    for (step, _, device), members in groups.items():
         t = step if group["correct_bias"] else math.inf
         torch._fused_adamw_(
             [local(p) for p in members],

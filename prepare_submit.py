@@ -57,22 +57,6 @@ def required_outputs() -> dict[str, str]:
     return outputs
 
 
-def optional_files(student: str) -> list[str]:
-    """The files that are packed if they exist."""
-    advanced = [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
-    return [*advanced, "feedback.txt", f"{student}-report.pdf"]
-
-
-def missing_files(present: Mapping[str, bytes]) -> list[str]:
-    """One problem for each missing module, and one for each command whose files are missing."""
-    problems = [f"missing {name}, a module of the project" for name in CODE if name not in present]
-    by_command: dict[str, list[str]] = {}
-    for name, command in required_outputs().items():
-        if name not in present:
-            by_command.setdefault(command, []).append(name)
-    return problems + [f"missing {', '.join(names)}; make it: {command}" for command, names in by_command.items()]
-
-
 def prediction_problem(name: str, text: str, data: Path) -> str | None:
     """The first problem of a prediction file; its sentences are compared with the source file, if `data` has it."""
     corpus, split, kind = name.split("-")[:3]
@@ -99,7 +83,12 @@ def prediction_problem(name: str, text: str, data: Path) -> str | None:
 
 def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
     """All missing and malformed files of a hand-in; files: content by name."""
-    problems = missing_files(files)
+    problems = [f"missing {name}, a module of the project" for name in CODE if name not in files]
+    missing: dict[str, list[str]] = {}
+    for name, command in required_outputs().items():
+        if name not in files:
+            missing.setdefault(command, []).append(name)
+    problems += [f"missing {', '.join(names)}; make it: {command}" for command, names in missing.items()]
     for name, raw in files.items():
         try:
             text = raw.decode("utf-8") if name.endswith(".txt") else ""
@@ -139,10 +128,7 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
 
 
 def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
-    """The files of the hand-in zip at `path`. Raises Rejected with all its problems.
-
-    student: the id that must name the top folder; None: any id. data: the folder of the source files.
-    """
+    """The files of the hand-in zip at `path`; student None: any id. Raises Rejected with all its problems."""
     if not path.is_file():
         raise Rejected(f"there is no file {path}")
     try:
@@ -181,13 +167,11 @@ def is_student_id(text: str) -> bool:
 
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
-    """Writes the zip of `folder` to `out` and returns its files; the same files give the same bytes.
-
-    Raises Rejected, and does not change `out`, if the hand-in has problems.
-    """
+    """Writes the zip of `folder` to `out`, the same bytes for the same files. Raises Rejected with all problems."""
     code = [*folder.glob("[!.]*.py"), *(folder / PACKAGE).rglob("[!.]*.py")]
     wanted = [path.relative_to(folder).as_posix() for path in code]
-    wanted += [*required_outputs(), *optional_files(student)]
+    wanted += [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
+    wanted += [*required_outputs(), "feedback.txt", f"{student}-report.pdf"]
     contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}
     if problems := content_problems(contents, folder / "data"):
         raise Rejected(*problems)
@@ -216,10 +200,7 @@ def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict
 
 
 def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> list[str]:
-    """Surprises for a grader in a file's record: another model than the course's, another data set than in its name.
-
-    data: the folder of the source files.
-    """
+    """Surprises for a grader in a record: another model than the course's, other data than the file's name says."""
     if record is None:
         return ["no record of what it was made from: changed by hand, copied from elsewhere, or of an older version"]
     problems = []
@@ -235,22 +216,19 @@ def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> 
     return problems
 
 
-def made_from(record: Mapping[str, Any] | None) -> str:
-    """The checkpoint and the accuracy of a record, for the table."""
-    if record is None:
-        return "no record"
-    bundled = " (bundled)" if record.get("bundled_model") else ""
-    accuracy = record.get("accuracy")
-    score = f", accuracy {accuracy:.3f}" if isinstance(accuracy, float) else ""
-    return f"{Path(str(record.get('checkpoint'))).name}{bundled}{score}"
-
-
 def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, Mapping[str, Any] | None]) -> None:
     """Prints the files of the zip at `path`: sizes in bytes, and what the predictions were made from."""
     width = max(len(info.filename) for info in files)
     print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}  made from")
     for info in files:
-        source = f"  {made_from(records[info.filename])}" if info.filename in records else ""
+        source = ""
+        if record := records.get(info.filename):
+            bundled = " (bundled)" if record.get("bundled_model") else ""
+            accuracy = record.get("accuracy")
+            score = f", accuracy {accuracy:.3f}" if isinstance(accuracy, float) else ""
+            source = f"  {Path(str(record.get('checkpoint'))).name}{bundled}{score}"
+        elif info.filename in records:
+            source = "  no record"
         print(f"{info.filename:<{width}}  {info.file_size:>11,}  {info.compress_size:>11,}{source}")
     print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, under the limit of {SIZE_LIMIT:,}")
 

@@ -12,35 +12,9 @@ from minillama.cli.display import Display, report_loss, safe_display
 from minillama.cli.header import report
 from minillama.cli.options import Options, help_asked, parse_options
 from minillama.cli.session import name_run, resumed
-from minillama.commands import (
-    classify,
-    convert,
-    finetune,
-    generate,
-    perplexity,
-    pretrain,
-    prompt,
-    sft,
-    tokenizer,
-    wise_ft,
-)
-from minillama.commands import report as report_page
+from minillama.commands import COMMANDS
 from minillama.environment import Process, this_process
 
-COMMANDS = (
-    generate.COMMAND,
-    prompt.COMMAND,
-    finetune.FINETUNE,
-    finetune.LORA,
-    classify.COMMAND,
-    pretrain.COMMAND,
-    sft.COMMAND,
-    perplexity.COMMAND,
-    tokenizer.COMMAND,
-    convert.COMMAND,
-    wise_ft.COMMAND,
-    report_page.COMMAND,
-)
 OVERVIEW = f"""\
 usage: python run_llama.py --option COMMAND [flags]
 

@@ -40,13 +40,6 @@ REFERENCES = Path("data/reference")
 COURSE_REFERENCES = tuple(f"sanity_check_{edition}.data" for edition in ("2024", "fall2025", "spring2026"))
 
 
-class Tolerance(NamedTuple):
-    """The largest difference allowed: absolute + relative * |wanted|."""
-
-    absolute: float
-    relative: float
-
-
 class Check(NamedTuple):
     """The result for one reference; `agrees` is also True for a missing one. not_compared: the reason, if any."""
 
@@ -55,9 +48,10 @@ class Check(NamedTuple):
     not_compared: str = ""
 
 
-COURSE = Tolerance(1e-5, 1e-3)  # the course's own
-CONFORMING = Tolerance(1e-4, 0.0)  # float32, summed in another order, for logits of up to 30
-BUNDLED_AGREES = Tolerance(3e-5, 0.0)  # float32 and float64: ten times the measured 2.6e-6, for logits of up to 9
+# Differences allowed: atol + rtol * |wanted|.
+COURSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-3}  # the course's own
+CONFORMING: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}  # float32, summed in another order, for logits of up to 30
+BUNDLED_AGREES: dict[str, Any] = {"atol": 3e-5, "rtol": 0.0}  # to float64: ten times the 2.6e-6 at logits of up to 9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,10 +88,7 @@ def verdict(checks: list[Check]) -> str:
 
 
 def run(asked: list[Path], path: Path) -> list[Check]:
-    """Compares the checkpoint at `path` with the references `asked` for; by default, all references with their models.
-
-    Prints each comparison, and how to get missing files.
-    """
+    """Compares the checkpoint at `path` with the references `asked` for, by default all; prints each comparison."""
     from minillama.formats.checkpoint import read_checkpoint
 
     checks = [] if asked else [check_conformance(), check_bundled()]
@@ -133,16 +124,15 @@ def course_references() -> list[Path]:
     return [Path(os.path.relpath(place)) for place in (*sorted(places), *([own] if own.exists() else []))]
 
 
-def compare(name: str, convention: str, tolerance: Tolerance, pairs: dict[str, tuple[Tensor, Tensor]]) -> Check:
+def compare(name: str, convention: str, allowed: dict[str, Any], pairs: dict[str, tuple[Tensor, Tensor]]) -> Check:
     """Prints the largest difference of each (got, wanted) pair, and whether all are within the tolerance."""
     import torch
 
-    atol, rtol = tolerance
-    agrees = all(torch.allclose(got, wanted, atol=atol, rtol=rtol) for got, wanted in pairs.values())
+    agrees = all(torch.allclose(got, wanted, **allowed) for got, wanted in pairs.values())
     differences = ", ".join(f"{what} {(got - wanted).abs().max():.1e}" for what, (got, wanted) in pairs.items())
-    allowed = f"{atol:g}" + (f" + {rtol:g} of the value" if rtol else "")
+    limit = f"{allowed['atol']:g}" + (f" + {allowed['rtol']:g} of the value" if allowed["rtol"] else "")
     print(f"{name} ({convention})")
-    print(f"    {'agrees' if agrees else 'DIFFERS'}: largest difference of {differences}; allowed {allowed}")
+    print(f"    {'agrees' if agrees else 'DIFFERS'}: largest difference of {differences}; allowed {limit}")
     return Check(name, agrees)
 
 
@@ -238,7 +228,7 @@ def is_causal(hidden: Tensor) -> bool:
     """
     import torch
 
-    return torch.allclose(hidden[0, :SHARED], hidden[1, :SHARED], atol=COURSE.absolute, rtol=COURSE.relative)
+    return torch.allclose(hidden[0, :SHARED], hidden[1, :SHARED], **COURSE)
 
 
 def norm_of(hidden: Tensor, norm_weight: Tensor) -> str:

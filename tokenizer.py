@@ -65,10 +65,7 @@ class Tokenizer:
         return self.model.processor
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with the marks asked for; the names of special tokens are ordinary text.
-
-        Raises TypeError unless s is a string, ValueError if it has lone surrogates.
-        """
+        """The ids of a text; names of special tokens are plain text. Raises TypeError or ValueError for other input."""
         ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
@@ -82,10 +79,7 @@ class Tokenizer:
         return self.model.bytes_of_first(_utf8(text))
 
     def fit_to_model(self, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
-        """Adapts to a model with `vocab_size` ids and further `stop_ids`; drops special tokens that the model lacks.
-
-        Raises ValueError if text, bos or eos could give an id that the model lacks.
-        """
+        """Adapts to a model of `vocab_size` ids and more `stop_ids`. Raises ValueError if text could give other ids."""
         more = [i for i in range(vocab_size, self.n_words) if i not in self.model.holes]
         if max(self.bos_id, self.eos_id) >= vocab_size or not self.model.keep_out_of_text(more):
             raise ValueError(f"{self.path} gives ids that a model with a vocabulary of {vocab_size} does not have")
@@ -99,10 +93,7 @@ class Tokenizer:
         return self.model.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without special tokens; incomplete characters become U+FFFD.
-
-        Raises ValueError for an id outside the vocabulary.
-        """
+        """The text of ids, without special tokens; broken characters become U+FFFD. Raises ValueError for other ids."""
         ids = [int(i) for i in ids]
         ids = [i for i in ids if i < self.n_words or i not in self.stop_ids]  # a stop id may have no piece
         if outside := [i for i in ids if not 0 <= i < self.n_words]:

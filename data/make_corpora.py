@@ -19,7 +19,6 @@ largely SST's.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="make_corpora.py", description=__doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="where the collections are")
     parser.add_argument("--into", type=Path, default=Path("runs/corpora"), metavar="DIR", help="(default: %(default)s)")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         make(args.source, args.into)
     except (ValueError, OSError) as error:

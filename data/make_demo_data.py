@@ -110,7 +110,7 @@ LEVELED = {
     ),
 }
 # One template a line; those with "*" are not in the training set. A slot is {kind_role}: role v is the verdict (the
-# label), w another filler of its level, d the decoy, o its opposite. {is_...} draws from all lists that may follow "is".
+# label), w another filler of its level, d the decoy, o its opposite. {is_...} draws from all lists that follow "is".
 TEMPLATES = {
     # The decoy lies on another side of average than the verdict.
     "contrast": """

@@ -26,17 +26,14 @@ class PackageError(ValueError):
         module = getattr(error, "name", None) or ""
         self.missing = isinstance(error, ModuleNotFoundError) and module.partition(".")[0] == package
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self.short = f"{purpose}, for {package} is broken here ({reason})"
+        self.short = f"{purpose}, because {package} is broken here ({reason})"
         broken = f"{purpose}, and {package} is broken here ({reason}): pip install --force-reinstall {package}"
         super().__init__(f"{purpose}: pip install {package}" if self.missing else broken)
 
 
 @contextmanager
 def optional_package(package: str, purpose: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns any error of an optional package into a PackageError: one line with the reason and the command to type.
-
-    purpose: the beginning of that line. Ctrl-C and the `passes` are raised as they are.
-    """
+    """Turns any error but `passes` into one line: `purpose`, what is wrong with the package, and what to type."""
     try:
         yield
     except BaseException as error:  # a broken package may raise anything: SystemExit, or a panic of Rust
@@ -54,11 +51,7 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """This process by RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without LOCAL_RANK, the rank is used.
-
-    A single process unless RANK and WORLD_SIZE are both set. Raises ValueError for a value that is no number or out of
-    range.
-    """
+    """This process by torchrun's variables; a single one unless RANK and WORLD_SIZE are set. Raises ValueError."""
     rank, world = map(_from_environment, ("RANK", "WORLD_SIZE"))
     if rank is None or world is None or (rank, world) == (0, 1):
         return Process()
@@ -82,10 +75,7 @@ def _from_environment(name: str) -> int | None:
 
 
 def try_lock(file: IO[Any] | int, wait: bool = False) -> bool:
-    """Locks an open file or folder until it is closed or the process ends; False if another process holds the lock.
-
-    wait: wait for the other process instead. On systems without locks nothing is locked, and the result is True.
-    """
+    """Locks an open file or folder until it is closed; False if another process has it, True without lock support."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from minillama.cli.options import COMMON, Command, Flag  # noqa: E402
-from run_llama import COMMANDS  # noqa: E402
+from minillama.commands import COMMANDS  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """\

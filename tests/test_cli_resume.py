@@ -166,7 +166,7 @@ def test_a_run_starts_in_a_folder_without_parts_of_another(command, name):
     (command.folder / "a").mkdir()
     (command.folder / "a" / name).write_text("mine", encoding="utf-8")
     status, _, err = command("finetune", "--run_dir", "a")
-    assert status == 2 and f"{name} is there already" in err
+    assert status == 2 and f"{name} exists already" in err
     assert (command.folder / "a" / name).read_text(encoding="utf-8") == "mine"
 
 

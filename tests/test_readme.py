@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import run_llama
 import sanity_check
 import tokenizer
 from classifier import LlamaEmbeddingClassifier
 from conftest import ROOT
 from llama import load_pretrained
+from minillama.commands import COMMANDS as COMMAND_LIST
 from minillama.formats.checkpoint import write_checkpoint
 from models import tiny_llama
 
@@ -84,7 +84,7 @@ def course_folder(asset, tmp_path, monkeypatch):
 def test_the_readme_shows_every_kind_of_command():
     assert OURS[0] == ["run_llama.py"]
     options = [command[command.index("--option") + 1] for command in OURS if "--option" in command]
-    assert set(options) == {command.name for command in run_llama.COMMANDS}
+    assert set(options) == {command.name for command in COMMAND_LIST}
     assert ["python", "-m", "pytest"] in COMMANDS
     for script in ("sanity_check.py", "fetch_data.py", "prepare_submit.py"):
         assert f"`python {script}" in README

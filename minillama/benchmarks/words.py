@@ -15,9 +15,9 @@ def compare(args: argparse.Namespace) -> None:
     rows = {split: read_rows(getattr(args, split), labels) for split in ("train", "dev", "test")}
     found = {f"1- to {n}-grams": counting_words(rows, n) for n in (1, 2)}
     for name, scores in found.items():
-        told = []
+        parts = []
         for split in ("dev", "test"):
             accuracy = scores[split]
-            told.append(f"{split} {'no gold labels' if accuracy is None else f'{accuracy:.3f}'}")
-        print(f"TF-IDF of {name}, logistic regression (C {scores['C']:g}): {', '.join(told)}")
+            parts.append(f"{split} {'no gold labels' if accuracy is None else f'{accuracy:.3f}'}")
+        print(f"TF-IDF of {name}, logistic regression (C {scores['C']:g}): {', '.join(parts)}")
     print(json.dumps({"options": vars(args), "words": found}))

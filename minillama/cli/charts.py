@@ -81,11 +81,11 @@ def text(value: object) -> str:
     return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", plain))
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from at or below `low` to at or above `high`."""
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers, the first at most `low`, the last at least `high`."""
     span = (high - low) or abs(high) or 1.0
-    size = 10 ** math.floor(math.log10(max(span / count, 1e-300)))
-    step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= count)
+    size = 10 ** math.floor(math.log10(max(span / 5, 1e-300)))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if span / (size * factor) <= 5)
     first = math.floor(low / step + 1e-9)
     last = max(first + 1, math.ceil(high / step - 1e-9))
     return [number * step for number in range(first, last + 1)]
@@ -106,8 +106,8 @@ def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -
     width, height, left, right, top, bottom = 400, 240, 44, 12, 10, 38
     xs = [x for _, points, _ in lines for x, _ in points]
     ys = [y for _, points, _ in lines for _, y in points]
-    x_ticks, y_ticks = ticks(min(0.0, *xs), max(*xs, 1e-9)), ticks(min(ys), max(ys))
     x_low, x_high = min(0.0, *xs), max(*xs, 1e-9)
+    x_ticks, y_ticks = ticks(x_low, x_high), ticks(min(ys), max(ys))
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(point: Point) -> tuple[str, str]:

@@ -44,7 +44,8 @@ class Run:
         """The scores of the best epoch, the earliest of equal ones; empty if there are none."""
         for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1), ("dev_f1", 1), ("dev_loss", -1)):
             if scored := [line for line in self.scores if is_number(line.get(name))]:
-                return max(scored, key=lambda line: sign * line[name])
+                best = max(scored, key=lambda line: sign * line[name])
+                return best | {"test_accuracy": self.final.get("test_accuracy")}
         return {}
 
     def matrices(self) -> dict[str, Matrix]:

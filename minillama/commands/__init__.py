@@ -1,0 +1,30 @@
+"""The commands: one module for each value of --option, in the order of `--help`."""
+
+from minillama.commands import (
+    classify,
+    convert,
+    finetune,
+    generate,
+    perplexity,
+    pretrain,
+    prompt,
+    report,
+    sft,
+    tokenizer,
+    wise_ft,
+)
+
+COMMANDS = (
+    generate.COMMAND,
+    prompt.COMMAND,
+    finetune.FINETUNE,
+    finetune.LORA,
+    classify.COMMAND,
+    pretrain.COMMAND,
+    sft.COMMAND,
+    perplexity.COMMAND,
+    tokenizer.COMMAND,
+    convert.COMMAND,
+    wise_ft.COMMAND,
+    report.COMMAND,
+)

@@ -101,15 +101,15 @@ def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 # The page
 
 
-def spread(found: Sequence[object], runs: int) -> str:
-    """The mean of the numbers in `found`, their standard deviation (of a sample: n - 1) if there are several, and how
-    many of the `runs` have one if not all; a dash if none has.
+def spread(members: Sequence[Run], score: str) -> str:
+    """The mean of a score, its standard deviation (of a sample: n - 1) if several runs have it, and how many have it if
+    not all; a dash if none has.
     """
-    values = [value for value in found if is_number(value)]
+    values = [value for run in members if is_number(value := run.best().get(score))]
     if not values:
         return NONE
     deviation = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
-    some = f", {len(values)} of {runs} runs" if len(values) < runs else ""
+    some = f", {len(values)} of {len(members)} runs" if len(values) < len(members) else ""
     return f"{statistics.fmean(values):.3f}{deviation}{some}"
 
 
@@ -119,22 +119,19 @@ def decimals(value: object) -> str:
 
 def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
     """A table for each kind of score, with a line for each group."""
-    kinds = {"Accuracy": ["dev", "test"], "Bits per byte": ["held out"], "Answers": ["dev, exact match", "dev, F1"]}
+    kinds = {
+        "Accuracy": {"dev": "dev_accuracy", "test": "test_accuracy"},
+        "Bits per byte": {"held out": "bits_per_byte"},
+        "Answers": {"dev, exact match": "dev_exact_match", "dev, F1": "dev_f1"},
+    }
     lines: dict[str, list[tuple[str, list[str]]]] = {title: [] for title in kinds}
     for i, (name, members) in enumerate(groups):
-
-        def mean(score: str, members: list[Run] = members) -> str:
-            return spread([run.best().get(score) for run in members], len(members))
-
         seeds = ", ".join(str(run.options["seed"]) for run in members if run.options)
         link = f'<a href="#g{i}">{text(name)}</a> <div class="quiet">seed {text(seeds or "unknown")}</div>'
-        if mean("dev_accuracy") != NONE:
-            test = spread([run.final.get("test_accuracy") for run in members], len(members))
-            lines["Accuracy"].append((name, [link, mean("dev_accuracy"), test]))
-        elif mean("bits_per_byte") != NONE:
-            lines["Bits per byte"].append((name, [link, mean("bits_per_byte")]))
-        elif mean("dev_f1") != NONE:
-            lines["Answers"].append((name, [link, mean("dev_exact_match"), mean("dev_f1")]))
+        for title, judge in (("Accuracy", "dev_accuracy"), ("Bits per byte", "bits_per_byte"), ("Answers", "dev_f1")):
+            if spread(members, judge) != NONE:
+                lines[title].append((name, [link, *(spread(members, score) for score in kinds[title].values())]))
+                break
     parts = []
     for title, heads in kinds.items():
         if lines[title]:
@@ -156,9 +153,8 @@ def run_table(members: Sequence[Run]) -> str:
     rows = []
     for run in members:
         best = run.best()
-        found = best | {"test_accuracy": run.final.get("test_accuracy")}
         epochs = f"{text(best['epoch'])} of {len(run.scores)}" if "epoch" in best else f"– of {len(run.scores)}"
-        numbers = [decimals(found.get(name)) for name in scores.values()]
+        numbers = [decimals(best.get(name)) for name in scores.values()]
         rows.append([text(run.options.get("seed", "?")), epochs, *numbers, f"{run.seconds / 60:.1f}", text(run.name)])
     head = ["seed", "best epoch", *scores, "minutes", "run"]
     return table(head, rows, words=[len(head) - 1])

@@ -69,8 +69,8 @@ class Explanation:
         self.steps.append(
             Step(
                 self._candidate(int(chosen), before, after),
-                self._likeliest(before * ~cut, before, after, int(chosen)),
-                self._likeliest(before * cut, before, after),
+                self._most_probable(before * ~cut, before, after, int(chosen)),
+                self._most_probable(before * cut, before, after),
                 int((after > 0).sum()),
                 int(cut.sum()),
                 float(before[cut].sum()),
@@ -78,7 +78,9 @@ class Explanation:
         )
         self.ids.append(int(chosen))
 
-    def _likeliest(self, among: Tensor, before: Tensor, after: Tensor, chosen: int | None = None) -> list[Candidate]:
+    def _most_probable(
+        self, among: Tensor, before: Tensor, after: Tensor, chosen: int | None = None
+    ) -> list[Candidate]:
         """The most probable tokens, and at the end the chosen one if it is not among them."""
         best = among.topk(min(SHOWN, len(among))).indices.tolist()
         best += [chosen] if chosen is not None and chosen not in best else []

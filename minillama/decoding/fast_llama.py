@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llama import Llama, last_token_state
 from minillama.decoding.sampling import LanguageModel
-from minillama.layers.kernels import kernel_mask, single_token_attention
+from minillama.layers.kernels import fused_attention, single_token_attention
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask
 from minillama.layers.precision import at_least_float32, autocast
@@ -117,10 +117,7 @@ class InferenceLlama:
         if quantize not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
         if llama.config.attention_type != "softmax":
-            raise ValueError(
-                f"a model with {llama.config.attention_type} attention has no copy for running only, so none in 8 "
-                "bits; leave out --quantize"
-            )
+            raise ValueError(f"{llama.config.attention_type} attention cannot be quantized; leave out --quantize")
         self.config = llama.config
 
         def product(*linears: nn.Linear) -> Product:
@@ -184,14 +181,7 @@ class InferenceLlama:
             if T == 1 and cache is not None:
                 mixed = single_token_attention(query, key, value, mask)  # (B, H, 1, hd)
             else:
-                mixed = F.scaled_dot_product_attention(
-                    query,
-                    key,
-                    value,
-                    attn_mask=kernel_mask(mask, query.dtype),
-                    is_causal=config.causal and mask is None,
-                    enable_gqa=True,
-                )  # (B, H, T, hd)
+                mixed = fused_attention(query, key, value, mask, causal=config.causal)  # (B, H, T, hd)
             x = x + layer.output(mixed.transpose(1, 2).flatten(2))
             gate, up = layer.gate_up(layer.ffn_norm(x)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)

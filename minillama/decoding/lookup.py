@@ -43,7 +43,7 @@ def lookup_decoding(
     text, goal = idx[0].tolist(), idx.shape[1] + max_new_tokens
     read = Reader(model, goal + draft_tokens, banned_ids=banned_ids)
     if read.cache is None:
-        raise ValueError("look-up decoding needs a causal model, whose cache it checks the guesses with")
+        raise ValueError("look-up decoding needs a causal model with a cache")
     while len(text) < goal:
         room = min(goal, read.context) - len(text) - 1
         guess = guessed(text, longest_match)[: max(0, min(draft_tokens, room))]

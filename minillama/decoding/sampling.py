@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillama.decoding.filters import BANNED, Filter, check_finite, distribution, epsilon_filter, repetition_penalised
+from minillama.layers.precision import at_least_float32
 
 
 class LanguageModel(Protocol):
@@ -103,8 +104,8 @@ class Reader:
         """The model's output for the text tokens (B, T), of which the cache holds the beginning."""
         logits, hidden = self._read(tokens, attention_mask, **options)
         if self.banned_ids:
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # BANNED is -inf in float16
-            logits = wide.index_fill(-1, tokens.new_tensor(self.banned_ids), BANNED)
+            banned = tokens.new_tensor(self.banned_ids)
+            logits = at_least_float32(logits).index_fill(-1, banned, BANNED)  # BANNED is -inf in float16
         return logits, hidden
 
     def _read(self, tokens: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:

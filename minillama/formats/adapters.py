@@ -48,9 +48,8 @@ class Adapter:
         return any(name.endswith("lora_magnitude") for name in self.state)
 
     def apply(self, model: nn.Module) -> None:
-        """Replaces the model's adapter, if any, by this one; the base Linears stay the same objects.
-
-        Raises ValueError if the adapter does not fit the model; the model then keeps its previous adapter.
+        """Replaces the model's adapter; base Linears stay the same objects. Raises ValueError, and keeps the old one,
+        if the new one does not fit.
         """
         before = dict(lora_layers(unmerge_lora(model)))
         targets = sorted({name.split(".")[-2] for name in self.state})
@@ -63,10 +62,7 @@ class Adapter:
 
 
 def read_adapter(path: Path, config: LlamaConfig) -> Adapter:
-    """The adapter in a peft folder or in a file of `--option lora`, for a base model with this config.
-
-    Raises FileNotFoundError if there is none, ValueError for anything but an adapter that this program can apply.
-    """
+    """The adapter in a peft folder or a file of `--option lora`. Raises FileNotFoundError or ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter; --adapter takes a peft folder, or a file of --option lora")
     if path.is_dir():
@@ -159,10 +155,7 @@ def _without_peft_affixes(name: str, weights: Path) -> str:
 
 
 def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -> None:
-    """Writes the adapter for peft, for a base model converted to Hugging Face's format.
-
-    The head of a classifier goes into classifier_head.safetensors, which peft ignores.
-    """
+    """Writes the adapter for peft, for a Hugging Face base; a classifier head goes into a file that peft ignores."""
     tensors = {}
     names = renamed(adapter.state, "ours", "huggingface")
     for name, tensor in adapter.state.items():

@@ -96,10 +96,7 @@ def fits_float32(tensor: Tensor) -> bool:
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
-    """Reads a file or folder of any known format, onto the CPU.
-
-    Raises FileNotFoundError if there is none, ValueError if it is damaged, of no known format, or a pickle with code.
-    """
+    """Reads a file or folder of any known format, onto the CPU. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; `python fetch_data.py checkpoint` brings stories42M.pt")
@@ -133,10 +130,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     if is_huggingface:
         config, state, stop_ids = read_huggingface(folder)
         return Checkpoint(folder, "Hugging Face", config, state, stop_ids=stop_ids)
-    raise ValueError(
-        f"{folder} is a folder without Meta's params.json or Hugging Face's config.json; "
-        "give a folder that has one, or a checkpoint file"
-    )
+    raise ValueError(f"{folder} is a folder without Meta's params.json or Hugging Face's config.json")
 
 
 def _described_safetensors(path: Path) -> dict[str, Any]:
@@ -213,10 +207,7 @@ class FineTuned:
 
 
 def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
-    """Reads the file of a fine-tuned classifier.
-
-    Raises FileNotFoundError if there is no such file, ValueError if it is damaged or holds anything else.
-    """
+    """Reads the file of a fine-tuned classifier. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     wanted = "give the best.pt of a run, or the finetune-...pt or lora-...pt that it wrote"
     if not path.is_file():
@@ -228,7 +219,7 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     _check_version(path, content)
     tables: list[Any] = [content.get(name) for name in ("model", "model_args", "options", "labels")]
     names: Any = content.get("label_names")
-    head: Any = content.get("head")
+    head: Any = content.get("head", "linear")
     if not all(isinstance(table, dict) for table in tables) or head not in ("linear", "prompt"):
         raise ValueError(f"{path} lacks one of model, model_args, options, labels and head; {wanted}")
     tensors, arguments, options, labels = tables

@@ -139,17 +139,14 @@ def is_safetensors(head: bytes, size: int) -> bool:
 
 
 def write_safetensors_file(path: str | PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes tensors atomically, one at a time: no second copy of them is in memory.
-
-    The same model gives the same bytes; the library orders the metadata at random. Format:
-    github.com/huggingface/safetensors
-    """
+    """Writes tensors atomically, one at a time. Format: github.com/huggingface/safetensors"""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in sorted(tensors.items()):
         start, end = end, end + tensor.nbytes
         kind = SAFETENSORS_DTYPES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    # Sorted: the same model gives the same bytes. The library orders the metadata at random.
     encoded = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
     with atomic_file(path, "wb") as file:
@@ -206,10 +203,7 @@ def _give_usual_permissions(path: str | Path, most: int) -> None:
 
 @contextmanager
 def atomic_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Makes a folder that is renamed to `path` when the block ends; after an error nothing is left.
-
-    Raises FileExistsError if `path` exists.
-    """
+    """Makes a folder that is renamed to `path` at the end; an error leaves nothing. Raises FileExistsError."""
     check_free(path)
     target = Path(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

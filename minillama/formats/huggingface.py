@@ -21,13 +21,11 @@ def is_meta_folder(folder: Path) -> bool:
 
 
 def read_huggingface(folder: Path) -> tuple[LlamaConfig, State, tuple[int, ...]]:
-    """The config, the tensors and the stop ids of a folder with config.json and one or several safetensors.
-
-    Raises ValueError for a model that is no Llama, or whose computation differs from ours.
-    """
-    content = files.read_json(folder / "config.json")
-    config = huggingface_config(folder / "config.json", content)
-    stop_ids = huggingface_stop_ids(folder, content, config.vocab_size)
+    """The config, tensors and stop ids of a folder. Raises ValueError if the computation differs from ours."""
+    config = huggingface_config(folder / "config.json")
+    stops = folder / "generation_config.json"
+    stops = stops if stops.is_file() else folder / "config.json"
+    stop_ids = checked_stop_ids(stops, "eos_token_id", files.read_json(stops).get("eos_token_id"), config.vocab_size)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():  # first, as in transformers: an index beside it is left over from a model saved in shards
         paths = [single]
@@ -42,13 +40,6 @@ def read_huggingface(folder: Path) -> tuple[LlamaConfig, State, tuple[int, ...]]
             raise ValueError(f"{path} holds {min(twice)} again, which another file of {folder} has; save it again")
         state |= found
     return config, state, stop_ids
-
-
-def huggingface_stop_ids(folder: Path, content: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json; without that file, of the `content` of config.json."""
-    path = folder / "generation_config.json"
-    path, content = (path, files.read_json(path)) if path.is_file() else (folder / "config.json", content)
-    return checked_stop_ids(path, "eos_token_id", content.get("eos_token_id"), vocab_size)
 
 
 def checked_stop_ids(path: Path, name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
@@ -107,8 +98,9 @@ HUGGINGFACE_ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def huggingface_config(path: Path, content: dict[str, Any]) -> LlamaConfig:
-    """The config of a config.json. Raises ValueError if the model's computation differs from ours."""
+def huggingface_config(path: Path) -> LlamaConfig:
+    """The config in a config.json. Raises ValueError if the model's computation differs from ours."""
+    content = files.read_json(path)
     for name, allowed in HUGGINGFACE_ALLOWED.items():
         value = content.get(name, allowed[0] if name != "model_type" else None)
         if value not in allowed:
@@ -155,10 +147,7 @@ SHARD_BYTES = 4 << 30
 def write_huggingface(
     folder: Path, config: LlamaConfig, state: State, bos_id: int, eos_id: int | Sequence[int]
 ) -> None:
-    """Writes a folder that transformers' `AutoModelForCausalLM` loads, in shards of up to 4 GiB.
-
-    Raises ValueError for a model that such a folder cannot hold.
-    """
+    """Writes a folder for transformers, in shards of 4 GiB. Raises ValueError for a model that it cannot describe."""
     check_rmsnorm(config, "a Hugging Face Llama")
     names = renamed(state, "ours", "huggingface")
     tensors = {names[name]: (name, tensor) for name, tensor in state.items()}

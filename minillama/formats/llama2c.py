@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from minillama.formats.keys import State
 from rope import rotary_frequencies
 
 LLAMA2C_MAGIC = 0x616B3432
+LLAMA2C_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 LLAMA2C_EPS, LLAMA2C_THETA = 1e-5, 10000.0  # constants of its program, not in its files
 ATTENTION = tuple(f"layers.{{}}.attention.compute_{part}" for part in ("query", "key", "value", "output"))
 FEED_FORWARD = tuple(f"layers.{{}}.feed_forward.{part}" for part in ("w1", "w2", "w3"))
@@ -28,22 +30,11 @@ LLAMA2C_V1 = ("layers.{}.attention_norm", "layers.{}.ffn_norm", "norm", "tok_emb
 
 
 def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = sizes
+    fields: dict[str, Any] = dict(zip(LLAMA2C_HEADER, sizes, strict=True))
     try:
-        if 8 * max(1, dim) * n_layers > size:  # a damaged count must not make us list millions of tensors
-            raise ValueError(f"{n_layers:,} layers do not fit {size:,} bytes")
-        return LlamaConfig(
-            vocab_size=vocab_size,
-            dim=dim,
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            max_seq_len=max_seq_len,
-            hidden_dim=hidden_dim,
-            norm="rmsnorm",
-            causal=True,
-            tie_embeddings=tied,
-        )
+        if 8 * max(1, fields["dim"]) * fields["n_layers"] > size:  # a damaged count must not list millions of tensors
+            raise ValueError(f"{fields['n_layers']:,} layers do not fit {size:,} bytes")
+        return LlamaConfig(**fields, norm="rmsnorm", causal=True, tie_embeddings=tied)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the header is damaged") from error
 
@@ -133,7 +124,7 @@ def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, 
     hidden = parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0]
     sizes = [config.dim, hidden, config.n_layers, config.n_heads, config.kv_heads]
     tied = config.tie_embeddings
-    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers that share a scale: part of a row
+    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers that share a scale; divides every row
     with atomic_file(path, "wb") as file:
         if version == 0:
             signed = config.vocab_size if tied else -config.vocab_size

@@ -64,7 +64,7 @@ def _merged(name: str, parts: list[Tensor], dim: object) -> Tensor:
 
 
 def meta_config(path: Path, params: dict[str, Any], state: State) -> LlamaConfig:
-    """The config of params.json; missing fields as in Meta's program, a missing context as in the release's paper."""
+    """The config of params.json; missing fields as in Meta's program, a missing context as in the release."""
     known = "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta max_seq_len "
     known += "use_scaled_rope rope_scaling_factor rope_high_freq_factor max_batch_size"
     if unknown := sorted(set(params) - set(known.split())):

@@ -188,10 +188,7 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: an integer, or the bytes of anything else.
-
-    Source: protobuf.dev/programming-guides/encoding
-    """
+    """Number and value (integer or bytes) of each protobuf field: protobuf.dev/programming-guides/encoding"""
     stream = io.BytesIO(message)
 
     def integer() -> int:

@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LlamaConfig
@@ -26,25 +25,13 @@ from minillama.layers.precision import at_least_float32
 FIRST_GAIN = 0.1
 
 
-class HeadNorm(nn.Module):
-    """RMSNorm within each head: (..., 2 hd) -> (..., 2 hd)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.eps = 1e-5
-        self.weight = nn.Parameter(torch.full((width,), FIRST_GAIN))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
-
-
-def add_differential_parameters(attention: Any, config: LlamaConfig, depth: int) -> None:
-    """Adds the four vectors of l, N(0, 0.1), and the norm to an `Attention`. depth: the number of the layer, from 0."""
+def add_differential_parameters(attention: Any, head_norm: Any, config: LlamaConfig, depth: int) -> None:
+    """Adds the four vectors of l, N(0, 0.1), and the norm of a head to an `Attention`. depth: the layer, from 0."""
     attention.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
     for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
         setattr(attention, name, nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)))
-    attention.head_norm = HeadNorm(2 * config.head_dim)
+    nn.init.constant_(head_norm.weight, FIRST_GAIN)
+    attention.head_norm = head_norm
 
 
 def share_values(value: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ def kernel_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, dropout: float = 0.0
 ) -> Tensor:
-    """torch's fused kernel: (B, H, T, hd) and twice (B, H, S, hd) -> (B, H, T, hd). causal: used where mask is None."""
+    """torch's fused kernel: query (B, H, T, hd), key and value (B, H or K, S, hd) -> (B, H, T, hd). causal: if mask is
+    None, whether attention is causal.
+    """
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -27,6 +29,7 @@ def fused_attention(
         attn_mask=kernel_mask(mask, query.dtype),
         dropout_p=dropout,
         is_causal=causal and mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 

@@ -20,7 +20,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, capacity: int | None = None) -> None:
         if not config.causal:
-            raise ValueError("a bidirectional model has no use for a cache: each token changes those before it")
+            raise ValueError("a bidirectional model cannot use a cache: each token changes the earlier ones")
         self.window = config.sliding_window
         self.capacity = config.max_seq_len if capacity is None else min(capacity, config.max_seq_len)
         self.length = 0
@@ -33,7 +33,7 @@ class KVCache:
         if self.length + tokens > self.capacity:
             raise ValueError(
                 f"{self.length} tokens are cached and {tokens} more do not fit into {self.capacity}; "
-                "start anew with the last ones"
+                "start again with the last ones"
             )
 
     def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,9 +86,7 @@ def tokenize_rows(
             around = start + len(question_ids) + len(end)
             room = context - len(begin) - around
             if room < 1:
-                raise ValueError(
-                    f"the context of {context} tokens has no room for a sentence beside {around} of prompt"
-                )
+                raise ValueError(f"a context of {context} tokens has no room for a sentence and {around} of prompt")
             cut += len(sentence) > room
             ids = ids[:start] + sentence[:room] + question_ids
         done.append(Row(row.label, row.sentence, (*begin, *ids, *end)))
@@ -117,10 +115,7 @@ def word_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor | None]:
-    """Sequences as one tensor (B, T) and the mask of real tokens, None without padding.
-
-    side: "left" for prompts to be continued, "right" for other rows.
-    """
+    """Sequences padded to a tensor (B, T), and the mask of real tokens (None without padding)."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros(ids.shape, dtype=torch.bool)

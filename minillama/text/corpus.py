@@ -34,21 +34,16 @@ class Stretch:
     def window(self, i: int) -> np.ndarray:
         """Window i (length + 1,); its last token is the first of the next window."""
         start, missing = i * self.length, self.length + 1
-        found: list[np.ndarray] = []
-        for k in range(int(np.searchsorted(self._ends, start, side="right")), len(self._parts)):
-            first = start - int(self._ends[k]) + len(self._parts[k]) if not found else 0
-            found.append(self._parts[k][first : first + missing])
-            missing -= len(found[-1])
-            if not missing:
-                break
+        k = int(np.searchsorted(self._ends, start, side="right"))
+        found = [self._parts[k][start - int(self._ends[k]) + len(self._parts[k]) :][:missing]]
+        while missing := missing - len(found[-1]):
+            k += 1
+            found.append(self._parts[k][:missing])
         return np.concatenate(found)
 
 
 def held_out_count(held_out: float, documents: int) -> int:
-    """The number of held-out documents; `held_out`: a number, or a share below 1 (at least one, but not the only one).
-
-    Raises ValueError for a number like 1.5.
-    """
+    """The number of held-out documents, from a number or a share below 1. Raises ValueError for a number like 1.5."""
     if held_out >= 1 and held_out != int(held_out):
         raise ValueError(f"--held_out is {held_out:g}; it must be a share below 1, or a whole number of documents")
     if held_out >= 1 or not held_out:
@@ -57,10 +52,7 @@ def held_out_count(held_out: float, documents: int) -> int:
 
 
 class Text:
-    """A text file or folder as windows to train on, and windows of its last documents, which are held out.
-
-    held_out: see `held_out_count`. Raises ValueError if nothing is left to train on.
-    """
+    """A text as windows to train on, and windows of its last, held-out documents. Raises ValueError if too short."""
 
     def __init__(self, name: str, files: Sequence[Tokens], length: int, held_out: float, weight: float = 1.0) -> None:
         self.name, self.weight = name, weight

@@ -12,7 +12,6 @@ No more than a few megabytes of a text are in memory at a time.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minillama.environment import file_sha256
 from minillama.formats.files import atomic_file
 from minillama.formats.names import without_ending
 from tokenizer import Tokenizer
@@ -156,10 +156,7 @@ def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
 def train_tokenizer(
     paths: Sequence[str], vocab_size: int, model_path: str, seed: int, tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Trains a SentencePiece BPE with byte fallback, like Llama 2's, and writes it atomically.
-
-    It learns from at most a million lines of the texts. Raises ValueError if they are too few for the vocabulary.
-    """
+    """Trains a SentencePiece BPE like Llama 2's on at most a million lines, and writes it. Raises ValueError."""
     import sentencepiece
 
     sentencepiece.set_random_generator_seed(seed % (1 << 32))
@@ -217,17 +214,13 @@ class Tokens:
     checksum: str  # of text and tokenizer
 
 
-def tokenizer_checksum(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the vocabulary: tokenizers with the same one give the same ids."""
-    return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
-
-
 def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     """Writes the tokens of a text into `folder`, unless they are there and up to date; returns their file."""
     if is_tokens(path):
         return path
     text_crc = _file_crc(path)
-    origin = f"{path.resolve()}\n{tokenizer_checksum(tokenizer)}"  # texts may share a name, tokenizers a text
+    tokenizer_sha256 = file_sha256(tokenizer.path)
+    origin = f"{path.resolve()}\n{tokenizer_sha256}"  # texts may share a name, tokenizers a text
     target = folder / f"{without_ending(path.name)}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
     if target.exists() and read_header(target)["text_crc32"] == text_crc:
         return target
@@ -262,7 +255,7 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
             "tokens": starts[-1],
             "documents": len(text_bytes),
             "vocab_size": tokenizer.n_words,
-            "tokenizer_sha256": tokenizer_checksum(tokenizer),
+            "tokenizer_sha256": tokenizer_sha256,
             "text": path.name,
             "text_crc32": text_crc,
         }
@@ -319,7 +312,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
     """Memory-maps a file of tokens. Raises ValueError if it is damaged or another tokenizer's."""
     header = read_header(path)
-    if header["tokenizer_sha256"] != tokenizer_checksum(tokenizer):
+    if header["tokenizer_sha256"] != file_sha256(tokenizer.path):
         raise ValueError(
             f"{path} was made with another tokenizer ({header['vocab_size']} pieces) than {tokenizer.path} "
             f"({tokenizer.n_words}); give that --tokenizer, or another --tokens_dir"

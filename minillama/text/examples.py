@@ -42,10 +42,7 @@ class Example:
 
 
 def read_examples(path: str | PathLike[str]) -> list[Example]:
-    """The examples of a file of JSON lines, not yet tokenized; other keys and blank lines are ignored.
-
-    Raises ValueError, naming file and line, for a line that is no JSON object with "prompt" and "answer".
-    """
+    """The examples of a file of JSON lines, not yet tokenized. Raises ValueError, naming file and line."""
     text = read_text(path, f"data file of {EXAMPLE_LINE} lines").rstrip()
     examples = []
     for number, line in numbered_lines(text):

@@ -45,10 +45,7 @@ def read_text(path: str | PathLike[str], what: str) -> str:
 
 
 def decoded_text(content: bytes, name: str, what: str) -> str:
-    """The text of UTF-8 bytes, without a byte order mark.
-
-    Raises ValueError, with the `name` of the source and `what` it should be, for other bytes and for blank text.
-    """
+    """UTF-8 bytes as text. Raises ValueError, with the source's `name` and `what` it should be, if broken or blank."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,11 +85,6 @@ def read_labels(path: str | PathLike[str]) -> dict[str, str | None]:
 def class_names(labels: Mapping[str, str | None]) -> list[str]:
     """The classes in the order of their ids: the order in which the labels first name them."""
     return list(dict.fromkeys(name for name in labels.values() if name is not None))
-
-
-def read_label_names(path: str | PathLike[str]) -> list[str]:
-    """The class names of a label file, in the order of their ids. Raises like `read_labels`."""
-    return class_names(read_labels(path))
 
 
 class Record(NamedTuple):
@@ -233,10 +225,7 @@ def _as_mapping(labels: Labels) -> Mapping[str, str | None]:
 
 
 def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str | None:
-    """The class of a label, None if its rows are left out. Raises ValueError if the label is unknown.
-
-    A class may also be given by its name, and a number as 00 for 0.
-    """
+    """The class of a label, of a class's name, or of 00 for 0; None if left out. Raises ValueError if unknown."""
     if label in labels:
         return labels[label]
     if label in labels.values():
@@ -270,10 +259,7 @@ def class_labels(labels: Labels) -> list[str]:
 
 
 def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> list[str]:
-    """The class names without a training row, for a warning.
-
-    Raises ValueError if the last name is one of them: the names belong to another data set, with more classes.
-    """
+    """The class names without a training row. Raises ValueError if the last name is one: it is of another data set."""
     found = {row.label for row in rows}
     if max(found) + 1 < len(label_names):
         raise ValueError(
@@ -291,10 +277,7 @@ def beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 def write_predictions(
     path: str | PathLike[str], predictions: Sequence[int], rows: Sequence[Row], labels: Labels | None = None
 ) -> None:
-    """Writes `{label} ||| {sentence}` lines, atomically. predictions: class ids.
-
-    labels: as for `read_rows`, which reads the file with the same ones; without them a class's label is its id.
-    """
+    """Writes `{label} ||| {sentence}` lines, atomically. predictions: class ids, written as such without `labels`."""
     written = None if labels is None else class_labels(labels)
     with atomic_file(path) as file:
         for number, row in zip(predictions, rows, strict=True):

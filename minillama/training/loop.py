@@ -79,7 +79,7 @@ class Interrupts:
         self.number = number
         self.__exit__()
         with suppress(OSError):  # stderr may be closed; print is not safe in a signal handler
-            os.write(2, b"\nstopping after this step; once more stops at once, and loses what is not saved\n")
+            os.write(2, b"\nstopping after this step; a second signal stops at once, and loses unsaved steps\n")
 
 
 @dataclass
@@ -224,7 +224,7 @@ class Training:
         self.processes.wait()
         if state is None:
             if begun:
-                self.log(f"{self.run.path} had saved nothing yet: it starts from the beginning")
+                self.log(f"{self.run.path} has no saved state yet: it starts from the beginning")
             return
         if state["base"] != self.base:
             raise ValueError(
@@ -232,7 +232,7 @@ class Training:
                 "those, or start a new run"
             )
         if state["progress"]["best_epoch"] and not self.run.best_path.exists():
-            raise ValueError(f"{self.run.best_path}, the run's best model, is gone; restore it, or start a new run")
+            raise ValueError(f"{self.run.best_path}, the run's best model, is missing; restore it, or start a new run")
         set_model_state_dict(self.model, state["model"], options=StateDictOptions(strict=False))  # without frozen ones
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if not state["updated"]:
@@ -345,7 +345,7 @@ class Training:
     def last_good(self) -> str:
         """A phrase that names the last checkpoint."""
         if self.saved_at == (0, 0):
-            return "nothing was saved before"
+            return "nothing was saved yet"
         path = self.run.shards_path if self.processes.fsdp else self.run.last_path
         return f"the last good checkpoint is {path}, of step {self.saved_at[1]}"
 

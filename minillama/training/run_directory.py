@@ -63,7 +63,7 @@ def _open_lock(path: Path) -> IO[str]:
         if is_ours and is_still_at(path, file):
             if owner and not owner.isdigit():
                 file.close()
-                raise ValueError(f"{path} is there already and is no lock of a run; give another --run_dir")
+                raise ValueError(f"{path} exists already and is not the lock of a run; give another --run_dir")
             return file
         file.close()
         if not is_ours:
@@ -120,7 +120,7 @@ def _make_folders(path: Path, tries: int = 20) -> list[Path]:
             _remove_empty(made)
             if folder.is_file():
                 raise ValueError(f"{folder} is a file; --run_dir takes a folder, new or empty") from error
-            raise ValueError(f"{folder} cannot be made: {error.strerror}; give another --run_dir") from error
+            raise ValueError(f"{folder} cannot be created: {error.strerror}; give another --run_dir") from error
     return made
 
 
@@ -172,30 +172,18 @@ class RunDirectory:
         self.path = Path(path)
         self.writes = writes
         self.metrics_path = self.path / "metrics.jsonl"
+        self.best_path = self.path / "best.pt"
+        self.last_path = self.path / "last.pt"
+        self.shards_path = self.path / "last.json"  # names the folder of the last good shards
         self._tensorboard: Any = None  # the writer; False if there is none
 
-    @property
-    def best_path(self) -> Path:
-        return self.path / "best.pt"
-
-    @property
-    def last_path(self) -> Path:
-        return self.path / "last.pt"
-
-    @property
-    def shards_path(self) -> Path:
-        """The file that names the folder of the last good shards."""
-        return self.path / "last.json"
-
     def check_free(self) -> None:
-        """Raises ValueError if there is a run already, or a part of one, or a file."""
+        """Raises ValueError if the folder holds a run, or a part of one."""
         if (self.path / "options.json").exists():
             raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
         for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
             if path.exists():
-                raise ValueError(f"{path} is there already, but no options.json; give another --run_dir, new or empty")
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; --run_dir takes a folder, new or empty")
+                raise ValueError(f"{path} exists already, but no options.json; give another --run_dir, new or empty")
 
     def create(self, options: dict[str, Any]) -> None:
         """Writes the options into the folder, which exists (see `new_run`)."""

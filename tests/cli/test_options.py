@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT
 from minillama.cli.checks import check_options
 from minillama.cli.options import all_flags, build_parser, given_options
+from minillama.commands import COMMANDS
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.formats.names import tokenizer_beside, without_ending
 from models import tiny_llama
-from run_llama import COMMANDS, main, parse
+from run_llama import main, parse
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.json"))
 

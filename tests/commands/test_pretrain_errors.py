@@ -85,7 +85,7 @@ BAD = [
     ("no such positions", "pretrain", ["--position", "learned"], None, "argument --position: invalid choice:"),
     ("no window", "pretrain", ["--sliding_window", "0"], None, "argument --sliding_window: '0' is not allowed"),
     ("8 bits of what has none", "perplexity", [*FROM, "--quantize", "int8"], a_model(attention_type="differential"),
-     "a model with differential attention has no copy"),
+     "differential attention cannot be quantized"),
     ("no model to continue", "pretrain", [*FROM, "--tokenizer", "tok.model"], None, "model.pt: no such checkpoint"),
     ("another vocabulary", "pretrain", FROM, a_model(vocab_size=300), "has a vocabulary of 300"),
     ("a prompt that is no text", "pretrain", ["--sample_prompt", "\udce9"], None, "is no UTF-8 text"),

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from minillama.cli.finished_runs import find_runs, read_curves, read_run
+from minillama.commands import COMMANDS
 from minillama.commands.report import grouped, page
 from reported_runs import GOLD, GUESS, NAMES, Page, a_run, confused, with_last_line
-from run_llama import COMMANDS, main
+from run_llama import main
 
 NASTY = '<script>alert("1")</script> & \x00 <b>'
 

@@ -255,7 +255,7 @@ def another_base(folder):
 BAD = [
     ("no file", ["--finetuned", "none.pt"], None, "none.pt: no such file; give the best.pt of a run"),
     ("a base in its place", ["--finetuned", "model.pt"], None, "model.pt holds no fine-tuned classifier"),
-    ("a text in its place", ["--finetuned", "dev.txt"], None, "dev.txt is"),
+    ("a text in its place", ["--finetuned", "dev.txt"], None, "dev.txt holds no fine-tuned"),
     ("a base that is gone", [], lambda f: (f / "model.pt").unlink(), "model.pt: the model that run/best.pt came from"),
     (
         "another base",

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from conftest import ROOT
-from minillama.text.labelled import read_label_names, read_rows
+from minillama.text.labelled import class_names, read_labels, read_rows
 
 FILES = [f"demo-{split}.txt" for split in ("train", "dev", "test")] + ["demo-label-mapping.json"]
 
@@ -25,7 +25,7 @@ make_demo_data = load_script()
 
 @pytest.fixture(scope="module")
 def rows():
-    names = read_label_names(ROOT / "data" / "demo-label-mapping.json")
+    names = class_names(read_labels(ROOT / "data" / "demo-label-mapping.json"))
     return {split: read_rows(ROOT / "data" / f"demo-{split}.txt", names) for split in ("train", "dev", "test")}
 
 
@@ -41,7 +41,7 @@ def test_another_seed_gives_other_rows():
 
 
 def test_the_labels_are_those_of_sst():
-    names = [read_label_names(ROOT / "data" / f"{corpus}-label-mapping.json") for corpus in ("demo", "sst")]
+    names = [class_names(read_labels(ROOT / "data" / f"{corpus}-label-mapping.json")) for corpus in ("demo", "sst")]
     assert names[0] == names[1]
 
 

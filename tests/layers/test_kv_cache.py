@@ -65,7 +65,7 @@ def test_key_value_heads_are_stored_once_and_no_more_than_there_is_room_for():
     cache = model.new_cache(capacity=9)
     model(random_ids(3, 4), cache=cache)
     assert cache.keys[1].shape == cache.values[0].shape == (3, 2, 9, 8) and cache.length == 4
-    with pytest.raises(ValueError, match="4 tokens are cached and 6 more do not fit into 9; start anew with the last"):
+    with pytest.raises(ValueError, match="4 tokens are cached and 6 more do not fit into 9; start again with the last"):
         model(random_ids(3, 6), cache=cache)
     assert cache.length == 4
     model(random_ids(3, 5), cache=cache)
@@ -75,5 +75,5 @@ def test_key_value_heads_are_stored_once_and_no_more_than_there_is_room_for():
 def test_a_bidirectional_model_has_no_cache():
     model = tiny_llama(causal=False)
     assert model.new_cache() is None and tiny_llama(causal=True, use_cache=False).new_cache() is None
-    with pytest.raises(ValueError, match="a bidirectional model has no use for a cache"):
+    with pytest.raises(ValueError, match="a bidirectional model cannot use a cache"):
         KVCache(model.config)

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import ROOT
 from minillama.text.batches import prompt_question, tokenize_rows
-from minillama.text.labelled import has_gold_labels, missing_classes, read_label_names, read_rows
+from minillama.text.labelled import class_names, has_gold_labels, missing_classes, read_labels, read_rows
 
 SST = ["awful", "bad", "average", "good", "excellent"]
 CFIMDB = ["bad", "good"]
@@ -15,7 +15,7 @@ NAMES = {"sst": SST, "cfimdb": CFIMDB}
 
 @pytest.mark.parametrize("corpus, sizes", [("sst", (8544, 1101, 2210)), ("cfimdb", (1707, 245, 488))])
 def test_the_courses_files_have_the_published_numbers_of_rows(asset, corpus, sizes):
-    names = read_label_names(ROOT / "data" / f"{corpus}-label-mapping.json")
+    names = class_names(read_labels(ROOT / "data" / f"{corpus}-label-mapping.json"))
     assert names == NAMES[corpus]
     rows = [read_rows(asset(f"course/data/{corpus}-{split}.txt"), names) for split in ("train", "dev", "test")]
     assert tuple(map(len, rows)) == sizes

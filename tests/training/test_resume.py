@@ -173,7 +173,7 @@ def test_a_damaged_run_is_told_in_one_line(fit):
     run = fit(Bag(), rows, rows, settings(), name="a")
     for damage, message in (
         (lambda: run.metrics_path.write_text("{}"), "metrics.jsonl has 2 of"),
-        (lambda: run.best_path.unlink(), "best.pt, the run's best model, is gone"),
+        (lambda: run.best_path.unlink(), "best.pt, the run's best model, is missing"),
         (lambda: torch.save([1], run.last_path), "last.pt holds no state of a run"),
         (lambda: torch.save({"base": 0}, run.last_path), "last.pt holds no state of a run"),
     ):

@@ -114,7 +114,7 @@ def test_failing_runs_do_not_take_the_folder_above_from_one_that_starts(tmp_path
 def test_a_folder_that_cannot_be_made_is_told_in_one_line_and_nothing_is_left(tmp_path, name):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "link").symlink_to("nowhere")
-    message = "(is a file; --run_dir takes a folder|cannot be made: .*; give another --run_dir)"
+    message = "(is a file; --run_dir takes a folder|cannot be created: .*; give another --run_dir)"
     with pytest.raises(ValueError, match=message) as told, new_run(str(tmp_path / name), tmp_path, "lora"):
         pass
     assert "\n" not in str(told.value)
@@ -209,7 +209,7 @@ def test_where_nothing_can_be_locked_a_run_goes_on_without(tmp_path, monkeypatch
 @pytest.mark.parametrize("text", [b"my notes", b"\xff\xfe"])
 def test_a_file_named_lock_that_is_none_stays(tmp_path, text):
     (tmp_path / "lock").write_bytes(text)
-    with pytest.raises(ValueError, match="lock is there already and is no lock of a run"), locked(tmp_path):
+    with pytest.raises(ValueError, match="lock exists already and is not the lock of a run"), locked(tmp_path):
         pass
     assert (tmp_path / "lock").read_bytes() == text
 
