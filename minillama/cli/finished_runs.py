@@ -41,7 +41,7 @@ class Run:
         return [(line["step"], line[name]) for line in self.scores if is_number(line.get(name))]
 
     def best(self) -> dict[str, Any]:
-        """The scores of the best epoch, the earliest of equal ones; empty if there are none."""
+        """The scores of the best epoch (the earliest of equal ones) and the accuracy on test; empty without scores."""
         for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1), ("dev_f1", 1), ("dev_loss", -1)):
             if scored := [line for line in self.scores if is_number(line.get(name))]:
                 best = max(scored, key=lambda line: sign * line[name])
@@ -81,7 +81,7 @@ def find_runs(folders: Sequence[str]) -> list[Path]:
     for name in folders:
         folder = Path(name)
         if not folder.is_dir():
-            what = "is a file" if folder.exists() else "is missing"
+            what = "is a file" if folder.exists() else "does not exist"
             raise FileNotFoundError(f"--runs {name} {what}; give folders of runs (default: all under {RUNS}/)")
         below = {path.parent for file in ("options.json", "metrics.jsonl") for path in folder.rglob(file)}
         if folder in below or not any(folder.iterdir()):
