@@ -232,7 +232,7 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
         (["--prompt", "x", "--num_samples", "2"], "--num_samples belongs to --option generate"),
         (["--prompt", "x", "--norm", "rmsnorm"], "the model keeps the --norm and --attention of its fine-tuning"),
         (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
-        (["--prompt", "x", "--adapter", "a.pt"], "--adapter is for a model that is run or converted"),
+        (["--prompt", "x", "--adapter", "a.pt"], "--adapter is for commands that run or convert a model"),
         (["--prompt", "x", "--finetuned", ""], "--option classify needs --finetuned"),
         (["--prompt", "x", "--finetuned", "model.pt"], "model.pt holds no fine-tuned classifier"),
     ],

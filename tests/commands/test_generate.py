@@ -195,7 +195,7 @@ def test_what_generate_cannot_do_is_one_line(command, more, message):
 
 def test_8_bits_are_for_models_that_run(command):
     code, _, err = command("--option", "finetune", "--quantize", "int8")
-    assert code == 2 and "--quantize is for a model that only runs; leave it out for --option finetune" in err
+    assert code == 2 and "--quantize is for commands that only run a model; leave it out for --option finetune" in err
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ BAD = [
     ("a variant without LoRA", ["--dora"], None, "all weights would be trained; add --lora_rank"),
     ("a regularizer of classes", ["--smart", "1"], None, "--smart belongs to --option finetune, lora; leave it out"),
     ("a template", ["--template", "{sentence} So"], None, "--template belongs to --option prompt"),
-    ("8 bits", ["--quantize", "int8"], None, "--quantize is for a model that only runs; leave it out for --option sft"),
+    ("8 bits", ["--quantize", "int8"], None, "--quantize is for commands that only run a model"),
     ("a model that sees all", [], a_model(causal=False), "add --attention causal"),
     ("another vocabulary", [], a_model(vocab_size=300), "has a vocabulary of 300"),
     ("rows below none", ["--answer_rows", "-1"], None, "argument --answer_rows: '-1' is not allowed"),
