@@ -156,7 +156,7 @@ def test_the_courses_reading_is_repeated_with_the_runs_batches(command):
     texts = sentences(command.folder / "dev.txt")
     (command.folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     code, out, err = classify(command, "--prompt_file", "texts.txt", "--json")
-    assert code == 0 and "an answer depends on the other sentences of its batch" in err
+    assert code == 0 and "a result depends on the other sentences of its batch" in err
     said = [json.loads(line) for line in out.splitlines()]
     predicted = (command.folder / outputs("finetune")[0]).read_text(encoding="utf-8").splitlines()
     assert [f"{one['label']} ||| {one['sentence']}" for one in said] == predicted

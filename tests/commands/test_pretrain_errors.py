@@ -100,7 +100,7 @@ BAD = [
     ("an empty text", "perplexity", [*FROM, "--corpus", "a.txt"], lambda f: (a_model()(f), text("a.txt", "")(f)),
      "a.txt holds no text"),
     ("a stride above", "perplexity", [*FROM, "--window", "8", "--stride", "9"], a_model(), "--stride 9: windows of 8"),
-    ("a window too long", "perplexity", [*FROM, "--window", "33"], a_model(), "the context of 32"),
+    ("a window too long", "perplexity", [*FROM, "--window", "33"], a_model(), "context of 32"),
     ("a model that sees all", "perplexity", FROM, a_model(causal=False), "add --attention causal"),
     ("fewer documents", "perplexity", [*FROM, "--held_out", "41"], a_model(), "stories.txt has 40 documents"),
     ("a share of one", "perplexity", [*FROM, "--held_out", "0.5", "--corpus", "a.txt"],
@@ -132,7 +132,7 @@ def test_what_one_process_does_is_refused_to_several(command, monkeypatch, optio
     monkeypatch.setenv("RANK", "0")
     a_model()(command.folder)
     code, out, err = command("--option", option, *FROM, "--corpus", "stories.txt", "--model_out", "new.model")
-    assert (code, out) == (2, "") and f"--option {option} runs in one process; start it without torchrun" in err
+    assert (code, out) == (2, "") and f"--option {option} runs in a single process; start it without torchrun" in err
 
 
 def test_a_file_whose_name_has_an_equals_sign(command):

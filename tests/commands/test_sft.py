@@ -257,7 +257,7 @@ BAD = [
     ("two outputs of one name", ["--test", "test.jsonl", "--dev_out", "a", "--test_out", "./a"], None, "the same file"),
     ("an output twice", ["--dev_out", "out.safetensors"], None, "out.safetensors are the same file"),
     ("a window too long", ["--window", "65"], None, "--window 65 is longer than the model's context of 64"),
-    ("a rank too high", ["--lora_rank", "33"], None, "--lora_rank is 33; the model is 32 wide"),
+    ("a rank too high", ["--lora_rank", "33"], None, "--lora_rank is 33, above the model's width of 32"),
     ("a variant without LoRA", ["--dora"], None, "all weights would be trained; add --lora_rank"),
     ("a regularizer of classes", ["--smart", "1"], None, "--smart belongs to --option finetune, lora; leave it out"),
     ("a template", ["--template", "{sentence} So"], None, "--template belongs to --option prompt"),
