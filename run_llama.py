@@ -18,21 +18,21 @@ from minillama.environment import Process, this_process
 OVERVIEW = f"""\
 usage: python run_llama.py --option COMMAND [flags]
 
-A Llama that generates text, classifies sentences, and is trained on yours. A small model and data to try
-it on ship in data/.
+A Llama model that generates text, classifies sentences and trains on your data. data/ holds a small model
+and sample data to start with.
 
 {"".join(f"  {command.name:12}{command.summary}" + chr(10) for command in COMMANDS)}
-The flags that people use:
+The most common flags:
   --prompt TEXT                the text to continue, or the sentence to classify
-  --temperature T              0: the likeliest token each time; 1: sample from the model
-  --max_new_tokens N           how long the text gets
-  --pretrained-model-path P    the model: a file or a folder of this program, llama2.c, Meta or Hugging Face
-  --train, --dev, --test FILE  labelled sentences; --label-names FILE has the names of the classes
+  --temperature T              0: always the most likely token; 1: sample from the model
+  --max_new_tokens N           length of the new text in tokens
+  --pretrained-model-path P    the model: a file or folder from this program, llama2.c, Meta or Hugging Face
+  --train, --dev, --test FILE  labelled sentences; --label-names FILE has the class names
   --epochs N, --lr RATE        how long and how fast to train
-  --batch_size N               rows a step
-  --run_dir DIR, --resume      where a run is kept; go on with one that stopped
+  --batch_size N               rows per step
+  --run_dir DIR, --resume      folder of a run; continue a run that stopped
   --use_gpu, --dtype bf16      device and precision
-  --seed N                     seed of every random draw
+  --seed N                     random seed
 
 All flags of a command, with examples:  python run_llama.py --option finetune --help
 All flags on one page:                  docs/options.md
@@ -40,7 +40,7 @@ All flags on one page:                  docs/options.md
 
 
 def parse(argv: Sequence[str], processes: int = 1) -> Options:
-    """The options of a command line. Prints the help and leaves with code 0 if that is asked for."""
+    """The options of a command line. Prints the help and exits with code 0 if `--help` is among them."""
     if (asked := help_asked(COMMANDS, argv, OVERVIEW)) is not None:
         print(asked)
         raise SystemExit(0)
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str], processes: int = 1) -> Options:
 
 
 def run_command(options: Options, argv: Sequence[str], out: Display) -> None:
-    """Resolves defaults, checks the options, and runs the command. out: the standard output."""
+    """Resolves defaults, checks the options, and runs the command. out: the stream for stdout."""
     with ExitStack() as held:  # the run's lock
         options = resumed(options, argv, held) if options.resume else options.command.resolve(options)
         check_options(options)
@@ -64,10 +64,10 @@ def run_command(options: Options, argv: Sequence[str], out: Display) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code is 0, 2 for bad input (one line on stderr), or 128 and the number of the signal
-    that stopped it (Ctrl-C: 130).
+    """Runs one command. Returns the exit code: 0, 2 for bad input (one line on stderr), or 128 + the number of the
+    signal that stopped it (Ctrl-C: 130).
 
-    A standard output that fails stops only a command that has no other result (a reader that left: 141).
+    An error of stdout stops only a command that has no other result (141 if the reader closed the pipe).
     """
     argv = sys.argv[1:] if argv is None else argv
     with safe_display() as out:
@@ -79,23 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run_command(options.replace(processes=process.world), argv, out)
             finally:
                 out.flush()
-        except BrokenPipeError:  # the reader of the output has enough of it
+        except BrokenPipeError:  # the reader closed the pipe
             return 128 + signal.SIGPIPE
         except (ValueError, OSError) as error:
-            # From every process, for the cause may be in one of them only.
+            # Every process prints its error, because the cause may be in only one of them.
             who = f" (process {process.rank})" if process.rank else ""
             print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
             return 2
-        except ImportError as error:  # missing or broken; the optional packages have errors of their own
+        except ImportError as error:  # a required package is missing or broken; optional ones raise ValueError
             reason = " ".join(str(error).split())[:300]
             print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
             return 2
-        except RuntimeError as error:  # torch's, when the connection to another process breaks; that one says why
+        except RuntimeError as error:  # from torch: the connection to another process broke; that one prints why
             if process.world == 1:
                 raise
             print(f"run_llama.py: error (process {process.rank}): {str(error).splitlines()[0]}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt as stop:  # Stopped is one, too
+        except KeyboardInterrupt as stop:  # its subclass Stopped included
             report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")
             return 128 + getattr(stop, "number", 2)
         report_loss(out)

@@ -38,7 +38,7 @@ def test_sentences_longer_than_the_context_are_cut_with_one_warning(command, opt
     count, room = (2, 62) if option == "prompt" else (3, 64)  # a label's three tokens: two must fit behind a row
     assert code == 0
     assert [line for line in err.splitlines() if "warning" in line] == [
-        f"warning: {count} of {total} sentences were cut; the model's context has room for {room} tokens a row"
+        f"warning: {count} of {total} sentences were cut; the model's context holds {room} tokens per row"
     ]
     written = (command.folder / outputs(option)[0]).read_text(encoding="utf-8")
     assert written.rstrip().endswith("long story " * 89 + "long story")  # the file has the whole sentence
@@ -83,7 +83,7 @@ def test_an_option_prints_scores_and_writes_predictions(command, option, pooling
 @pytest.mark.parametrize("option", ["finetune", "lora"])
 def test_after_training_it_says_where_the_model_is_and_the_command_that_asks_it_works(command, option):
     code, _, err = command(option)
-    assert code == 0 and f"wrote {option}-1-0.001.pt, the model that is best on dev" in err
+    assert code == 0 and f"wrote {option}-1-0.001.pt, the best model on dev" in err
     arguments = next_command(err)
     assert arguments[:4] == ["--option", "classify", "--finetuned", f"{option}-1-0.001.pt"]
     assert main(arguments) == 0
@@ -111,7 +111,7 @@ def test_the_prompt_head_starts_as_the_zero_shot_classifier_and_learns(command, 
     zero_shot = [(command.folder / name).read_bytes() for name in outputs("prompt")]
     assert len({line[:1] for line in zero_shot[0].splitlines()}) == 2  # it does tell rows apart
     code, _, err = command(option, "--head", "prompt", "--lr", "1e-30", "--dtype", "fp32")
-    assert code == 0 and "beside the head" not in err
+    assert code == 0 and "besides the head" not in err
     assert [(command.folder / name).read_bytes() for name in outputs(option)] == zero_shot
 
     rate = "3e-3" if option == "finetune" else "0.05"
@@ -166,7 +166,7 @@ def test_r_drop_is_refused_where_no_dropout_acts_and_only_there(command, monkeyp
     monkeypatch.setattr(training, "train", train)
     for option in ("finetune", "lora"):
         code, _, err = command(option, "--r_drop", "1", *more)
-        said = "enough" if acts else "--r_drop compares two dropout masks, and no dropout acts here"
+        said = "enough" if acts else "--r_drop compares two dropout masks, but all dropout is off"
         assert code == 2 and err.splitlines()[-1].startswith(f"run_llama.py: error: {said}")
 
 

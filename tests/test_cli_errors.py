@@ -151,8 +151,8 @@ BAD = [
         None,
         "--r_drop compares two dropout masks",
     ),
-    ("a template without a sentence", "prompt", ["--template", "It was"], None, "must have {sentence} once"),
-    ("a template of two", "prompt", ["--template", "{sentence} {sentence}"], None, "must have {sentence} once"),
+    ("a template without a sentence", "prompt", ["--template", "It was"], None, "contain {sentence} exactly once"),
+    ("a template of two", "prompt", ["--template", "{sentence} {sentence}"], None, "contain {sentence} exactly once"),
     (
         "a template with a slip",
         "prompt",

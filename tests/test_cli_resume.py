@@ -226,7 +226,7 @@ def test_a_run_that_fails_before_it_begins_leaves_no_folder(command, named):
 def test_the_two_generated_sentences_go_to_two_files(command):
     names = ["--generated_sentence_low_temp_out", "s.txt", "--generated_sentence_high_temp_out", "./s.txt"]
     assert main(["--option", "generate", *names]) == 2
-    assert "two of s.txt, ./s.txt are one file" in command.capsys.readouterr().err
+    assert "two of s.txt, ./s.txt are the same file" in command.capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

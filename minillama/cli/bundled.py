@@ -1,4 +1,4 @@
-"""What ships in data/, used where a default file is missing. Imports no torch."""
+"""Bundled files of data/, which replace missing default files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEMO_DATA = {
 
 
 def use_bundled_model(options: Options) -> Options:
-    """The options with the bundled model, if the default checkpoint is missing."""
+    """The options, with the bundled model if the default checkpoint is missing."""
     path = options.pretrained_model_path
     if "pretrained_model_path" in options.typed or Path(path).exists():
         return options
@@ -29,7 +29,7 @@ def use_bundled_model(options: Options) -> Options:
 
 
 def use_demo_data(options: Options, files: dict[str, str]) -> Options:
-    """The options with files of data/ instead of those named by default. files: names in data/ by flag."""
+    """The options with files of data/ instead of the default ones. files: maps a flag to a file name in data/."""
     paths = {name: display_path(HERE / "data" / file) for name, file in files.items()}
     return substitute(options, **paths)
 
@@ -39,8 +39,8 @@ def substitute(options: Options, **paths: str) -> Options:
 
 
 def use_bundled_rows(options: Options, ending: str, reads: Sequence[str] = tuple(DEMO_DATA)) -> Options:
-    """The options of prompt, finetune or lora: with the bundled model and the demo data where default files are
-    missing, and with default names for the predictions, which end in `ending`. reads: the data flags that it needs.
+    """The options of prompt, finetune or lora. The bundled model and the demo data replace missing default files.
+    Prediction files get default names that end in `ending`. reads: the data flags that the command needs.
     """
     options = use_bundled_model(options)
     typed = options.typed
@@ -54,12 +54,12 @@ def use_bundled_rows(options: Options, ending: str, reads: Sequence[str] = tuple
     if 0 < len(left) < len(reads):
         known = all_flags(options.commands)
         defaults = ", ".join(f"{known[name].name} {getattr(options, name)}" for name in left)
-        report(f"warning: {defaults} by default: do they belong to the files you named?")
+        report(f"warning: {defaults} by default; check that they belong to the files you named")
     outputs = {f"{split}_out": f"{'demo' if demo else 'cfimdb'}-{split}-{ending}" for split in ("dev", "test")}
     options = options.replace(**{name: path for name, path in outputs.items() if name not in typed})
     own = [split for split in ("dev", "test") if split in typed and f"{split}_out" not in typed]
     if any(not Path(getattr(options, split)).name.startswith("cfimdb") for split in own):
         report(
-            f"warning: predictions go to {options.dev_out} and {options.test_out}; --dev_out and --test_out name others"
+            f"warning: predictions go to {options.dev_out} and {options.test_out}; --dev_out and --test_out change that"
         )
     return options

@@ -1,4 +1,4 @@
-"""The HTML of a self-contained page, for screens and paper: text, tables, and charts as SVG."""
+"""HTML of a self-contained page with text, tables and SVG charts, for screens and for print."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 Point = tuple[float, float]
-Line = tuple[str, Sequence[Point], str]  # its name, its points, its CSS class
-MOST_POINTS = 150  # of a curve; more are averaged
+Line = tuple[str, Sequence[Point], str]  # name, points, CSS class
+MOST_POINTS = 150  # per curve; more points are averaged
 COLOURS = 8
 STYLE = """
 :root {
@@ -76,7 +76,7 @@ STYLE += "".join(f".c{i} {{ --c: var(--c{i}) }}\n" for i in range(COLOURS))
 
 
 def text(value: object) -> str:
-    """Any text as HTML, without tags; characters that HTML does not allow become U+FFFD."""
+    """The text of a value, escaped for HTML. Characters that HTML forbids become U+FFFD."""
     plain = str(value).encode("utf-8", "replace").decode("utf-8")
     return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", "\ufffd", plain))
 
@@ -92,14 +92,14 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
-    """The means of groups of neighbouring points, few enough to draw, and the size of a group."""
+    """At most MOST_POINTS means of consecutive points, and the number of points in each mean."""
     size = max(1, math.ceil(len(points) / MOST_POINTS))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts], size
 
 
 def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -> str:
-    """A figure of curves with its legend; "" if no line has two points."""
+    """A figure of curves with a legend. Returns "" if no line has two points."""
     lines = [line for line in lines if line[1]]
     if all(len(points) < 2 for _, points, _ in lines):
         return ""
@@ -142,7 +142,7 @@ def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -
 
 
 def shown(number: float) -> str:
-    """A number at an axis."""
+    """The label of a tick."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{round(number, 6):g}"
 
 
@@ -151,7 +151,7 @@ def colour(number: int, dashed: bool = False) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
-    """A table of HTML cells under text heads; the columns `words` hold words, the others numbers."""
+    """A table with text headers and HTML cells. words: indices of the text columns; the others hold numbers."""
     kinds = ["" if i in words else ' class="n"' for i in range(len(head))]
     heads = "".join(f"<th{kind}>{text(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
@@ -160,7 +160,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[in
 
 
 def shaded(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
-    """A figure of a square table of counts, shaded by their share of the line."""
+    """A square matrix of counts as a figure. Each cell is shaded by its share of the row."""
     head = "".join(f"<th>{text(name)}</th>" for name in names)
     body = []
     for name, row in zip(names, rows, strict=True):
@@ -174,7 +174,7 @@ def shaded(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) ->
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A page from parts of HTML. Its content security policy forbids scripts and loading."""
+    """A complete HTML page. Its content security policy blocks scripts and external files."""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

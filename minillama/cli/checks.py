@@ -1,4 +1,4 @@
-"""Checks of options that need no more than the options themselves. Imports no torch."""
+"""Checks of the options before any input is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CORPUS_ENDINGS = (".txt", ".tokens")
 
 
 def check_options(options: Options) -> None:
-    """Raises ValueError for options that contradict each other; touches no file."""
+    """Raises ValueError for options that contradict each other. Reads and writes no file."""
     check_paths(options)
     if options.use_gpu and options.device and not options.device.startswith("cuda"):
         raise ValueError(f"--use_gpu contradicts --device {options.device}; give one of them")
@@ -25,13 +25,13 @@ def check_options(options: Options) -> None:
 
 
 def input_files(options: Options) -> list[str]:
-    """Every file that the command reads, as far as the options tell."""
+    """The files that the options name as input of the command."""
     named = [options.config, options.tokenizer, options.adapter, options.prompt_file, *options.command.inputs(options)]
     return [path for path in named if path]
 
 
 def check_paths(options: Options) -> None:
-    """Raises ValueError if a file is both read and written, or would be written where it is in the way."""
+    """Raises ValueError if an output is also an input, or would be written into a folder that is read."""
     outputs = options.command.outputs(options)
     inputs = {str(Path(path).resolve()) for path in input_files(options)}
     corpora = options.corpus if "corpus" in options.command.keys else []
@@ -40,9 +40,9 @@ def check_paths(options: Options) -> None:
     folders = {Path(path).resolve() for path in named if path}
     for path in outputs:
         if around := folders & set(Path(path).resolve().parents):
-            raise ValueError(f"{path} lies in {around.pop()}, which is read; write it elsewhere")
+            raise ValueError(f"{path} is inside {around.pop()}, which is an input; write it elsewhere")
         if str(Path(path).resolve()) in inputs:
-            raise ValueError(f"{path} is to be read and to be written; give another name for what is written")
+            raise ValueError(f"{path} is both input and output; give another name for the output")
     for text in corpora:
         folder = Path(text_and_weight(text)[0]).resolve()
         for path in outputs:
@@ -52,17 +52,17 @@ def check_paths(options: Options) -> None:
         run = options.run_dir or RUNS
         if options.command.trains and folder in Path(run, "a").resolve().parents:
             raise ValueError(
-                f"the run's folder, {run}, lies in --corpus {text}, and its log would be one of the texts; give the "
-                "texts a folder of their own, or a --run_dir elsewhere"
+                f"the run's folder, {run}, is inside --corpus {text}, and its log would be one of the texts; put "
+                "the texts into a separate folder, or give a --run_dir elsewhere"
             )
     if options.run_dir is not None:
         for path in outputs:
             if Path(path).resolve().parent == Path(options.run_dir).resolve() and Path(path).name in RUN_FILES:
-                raise ValueError(f"{path} is a file of the run's own; give another name")
+                raise ValueError(f"{path} is one of the run's own files; give another name")
 
 
 def check_belonging(options: Options) -> None:
-    """Raises ValueError for a flag of another command. The header names those that are only without effect."""
+    """Raises ValueError for a flag of another command. The header lists flags that merely have no effect."""
     known = all_flags(options.commands)
     for key in options.changed(*known):
         flag = known[key]
@@ -72,12 +72,12 @@ def check_belonging(options: Options) -> None:
 
 
 def text_and_weight(text: str) -> tuple[str, float]:
-    """The path and the weight of a `--corpus`. Raises ValueError if there is no path, or the text after the last `=` is
-    no number above 0.
+    """The path and the weight of one text of --corpus. Raises ValueError if the path is missing, or the weight after
+    the last `=` is not a number above 0.
     """
     path, sign, weight = text.rpartition("=")
     if not text or (sign and not path):
-        raise ValueError(f"--corpus {text!r} names no text; give a text file, or a folder of them")
+        raise ValueError(f"--corpus {text!r} names no text; give a text file or a folder of text files")
     if not sign or Path(text).exists():
         return text, 1.0
     try:
@@ -87,19 +87,19 @@ def text_and_weight(text: str) -> tuple[str, float]:
 
 
 def check_corpus(options: Options, weights: bool = False) -> None:
-    """Raises ValueError if no text is named, or one has a weight that is not used."""
+    """Raises ValueError if --corpus is missing, or a text has a weight that the command does not use."""
     if not options.corpus:
-        raise ValueError(f"--option {options.option} needs --corpus: text files, or folders of them")
+        raise ValueError(f"--option {options.option} needs --corpus: text files, or folders of text files")
     if not weights and any(text_and_weight(text)[1] != 1.0 for text in options.corpus):
         raise ValueError(f"--option {options.option} reads each text once; leave out the weights of --corpus")
 
 
 def check_differ(paths: Iterable[str]) -> None:
-    """Raises ValueError if one file would be written twice."""
+    """Raises ValueError if two of the paths are the same file."""
     paths = list(paths)
     files = [Path(path).resolve() for path in paths if Path(path).resolve() != Path(os.devnull)]
     if len(set(files)) < len(files):
-        raise ValueError(f"two of {', '.join(paths)} are one file; give each its own name")
+        raise ValueError(f"two of {', '.join(paths)} are the same file; give each its own name")
 
 
 def check_model_out(options: Options) -> str:
@@ -110,42 +110,42 @@ def check_model_out(options: Options) -> str:
 
 
 def model_files(options: Options) -> list[str]:
-    """The files of a model that is written with its tokenizer beside it. Raises ValueError if both have one name."""
+    """The paths of the model and its tokenizer. Raises ValueError if both have the same name."""
     beside = tokenizer_beside(check_model_out(options))
     if beside == str(Path(options.model_out)):
-        raise ValueError(f"--model_out {options.model_out} is where its tokenizer would go; let it end in .safetensors")
+        raise ValueError(f"--model_out {options.model_out} is its tokenizer's name; give one that ends in .safetensors")
     stays = options.tokenizer and Path(options.tokenizer).resolve() == Path(beside).resolve()
     return [options.model_out, *([] if stays else [beside])]
 
 
 def refuse(options: Options, names: Iterable[str], why: str) -> None:
-    """Raises ValueError if one of the flags is not at its default."""
+    """Raises ValueError, with the reason `why`, if one of the flags is not at its default."""
     if changed := options.changed(*names):
         raise ValueError(f"{why}; leave out --{changed[0]}")
 
 
 def check_prompts(options: Options, *others: str) -> None:
-    """Raises ValueError if texts are asked for in two ways. others: further flags that exclude --interactive."""
+    """Raises ValueError if prompts have two sources. others: more flags that --interactive excludes."""
     if options.interactive:
         refuse(
-            options, ("prompt", "prompt_file", *others), "--interactive asks for prompts and answers each as it comes"
+            options, ("prompt", "prompt_file", *others), "--interactive asks for prompts and answers each one at once"
         )
     if options.prompt_file is not None:
-        refuse(options, ["prompt"], "--prompt_file has the prompts")
+        refuse(options, ["prompt"], "--prompt_file contains the prompts")
 
 
 def check_training(options: Options) -> None:
-    """Raises ValueError for settings of the training loop that contradict each other."""
+    """Raises ValueError for training settings that contradict each other."""
     if options.fsdp and options.dtype == "fp16":
-        raise ValueError("--fsdp does not go with --dtype fp16 (each shard would judge its scale alone); give bf16")
+        raise ValueError("--fsdp does not go with --dtype fp16 (each shard would choose its own loss scale); give bf16")
     if options.min_lr > options.lr:
-        raise ValueError(f"--min_lr {options.min_lr:g} is above --lr {options.lr:g}; it must not be")
+        raise ValueError(f"--min_lr {options.min_lr:g} is above --lr {options.lr:g}; give at most that")
 
 
 def check_template(options: Options) -> None:
-    """Raises ValueError for a template that cannot be filled."""
+    """Raises ValueError if the template has an unknown field, or not exactly one {sentence}."""
     fields = re.findall(r"\{\w*\}", options.template)
     if unknown := set(fields) - {"{sentence}", "{labels}"}:
-        raise ValueError(f"--template has {min(unknown)}; it takes {{sentence}} and {{labels}}")
+        raise ValueError(f"--template has {min(unknown)}; it allows {{sentence}} and {{labels}}")
     if fields.count("{sentence}") != 1:
-        raise ValueError(f"--template {options.template!r} must have {{sentence}} once, where a row's sentence goes")
+        raise ValueError(f"--template {options.template!r} must contain {{sentence}} exactly once")

@@ -1,4 +1,4 @@
-"""What commands with a classifier share: labelled rows, predictions for dev and test, and fine-tuned models."""
+"""Functions that classifier commands share: labelled rows, predictions for dev and test, and fine-tuned models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OPTIONS_FROM_FINE_TUNED = ("pretrained_model_path", "tokenizer", "max_sentence_l
 
 
 def check_predictions(options: Options, ending: str) -> None:
-    """Raises ValueError unless --dev_out and --test_out end as the course asks and are two files."""
+    """Raises ValueError unless --dev_out and --test_out end as the course requires and are two files."""
     for split in ("dev", "test"):
         path = getattr(options, f"{split}_out")
         if not path.endswith(f"{split}-{ending}"):
@@ -47,7 +47,7 @@ def check_predictions(options: Options, ending: str) -> None:
 
 
 def check_whole_batches(options: Options) -> None:
-    """Raises ValueError if a batch would be split whose padding is read."""
+    """Raises ValueError if --pooling last_column would read the padding of a split batch."""
     split = options.command.trains and (options.micro_batch_size or options.batch_size) < options.batch_size
     if options.pooling == "last_column" and (split or options.processes > 1):
         raise ValueError(
@@ -63,11 +63,11 @@ def row_files(options: Options) -> list[str | None]:
 
 
 def check_fine_tuned(options: Options) -> None:
-    """Raises ValueError if no fine-tuned model is named, or its config is to be overridden."""
+    """Raises ValueError if --finetuned is missing, or an option would override the config of that model."""
     if not options.finetuned:
         raise ValueError(f"--option {options.option} needs --finetuned, the file that finetune or lora wrote")
     if options.norm is not None or options.attention is not None:
-        raise ValueError("--norm and --attention are those that the model was fine-tuned with; leave them out")
+        raise ValueError("the model keeps the --norm and --attention of its fine-tuning; leave them out")
 
 
 # Rows
@@ -84,11 +84,11 @@ def read_data(
     if len(words) != len(names):
         raise ValueError(
             f"--label_words has {len(words)} words, {options.label_names} {len(names)} classes ({', '.join(names)}); "
-            "give a word for each, in this order"
+            "give one word per class, in this order"
         )
     data = {split: read_rows(getattr(options, split), labels) for split in splits}
     if "train" in data and (missing := missing_classes(options.train, data["train"], names)):
-        report(f"warning: {options.train} has no row of {', '.join(missing)}, so that is not learnt")
+        report(f"warning: {options.train} has no row of {', '.join(missing)}, so the model cannot learn that")
     for split in ("dev", "test"):
         check_default_output(options, split, [row.sentence for row in data[split]])
     return data, words
@@ -102,7 +102,7 @@ def tokenize_data(
     before: str = "",
     question: str | None = None,
 ) -> dict[str, list[Row]]:
-    """The rows of each split with their ids; one warning if sentences had to be cut to the model's context."""
+    """The rows of each split, tokenized. Prints one warning if sentences were cut to the model's context."""
     from minillama.text.batches import tokenize_rows
 
     done, cut = {}, 0
@@ -113,12 +113,12 @@ def tokenize_data(
         cut += cut_here
     if cut:
         total = sum(map(len, data.values()))
-        report(f"warning: {cut} of {total} sentences were cut; the model's context has room for {context} tokens a row")
+        report(f"warning: {cut} of {total} sentences were cut; the model's context holds {context} tokens per row")
     return done
 
 
 def reading(options: Options, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of `evaluate` and `class_log_probs` that say how rows are read."""
+    """The arguments of `evaluate` and `class_log_probs` for reading rows."""
     bucketed = options.pooling == "last_token"
     return {"batch_size": options.batch_size, "pad_id": tokenizer.pad_id, "dtype": dtype, "bucketed": bucketed}
 
@@ -130,8 +130,8 @@ def predict(
     labels: Mapping[str, str | None],
     origin: Origin | None,
 ) -> None:
-    """Classifies dev and test, writes both prediction files with their records, and reports the scores: on stdout, and
-    in the log and the metrics of a run. The scores are reported even if a file cannot be written, or the user stops.
+    """Classifies dev and test, and writes both prediction files with their records. Reports the scores on stdout and in
+    the run's log and metrics, even if a file cannot be written or the user stops the command.
     """
     from minillama.text.labelled import class_names, write_predictions
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
@@ -174,8 +174,8 @@ def predict(
 
 
 def adopt(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
-    """The options with those of `names` that were not typed taken from the run that made the file; files that ship are
-    found from any folder. Raises ValueError if the file does not say one of them.
+    """The options, with untyped ones of `names` taken from the run that made the file. Bundled files are found from any
+    folder. Raises ValueError if the file lacks one of the options.
     """
     from config import shown
 
@@ -191,7 +191,7 @@ def adopt(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
         kind = int if name in ("max_sentence_len", "batch_size") else str
         optional = name in ("tokenizer", "max_sentence_len") and value is None
         if not optional and (type(value) is not kind or not value):
-            raise ValueError(f"{found.path} says of {name} {shown(value)}; give it with {known[name].name}")
+            raise ValueError(f"{found.path} has {shown(value)} as {name}; give it with {known[name].name}")
         if isinstance(value, str) and name != "pooling" and not Path(value).exists():
             value = display_path(HERE / value) if (HERE / value).exists() else value
             if name == "tokenizer" and not Path(value).exists():
@@ -205,8 +205,8 @@ def adopt(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
 def load_classifier(
     options: Options, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str = "not read"
 ) -> tuple[LlamaEmbeddingClassifier | LlamaPromptClassifier, Tokenizer, tuple[str, ...]]:
-    """The fine-tuned classifier, on the CPU, announced by the header; its tokenizer; and, if the model is prompted, the
-    text before and after a sentence. base: how the header describes the model that was fine-tuned.
+    """Loads the fine-tuned classifier on the CPU and prints the header. Returns the classifier, its tokenizer and, for
+    a prompted model, the text before and after a sentence. base: the header's words for the base model.
     """
     from classifier import classifier_of
     from minillama.text.batches import prompt_parts

@@ -1,4 +1,4 @@
-"""Texts from the keyboard, a pipe or a file, to be continued or classified."""
+"""Input texts from the keyboard, a pipe or a file, for generate and classify."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from minillama.cli.header import report
 from minillama.cli.options import Options
 from minillama.environment import PackageError, optional_package
 
-HISTORY = ".mini-llama-history"  # in the home folder: what was typed in the interactive loop
-STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # its names; opening them fails where it is a socket
+HISTORY = ".mini-llama-history"  # in the home folder: lines typed with --interactive
+STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # names of stdin; opening one fails if it is a socket
 
 
 def check_stdin(options: Options) -> None:
-    """Raises ValueError if what is to be read from the standard input cannot be, for it is closed."""
+    """Raises ValueError if an option reads the standard input, but it is closed."""
     if sys.stdin is None and (options.interactive or options.prompt_file in STDIN):
         source = "--interactive" if options.interactive else f"--prompt_file {options.prompt_file}"
         raise ValueError(f"{source} reads the standard input, which is closed; open it, or use --prompt")
 
 
 def show(piece: str) -> None:
-    """Prints a piece of text where the last one ended, at once."""
+    """Prints a piece of text without a line end, and flushes."""
     sys.stdout.write(piece)
     sys.stdout.flush()
 
 
 def speaks_utf8() -> bool:
-    """Whether stdout can say everything."""
+    """Whether the encoding of stdout is UTF-8."""
     return codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
 
 
 def prompts_of(options: Options) -> list[str]:
-    """The prompts asked for."""
+    """The prompts of --prompt or --prompt_file."""
     from minillama.text.labelled import LINE_END, read_text
 
     texts = [options.prompt]
     if options.prompt_file is not None:
-        what = "file of prompts (one a line)"
+        what = "file of prompts (one per line)"
         text = read_stdin(what) if options.prompt_file in STDIN else read_text(options.prompt_file, what)
         lines = LINE_END.split(text)
         texts = [line for line in lines if line.strip()]
@@ -52,28 +52,28 @@ def prompts_of(options: Options) -> list[str]:
 
 
 def read_stdin(what: str) -> str:
-    """The text of the standard input from where it stands, which may be a pipe, a socket or a file that is partly read;
-    UTF-8 whatever the locale. Raises ValueError, naming `what` it should have been.
+    """The rest of the standard input, which may be a pipe, a socket or a partly read file. Decodes UTF-8 in any locale.
+    Raises ValueError if it cannot be read; the message names `what` was expected.
     """
     from minillama.text.labelled import decoded_text
 
     name = "the standard input"
     stream = getattr(sys.stdin, "buffer", None)
-    with suppress(OSError, ValueError):  # a stream without a file
-        os.set_blocking(sys.stdin.fileno(), True)  # else what has not yet come would be taken for the end
+    with suppress(OSError, ValueError):  # a stream without a file descriptor
+        os.set_blocking(sys.stdin.fileno(), True)  # a non-blocking stream would end before all data came
     try:
         content = sys.stdin.read().encode("utf-8", "surrogateescape") if stream is None else stream.read()
-    except (OSError, ValueError) as error:  # open for writing only, or closed by now
-        raise ValueError(f"{name} cannot be read ({error}); give a {what} by its name") from error
+    except (OSError, ValueError) as error:  # open for writing only, or closed
+        raise ValueError(f"{name} cannot be read ({error}); give the name of a {what}") from error
     return decoded_text(content, name, what)
 
 
 def open_history() -> tuple[ModuleType | None, Path | None]:
-    """The readline module with the lines of earlier times, and where they are kept; None for what is not to be had. A
-    broken readline, or no place to keep the lines, is told of.
+    """The readline module with the lines of earlier sessions, and the path of that history; None for each if it is
+    unavailable. Prints a notice if readline is broken or the history cannot be kept.
     """
     try:
-        with optional_package("readline", "the history of what is typed is left out"):
+        with optional_package("readline", "typed lines have no history"):
             import readline
 
             readline.get_current_history_length()
@@ -85,18 +85,18 @@ def open_history() -> tuple[ModuleType | None, Path | None]:
         path = Path.home() / HISTORY
         if path.exists():
             readline.read_history_file(path)
-    except Exception as error:  # no home, a file that cannot be read, a broken readline
-        report(f"notice: what is typed is not kept for the next time: {error}")
+    except Exception as error:  # no home folder, an unreadable file, a broken readline
+        report(f"notice: typed lines are not saved for the next session: {error}")
         return readline, None
     return readline, path
 
 
 def lines_typed() -> Iterable[str]:
-    """The lines that are typed, until Ctrl-D; on a terminal with a history that the next time still has."""
+    """The typed lines, until Ctrl-D. A terminal gets a history, saved for the next session."""
     asks = "> " if sys.stdin.isatty() else ""
     readline, history = open_history() if asks else (None, None)
     if hasattr(sys.stdin, "reconfigure"):
-        # UTF-8 whatever the locale, as prompts are everywhere; a line that is none is refused by itself.
+        # Prompts are UTF-8 in any locale. A line that is not UTF-8 is refused, and the loop continues.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         while True:
@@ -113,5 +113,5 @@ def lines_typed() -> Iterable[str]:
             try:
                 readline.set_history_length(1000)
                 readline.write_history_file(history)
-            except Exception as error:  # a full disk, a home that is not there, a broken readline
-                report(f"warning: the history could not be kept: {error}")
+            except Exception as error:  # a full disk, a missing home folder, a broken readline
+                report(f"warning: the history cannot be saved: {error}")

@@ -1,4 +1,4 @@
-"""stdout and stderr that may fail while a run goes on: the display is lost, and nothing else. Imports no torch."""
+"""stdout and stderr that may fail without stopping a run: only the display is lost. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class Display:
-    """A standard stream whose failure costs what it shows and nothing else: the reader may leave, the disk be full, the
-    stream be closed. A character that its encoding cannot express is shown as an escape.
+    """A standard stream that may fail without stopping the program: a closed pipe, a full disk, a closed stream.
+    Characters outside its encoding are shown as escapes.
 
-    failure: the first error, None while all is well. required: raise it instead, as OSError, where nothing else holds
-    the result. Everything that is not defined here is the stream's own.
+    failure: the first error, or None. required: raise the error, as OSError, because the stream holds the only copy of
+    the result. All other attributes are those of the stream.
     """
 
     def __init__(self, stream: Any, descriptor: int) -> None:
@@ -30,9 +30,9 @@ class Display:
         return getattr(self.stream, name)
 
     def require(self) -> None:
-        """Has every failure raised from here on. Raises ValueError if the stream was closed by the caller."""
+        """Makes every failure raise from now on. Raises ValueError if the caller closed the stream."""
         if self.closed_by_caller:
-            raise ValueError("the standard output, where the text goes, is closed; send it to a file: > text.txt")
+            raise ValueError("the standard output, which takes the text, is closed; write it to a file: > text.txt")
         self.required = True
 
     def write(self, text: str) -> int:
@@ -56,8 +56,8 @@ class Display:
         self._raise_if_required()
 
     def _lose(self, error: Exception) -> None:
-        """Sends what follows, and what is still buffered, to nowhere: else each flush would fail again, also Python's
-        own at exit.
+        """Sends buffered and later text to the null device. Otherwise each flush would fail again, even the one at
+        Python's exit.
         """
         self.failure = self.failure or error
         try:
@@ -65,7 +65,7 @@ class Display:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, descriptor)
             os.close(null)
-        except (OSError, ValueError, AttributeError):  # no file, or closed in this process
+        except (OSError, ValueError, AttributeError):  # no file descriptor, or closed in this process
             self.stream = open(os.devnull, "w")  # noqa: SIM115
         self._raise_if_required()
 
@@ -73,15 +73,15 @@ class Display:
         if self.required and self.failure is not None:
             if isinstance(self.failure, BrokenPipeError):
                 raise self.failure
-            raise OSError(f"the standard output failed ({self.why()}); send it to a file with room: > text.txt")
+            raise OSError(f"the standard output failed ({self.why()}); write to a file on another disk: > text.txt")
 
     def why(self) -> str:
-        """The failure in words."""
+        """The reason of the failure, for messages."""
         return getattr(self.failure, "strerror", None) or str(self.failure)
 
 
 def _open_null(descriptor: int) -> Any:
-    """A stream to nowhere. It takes a free `descriptor`: a file opened later must not get what C code prints there."""
+    """A stream to the null device. It takes `descriptor` if free: a file opened later must not get output of C code."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.fstat(descriptor)
@@ -94,7 +94,7 @@ def _open_null(descriptor: int) -> Any:
 
 @contextmanager
 def safe_display() -> Iterator[Display]:
-    """Puts a Display before stdout and one before stderr, and yields the first; both are flushed at the end."""
+    """Wraps stdout and stderr in a Display each, and yields that of stdout. Flushes both at the end."""
     before = sys.stdout, sys.stderr
     out, err = Display(sys.stdout, 1), Display(sys.stderr, 2)
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
@@ -108,7 +108,7 @@ def safe_display() -> Iterator[Display]:
 
 
 def report_loss(out: Display) -> None:
-    """Tells on stderr that stdout failed, for a command whose results are files."""
+    """Prints a warning on stderr if stdout failed, for a command whose results are files."""
     if out.failure is not None:
-        line = f"warning: the standard output failed ({out.why()}): not all was shown, but the files are whole"
+        line = f"warning: the standard output failed ({out.why()}): some output was lost, but the files are complete"
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Folders of runs (training/run_directory.py), read for the report. Damage is noted, and the rest is kept."""
+"""Reading the folders of runs (training/run_directory.py) for the report. Damaged parts are noted and skipped."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from minillama.cli.options import Command, parse_options
 from minillama.cli.session import active_options
 from minillama.formats.names import RUNS
 
-Matrix = tuple[list[str], list[list[int]]]  # class names; for each true class, how often each was predicted
-MOST_SAMPLES = 6  # of the texts that one run wrote
-DAMAGE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # of a file that should hold JSON
+Matrix = tuple[list[str], list[list[int]]]  # class names; counts by true class, then predicted class
+MOST_SAMPLES = 6  # per run
+DAMAGE = (OSError, ValueError, LookupError, TypeError, RecursionError)  # errors from a file that should hold JSON
 
 
 @dataclass
 class Run:
-    """The content of one run's folder, as far as it can be read; `problems` says what could not."""
+    """The readable content of a run's folder; `problems` lists what could not be read."""
 
     path: Path
     name: str
@@ -37,11 +37,11 @@ class Run:
     final: dict[str, Any] = field(default_factory=dict)  # the last line of the metrics; empty if the run did not finish
 
     def curve(self, name: str) -> list[Point]:
-        """A score by the step at which it was taken."""
+        """The points (step, score) of one score."""
         return [(line["step"], line[name]) for line in self.scores if is_number(line.get(name))]
 
     def best(self) -> dict[str, Any]:
-        """The scores of the epoch that the run keeps, the first of the best, and the accuracy on test."""
+        """The scores of the best epoch (the earliest of equal ones) and the accuracy on test; empty without scores."""
         for name, sign in (("dev_accuracy", 1), ("bits_per_byte", -1), ("dev_f1", 1), ("dev_loss", -1)):
             if scored := [line for line in self.scores if is_number(line.get(name))]:
                 best = max(scored, key=lambda line: sign * line[name])
@@ -49,12 +49,12 @@ class Run:
         return {}
 
     def matrices(self) -> dict[str, Matrix]:
-        """The confusion matrices by split."""
+        """The confusion matrices, by split."""
         found = {split: self.final.get(f"{split}_confusion") for split in ("dev", "test")}
         return {split: (self.final["classes"], matrix) for split, matrix in found.items() if matrix is not None}
 
     def missing_matrices(self) -> list[str]:
-        """The confusion matrices that a classifier's run lacks, each with the reason."""
+        """The missing confusion matrices of a classifier's run, each with the reason."""
         if self.options.get("option") not in ("finetune", "lora"):
             return []
         if "classes" not in self.final:
@@ -62,20 +62,20 @@ class Run:
         return [f"{split}: no gold labels" for split in ("dev", "test") if split not in self.matrices()]
 
     def samples(self) -> list[tuple[object, str]]:
-        """(epoch, text) of the samples written after each epoch: at most MOST_SAMPLES, evenly spread."""
-        told = [(line.get("epoch"), line["sample"]) for line in self.scores if "sample" in line]
-        kept = numpy.linspace(0, len(told) - 1, min(len(told), MOST_SAMPLES)).round().astype(int)
-        return [told[i] for i in kept]
+        """(epoch, text) of at most MOST_SAMPLES evenly spaced samples."""
+        samples = [(line.get("epoch"), line["sample"]) for line in self.scores if "sample" in line]
+        kept = numpy.linspace(0, len(samples) - 1, min(len(samples), MOST_SAMPLES)).round().astype(int)
+        return [samples[i] for i in kept]
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number, small enough that sums and squares stay finite."""
+    """Whether the value is a number below 1e100, so that sums and squares stay finite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def find_runs(folders: Sequence[str]) -> list[Path]:
-    """The folders of runs among `folders` and below them; an empty folder counts as a run. Raises ValueError or
-    FileNotFoundError if one is not a folder, or there is no run.
+    """The run folders among and below `folders`; an empty folder counts as a run. Raises FileNotFoundError if a path is
+    no folder, and ValueError if there is no run.
     """
     found: dict[Path, None] = {}
     for name in folders:
@@ -89,19 +89,19 @@ def find_runs(folders: Sequence[str]) -> list[Path]:
         found |= dict.fromkeys(path.resolve() for path in sorted(below))
     if not found:
         raise ValueError(
-            f"there is no run under {', '.join(folders)} (no options.json); train one, or give its folder with --runs"
+            f"there is no run under {', '.join(folders)} (no options.json); train one, or give a folder with --runs"
         )
     return list(found)
 
 
 def read_run(path: Path, name: str, commands: Sequence[Command]) -> Run:
-    """Reads a run's folder; raises nothing for what is damaged or missing."""
+    """Reads a run's folder. Damaged and missing files are noted in `problems` and raise nothing."""
     run = Run(path, name)
     try:
         saved = json.loads((path / "options.json").read_bytes())["options"]
         if not isinstance(saved["option"], str) or not isinstance(saved.get("corpus"), list | None):
             raise TypeError
-        # A run of an older version lacks later options: it had their defaults.
+        # Options that an older version lacked get their defaults.
         options = parse_options(commands, [], active_options(saved))
         run.options, run.relevant = options.values(), options.command.keys
         run.defaults = parse_options(commands, ["--option", options.option]).values()
@@ -116,7 +116,7 @@ def read_run(path: Path, name: str, commands: Sequence[Command]) -> Run:
 
 
 def read_metrics(run: Run) -> None:
-    """Adds the metrics of each step, of each epoch, and of the end to `run`."""
+    """Adds the metrics of each step, of each epoch and of the end to `run`."""
     try:
         lines = (run.path / "metrics.jsonl").read_bytes().decode("utf-8", "replace").removesuffix("\n").split("\n")
     except FileNotFoundError:
@@ -144,11 +144,11 @@ def read_metrics(run: Run) -> None:
         except DAMAGE:
             bad += 1
     if bad:
-        run.problems.append(f"{bad} line{'s' * (bad != 1)} of metrics.jsonl, damaged or without a number, left out")
+        run.problems.append(f"{bad} line{'s' * (bad != 1)} of metrics.jsonl skipped: damaged or without a number")
 
 
 def check_matrices(final: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError unless each confusion matrix in a last line has whole numbers for all classes."""
+    """Raises ValueError or TypeError unless each confusion matrix of `final` is a square table of integers."""
     for name, matrix in final.items():
         if name.endswith("_confusion") and matrix is not None:
             counts, classes = numpy.array(matrix), len(final["classes"])
@@ -157,8 +157,8 @@ def check_matrices(final: dict[str, Any]) -> None:
 
 
 def read_curves(path: str) -> tuple[list[str], list[list[float | None]]]:
-    """The head and the rows of a CSV file: alpha, then an accuracy for each data set, None for an empty field. Raises
-    ValueError, naming the row, for anything else, and for a file that cannot be read.
+    """The header and the rows of a table: alpha, then an accuracy for each data set, None if the field is empty.
+    Raises ValueError, with the row number, for other content, and for an unreadable file.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -168,11 +168,9 @@ def read_curves(path: str) -> tuple[list[str], list[list[float | None]]]:
             f"--curves {path} cannot be read ({error.strerror}); give the CSV that --option wise_ft wrote"
         ) from error
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise ValueError(f"--curves {path} is not a table of comma-separated values with a head") from error
+        raise ValueError(f"--curves {path} is not a CSV table with a header") from error
     if head[0] != "alpha" or len(head) < 2 or not rows:
-        raise ValueError(
-            f"--curves {path}: the head must be alpha and a column for each data set, and rows must follow"
-        )
+        raise ValueError(f"--curves {path}: it needs a header (alpha, then a column for each data set), and rows below")
     table = []
     for number, row in enumerate(rows, start=2):
         try:

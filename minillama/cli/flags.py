@@ -1,4 +1,4 @@
-"""Flags that several commands share, in groups. A flag of one command alone is declared in the command's module.
+"""Flags that several commands share, in groups. The module of a command declares the flags that only it has.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -19,7 +19,7 @@ COURSE_PROMPT = (
     "Keanu Reeves, playing the hero John Wick, is"
 )
 TOKENS = number(int, "a whole number from 0 to 1,000,000", lambda value: 0 <= value <= 1_000_000)
-# The names that --lora_targets takes: the Linears of a layer, and these for several of them.
+# Names for --lora_targets that stand for several linear layers of a block.
 LORA_TARGETS = {
     "attention": ("compute_query", "compute_key", "compute_value", "compute_output"),
     "mlp": ("w1", "w2", "w3"),
@@ -31,7 +31,7 @@ DTYPE_NAMES = ("fp32", "bf16", "fp16")
 
 
 def numbers(kind: type, allowed: str, accepts: Callable[[list[Any]], bool]) -> Callable[[str], list[Any]]:
-    """An argparse type: numbers with commas between, refused unless `accepts` takes all of them."""
+    """An argparse type: comma-separated numbers. `accepts` checks the list; `allowed` describes it in errors."""
 
     def parse(text: str) -> list[Any]:
         try:
@@ -46,10 +46,10 @@ def numbers(kind: type, allowed: str, accepts: Callable[[list[Any]], bool]) -> C
 
 
 def words(text: str) -> list[str]:
-    """An argparse type: words with commas between."""
+    """An argparse type: two or more different words, separated by commas."""
     found = [word.strip() for word in text.split(",")]
     if len(found) < 2 or not all(found) or len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be two words or more, each once, as in a,b")
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be two or more different words, as in a,b")
     return found
 
 
@@ -61,24 +61,24 @@ MODEL_PATH = Flag(
     "3.2) or Hugging Face; the format is detected from the content",
     str,
     "stories42M.pt",
-    default_text="stories42M.pt; where that is missing, the bundled model",
+    default_text="stories42M.pt; if that is missing, the bundled model",
 )
 TOKENIZER = Flag(
     "--tokenizer PATH",
-    "SentencePiece model, Llama 3's tokenizer.model, GPT-2's pair of files, or a tokenizer.json",
-    default_text="the one with the checkpoint, else tokenizer.model, else data/tokenizer.model",
+    "SentencePiece model, Llama 3's tokenizer.model, the two files of GPT-2, or a tokenizer.json",
+    default_text="the checkpoint's, else tokenizer.model, else data/tokenizer.model",
 )
 ADAPTER = Flag(
     "--adapter PATH",
-    "LoRA adapter that is merged into the model: a file of --option lora, or a folder of peft",
-    elsewhere="is for a model that is run or converted",
+    "LoRA adapter to merge into the model: a file of --option lora, or a folder of peft",
+    elsewhere="is for commands that run or convert a model",
 )
-NORM = Flag("--norm", "the model's norm", NORMS, default_text="what the checkpoint says; a new model: layernorm")
+NORM = Flag("--norm", "the model's norm", NORMS, default_text="the checkpoint's; a new model: layernorm")
 ATTENTION = Flag(
     "--attention",
-    "whether a token sees those after it",
+    "causal: a token attends only to itself and earlier tokens; bidirectional: to all tokens",
     ("causal", "bidirectional"),
-    default_text="what the checkpoint says; the course's are bidirectional, new ones causal",
+    default_text="the checkpoint's; the course's are bidirectional, new models causal",
 )
 DEVICE = Group(
     "device and precision",
@@ -96,9 +96,9 @@ DEVICE = Group(
 )
 QUANTIZE = Flag(
     "--quantize",
-    "keep the weights in 8 bits: smaller and faster, a little less exact",
+    "keep the weights in 8 bits: smaller and faster, slightly less accurate",
     ("int8",),
-    elsewhere="is for a model that only runs",
+    elsewhere="is for commands that only run a model",
 )
 TRAINED_MODEL = Group("model", (MODEL_PATH, TOKENIZER, NORM, ATTENTION))
 MODEL = Group("model", (MODEL_PATH, TOKENIZER, ADAPTER, NORM, ATTENTION))
@@ -107,56 +107,56 @@ MODEL = Group("model", (MODEL_PATH, TOKENIZER, ADAPTER, NORM, ATTENTION))
 
 PROMPT = Flag(
     "--prompt TEXT",
-    "the text to continue, or for classify the sentence",
+    "the text to continue, or the sentence to classify",
     str,
     COURSE_PROMPT,
-    default_text="the course's film review",
+    default_text="the film review of the course",
 )
 PROMPT_FILE = OwnFlag(
     "--prompt_file FILE",
-    "instead of --prompt: every line of a file (-: of the standard input), --batch_size of them at a time; above "
-    "temperature 0 the text depends on which lines are in a batch",
+    "instead of --prompt: each line of a file (-: standard input) is a prompt; --batch_size of them form a batch. "
+    "Above temperature 0, the text depends on the other lines of the batch",
 )
 INTERACTIVE = OwnFlag(
     "--interactive",
-    "ask for one prompt after the other, with --chat in one conversation; Ctrl-C stops an answer, Ctrl-D ends",
+    "ask for prompts one by one, with --chat as one conversation; Ctrl-C stops an answer, Ctrl-D ends the program",
     bool,
 )
-JSON = OwnFlag("--json", "print one JSON object a line, for programs", bool)
-MAX_NEW_TOKENS = Flag("--max_new_tokens N", "tokens to add", TOKENS, 75)
+JSON = OwnFlag("--json", "print one JSON object per line, for use by programs", bool)
+MAX_NEW_TOKENS = Flag("--max_new_tokens N", "maximum number of new tokens", TOKENS, 75)
 CORPUS = Flag(
     "--corpus TEXT[=WEIGHT]",
-    "text files, or folders of .txt files; <|endoftext|> separates documents. WEIGHT (pretrain): how often a text is "
-    "read in one pass (1)",
+    "text files, or folders of .txt files; <|endoftext|> separates documents. WEIGHT (pretrain): how often one "
+    "pass reads the text (default 1)",
     str,
     [],
     nargs="+",
 )
 HELD_OUT = Flag(
     "--held_out N",
-    "the last documents of each text, a share below 1 or a number: pretrain keeps them for evaluation, perplexity "
-    "reads them alone",
+    "hold out the last documents of each text, a fraction below 1 or a count: pretrain evaluates on them, perplexity "
+    "reads only them",
     NOT_NEGATIVE,
     0.0,
     default_text="0: all documents",
 )
 WINDOW = Flag(
     "--window N",
-    "tokens of one row; in training a row holds several documents, one after the other",
+    "tokens per row; a row of training data holds several documents in sequence",
     COUNT,
-    default_text="the model's context; sft: the length of its longest example",
+    default_text="the model's context; sft: the length of the longest example",
 )
 VOCAB_SIZE = Flag(
-    "--vocab_size N", "pieces of a new tokenizer; a new model has its tokenizer's", COUNT, default_text="4096"
+    "--vocab_size N", "vocabulary size of a new tokenizer; models take their tokenizer's", COUNT, default_text="4096"
 )
 
 # Labelled rows
 
 FINETUNED = Flag("--finetuned FILE", "the best.pt of a run, or the .pt file that finetune, lora or wise_ft wrote")
 ROW_FORMATS = """\
-A data file has lines of `label ||| sentence`; or it is a .csv with columns label and text(s), as AG News has them;
-or a .tsv with label and text, and maybe more columns: the text is the longest, the first of the others the fold.
-PATH#fold=PATTERN takes only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
+A data file has lines of `label ||| sentence`. Or it is a .csv with a label and one or more texts, as in AG News.
+Or it is a .tsv with a label, a text and maybe more columns: the longest is the text, the first other one the fold.
+PATH#fold=PATTERN reads only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
 TRAIN, DEV, TEST = (
     Flag(f"--{split} FILE", f"{what} data", str, f"data/cfimdb-{split}.txt")
     for split, what in (("train", "training"), ("dev", "development"), ("test", "test"))
@@ -164,7 +164,7 @@ TRAIN, DEV, TEST = (
 LABEL_NAMES = Flag(
     "--label-names FILE",
     'JSON: a list of class names, for the labels 0, 1, ...; or an object from labels to class names, as in {"0": '
-    '"bad", "1": null, "2": "good"}, where null leaves rows out; class ids follow the order of first mention',
+    '"bad", "1": null, "2": "good"}. null skips the rows of a label; class ids follow the order of first appearance',
     str,
     "data/cfimdb-label-mapping.json",
 )
@@ -173,7 +173,7 @@ DEV_OUT, TEST_OUT = (
     for split in ("dev", "test")
 )
 DATA = Group("data", (TRAIN, DEV, TEST, LABEL_NAMES, DEV_OUT, TEST_OUT), ROW_FORMATS)
-BATCH_SIZE = Flag("--batch_size N", "rows a step", COUNT, 8)
+BATCH_SIZE = Flag("--batch_size N", "rows per step", COUNT, 8)
 ROWS = Group(
     "rows",
     (
@@ -181,8 +181,8 @@ ROWS = Group(
         BATCH_SIZE,
         Flag(
             "--pooling",
-            "the position of a row that is read: its last real token, with padding masked; or, as in the course, the "
-            "last column of the batch, padding included",
+            "position whose state is read: the last real token of a row, with padding masked; or, as in the course, "
+            "the last column of the batch, even if it is padding",
             ("last_token", "last_column"),
             "last_token",
         ),
@@ -190,15 +190,15 @@ ROWS = Group(
 )
 TEMPLATE = Flag(
     "--template TEXT",
-    "the prompt for a row: {sentence} is the row's, {labels} a list such as `bad, average, or good`; the label follows "
-    "after a space; in a row that is too long the sentence loses its end",
+    "the prompt for a row; {sentence} is the row's sentence, {labels} a list such as `bad, average, or good`; a space "
+    "and the label follow it; in a row that is too long, the end of the sentence is cut",
     str,
     COURSE_TEMPLATE,
     elsewhere="belongs to --option prompt and to --head prompt of finetune and lora",
 )
 LABEL_WORDS = Flag(
     "--label_words W1,W2,...",
-    "the word for each class in the prompt, in the order of the class ids",
+    "the words for the classes in the prompt, in the order of the class ids",
     words,
     default_text="the class names",
     elsewhere=TEMPLATE.elsewhere,
@@ -211,21 +211,21 @@ TRAINING = Group(
     (
         Flag("--epochs N", "passes over the training set", COUNT, 5),
         Flag("--lr RATE", "learning rate; LoRA needs about ten times more than full fine-tuning", POSITIVE, 2e-5),
-        Flag("--schedule", "of the learning rate", ("constant", "cosine"), "constant"),
-        Flag("--warmup_steps N", "steps from nearly 0 to --lr", COUNT_OR_ZERO, 0),
-        Flag("--min_lr RATE", "the end of the cosine", NOT_NEGATIVE, 0.0),
-        Flag("--weight_decay W", "of matrices, not of norms and biases", NOT_NEGATIVE, 0.0),
-        Flag("--adam_beta2 B", "AdamW's decay rate of squared gradients", FRACTION, 0.999),
+        Flag("--schedule", "shape of the learning rate after the warmup", ("constant", "cosine"), "constant"),
+        Flag("--warmup_steps N", "steps over which the learning rate rises to --lr", COUNT_OR_ZERO, 0),
+        Flag("--min_lr RATE", "final learning rate of the cosine schedule", NOT_NEGATIVE, 0.0),
+        Flag("--weight_decay W", "weight decay of matrices; norms and biases have none", NOT_NEGATIVE, 0.0),
+        Flag("--adam_beta2 B", "AdamW's decay rate for the average of squared gradients", FRACTION, 0.999),
         Flag("--max_grad_norm G", "clip the norm of the gradient to G", POSITIVE),
         Flag(
             "--dropout P",
-            "dropout inside the model: of embeddings, attention weights and the output of each block",
+            "dropout inside the model: embeddings, attention weights and the output of each block",
             FRACTION,
-            default_text="what the checkpoint says, mostly 0",
+            default_text="the checkpoint's, usually 0",
         ),
         Flag(
             "--micro_batch_size N",
-            "rows computed at once, if --batch_size rows do not fit into memory; the step is the same",
+            "rows per forward pass, if --batch_size rows do not fit into memory; the step stays the same",
             COUNT,
             default_text="the whole batch",
         ),
@@ -242,13 +242,13 @@ RUN = Group(
         ),
         Flag(
             "--resume",
-            "continue the run in --run_dir (without it, the latest under runs/), with exactly the result of an "
-            "uninterrupted run; it keeps the options it was started with",
+            "continue the run in --run_dir (default: the latest under runs/) with its original options; the result is "
+            "exactly that of an uninterrupted run",
             bool,
         ),
         Flag("--save_every N", "save the state every N steps, and after each epoch", COUNT, 500),
-        OwnFlag("--fsdp", "shard the model over the processes that torchrun starts, instead of a copy in each", bool),
-        Flag("--compile", "compile the model with torch.compile: slow to start", bool),
+        OwnFlag("--fsdp", "shard the model over the processes of torchrun, instead of one copy per process", bool),
+        Flag("--compile", "compile the model with torch.compile; the start is slow", bool),
     ),
 )
 LORA = Group(
@@ -271,7 +271,7 @@ LORA = Group(
         ),
         Flag(
             "--dora",
-            "train the length of each weight row apart from its direction (DoRA)",
+            "train the norm and the direction of each weight row separately (DoRA)",
             bool,
             elsewhere="belongs to --option lora",
         ),
@@ -296,4 +296,4 @@ OUT_DTYPE = Flag(
     DTYPE_NAMES,
     default_text="fp32; convert: the checkpoint's own",
 )
-MODEL_OUT = Flag("--model_out PATH", "the model or tokenizer to write; a safetensors file gets its tokenizer beside it")
+MODEL_OUT = Flag("--model_out PATH", "the model or tokenizer to write; a model's tokenizer goes into the same folder")

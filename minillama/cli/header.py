@@ -1,4 +1,4 @@
-"""Lines about a run on stderr, and the header that says what runs, on what, from and to which files."""
+"""Status lines on stderr, and the header: model, sizes, device, input and output files of a command."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def report(line: str) -> None:
 
 
 def report_next(*arguments: str) -> None:
-    """Prints a command of run_llama.py that uses what was just made, to be typed or pasted."""
+    """Prints the next command to type, which uses the result of this one."""
     report(f"next        {shlex.join(['python', display_path(HERE / PROGRAM), *arguments])}")
 
 
 def warn(problem: str | None) -> None:
-    """Reports a problem that stops nothing, if there is one."""
+    """Prints a warning unless `problem` is None."""
     if problem is not None:
         report(f"warning: {problem}")
 
 
 def display_path(path: Path) -> str:
-    """A path of the project as one would type it in the working directory."""
+    """A path relative to the working directory if it is inside, else as it is."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -53,7 +53,7 @@ def print_header(
     name: str | None = None,
     data: str = "",
 ) -> None:
-    """Prints the header. kind: of the checkpoint; name: of the model, by default its path; data: the files of data."""
+    """Prints the header. kind: the checkpoint's format; name: the model's (default: its path); data: the data files."""
     config = llama.config
     size = sum(parameter.numel() for parameter in llama.parameters())
     report(f"option      {options.option}, seed {options.seed}")
@@ -65,20 +65,20 @@ def print_header(
     report(f"convention  {config.convention}")
     products = f"matrix products in {str(dtype).removeprefix('torch.')}"
     if options.quantize is not None:
-        products = "weights of 8 bits, matrix products in bfloat16"
+        products = "8-bit weights, matrix products in bfloat16"
     report(f"device      {device}, {products}")
     if options.adapter is not None:
         report(f"adapter     {options.adapter}")
     report(f"tokenizer   {tokenizer.path} ({tokenizer.kind})")
     if count := len(tokenizer.unused_ids):
-        what = "id of the model has no piece; it is" if count == 1 else "ids of the model have no piece; they are"
+        what = "id of the model has no piece and is" if count == 1 else "ids of the model have no piece and are"
         report(f"unused      {count} {what} never generated")
     if data:
         report(f"data        {data}")
     for path in options.command.outputs(options):
         report(f"writes      {path}{' (replaces the existing file)' if Path(path).is_file() else ''}")
     if names := options.ignored():
-        report(f"ignored     {', '.join(names)}: without effect for --option {options.option}")
+        report(f"ignored     {', '.join(names)}: no effect with --option {options.option}")
     if options.command.trains:
         processes = f", {options.processes} processes" if options.processes > 1 else ""
         report(f"run         {options.run_dir}{processes}")

@@ -1,4 +1,4 @@
-"""Device, precision, tokenizer and model of a command."""
+"""Loading for the commands: device, precision, tokenizer and model."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from minillama.formats.checkpoint import Checkpoint
     from tokenizer import Tokenizer
 
-MORE_IDS = 8  # that a model may have beyond its tokenizer's: tokens that were added
-ROUND_UNITS = tuple(8 << n for n in range(8))  # a vocabulary may be rounded up to a multiple of one: 8 to 1024
-LARGE = 500_000_000  # weights; a larger model is not converted to float32 unasked
+MORE_IDS = 8  # a model may have this many more ids than its tokenizer, for added tokens
+ROUND_UNITS = tuple(8 << n for n in range(8))  # 8 to 1024; a vocabulary may be rounded up to a multiple of one
+LARGE = 500_000_000  # parameters; by default, larger models are not converted to float32
 
 
 def check_alone(options: Options) -> None:
-    """Raises ValueError if there are several processes, for a command that runs in one."""
+    """Raises ValueError if there are several processes."""
     if options.processes > 1:
-        raise ValueError(f"--option {options.option} runs in one process; start it without torchrun")
+        raise ValueError(f"--option {options.option} runs in a single process; start it without torchrun")
 
 
 def choose_device(options: Options) -> torch.device:
-    """The device asked for. Raises ValueError if there is no such device here."""
+    """The requested device. Raises ValueError if it is not available."""
     import torch
 
     name = options.device if options.device is not None else "cuda" if options.use_gpu else "cpu"
     if name == "cuda" and this_process().world > 1:
-        name = f"cuda:{this_process().local_rank}"  # a device for each process
+        name = f"cuda:{this_process().local_rank}"  # one device per process
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -55,7 +55,7 @@ def choose_device(options: Options) -> torch.device:
 
 
 def choose_dtype(options: Options, device: torch.device, checkpoint: Checkpoint | None = None) -> torch.dtype:
-    """The precision of the matrix products. checkpoint: of a model that only runs."""
+    """The precision of the matrix products. checkpoint: that of the model, for inference only."""
     from minillama.layers.precision import DTYPES, bf16_is_native
 
     if options.dtype != "auto":
@@ -73,8 +73,8 @@ def choose_dtype(options: Options, device: torch.device, checkpoint: Checkpoint 
 def load_tokenizer(
     options: Options, *, new: bool = False, for_gguf: bool = False, finetuned: str | None = None
 ) -> Tokenizer:
-    """The tokenizer asked for, else the one with the checkpoint, else the default one; for a new model, if there is
-    none of these, the bundled one. finetuned: the file of a model that was fine-tuned with the tokenizer.
+    """The tokenizer of --tokenizer, else that of the checkpoint, else the default one, else the bundled one (only for a
+    new model). finetuned: the file of a model that was fine-tuned with the tokenizer.
     """
     from minillama.formats.checkpoint import folder_vocabulary, read_checkpoint
     from tokenizer import Tokenizer, default_tokenizer_path
@@ -89,7 +89,7 @@ def load_tokenizer(
     if path is None and not new:
         likely = Path(tokenizer_beside(str(model)))
         if model.is_dir():
-            likely = model.resolve().parent / "tokenizer.model"  # Llama 1 and 2 came with one for all their folders
+            likely = model.resolve().parent / "tokenizer.model"  # Llama 1 and 2: one tokenizer for all model folders
         path = likely if likely.is_file() else None
     if path is None:
         try:
@@ -97,13 +97,13 @@ def load_tokenizer(
         except FileNotFoundError:
             if finetuned is not None:
                 raise FileNotFoundError(
-                    f"{finetuned} was trained with the tokenizer that lies with {model}, and there is none; name it "
+                    f"{finetuned} was trained with the tokenizer beside {model}, which is missing; name it "
                     "with --tokenizer"
                 ) from None
             if not new:
                 read_checkpoint(model)  # a problem with the model itself is reported first
                 raise FileNotFoundError(
-                    f"no tokenizer lies with {model}; name its own with --tokenizer (for the course's, "
+                    f"there is no tokenizer beside {model}; name one with --tokenizer (for the course's, "
                     "`python fetch_data.py tokenizer` downloads it)"
                 ) from None
             path = tokenizer_beside(str(BUNDLED_MODEL))
@@ -111,10 +111,10 @@ def load_tokenizer(
 
 
 def tokenizer_of_folder(folder: Path, size: int | None, for_gguf: bool = False) -> Tokenizer | None:
-    """The tokenizer in a folder that fits a model with `size` ids: with as many pieces, else the largest with fewer,
-    else one that gives text no id that the model lacks. None if there is none; raises ValueError if none can be read.
+    """The tokenizer in a folder that fits a model with `size` ids: one of that size, else the largest smaller one, else
+    one whose ids for text are all below `size`. None if there is none. Raises ValueError if none is readable.
 
-    for_gguf: a tokenizer.json, which GGUF cannot be written with, comes last.
+    for_gguf: a tokenizer.json comes last, because a GGUF file cannot use it.
     """
     from minillama.formats.tokenizers import IN_FOLDER
     from tokenizer import Tokenizer
@@ -125,7 +125,7 @@ def tokenizer_of_folder(folder: Path, size: int | None, for_gguf: bool = False) 
     for file in (folder / name for name in names if (folder / name).is_file()):
         try:
             tokenizer = Tokenizer(tokenizer_model=file)
-        except ValueError as one:  # damaged, or of a package that is not installed
+        except ValueError as one:  # damaged, or its package is not installed
             error = error or one
             continue
         if size in (None, tokenizer.n_words) or (for_gguf and tokenizer.kind != "huggingface"):
@@ -140,7 +140,7 @@ def tokenizer_of_folder(folder: Path, size: int | None, for_gguf: bool = False) 
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Fits the tokenizer to a model, and tells whether that could be."""
+    """Fits the tokenizer to a model. Returns False if it does not fit."""
     try:
         tokenizer.fit_to_model(vocab_size)
     except ValueError:
@@ -149,15 +149,15 @@ def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
 
 
 def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -> list[str]:
-    """Writes `content`, of the tokenizer's file, beside the model of which it is; a tokenizer.json, which says itself
-    what its marks are only with other files beside it, stays where it is. Tells where to look for it; returns the
-    arguments that open the model with it.
+    """Writes the tokenizer's file, with `content`, beside the model. A tokenizer.json stays where it is, because it
+    needs the other files of its folder. Reports the path; returns the arguments that open the model with this
+    tokenizer.
     """
     from minillama.formats.files import atomic_file
 
     beside = Path(tokenizer_beside(model_out))
     if tokenizer.kind == "huggingface":
-        report(f"its tokenizer stays where it is; name it with --tokenizer {tokenizer.path}")
+        report(f"the tokenizer is not copied; name it with --tokenizer {tokenizer.path}")
         return ["--pretrained-model-path", model_out, "--tokenizer", str(tokenizer.path)]
     if not (beside.exists() and beside.samefile(tokenizer.path)):
         with atomic_file(beside, "wb") as file:
@@ -169,11 +169,11 @@ def put_tokenizer_beside(model_out: str, tokenizer: Tokenizer, content: bytes) -
 def fit_tokenizer(
     path: str | Path, config: LlamaConfig, tokenizer: Tokenizer, stop_ids: Sequence[int] = (), lies_with: str = ""
 ) -> None:
-    """Fits the tokenizer to the model at `path`, whose own stop ids join the tokenizer's.
+    """Fits the tokenizer to the model at `path`, and adds the model's stop ids to the tokenizer's.
 
-    The model may have more ids than the tokenizer has pieces: a few that were added, or up to a round number, or, if
-    the tokenizer lies with the model (`lies_with`: where that is, by default `path`), any number. It may have fewer, if
-    text gives none of the others. Raises ValueError for a tokenizer of another model.
+    The model may have more ids than the tokenizer has pieces: a few added ones, or a size rounded up, or any number if
+    the tokenizer is beside the model (at `lies_with`, by default `path`). It may have fewer ids if the tokenizer never
+    gives the missing ones for text. Raises ValueError for a tokenizer of another model.
     """
     size, pieces = config.vocab_size, tokenizer.n_words
     model = Path(lies_with or path)
@@ -181,8 +181,8 @@ def fit_tokenizer(
     near = abs(size - pieces) <= MORE_IDS or any(size == -(-pieces // unit) * unit for unit in ROUND_UNITS)
     if not (near or own & {tokenizer.path.resolve(), tokenizer.path.resolve().parent}) or not fits(tokenizer, size):
         raise ValueError(
-            f"{path} has a vocabulary of {size}, {tokenizer.path} one of "
-            f"{pieces}; give the --tokenizer that the model was trained with"
+            f"{path} has a vocabulary of {size} tokens, but {tokenizer.path} "
+            f"has {pieces}; give the --tokenizer that the model was trained with"
         )
     tokenizer.fit_to_model(size, stop_ids)
 
@@ -191,15 +191,15 @@ def fit_tokenizer(
 
 
 def overrides(options: Options) -> dict[str, Any]:
-    """The fields of the model's config that the command line overrides."""
+    """The config fields that the command line overrides, with their values."""
     causal = None if options.attention is None else options.attention == "causal"
     given = {"norm": options.norm, "causal": causal, "dropout": options.dropout}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def open_checkpoint(options: Options, tokenizer: Tokenizer) -> Checkpoint:
-    """The checkpoint at --pretrained-model-path, to which the tokenizer is fitted. Raises ValueError if it is
-    another's.
+    """Reads --pretrained-model-path and fits the tokenizer to it. Raises ValueError if the tokenizer is another
+    model's.
     """
     from minillama.formats.checkpoint import read_checkpoint
 
@@ -210,7 +210,7 @@ def open_checkpoint(options: Options, tokenizer: Tokenizer) -> Checkpoint:
 
 def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype) -> Llama:
     """The backbone, with the overrides of the command line and the adapter merged. dtype: of the matrix products.
-    Trained weights are float32; a model that only runs in half precision keeps the weights as the file has them.
+    Weights are float32 for training; for inference in half precision they keep the dtype of the file.
     """
     import torch
 
@@ -228,7 +228,7 @@ def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
 
 def load_for_inference(options: Options) -> tuple[Llama, Tokenizer, torch.device, torch.dtype]:
-    """The model on its device with its tokenizer, announced by the header, for a command that only runs it."""
+    """Loads the model and its tokenizer for a command that only runs it, and prints the header."""
     check_alone(options)
     tokenizer = load_tokenizer(options)
     device = choose_device(options)
@@ -240,29 +240,29 @@ def load_for_inference(options: Options) -> tuple[Llama, Tokenizer, torch.device
 
 
 def check_causal(llama: Llama) -> None:
-    """Raises ValueError if a token sees what follows it."""
+    """Raises ValueError if the model's attention is not causal."""
     if not llama.config.causal:
         raise ValueError(
-            "this model's attention is bidirectional: it would see what it is to predict; add --attention causal"
+            "this model's attention is bidirectional: it would see the tokens to predict; add --attention causal"
         )
 
 
 def lora_settings(options: Options) -> dict[str, Any]:
-    """The arguments of `lora.apply_lora` that the options ask for."""
+    """The arguments of `lora.apply_lora`, from the options."""
     targets = [name for target in options.lora_targets for name in LORA_TARGETS.get(target, (target,))]
     settings = {"rank": options.lora_rank, "alpha": options.lora_alpha, "targets": targets}
     return settings | {"rslora": options.rslora, "dora": options.dora}
 
 
 def add_lora(options: Options, model: nn.Module, beside: str = "") -> None:
-    """Freezes the model and adds the LoRA layers that the options ask for. Raises ValueError if the rank is above
-    the model's width. beside: what else is trained, for the line that tells of it.
+    """Freezes the model, adds LoRA layers by the options, and reports their size. Raises ValueError if the rank is
+    above the model's width. beside: names other trained parts in that report.
     """
     from lora import apply_lora, count_lora_parameters
 
     width = getattr(model, "llama", model).config.dim  # type: ignore[union-attr]
     if options.lora_rank > width:
-        raise ValueError(f"--lora_rank is {options.lora_rank}; the model is {width} wide")
+        raise ValueError(f"--lora_rank is {options.lora_rank}, above the model's width of {width}")
     apply_lora(model, **lora_settings(options))
     adapters, total, percent = count_lora_parameters(model)
     report(f"LoRA        {adapters:,} of {total:,} parameters ({percent:.2f} %){beside}")

@@ -1,4 +1,4 @@
-"""Commands and their flags: how they are declared, read from the command line or a file, and shown by `--help`.
+"""Commands and flags: declaring them, reading them from the command line or a file, and showing them in `--help`.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -22,10 +22,10 @@ PROGRAM = "run_llama.py"
 class Flag:
     """A flag of the command line.
 
-    name: as it is typed, and the name of its value: "--epochs N". kind: a function that reads the value, a tuple of the
-    allowed values, or bool for a flag without a value. default_text: the default in words, where the value does not say
-    it. elsewhere: why a command that does not use the flag refuses it ({users}: the commands that do); without it, the
-    command's header names the flag as ignored. settings: for argparse (nargs, const, choices).
+    name: the flag and the name of its value, such as "--epochs N". kind: a function that parses the value, a tuple of
+    allowed values, or bool for a flag without a value. default_text: the default in words, if the value is not clear.
+    elsewhere: why other commands refuse the flag ({users}: the commands that use it); without it, their header lists
+    the flag as ignored. settings: for argparse (nargs, const, choices).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Flag:
             self.settings |= {"type": kind} if callable(kind) else {"choices": kind}
 
     def add_to(self, parser: Any, default: Any = None, default_text: str = "") -> None:
-        """Declares the flag to an argparse parser or group; a command may have a default of its own."""
+        """Adds the flag to an argparse parser or group. default, default_text: the command's, instead of the flag's."""
         value = self.default if default is None else default
         shown = default_text or (self.default_text if default is None else "")
         if not shown and value is not None and value is not False and value != []:
@@ -70,13 +70,13 @@ class Group(NamedTuple):
 
 
 class Options:
-    """What was typed, and the defaults of the rest: the value of each flag is an attribute.
+    """Values of all flags, typed or default: each is an attribute.
 
-    Nothing changes in place: `replace` makes a copy. Attributes beside the flags:
-    command, commands: the command to run, and all there are
-    typed: names of the flags that were typed, also when a resumed run was started
-    substituted: names of the flags whose default file is missing and was replaced by one that ships
-    continued: whether --pretrained-model-path was typed (pretrain: go on from it)
+    Options never change in place; `replace` makes a copy. Other attributes:
+    command, commands: the command to run, and all commands
+    typed: names of the typed flags, including those typed at the start of a resumed run
+    substituted: names of the flags whose missing default file was replaced by a bundled one
+    continued: whether --pretrained-model-path was typed (pretrain: continue from it)
     processes: the number of processes
     """
 
@@ -84,14 +84,14 @@ class Options:
         command = next(one for one in commands if one.name == values["option"])
         self.__dict__.update(values, command=command, commands=commands)
 
-    def __getattr__(self, name: str) -> Any:  # for type checkers: any flag may be read
+    def __getattr__(self, name: str) -> Any:  # tells type checkers that any flag may be read
         raise AttributeError(f"there is no option {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"options do not change in place; use replace({name}=...)")
 
     def values(self) -> dict[str, Any]:
-        """All that can be saved."""
+        """All values that can be saved as JSON."""
         return {name: value for name, value in vars(self).items() if name not in ("command", "commands")}
 
     def replace(self, **values: Any) -> Options:
@@ -103,16 +103,16 @@ class Options:
         return [name for name in names if getattr(self, name) != known[name].default]
 
     def ignored(self) -> list[str]:
-        """Flags as they are typed that are not at their defaults and have no effect on this command."""
+        """Flags, as typed, that are not at their defaults but have no effect on this command."""
         known = all_flags(self.commands)
         return [known[name].name for name in self.changed(*known) if name not in self.command.keys]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One value of --option. `inputs` and `outputs` name the files that `run` will read and write, beside those that
-    flags of every command name; `resolve` puts what ships in place of missing default files; `check` raises ValueError
-    for options that contradict each other.
+    """One value of --option. `inputs` and `outputs` list the files that `run` reads and writes, besides those of the
+    common flags. `resolve` replaces missing default files by bundled ones. `check` raises ValueError for options that
+    contradict each other.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Command:
     check: Callable[[Options], None] = lambda options: None
     inputs: Callable[[Options], list[str | None]] = lambda options: [options.pretrained_model_path]
     outputs: Callable[[Options], list[str]] = lambda options: []
-    only_prints: Callable[[Options], bool] = lambda options: False  # whether stdout holds the only result
+    only_prints: Callable[[Options], bool] = lambda options: False  # whether stdout has the only copy of the result
     trains: bool = False
 
     @property
@@ -136,27 +136,27 @@ class Command:
 
 
 COMMON = Group(
-    "every option",
+    "all commands",
     (
-        Flag("--option OPTION", "what to do", str, "generate"),
-        Flag("--seed N", "seed of every random draw", SEED, 1337),
+        Flag("--option OPTION", "the command", str, "generate"),
+        Flag("--seed N", "random seed", SEED, 1337),
         Flag(
             "--config FILE",
             'options from a JSON object, such as {"option": "lora", "lr": 3e-3, "eval_train": true}, as if typed; the '
-            "command line overrides it; examples/ has some",
+            "command line overrides it; see examples/",
         ),
     ),
 )
 
 
 def all_flags(commands: Iterable[Command]) -> dict[str, Flag]:
-    """Every flag of the commands by its key, each once."""
+    """All flags of the commands, by key."""
     groups = [COMMON, *(group for command in commands for group in command.groups)]
     return {flag.key: flag for group in groups for flag in group.flags}
 
 
 def users(commands: Iterable[Command], key: str) -> list[str]:
-    """The names of the commands on which a flag has an effect."""
+    """The names of the commands that use a flag."""
     return [command.name for command in commands if key in command.keys]
 
 
@@ -164,7 +164,7 @@ def users(commands: Iterable[Command], key: str) -> list[str]:
 
 
 def build_parser(commands: Sequence[Command]) -> OneLineParser:
-    """The parser of every flag, whatever the command."""
+    """A parser for the flags of all commands."""
     parser = OneLineParser(prog=PROGRAM, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
     parser.add_argument("--option", choices=[command.name for command in commands], default="generate")
@@ -177,8 +177,8 @@ def build_parser(commands: Sequence[Command]) -> OneLineParser:
 def parse_options(
     commands: Sequence[Command], argv: Sequence[str], saved: Mapping[str, Any] | None = None, processes: int = 1
 ) -> Options:
-    """The options of a command line and of the file that --config names. saved: the options of a run that goes on,
-    which stand for the defaults.
+    """The options of a command line and of the --config file. saved: the options of a run to resume, which replace the
+    defaults.
     """
     parser = build_parser(commands)
     values = vars(parser.parse_args([]))
@@ -194,7 +194,7 @@ def parse_options(
 
 
 def given_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The options that `argv` has, without those left to their defaults."""
+    """The options in `argv`, without defaults."""
     absent = object()
     names = dict.fromkeys(vars(parser.parse_args([])), absent)
     given = vars(parser.parse_args(argv, argparse.Namespace(**names)))
@@ -206,17 +206,17 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     parser.source = f"--config {path}: "
     try:
-        # Numbers stay as they are written, as on a command line; a tuple is an object, which may name a thing twice.
+        # Numbers stay text, as on a command line. Objects become tuples of pairs, which show repeated keys.
         content = json.loads(
             Path(path).read_bytes(), object_pairs_hook=tuple, parse_int=str, parse_float=str, parse_constant=str
         )
     except OSError as error:
         parser.error(f"cannot be read ({error.strerror})")
     except (ValueError, RecursionError) as error:
-        parser.error(f"is no JSON ({error})")
+        parser.error(f"is not JSON ({error})")
     if not isinstance(content, tuple):
         parser.error('must hold a JSON object, such as {"option": "lora", "lr": 3e-3}')
-    # The type of a value, by how many values the flag takes.
+    # The allowed type of a value, by the flag's number of values (nargs).
     kinds: dict[Any, tuple[Any, str]] = {0: (bool, "true or false"), None: (str, "a text or a number")}
     kinds["?"] = (str | bool, "true, false or a text")
     argv, seen, off = [], set(), {}
@@ -226,10 +226,10 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             parser.error(f'there is no option {shown}; the nearest is "{near}"')
         if name in seen:
-            parser.error(f"{shown} is there twice; give it once")
+            parser.error(f"{shown} occurs twice; give it once")
         seen.add(name)
         option = known[name].option_strings[0]
-        kind, allowed = kinds.get(known[name].nargs, (list, 'a list of texts that begin with no "-"'))
+        kind, allowed = kinds.get(known[name].nargs, (list, 'a list of texts, none with "-" at its start'))
         items = value if isinstance(value, list) else []
         if not isinstance(value, kind) or any(not isinstance(one, str) or one[:1] == "-" for one in items):
             parser.error(f"{shown} is {json.dumps(value)[:60]}; it must be {allowed}")
@@ -246,8 +246,8 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
 
 
 def help_asked(commands: Sequence[Command], argv: Sequence[str], overview: str) -> str | None:
-    """The help that the command line asks for: all about the command that it names, else `overview`. None if it asks
-    for none.
+    """The help text to print: that of the command named in `argv`, else `overview`. None if `argv` does not ask for
+    help.
     """
     if not {"-h", "--help"} & set(argv):
         return None
@@ -261,7 +261,7 @@ def help_asked(commands: Sequence[Command], argv: Sequence[str], overview: str) 
 
 
 def command_help(command: Command) -> str:
-    """The flags of a command, grouped, with its own defaults, and examples."""
+    """The help text of a command: its flags in groups, with its defaults, and examples."""
     examples = "\n".join(f"  {line}" for line in command.examples.strip().splitlines())
     parser = OneLineParser(
         prog=PROGRAM,

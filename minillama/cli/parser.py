@@ -1,4 +1,4 @@
-"""The parser that all commands share, which complains in one line, and types of options that say what is allowed.
+"""The argument parser that all commands share, with errors in one line, and types of option values.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -21,15 +21,15 @@ except ImportError:  # Windows
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that complains in one line, names the nearest right word, and exits with status 2; `-` and `_`
-    are the same in the name of a flag. Its help keeps the text as laid out.
+    """An argument parser whose errors are one line with the nearest valid name; the exit code is 2. `-` and `_` are the
+    same in flag names. The help keeps the line breaks of the text.
     """
 
-    source = ""  # where arguments come from that were not typed, for what is said of them
+    source = ""  # prefix of error messages for arguments of a file: its name
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
-        # What argparse takes for a value though it begins with "-": not -1 alone, but -1,0 and -1e-3, too.
+        # Matches values that begin with "-", which argparse must not take for flags: -1, -1,0 and -1e-3.
         self._negative_number_matcher = re.compile(r"-\.?[0-9]")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -42,7 +42,7 @@ class OneLineParser(argparse.ArgumentParser):
         return found
 
     def _spelled(self, args: Iterable[str]) -> list[str]:
-        """The arguments with the names of flags as they were declared, whichever of `-` and `_` were typed in them."""
+        """The arguments with flag names as declared: `-` and `_` may be typed for each other."""
         declared = {plain(name): name for name in self._option_string_actions}
         args = list(args)
         for i, argument in enumerate(args):
@@ -54,7 +54,7 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def _meant(self, argument: str) -> str:
-        """The probable meaning of an unknown argument: the nearest flag, or the flag that takes such a word."""
+        """A hint for an unknown argument: the nearest flag, or a flag with that word as a choice."""
         name = argument.partition("=")[0]
         if name.startswith("-"):
             return nearest(name, self._option_string_actions)
@@ -63,7 +63,7 @@ class OneLineParser(argparse.ArgumentParser):
             flags = [action for action in self._actions if action.option_strings and action.choices]
             words = [(action.option_strings[0], closest(name, action.choices or ())) for action in flags]
             meant = [f"{flag} {word}" for flag, word in words if word]
-        return f"; did you mean {meant[0]}?" if meant else "; the name of a flag begins with --"
+        return f"; did you mean {meant[0]}?" if meant else "; flags begin with --"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -72,19 +72,19 @@ class OneLineParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, message)
 
     def error(self, message: str) -> NoReturn:
-        message = message.replace("ignored explicit argument", "it takes no value, and there is")
+        message = message.replace("ignored explicit argument", "it takes no value, but got")
         self.exit(2, f"{self.prog}: error: {self.source}{message}; see python {self.prog} --help\n")
 
 
 def plain(name: str) -> str:
-    """A name with `_` for each `-` behind its beginning."""
+    """A name with `_` instead of `-`, except for the dashes at its start."""
     stem = name.lstrip("-")
     return name[: len(name) - len(stem)] + stem.replace("-", "_")
 
 
 def closest(name: str, known: Iterable[Any]) -> str | None:
-    """The known name that is most like the one typed: the only one that begins so, else the most similar; None if none
-    is like it. The dashes before a flag do not count.
+    """The known name nearest to a typed one: the only one with this prefix, else the most similar one, or None. Dashes
+    at the start do not count.
     """
     by_plain = {plain(str(one)).lower().lstrip("-"): str(one) for one in known}
     typed = plain(name).lower().lstrip("-")
@@ -94,15 +94,15 @@ def closest(name: str, known: Iterable[Any]) -> str | None:
 
 
 def nearest(name: str, known: Iterable[Any]) -> str:
-    """`; the nearest is NAME`, or nothing."""
+    """A hint with the nearest known name, or "" if none is similar."""
     near = closest(name, known)
     return f"; the nearest is {near}" if near else ""
 
 
 def into_and_seed(parser: OneLineParser, arguments: list[str] | None, here: Path) -> argparse.Namespace:
-    """The options of a script that makes data: --into, a folder that is there (default: `here`), and --seed."""
+    """The options of a script that makes data: --into, an existing folder (default: `here`), --seed."""
     parser.add_argument("--into", type=Path, default=here, metavar="DIR", help="where to write (default: this folder)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0 or more; 0, the default, gives what ships")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="0 or more; 0 (default): the bundled data")
     options = parser.parse_args(arguments)
     if options.seed < 0:
         parser.error(f"--seed {options.seed}: it must be 0 or more")
@@ -112,7 +112,7 @@ def into_and_seed(parser: OneLineParser, arguments: list[str] | None, here: Path
 
 
 def number(kind: type, allowed: str, accepts: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type: `kind(text)`, refused unless `accepts` it; `allowed` says in words what is."""
+    """An argparse type: `kind(text)`. `accepts` checks the value; `allowed` describes valid ones in errors."""
 
     def parse(text: str) -> Any:
         try:
@@ -130,5 +130,5 @@ COUNT = number(int, "a whole number of 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = number(int, "a whole number of 0 or more", lambda value: value >= 0)
 SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63)
 POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = number(float, "0 or a number above", lambda value: 0 <= value < math.inf)
+NOT_NEGATIVE = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
 FRACTION = number(float, "in [0, 1)", lambda value: 0 <= value < 1)

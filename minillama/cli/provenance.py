@@ -1,7 +1,7 @@
-"""Where results come from: the project's commit, checksums, and a record of what each prediction file was made from.
+"""Provenance of results: the project's commit, checksums, and a record of the inputs of each prediction file.
 
-The record of FOLDER/NAME is FOLDER/runs/predictions/NAME.json. It is found by the file's content: a renamed or copied
-file still has its record, a file changed by hand has none. Imports no torch: prepare_submit.py reads the records.
+The record of FOLDER/NAME is FOLDER/runs/predictions/NAME.json. Lookup is by the SHA-256 of the file: a renamed or
+copied file keeps its record, an edited file has none. Imports no torch: prepare_submit.py reads the records.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from minillama.environment import HERE, file_sha256, project_commit, try_lock
 from minillama.formats.names import path_and_fold
 
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
-PROMPT = " Is this movie "  # the course's prompting files may go on with the prompt after the sentence
+PROMPT = " Is this movie "  # in the course's prediction files, the prompt may follow the sentence
 DATA_OPTIONS = ("train", "dev", "test", "label_names")
-NOT_RECORDED = ("typed", "substituted")  # among the options, for they have fields of their own
+NOT_RECORDED = ("typed", "substituted")  # options that have separate fields in the record
 
 
 def is_bundled(path: str | Path, sha256: str | None) -> bool:
-    """Whether the checkpoint is the bundled model, under whatever name; sha256: the file's."""
+    """Whether the checkpoint is the bundled model, under any name. sha256: that of the file."""
     try:
         same_size = os.path.getsize(path) == BUNDLED_MODEL.stat().st_size
     except OSError:
@@ -41,9 +41,9 @@ def is_bundled(path: str | Path, sha256: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """The inputs that predictions will be made from. Taken before the work, for the files may change while it goes on.
+    """The inputs of predictions, recorded before the work starts, because the files may change later.
 
-    inputs: fields that every record of the run has; data: by split, the fields of the rows that are predicted.
+    inputs: fields that all records of the run share; data: by split, the fields about its rows.
     """
 
     inputs: dict[str, Any]
@@ -51,8 +51,8 @@ class Origin:
 
     @classmethod
     def of(cls, options: Options, data: Mapping[str, tuple[str, int]], *more_models: str) -> Origin:
-        """data: the path and the number of rows of each split. The checkpoint is the first of `more_models`, models
-        read beside --pretrained-model-path, else that one.
+        """The origin of predictions for `data`, the path and the number of rows of each split. more_models: models that
+        are read besides --pretrained-model-path; the first one is recorded as the checkpoint.
         """
         models = [*more_models, options.pretrained_model_path]
         sums = {path: file_sha256(path) for path in models}
@@ -77,8 +77,8 @@ class Origin:
         )
 
     def write_record(self, path: str | Path, split: str | None = None, **results: Any) -> str | None:
-        """Writes the record of the file just written at `path`. Returns what went wrong, for the file itself is whole;
-        None if nothing did. A device or a pipe has no record.
+        """Writes the record of the file just written at `path`, unless it is a device or a pipe. Returns the problem as
+        a message, or None; it does not raise, because the file itself is complete.
         """
         from minillama.formats.files import write_json
 
@@ -93,21 +93,21 @@ class Origin:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             old = read_record(target)
-            if old is not None and old["sha256"] != sha256:  # that file may live on under another name
+            if old is not None and old["sha256"] != sha256:  # keep it: the old file may exist under another name
                 os.replace(target, target.with_name(f"{Path(path).name}.{old['sha256'][:12]}.json"))
             write_json(target, record)
         except OSError as error:
-            return f"{path} has no record of what it was made from: {target} cannot be written ({error.strerror})"
+            return f"{path} has no record of its inputs: {target} cannot be written ({error.strerror})"
         return None
 
 
 def record_path(path: str | Path) -> Path:
-    """Where the record of a prediction file is written."""
+    """The path of the record of a prediction file."""
     return Path(path).parent / "runs" / "predictions" / f"{Path(path).name}.json"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record in a file, None if it holds none."""
+    """The record in a file; None if there is none."""
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -116,8 +116,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def find_record(folder: Path, name: str, content: bytes) -> dict[str, Any] | None:
-    """The record in `folder`/runs/predictions of a file with this content, None if there is none; of several that of
-    the file called `name`, else the latest.
+    """The record in `folder`/runs/predictions of a file with this content, or None. Of several records, that of a
+    file called `name` comes first, then the latest.
     """
     import hashlib
 
@@ -132,8 +132,8 @@ def find_record(folder: Path, name: str, content: bytes) -> dict[str, Any] | Non
 
 @contextmanager
 def writing_turn(path: str | Path) -> Iterator[None]:
-    """Has the processes that write predictions into the folder of `path` take turns, so that a file and its record are
-    of one run. Where a lock cannot be had, they go on without.
+    """Locks the predictions in the folder of `path`, so that a file and its record come from the same run. Continues
+    without the lock if the file system has none.
     """
     folder = record_path(path).parent
     descriptor = None
@@ -149,8 +149,8 @@ def writing_turn(path: str | Path) -> Iterator[None]:
 
 
 def settled_output(options: Options, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
-    """Where the predictions of a split go, and a line about it if it is another file than the options say: another run
-    may have written predictions of other data to the default one since this one began.
+    """The path for the predictions of a split, and a warning if it is not the path of the options. Another run may have
+    written predictions for other data to the default path since this run started.
     """
     path = getattr(options, f"{split}_out")
     try:
@@ -160,13 +160,13 @@ def settled_output(options: Options, split: str, sentences: Sequence[str]) -> tu
         folder, name = os.path.split(path)
         free = (os.path.join(folder, f"{number}-{name}") for number in count(2))
         chosen = next(one for one in free if not os.path.exists(one))
-        return chosen, f"{path} now holds predictions for other data, of another run; these go to {chosen}"
+        return chosen, f"another run has written predictions for other data to {path}; these go to {chosen}"
 
 
 def write_with_record(
     options: Options, origin: Origin, split: str, texts: Sequence[str], write: Callable[[str], None], **results: Any
 ) -> None:
-    """Has `write` write the predictions of a split, for rows of these texts, and writes their record."""
+    """Writes the predictions of a split with `write`, and their record. texts: the texts of the rows."""
     path = getattr(options, f"{split}_out")
     with writing_turn(path):
         path, moved = settled_output(options, split, texts)
@@ -179,21 +179,21 @@ def write_with_record(
 
 
 def check_default_output(options: Options, split: str, sentences: Sequence[str]) -> None:
-    """Raises ValueError if the predictions of `sentences` would be written over a file of other rows, or one that holds
-    no predictions, though nobody asked for it: --dev_out or --test_out was not typed.
+    """Raises ValueError if the default output (--dev_out or --test_out was not typed) is an existing file that holds
+    predictions for other sentences, or no predictions.
     """
     option = f"{split}_out"
     path = Path(getattr(options, option))
     if option in options.typed or not path.is_file():
         return
-    advice = f"name another file with --{option}, or move this one away"
+    advice = f"name another file with --{option}, or move this file"
     try:
         content = path.read_bytes()
         held = sentences_in(path.suffix, content) if content.strip() else None
     except OSError as error:
-        raise ValueError(f"{path} is there already and cannot be read ({error.strerror}); {advice}") from error
+        raise ValueError(f"{path} already exists and cannot be read ({error.strerror}); {advice}") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is there already and holds no predictions; {advice}") from error
+        raise ValueError(f"{path} already exists and holds no predictions; {advice}") from error
     if held is not None and not same_sentences(held, sentences):
         record = find_record(path.parent, path.name, content)
         source = f" of {record['data']}" if record is not None and record.get("data") else ""
@@ -205,7 +205,7 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
 
 def sentences_in(suffix: str, content: bytes) -> list[str]:
     """The sentences of a prediction file, or the prompts of a .jsonl file of answers. Raises ValueError, LookupError or
-    TypeError if it is neither.
+    TypeError for other content.
     """
     lines = content.decode("utf-8").rstrip("\r\n").split("\n")
     if suffix == ".jsonl":
@@ -217,7 +217,7 @@ def sentences_in(suffix: str, content: bytes) -> list[str]:
 
 
 def same_sentences(held: Sequence[str], sentences: Iterable[str]) -> bool:
-    """Whether a prediction file is of these rows, in this order."""
+    """Whether the sentences `held` in a file are `sentences`, in the same order."""
     wanted = list(sentences)
     return len(held) == len(wanted) and all(
         one == other or one.startswith(other + PROMPT) for one, other in zip(held, wanted, strict=True)

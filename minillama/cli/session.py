@@ -1,4 +1,4 @@
-"""A command that trains, from the run's folder and its lock to the files of the finished model."""
+"""Sessions of training commands: the run's folder and its lock, resuming, training, and writing the model."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
     from minillama.training.task import Score, Task
     from tokenizer import Tokenizer
 
-# Options that change no number: a resumed run, or a run of the same group in the report, may have others.
+# Options without effect on results. They may differ in a resumed run, and between the runs of a group in the report.
 RESUME_MAY_CHANGE = (
     *("config", "resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir"),
     *("device", "use_gpu", "typed", "substituted"),
 )
-# The parts of a regularizer, which change nothing where it is off.
+# Settings of a regularizer, which have no effect if it is off.
 PARTS = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
 
 
 def active_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """A run's options without the parts of what it had off, whose defaults may have changed since."""
+    """A run's options without the settings of regularizers that were off: those defaults may have changed since."""
     return {name: value for name, value in saved.items() if name not in PARTS or saved.get(PARTS[name])}
 
 
 def resumed(options: Options, argv: Sequence[str], held: ExitStack) -> Options:
-    """The options of the run to continue, and those of the command line that may differ. The main process locks the
-    run until `held` is closed.
+    """The options of the run to resume, updated from the command line where allowed. The main process locks the run
+    until `held` is closed.
 
-    Raises ValueError or FileNotFoundError if there is no such run, it is still going, or an option contradicts it.
+    Raises ValueError or FileNotFoundError if the run is missing or still active, or an option contradicts it.
     """
     from minillama.training.run_directory import RunDirectory, latest_run_path, locked
 
     folder = options.run_dir or str(latest_run_path(Path(RUNS)))
     run = RunDirectory(folder)
-    run.options()  # raises before a lock is made where there is no run
+    run.options()  # raises if there is no run, before a lock file is made
     if this_process().rank == 0:
         held.enter_context(locked(run.path))
     saved = active_options(run.options())
@@ -65,16 +65,16 @@ def resumed(options: Options, argv: Sequence[str], held: ExitStack) -> Options:
         if name not in RESUME_MAY_CHANGE and getattr(options, name) != value:
             shown = known[name].name.lstrip("-") if name in known else name
             raise ValueError(
-                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; give that, or leave it "
-                "out"
+                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; use that value, or leave "
+                "it out"
             )
     return options
 
 
 def name_run(options: Options, held: ExitStack) -> Options:
-    """The options with the folder of a run that starts now, made and locked, under a new name unless --run_dir names
-    one. Only the main process does this; the others learn the name in `open_session`. When `held` is closed, the lock
-    ends, and a folder without a run is removed. Raises ValueError if the folder is taken or cannot be made.
+    """Creates and locks the folder of a new run, and returns the options with its name: --run_dir or a new name. Only
+    the main process does this; the others get the name in `open_session`. Closing `held` releases the lock, and
+    removes a folder without a run. Raises ValueError if the folder is in use or cannot be created.
     """
     from minillama.training.run_directory import new_run
 
@@ -84,7 +84,7 @@ def name_run(options: Options, held: ExitStack) -> Options:
 
 
 def log_of(run: RunDirectory | None) -> Callable[[str], None]:
-    """A function that reports a line, and adds it to the log of the run if there is one."""
+    """A function that prints a line on stderr, and adds it to the log of `run`, if any."""
 
     def log(line: str) -> None:
         report(line)
@@ -96,7 +96,7 @@ def log_of(run: RunDirectory | None) -> Callable[[str], None]:
 
 @dataclass(frozen=True)
 class Session:
-    """What a command trains with. tokenizer_content: of the tokenizer's file when the run began."""
+    """Everything a command needs for training. tokenizer_content: the tokenizer's file when the run started."""
 
     options: Options
     tokenizer: Tokenizer
@@ -107,12 +107,12 @@ class Session:
     run: RunDirectory
 
     def origin(self, rows: Mapping[str, Sequence[Any]]) -> Origin | None:
-        """The origin of the predictions for dev and test; None but in the main process, which writes them."""
+        """The origin of the predictions for dev and test; None except in the main process, which writes them."""
         judged = {split: (getattr(self.options, split), len(rows[split])) for split in ("dev", "test") if split in rows}
         return Origin.of(self.options, judged) if self.processes.is_main else None
 
     def load_llama(self, data: str) -> tuple[Llama, Checkpoint]:
-        """The model to start from, announced by the header, and its checkpoint. data: for the header."""
+        """Loads the initial model and its checkpoint, and prints the header. data: the data files, for the header."""
         checkpoint = loading.open_checkpoint(self.options, self.tokenizer)
         llama = loading.load_llama(self.options, checkpoint, self.dtype)
         print_header(self.options, llama, checkpoint.kind, self.tokenizer, self.device, self.dtype, data=data)
@@ -120,7 +120,7 @@ class Session:
 
     @property
     def saved_options(self) -> dict[str, Any]:
-        """The options for files, with the precision that was chosen."""
+        """The options to save, with the actual precision instead of auto."""
         from minillama.layers.precision import DTYPES
 
         return self.options.values() | {"dtype": next(name for name, value in DTYPES.items() if value == self.dtype)}
@@ -128,7 +128,7 @@ class Session:
     def train(
         self, model: nn.Module, task: Task, write_best: Callable[[dict[str, Tensor], int, Score], None], dynamic: bool
     ) -> nn.Module:
-        """Trains the model and returns the one to judge. dynamic: for --compile, whether lengths differ."""
+        """Trains the model and returns the one to evaluate. dynamic: whether row lengths vary, for --compile."""
         import torch
 
         from minillama.training.loop import train
@@ -143,7 +143,7 @@ class Session:
         return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
 
     def write_model(self, state: dict[str, Tensor], config: LlamaConfig, stop_ids: Sequence[int]) -> list[str]:
-        """Writes --model_out with its tokenizer beside it. Returns the arguments that open it."""
+        """Writes --model_out, and the tokenizer beside it. Returns the arguments that open the model."""
         from minillama.formats.checkpoint import write_safetensors
         from minillama.layers.precision import DTYPES
 
@@ -155,7 +155,7 @@ class Session:
 
 @contextmanager
 def open_session(options: Options, new_model: bool = False) -> Iterator[Session]:
-    """Tokenizer, device, precision, processes and the run's folder of a command that starts."""
+    """Opens a session: tokenizer, device, precision, processes and the run's folder."""
     import torch
 
     from minillama.training.distributed import process_group
@@ -169,7 +169,7 @@ def open_session(options: Options, new_model: bool = False) -> Iterator[Session]
         folder, *others = processes.gather(options.run_dir)
         if other := next((other for other in others if other not in (None, folder)), None):
             raise ValueError(
-                f"one process would resume {folder}, another {other}; name the run's folder with --run_dir"
+                f"one process would resume {folder}, another one {other}; name the run's folder with --run_dir"
             )
         torch.manual_seed(options.seed)
         run = RunDirectory(folder or RUNS, writes=processes.is_main)
@@ -177,7 +177,7 @@ def open_session(options: Options, new_model: bool = False) -> Iterator[Session]
 
 
 def settings_of(options: Options, dtype: torch.dtype) -> Settings:
-    """How to train, from the options."""
+    """The settings of the training loop, from the options."""
     from minillama.training.loop import Settings
 
     return Settings(

@@ -1,4 +1,4 @@
-"""--option classify: the class that a fine-tuned model gives to one's own sentences."""
+"""--option classify: classifies the user's sentences with a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def check(options: Options) -> None:
     check_prompts(options)
     if not options.changed("prompt", "prompt_file", "interactive"):
         raise ValueError(
-            "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (-: the standard input), or "
+            "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (-: standard input), or "
             "--interactive"
         )
 
 
 def run(options: Options) -> None:
-    """Prints for each sentence the likeliest class, its probability, and the sentence; with --json the probabilities of
-    all classes.
+    """Prints the most likely class of each sentence, its probability and the sentence. With --json, prints the
+    probabilities of all classes.
     """
     from minillama.formats.checkpoint import read_fine_tuned
     from minillama.text.labelled import LINE_END, SEPARATOR, Row, class_labels
@@ -37,8 +37,8 @@ def run(options: Options) -> None:
     sentences = [] if options.interactive else prompts_of(options)
     if labelled := sum(re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences):
         report(
-            f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", and are read so; '
-            "--option wise_ft --alphas 1 --dev FILE scores such a file"
+            f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", read as text; '
+            "to score a labelled file, use --option wise_ft --alphas 1 --dev FILE"
         )
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
@@ -61,20 +61,20 @@ def run(options: Options) -> None:
             if not options.json:
                 print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
                 continue
-            said = {
+            result = {
                 "sentence": row.sentence,
                 "label": json_label(labels[best]),
                 "class": name,
                 "probabilities": dict(zip(found.label_names, probabilities, strict=True)),
             }
-            print(json.dumps(said, ensure_ascii=not speaks_utf8()), flush=True)
+            print(json.dumps(result, ensure_ascii=not speaks_utf8()), flush=True)
 
     if options.pooling == "last_column":
-        report("warning: with --pooling last_column an answer depends on the other sentences of its batch")
+        report("warning: with --pooling last_column, a result depends on the other sentences of its batch")
     if not options.interactive:
         label(sentences)
         return
-    report("Type a sentence, and Enter. Ctrl-D ends.")
+    report("Type a sentence and press Enter. Ctrl-D ends.")
     for line in lines_typed():
         try:
             if line.strip():
@@ -86,18 +86,18 @@ def run(options: Options) -> None:
 
 
 def json_label(label: str) -> int | str:
-    """A label of a label file for JSON: a number where it is a whole number as one is written, else the text."""
+    """A label for JSON output: an int if the text is a plain decimal integer, else the text."""
     return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label
 
 
 COMMAND = Command(
     "classify",
-    "classify your own sentences with a model that finetune or lora made",
+    "classify your own sentences with a model from finetune or lora",
     (
         Group(
             "sentences",
             (flags.FINETUNED, flags.PROMPT, flags.PROMPT_FILE, flags.INTERACTIVE, flags.JSON),
-            "Prints the class, its probability and the sentence; --json has every class.",
+            "Prints the class, its probability and the sentence; --json prints all classes.",
         ),
         flags.ROWS,
         Group("model", (flags.MODEL_PATH, flags.TOKENIZER)),
@@ -110,8 +110,8 @@ python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --interactive
 """,
     defaults=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED),
-    default_texts=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED, "that of the run that made --finetuned")
-    | {"prompt": "none: one of these three is needed"},
+    default_texts=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED, "that of the run that wrote --finetuned")
+    | {"prompt": "none; one of these three is required"},
     check=check,
     inputs=lambda options: [options.finetuned, options.pretrained_model_path],
     only_prints=lambda options: True,

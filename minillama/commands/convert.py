@@ -1,4 +1,4 @@
-"""--option convert: a checkpoint, or an adapter, in the format of another program."""
+"""--option convert: writes a checkpoint or an adapter in the format of another program."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
-ADAPTER_FORMATS = ("adapter", "peft")  # of an adapter without its model
+ADAPTER_FORMATS = ("adapter", "peft")  # for an adapter without its model
 TO = Flag(
     "--to",
-    "what --model_out becomes: a file of ours, of llama2.c (v2: int8) or of llama.cpp, or a folder of transformers; "
-    "or, for an --adapter alone, a file of ours or a folder of peft",
+    "format of --model_out: safetensors is ours, llama2c-v0 to -v2 (int8) are for llama2.c, gguf for llama.cpp, "
+    "huggingface for transformers; for an --adapter without its model: adapter (ours) or peft",
     (*FILE_FORMATS, *FOLDER_FORMATS, "adapter"),
     "safetensors",
 )
@@ -37,18 +37,18 @@ TO = Flag(
 
 def check(options: Options) -> None:
     if options.to in ADAPTER_FORMATS and options.adapter is None:
-        raise ValueError(f"--to {options.to} writes an adapter; say which with --adapter")
+        raise ValueError(f"--to {options.to} writes an adapter; name it with --adapter")
 
 
 def outputs(options: Options) -> list[str]:
     if options.to == "safetensors":
         return model_files(options)
     path = check_model_out(options)
-    return [] if options.to in FOLDER_FORMATS else [path]  # a folder is made anew
+    return [] if options.to in FOLDER_FORMATS else [path]  # the command creates a new folder
 
 
 def run(options: Options) -> None:
-    """Reads a checkpoint and writes it as --to says; with --adapter, merged, or that alone."""
+    """Writes a checkpoint in the format of --to, with --adapter merged; or writes only the adapter."""
     from config import check_rmsnorm
     from minillama.formats.adapters import read_adapter, write_adapter, write_peft
     from minillama.formats.checkpoint import read_checkpoint
@@ -70,16 +70,16 @@ def run(options: Options) -> None:
         with atomic_folder(options.model_out) as folder:
             write_peft(folder, adapter, config, base=options.pretrained_model_path)
         if adapter.head:
-            report("head        of the classifier, in classifier_head.safetensors: peft does not read it")
+            report("head        the classifier head is in classifier_head.safetensors; peft does not read it")
     else:
         write_model(options, config, whole_state(options, checkpoint, config), checkpoint.stop_ids)
     report(f"wrote       {options.model_out} ({options.to})")
     if options.to.startswith("llama2c"):
-        report("tokenizer   none goes with it; to open it here, name one with --tokenizer")
+        report("tokenizer   none is written; to open the model here, name one with --tokenizer")
 
 
 def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -> dict[str, Tensor]:
-    """The checkpoint's tensors, complete, with the adapter merged, in the precision asked for."""
+    """The complete state dict, with the adapter merged, in the precision of --out_dtype."""
     from llama import llama_from_checkpoint
     from lora import merge_lora_weights
     from minillama.formats.adapters import read_adapter
@@ -95,12 +95,14 @@ def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -
     if options.out_dtype is not None:
         state = {name: tensor.to(DTYPES[options.out_dtype]) for name, tensor in state.items()}
         if too_large := [name for name, tensor in state.items() if not fits_float32(tensor)]:
-            raise ValueError(f"{too_large[0]} holds numbers beyond {options.out_dtype}; give another --out_dtype")
+            raise ValueError(
+                f"{too_large[0]} has values beyond the range of {options.out_dtype}; give another --out_dtype"
+            )
     return state
 
 
 def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor], stop_ids: Sequence[int]) -> None:
-    """Writes a whole model in the format of --to."""
+    """Writes a complete model in the format of --to."""
     from config import check_rmsnorm
     from minillama.formats.checkpoint import write_safetensors
     from minillama.formats.files import atomic_folder
@@ -130,7 +132,7 @@ def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor],
 
 
 def tokenizer_of(options: Options, config: LlamaConfig) -> Tokenizer:
-    """The model's tokenizer. Raises ValueError if it is another's."""
+    """The model's tokenizer. Raises ValueError if it does not fit the model."""
     tokenizer = load_tokenizer(options, for_gguf=options.to == "gguf")
     fit_tokenizer(options.pretrained_model_path, config, tokenizer)
     return tokenizer

@@ -1,5 +1,5 @@
-"""--option finetune and lora: train a classifier on labelled sentences, all weights or LoRA adapters and a head; then
-predict dev and test.
+"""--option finetune and lora: train a classifier on labelled sentences (all weights, or LoRA adapters and a head),
+then predict dev and test.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ HEAD = Group(
     (
         Flag(
             "--head",
-            "what is trained beside the model: a linear layer on the last token of each sentence; or nothing new: the "
-            "model is asked as in --option prompt, by --template, and trained to answer with the label's word, of "
-            "which the first token counts",
+            "linear: train a new layer on the last token of each sentence. prompt: add no layer; ask the model with "
+            "--template, as --option prompt does, and train it to answer with the label's word; only the first token "
+            "of the word counts",
             ("linear", "prompt"),
             "linear",
         ),
         flags.TEMPLATE,
         flags.LABEL_WORDS,
         Flag("--hidden_dropout_prob P", "dropout before the head", FRACTION, 0.3),
-        Flag("--label_smoothing S", "spread S of each label over all classes", FRACTION, 0.0),
+        Flag("--label_smoothing S", "label smoothing: spread a share S of each label over all classes", FRACTION, 0.0),
         Flag("--eval_train", "also score the whole training set after each epoch", bool),
     ),
 )
@@ -51,44 +51,44 @@ REGULARIZATION = Group(
     (
         OwnFlag(
             "--smart L",
-            "add L times the largest change of the class distribution, in symmetric KL, when the embeddings move a "
-            "little (SMART; 1 to 5 usual, a step takes up to five times as long)",
+            "add L times the largest change of the class distribution, in symmetric KL, under a small change of the "
+            "embeddings (SMART; usually 1 to 5; a step takes up to five times as long)",
             NOT_NEGATIVE,
             0.0,
             default_text="off",
         ),
         Flag(
             "--smart_eps X",
-            "how far each number of an embedding may move; what --smart adds grows with its square",
+            "largest change of each number of an embedding; the term of --smart grows with its square",
             POSITIVE,
             1e-3,
         ),
-        Flag("--smart_step X", "the step towards the worst move, for the largest gradient", POSITIVE, 0.1),
-        Flag("--smart_noise X", "standard deviation of the noise it starts from", POSITIVE, 1e-3),
+        Flag("--smart_step X", "step size of the search for the worst change, for the largest gradient", POSITIVE, 0.1),
+        Flag("--smart_noise X", "standard deviation of the noise where that search starts", POSITIVE, 1e-3),
         OwnFlag(
             "--bregman MU",
             "add MU times the symmetric KL between the class distributions of the model and of a moving average of its "
-            "weights (SMART's other half; 1 usual)",
+            "weights (the other half of SMART; usually 1)",
             NOT_NEGATIVE,
             0.0,
             default_text="off",
         ),
         Flag(
             "--bregman_beta B",
-            "decay rate of that average at each step",
+            "decay rate of the moving average per step",
             FRACTION,
             default_text="0.99 in the first tenth of the steps, then 0.999",
         ),
         OwnFlag(
             "--r_drop A",
-            "read each row twice, under two dropout masks, and add A times half their symmetric KL (R-Drop; 1 to 5 "
-            "usual, a step takes twice as long)",
+            "run each row twice, with two dropout masks, and add A times half the symmetric KL of the results (R-Drop; "
+            "usually 1 to 5; a step takes twice as long)",
             NOT_NEGATIVE,
             0.0,
             default_text="off",
         ),
     ),
-    "Their terms are part of the training loss that is shown.",
+    "The printed training loss includes the terms of the regularizers.",
 )
 
 
@@ -96,7 +96,7 @@ REGULARIZATION = Group(
 
 
 def best_model_path(options: Options) -> str:
-    """The file of the best model, by the course's name."""
+    """The file name of the best model, in the form that the course prescribes."""
     return f"{options.option}-{options.epochs}-{options.lr}.pt"
 
 
@@ -110,7 +110,7 @@ def check(options: Options) -> None:
             raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
     for name in options.changed(*PARTS):
         if not getattr(options, PARTS[name]):
-            raise ValueError(f"--{name} is a part of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
+            raise ValueError(f"--{name} is a setting of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
     classifiers.check_whole_batches(options)
     check_training(options)
     classifiers.check_predictions(options, ENDINGS[options.option])
@@ -120,7 +120,7 @@ def check(options: Options) -> None:
 
 
 def run(options: Options) -> None:
-    """Builds the classifier, trains it, predicts dev and test with the best."""
+    """Builds and trains the classifier, then predicts dev and test with the best model."""
     from types import SimpleNamespace
 
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
@@ -150,14 +150,14 @@ def run(options: Options) -> None:
         model = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
         if options.r_drop and not acting_dropout(model):
             raise ValueError(
-                "--r_drop compares two dropout masks, and no dropout acts here: the model's and --hidden_dropout_prob "
-                "are both 0; add --dropout 0.1"
+                "--r_drop compares two dropout masks, but all dropout is off: that of the model and "
+                "--hidden_dropout_prob are 0; add --dropout 0.1"
             )
         if options.option == "lora":
-            add_lora(options, model, "" if asked else ", beside the head")
+            add_lora(options, model, "" if asked else ", besides the head")
         trained = train(session, model.to(session.device), rows, labels)
         classifiers.predict(session, trained, rows, labels, origin)
-        report(f"wrote {best_model_path(options)}, the model that is best on dev")
+        report(f"wrote {best_model_path(options)}, the best model on dev")
         report_next("--option", "classify", "--finetuned", best_model_path(options), "--prompt", "your sentence")
 
 
@@ -167,8 +167,8 @@ def train(
     data: Mapping[str, list[Row]],
     labels: dict[str, str | None],
 ):
-    """Trains `model` in the run's folder; the best by dev accuracy is there and at `best_model_path`. Returns the model
-    to predict with.
+    """Trains `model`. The best one by dev accuracy is written to the run's folder and to `best_model_path`. Returns
+    the model to predict with.
     """
     from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import link_or_copy
@@ -211,7 +211,7 @@ def train(
     )
     trained = session.train(model, task, write_best, dynamic=True)
     if session.processes.is_main:
-        link_or_copy(run.best_path, best_model_path(options))  # another run may have taken that name since
+        link_or_copy(run.best_path, best_model_path(options))  # another run may have used that name meanwhile
     return trained
 
 

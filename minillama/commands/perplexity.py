@@ -1,4 +1,4 @@
-"""--option perplexity: how well a model predicts a text."""
+"""--option perplexity: measures how well a model predicts a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minillama.cli.parser import COUNT
 
 
 def run(options: Options) -> None:
-    """Prints perplexity and bits per byte of each text."""
+    """Prints the perplexity and the bits per byte of each text."""
     from minillama.decoding.fast_llama import fast_model
     from minillama.text.corpus import held_out_count
     from minillama.text.documents import read_documents, text_files
@@ -28,28 +28,28 @@ def run(options: Options) -> None:
     window = options.window or context
     stride = options.stride or max(1, window // 2)
     if window > context:
-        raise ValueError(f"--window {window}: more than the context of {context} tokens; give as many, or fewer")
+        raise ValueError(f"--window {window} is above the model's context of {context} tokens; give at most that")
     if stride > window:
-        raise ValueError(f"--stride {stride}: windows of {window} tokens would leave some out; give as many, or fewer")
+        raise ValueError(
+            f"--stride {stride} is above the window of {window} tokens and would skip some; give at most that"
+        )
     report(f"windows     {window} tokens, one every {stride}")
     for path, found in files.items():
         documents = [document for file in found for document in read_documents(file)]
         if not documents:
-            raise ValueError(f"{path} holds no text; give a file with some")
+            raise ValueError(f"{path} holds no text; give a file with text")
         if options.held_out:
             count = held_out_count(options.held_out, len(documents))
             if not 0 < count <= len(documents):
-                raise ValueError(
-                    f"{path} has {len(documents)} documents; --held_out {options.held_out:g} of them cannot be"
-                )
+                raise ValueError(f"{path} has {len(documents)} documents, too few for --held_out {options.held_out:g}")
             documents = documents[-count:]
         ids = [[tokenizer.bos_id] * tokenizer.adds_bos + ids for ids in tokenizer.encode_many(documents)]
         nats, tokens = score_documents(model, ids, window, stride, dtype, device=device)
         size = sum(len(document.encode()) for document in documents)
-        if not tokenizer.adds_bos:  # the first token of a document follows nothing, so it is not scored
+        if not tokenizer.adds_bos:  # the first token of a document has no context and is not scored
             size -= sum(map(tokenizer.bytes_of_first, documents))
         if not tokens or not size:
-            raise ValueError(f"{path}: no document has a second token to be scored; give longer ones")
+            raise ValueError(f"{path}: every document has only one token, so nothing can be scored; give longer ones")
         perplexity = math.exp(min(nats / tokens, 700.0))
         print(
             f"{path}: {len(documents):,} document{'s' * (len(documents) != 1)}, {size:,} bytes, {tokens:,} tokens: "

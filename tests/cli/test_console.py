@@ -124,7 +124,7 @@ def test_without_a_home_what_is_typed_is_not_kept_and_one_line_says_so(monkeypat
     monkeypatch.setattr(Path, "home", no_home)
     assert type_lines(monkeypatch, "a", "b") == ["a", "b"]
     assert capsys.readouterr().err == (
-        "notice: what is typed is not kept for the next time: Could not determine home directory.\n"
+        "notice: typed lines are not saved for the next session: Could not determine home directory.\n"
     )
 
 
@@ -133,7 +133,7 @@ def test_a_home_that_is_not_there_gets_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "none")
     assert type_lines(monkeypatch, "a") == ["a"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the history could not be kept")
+    assert line.startswith("warning: the history cannot be saved")
 
 
 def test_a_broken_readline_gets_one_line(monkeypatch, capsys):

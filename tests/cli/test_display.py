@@ -109,7 +109,7 @@ def test_answers_and_mixed_predictions_are_whole(shell):
     [
         ("left", 141, ""),
         ("full", 2, "run_llama.py: error: the standard output failed (No space left on device); send it"),
-        ("closed", 2, "run_llama.py: error: the standard output, where the text goes, is closed; send it"),
+        ("closed", 2, "run_llama.py: error: the standard output, which takes the text, is closed; write it"),
     ],
 )
 def test_a_command_that_only_prints_stops_where_nothing_can_be_printed(shell, way, code, line):

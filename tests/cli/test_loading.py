@@ -121,7 +121,7 @@ def test_the_courses_data_is_taken_where_it_is(resolve, option):
 
 OUTPUTS_WARNED_OF = (
     "warning: predictions go to cfimdb-dev-finetuning-output.txt and cfimdb-test-finetuning-output.txt; --dev_out and "
-    "--test_out name others"
+    "--test_out change that"
 )
 
 
@@ -133,7 +133,7 @@ def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(res
     del left[typed]
     assert data_of(args) == {split: left.get(f"--{split}", "mine") for split in SPLITS}
     defaults = ", ".join(f"{flag} {path}" for flag, path in left.items())
-    warnings = [f"warning: {defaults} by default: do they belong to the files you named?"]
+    warnings = [f"warning: {defaults} by default; check that they belong to the files you named"]
     if typed in ("--dev", "--test"):
         warnings.append(OUTPUTS_WARNED_OF)
     assert lines == warnings
@@ -149,7 +149,7 @@ def test_data_typed_in_full_is_not_warned_of(resolve):
     args, lines = resolve(*flags("prompt"), there=["stories42M.pt"])
     assert (args.dev, args.test, args.label_names) == ("a", "b", "c") and lines == []
     assert resolve(*flags("lora"))[1] == [
-        "warning: --train data/cfimdb-train.txt by default: do they belong to the files you named?"
+        "warning: --train data/cfimdb-train.txt by default; check that they belong to the files you named"
     ]
     assert resolve(*flags("lora"), "--train", "d")[1] == []
 

@@ -92,8 +92,8 @@ BAD = [
     ('{"option": "tune"}', "argument --option: invalid choice: 'tune'"),
     ('{"learning_rate": 1}', 'there is no option "learning_rate"; the nearest is "'),
     ('{"lora-rnk": 1}', 'there is no option "lora-rnk"; the nearest is "lora_rank"'),
-    ('{"lr": 1, "lr": 2}', '"lr" is there twice'),
-    ('{"label-names": "a", "label_names": "b"}', '"label_names" is there twice'),
+    ('{"lr": 1, "lr": 2}', '"lr" occurs twice'),
+    ('{"label-names": "a", "label_names": "b"}', '"label_names" occurs twice'),
     ('{"lr": null}', '"lr" is null; it must be a text or a number'),
     ('{"lr": [1]}', "it must be a text or a number"),
     ('{"lr": {"a": 1}}', "it must be a text or a number"),
@@ -104,10 +104,10 @@ BAD = [
     ('{"corpus": []}', "argument --corpus: expected at least one argument"),
     ('{"config": "a.json"}', 'there is no option "config"'),
     ('["--lr", "1"]', "must hold a JSON object"),
-    ("{", "is no JSON"),
-    ("", "is no JSON"),
+    ("{", "is not JSON"),
+    ("", "is not JSON"),
     ('{"a\\nb": 1}', 'there is no option "a\\nb"'),
-    ("[" * 5000, "is no JSON"),
+    ("[" * 5000, "is not JSON"),
 ]
 
 
@@ -134,7 +134,7 @@ def test_what_is_typed_is_blamed_on_no_file(configured, capsys):
 
 def test_a_file_that_is_read_is_not_written_over(configured):
     options = configured({"option": "tokenizer", "corpus": ["a.txt"], "model_out": "run.json"})
-    with pytest.raises(ValueError, match="run.json is to be read and to be written"):
+    with pytest.raises(ValueError, match="run.json is both input and output"):
         check_options(options)
 
 
@@ -208,11 +208,11 @@ def test_the_page_of_the_examples_names_each():
         (["--lora-rnk=3", "b"], "unrecognized arguments: --lora-rnk=3 b; the nearest is --lora_rank; see"),
         (["--zzzzzzzzzz"], "unrecognized arguments: --zzzzzzzzzz; see"),
         (["--opt", "lora"], "unrecognized arguments: --opt lora; the nearest is --option; see"),
-        (["--use-gpu=1"], "argument --use_gpu: it takes no value, and there is '1'; see"),
+        (["--use-gpu=1"], "argument --use_gpu: it takes no value, but got '1'; see"),
         (["lora_rank"], "unrecognized arguments: lora_rank; did you mean --lora_rank?; see"),
         (["finetune", "--lr", "1"], "unrecognized arguments: finetune; did you mean --option finetune?; see"),
         (["fine-tune"], "unrecognized arguments: fine-tune; did you mean --option finetune?; see"),
-        (["zzzzzzzz"], "unrecognized arguments: zzzzzzzz; the name of a flag begins with --; see"),
+        (["zzzzzzzz"], "unrecognized arguments: zzzzzzzz; flags begin with --; see"),
         (["-option", "lora"], "unrecognized arguments: -option lora; the nearest is --option; see"),
         (
             ["--option", "Fine-Tune"],

@@ -177,7 +177,7 @@ def test_a_default_output_never_replaces_predictions_of_other_rows(command, opti
     assert (code, out) == (2, "") and command.files() == before and not (command.folder / "runs").exists()
     assert err.splitlines()[-1] == (
         f"run_llama.py: error: cfimdb-test-{kind}-output.txt holds predictions for 4 rows, not for the 4 of test.txt; "
-        "name another file with --test_out, or move this one away"
+        "name another file with --test_out, or move this file"
     )
     assert command.classify(option, "--test_out", f"cfimdb-test-{kind}-output.txt")[0] == 0
 
@@ -195,7 +195,7 @@ def test_predictions_that_another_run_has_written_meanwhile_are_kept_too(command
     kept, moved = "cfimdb-dev-prompting-output.txt", "2-cfimdb-dev-prompting-output.txt"
     assert (
         code == 0
-        and f"warning: {kept} now holds predictions for other data, of another run; these go to {moved}" in err
+        and f"warning: another run has written predictions for other data to {kept}; these go to {moved}" in err
     )
     assert sentences_in(".txt", (command.folder / kept).read_bytes()) == ["of", "another"]
     assert sentences_in(".txt", (command.folder / moved).read_bytes()) == SENTENCES
@@ -238,7 +238,7 @@ def test_predictions_of_the_same_rows_are_written_over(command):
 def test_a_file_that_holds_no_predictions_is_not_replaced_by_default(command, content):
     (command.folder / DEFAULT).write_bytes(content)
     code, _, err = command.classify()
-    assert code == 2 and f"{DEFAULT} is there already and holds no predictions; name another" in err
+    assert code == 2 and f"{DEFAULT} already exists and holds no predictions; name another" in err
     assert (command.folder / DEFAULT).read_bytes() == content
 
 

@@ -156,7 +156,7 @@ def test_the_courses_reading_is_repeated_with_the_runs_batches(command):
     texts = sentences(command.folder / "dev.txt")
     (command.folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
     code, out, err = classify(command, "--prompt_file", "texts.txt", "--json")
-    assert code == 0 and "an answer depends on the other sentences of its batch" in err
+    assert code == 0 and "a result depends on the other sentences of its batch" in err
     said = [json.loads(line) for line in out.splitlines()]
     predicted = (command.folder / outputs("finetune")[0]).read_text(encoding="utf-8").splitlines()
     assert [f"{one['label']} ||| {one['sentence']}" for one in said] == predicted
@@ -228,11 +228,11 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
         ([], "--option classify needs a sentence: --prompt TEXT"),
         (["--prompt", " "], "--prompt is empty; give a sentence"),
         (["--prompt", "x", "--interactive"], "leave out --prompt"),
-        (["--prompt_file", "texts.txt"], "texts.txt: no such file of prompts (one a line)"),
+        (["--prompt_file", "texts.txt"], "texts.txt: no such file of prompts (one per line)"),
         (["--prompt", "x", "--num_samples", "2"], "--num_samples belongs to --option generate"),
-        (["--prompt", "x", "--norm", "rmsnorm"], "--norm and --attention are those that the model was fine-tuned with"),
+        (["--prompt", "x", "--norm", "rmsnorm"], "the model keeps the --norm and --attention of its fine-tuning"),
         (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
-        (["--prompt", "x", "--adapter", "a.pt"], "--adapter is for a model that is run or converted"),
+        (["--prompt", "x", "--adapter", "a.pt"], "--adapter is for commands that run or convert a model"),
         (["--prompt", "x", "--finetuned", ""], "--option classify needs --finetuned"),
         (["--prompt", "x", "--finetuned", "model.pt"], "model.pt holds no fine-tuned classifier"),
     ],

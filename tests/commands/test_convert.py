@@ -217,7 +217,7 @@ def test_an_adapter_is_merged_or_written_by_itself(folder, tmp_path, capsys):
     assert convert(folder, "safetensors", tmp_path / "too.safetensors", *alone, "--out_dtype", "fp32") == 0
     assert (tmp_path / "too.safetensors").read_bytes() == (tmp_path / "merged.safetensors").read_bytes()
     assert convert(folder, "peft", tmp_path / "without") == 2
-    assert "--to peft writes an adapter; say which with --adapter" in capsys.readouterr().err
+    assert "--to peft writes an adapter; name it with --adapter" in capsys.readouterr().err
 
 
 def test_what_a_format_cannot_hold_is_refused_and_nothing_written(tmp_path, capsys):
@@ -241,17 +241,17 @@ def test_outputs_that_are_there_or_inputs_are_refused(folder, tmp_path, capsys):
     assert convert(folder, "huggingface", tmp_path / "link") == 2
     assert "link exists already" in capsys.readouterr().err
     assert convert(folder, "safetensors", tmp_path / "mine.model") == 2
-    assert "mine.model is where its tokenizer would go" in capsys.readouterr().err
+    assert "mine.model is its tokenizer's name" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "hf") == 0
     path = ["--pretrained-model-path", str(tmp_path / "hf"), "--model_out", str(tmp_path / "hf" / "model.safetensors")]
     assert main(["--option", "convert", *path]) == 2
-    assert "lies in" in capsys.readouterr().err
+    assert "is inside" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "full") == 2
     assert "full exists already; give the name of a new folder" in capsys.readouterr().err
     assert convert(folder, "huggingface", tmp_path / "none" / "deeper") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert convert(folder, "llama2c-v1", folder / "model.safetensors") == 2
-    assert "is to be read and to be written" in capsys.readouterr().err
+    assert "is both input and output" in capsys.readouterr().err
     assert (tmp_path / "full" / "a").read_text() == "mine"
 
 
@@ -286,7 +286,7 @@ def test_numbers_beyond_half_precision_are_refused(tmp_path, capsys):
     write_safetensors(tmp_path / "model.safetensors", model.state_dict(), model.config)
     (tmp_path / "model.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
     assert convert(tmp_path, "safetensors", tmp_path / "out.safetensors", "--out_dtype", "fp16") == 2
-    assert "norm.weight holds numbers beyond fp16; give another --out_dtype" in capsys.readouterr().err
+    assert "norm.weight has values beyond the range of fp16; give another --out_dtype" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -115,7 +115,7 @@ def test_an_explanation_has_a_line_for_each_token_and_a_page(command):
 
 def test_8_bits_are_told_of_and_a_bidirectional_model_too(command):
     out, err = generated(command, "--temperature", "0", "--quantize", "int8")
-    assert "weights of 8 bits" in err and out.startswith("one day")
+    assert "8-bit weights" in err and out.startswith("one day")
     out, err = generated(command, "--temperature", "0", "--attention", "bidirectional")
     assert "notice: attention is bidirectional here" in err
 
@@ -195,7 +195,7 @@ def test_what_generate_cannot_do_is_one_line(command, more, message):
 
 def test_8_bits_are_for_models_that_run(command):
     code, _, err = command("--option", "finetune", "--quantize", "int8")
-    assert code == 2 and "--quantize is for a model that only runs; leave it out for --option finetune" in err
+    assert code == 2 and "--quantize is for commands that only run a model; leave it out for --option finetune" in err
 
 
 @pytest.mark.parametrize(

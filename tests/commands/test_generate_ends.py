@@ -133,7 +133,7 @@ def test_ids_without_a_piece_are_told_of_and_never_generated(tmp_path, small_tok
     path = ["--pretrained-model-path", str(folder), "--prompt_file", str(tmp_path / "prompts.txt")]
     assert main([*path, "--temperature", "0", "--decoder", decoder, "--json", "--max_new_tokens", "12"]) == 0
     out, err = capsys.readouterr()
-    assert "64 ids of the model have no piece; they are never generated" in err
+    assert "64 ids of the model have no piece and are never generated" in err
     assert [json.loads(line)["tokens"] > 0 for line in out.splitlines()] == [True, True]
 
 

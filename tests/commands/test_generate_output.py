@@ -106,7 +106,7 @@ def test_the_page_is_written_before_the_table_is_printed(command, monkeypatch):
     [
         (["--interactive"], " <&-", "--interactive reads the standard input, which is closed"),
         (["--prompt_file", "-"], " <&-", "--prompt_file - reads the standard input, which is closed"),
-        (["--temperature", "0"], " >&-", "the standard output, where the text goes, is closed; send it to a file"),
+        (["--temperature", "0"], " >&-", "the standard output, which takes the text, is closed; write it to a file"),
     ],
 )
 def test_a_closed_stream_is_one_line(command, more, redirected, message):

@@ -51,7 +51,7 @@ BAD = [
     ("a text twice", "pretrain", ["--corpus", "stories.txt", "./stories.txt"], None, "stories.txt is named twice"),
     ("a text in its folder", "pretrain", ["--corpus", "texts", "texts/a.txt=2"], text("texts/a.txt", "a cat"),
      "a.txt is named twice"),
-    ("a run in the texts' folder", "pretrain", ["--corpus", "."], None, "lies in --corpus ., and its log would be"),
+    ("a run in the texts' folder", "pretrain", ["--corpus", "."], None, "is inside --corpus ., and its log would be"),
     ("a model among the texts", "pretrain", ["--corpus", "texts", "--model_out", "texts/b.txt"],
      text("texts/a.txt", "a cat"), "texts/b.txt would be one of the texts of --corpus texts"),
     ("a tokenizer among the texts", "tokenizer", ["--corpus", "texts", "--model_out", "texts/a.txt"],
@@ -60,7 +60,7 @@ BAD = [
     ("a weight of nothing", "pretrain", ["--corpus", "=2"], None, "--corpus '=2' names no text"),
     ("a weight for a tokenizer", "tokenizer", ["--corpus", "stories.txt=2"], None, "leave out the weights"),
     ("a weight beyond memory", "pretrain", ["--corpus", "stories.txt=1e12"], None, "windows of one pass, more than"),
-    ("the run's own file", "pretrain", ["--run_dir", ".", "--model_out", "best.pt"], None, "a file of the run's own"),
+    ("the run's own file", "pretrain", ["--run_dir", ".", "--model_out", "best.pt"], None, "the run's own files"),
     ("a preset of a continued one", "pretrain", [*FROM, "--preset", "mini"], a_model(), "--preset is of a new model"),
     ("part of a document held out", "pretrain", ["--held_out", "1.5"], None, "--held_out is 1.5; it must be a share"),
     ("a file for tokens", "pretrain", ["--tokens_dir", "tok.model/x"], None, "--tokens_dir tok.model/x cannot be made"),
@@ -70,8 +70,8 @@ BAD = [
     ("a text too short", "pretrain", ["--corpus", "a.txt", "--held_out", "0"], text("a.txt", "a cat"), "too short for"),
     ("no output", "pretrain", ["--model_out", ""], None, "needs --model_out, the file to write"),
     ("an output nowhere", "pretrain", ["--model_out", "no/out.safetensors"], None, "there is no folder no"),
-    ("an output that is read", "pretrain", ["--model_out", "stories.txt"], None, "is to be read and to be written"),
-    ("a model for its tokenizer", "pretrain", ["--model_out", "out.model"], None, "its tokenizer would go"),
+    ("an output that is read", "pretrain", ["--model_out", "stories.txt"], None, "is both input and output"),
+    ("a model for its tokenizer", "pretrain", ["--model_out", "out.model"], None, "is its tokenizer's name"),
     ("heads that do not fit", "pretrain", ["--dim", "18", "--n_heads", "4"], None, "dim"),
     ("key heads that do not fit", "pretrain", ["--n_heads", "2", "--n_kv_heads", "3"], None, "n_kv_heads"),
     ("a size of none", "pretrain", ["--n_layers", "0"], None, "argument --n_layers: '0' is not allowed"),
@@ -95,12 +95,12 @@ BAD = [
     ("too few pieces", "tokenizer", ["--vocab_size", "20"], None, "give another --vocab_size"),
     ("fewer pieces than letters", "tokenizer", ["--vocab_size", "265"], None, "265 vs 2"),
     ("no output", "tokenizer", ["--model_out", ""], None, "needs --model_out"),
-    ("an output that is read", "tokenizer", ["--model_out", "./stories.txt"], None, "to be read and to be written"),
+    ("an output that is read", "tokenizer", ["--model_out", "./stories.txt"], None, "is both input and output"),
     ("a missing text", "perplexity", [*FROM, "--corpus", "none.txt"], a_model(), "none.txt: no such text"),
     ("an empty text", "perplexity", [*FROM, "--corpus", "a.txt"], lambda f: (a_model()(f), text("a.txt", "")(f)),
      "a.txt holds no text"),
     ("a stride above", "perplexity", [*FROM, "--window", "8", "--stride", "9"], a_model(), "--stride 9: windows of 8"),
-    ("a window too long", "perplexity", [*FROM, "--window", "33"], a_model(), "the context of 32"),
+    ("a window too long", "perplexity", [*FROM, "--window", "33"], a_model(), "context of 32"),
     ("a model that sees all", "perplexity", FROM, a_model(causal=False), "add --attention causal"),
     ("fewer documents", "perplexity", [*FROM, "--held_out", "41"], a_model(), "stories.txt has 40 documents"),
     ("a share of one", "perplexity", [*FROM, "--held_out", "0.5", "--corpus", "a.txt"],
@@ -132,7 +132,7 @@ def test_what_one_process_does_is_refused_to_several(command, monkeypatch, optio
     monkeypatch.setenv("RANK", "0")
     a_model()(command.folder)
     code, out, err = command("--option", option, *FROM, "--corpus", "stories.txt", "--model_out", "new.model")
-    assert (code, out) == (2, "") and f"--option {option} runs in one process; start it without torchrun" in err
+    assert (code, out) == (2, "") and f"--option {option} runs in a single process; start it without torchrun" in err
 
 
 def test_a_file_whose_name_has_an_equals_sign(command):

@@ -106,7 +106,7 @@ def test_damaged_and_half_written_runs_get_a_line_and_the_others_are_shown(tmp_p
     folders += find_runs([str(tmp_path / "empty")])
     found = shown(*folders)
     for line in (
-        "cut: 4 lines of metrics.jsonl, damaged",
+        "cut: 4 lines of metrics.jsonl skipped: damaged",
         *(f"{name}: options.json is damaged" for name in ("no", "list", "odd", "bytes")),
         "deep: 1 line of metrics.jsonl",
         "new: no metrics.jsonl",
@@ -142,7 +142,7 @@ def test_a_run_with_odd_values_does_not_end_the_page(tmp_path, changes, lines):
 def test_a_damaged_confusion_matrix_costs_its_line_alone(tmp_path, damage):
     scores = confused("dev", GUESS) | {"test_confusion": damage}
     found = shown(with_last_line(a_run(tmp_path / "run", [0.5]), **scores))
-    assert "run: 1 line of metrics.jsonl, damaged" in found.text and "the run has not finished" in found.text
+    assert "run: 1 line of metrics.jsonl skipped: damaged" in found.text and "the run has not finished" in found.text
 
 
 def test_a_mean_says_of_how_many_runs_it_is_where_not_of_all(tmp_path):
@@ -241,7 +241,7 @@ def test_the_command_writes_the_page_and_takes_a_curve(runs, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--runs", "nowhere"], "--runs nowhere does not exist"),
+        (["--runs", "nowhere"], "--runs nowhere is missing"),
         (["--runs", "file.txt"], "--runs file.txt is a file"),
         (["--runs", "other"], "there is no run under other"),
         (["--report_out", "runs/a/metrics.jsonl"], "the name of a page must end in .html"),
@@ -251,7 +251,7 @@ def test_the_command_writes_the_page_and_takes_a_curve(runs, capsys):
             "--curves nowhere.csv cannot be read (No such file or directory); give the CSV that --option wise_ft wrote",
         ),
         (["--curves", "other"], "--curves other cannot be read (Is a directory); give the CSV"),
-        (["--curves", "file.txt"], "--curves file.txt: the head must be alpha"),
+        (["--curves", "file.txt"], "--curves file.txt: it needs a header (alpha, "),
         (["--curves", "bad.csv"], "--curves bad.csv, row 3: 'x, 0.5'; it must be 2 numbers"),
         (["--run_dir", "runs/a"], "--run_dir belongs to"),
     ],

@@ -233,7 +233,7 @@ def test_data_files_of_other_forms_are_read_as_in_training(command):
     assert list(found[0]) == ["alpha", "dev", "data", "same"]
     assert all(line["dev"] == line["data"] == line["same"] for line in found)
     code, _, err = wise_ft(command, "--alphas", "1", "--ood", "data.tsv#fold=b*", "--curve_out", "data.tsv")
-    assert code == 2 and "data.tsv is to be read and to be written" in err
+    assert code == 2 and "data.tsv is both input and output" in err
 
 
 def test_the_curve_is_one_that_the_report_shows(command):
@@ -285,7 +285,7 @@ BAD = [
     ),
     ("one label alone", ["--ood", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
     ("dev of one label", ["--dev", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
-    ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is to be read and to be"),
+    ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is both input and output"),
     ("one file twice", ["--curve_out", "a.html"], None, "name of the table must end in .csv"),
     ("no folder", ["--curve_out", "none/a.csv"], None, "there is no folder none"),
 ]
