@@ -27,9 +27,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib import import_module
 
 from minillama.cli.parser import COUNT, SEED, OneLineParser
 
+MODULES = {"train": "fine_tuning", "generate": "decoding", "words": "words"}
 CONTENDERS = {
     "train": ("ours", "transformers", "course"),
     "generate": ("ours", "ours-bf16", "ours-int8", "transformers", "transformers-bf16"),
@@ -72,13 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     try:
-        from minillama.benchmarks import decoding, fine_tuning, words  # here, since they import torch
-
+        # Only the needed module, since the time to the first token includes the imports.
+        benchmark = import_module(f"minillama.benchmarks.{MODULES[args.what]}")
         if args.what == "words":
-            words.compare(args)
-            return 0
-        benchmark = {"train": fine_tuning, "generate": decoding}[args.what]
-        if args.contender:
+            benchmark.compare(args)
+        elif args.contender:
             print(json.dumps(benchmark.measured(args)))
         else:
             names = [name for name in CONTENDERS[args.what] if name.partition("-")[0] not in args.without]

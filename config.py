@@ -64,13 +64,12 @@ class LlamaConfig:
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if not self.causal and self.position_embedding_type == "alibi":
-            raise ValueError("ALiBi needs causal attention (--attention causal)")
+            raise ValueError("ALiBi looks back only and needs causal attention (--attention causal)")
         if not self.causal and self.sliding_window is not None:
-            raise ValueError("a sliding window needs causal attention (--attention causal)")
+            raise ValueError("a sliding window looks back only and needs causal attention (--attention causal)")
         if self.attention_type == "differential" and (self.n_heads % 2 or self.kv_heads % 2):
-            raise ValueError(
-                f"n_heads is {self.n_heads}, n_kv_heads {self.kv_heads}; differential attention needs even numbers"
-            )
+            counts = f"n_heads is {self.n_heads}, n_kv_heads {self.kv_heads}"
+            raise ValueError(f"{counts}; differential attention takes pairs of heads, so both must be even")
 
     def _check_values(self) -> None:
         sizes = ["vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "multiple_of"]

@@ -42,7 +42,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from minillama.cli.display import report_loss, safe_display
+from minillama.cli.display import displayed
 from minillama.cli.parser import OneLineParser
 from minillama.environment import try_lock
 
@@ -334,11 +334,7 @@ def complain(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; a failing standard output stops no download."""
-    with safe_display() as out:
-        code = fetch_all(argv)
-        out.flush()
-        report_loss(out)
-        return code
+    return displayed(fetch_all, argv)
 
 
 def fetch_all(argv: list[str] | None) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fetch_data import COURSE_DATA
-from minillama.cli.display import report_loss, safe_display
+from minillama.cli.display import displayed
 from minillama.cli.parser import OneLineParser
 from minillama.cli.provenance import PROMPT, find_record
 from minillama.environment import file_sha256
@@ -235,11 +235,7 @@ def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 if the hand-in or an option is wrong."""
-    with safe_display() as out:
-        status = pack_or_check(arguments)
-        out.flush()
-        report_loss(out)
-        return status
+    return displayed(pack_or_check, arguments)
 
 
 def pack_or_check(arguments: list[str] | None) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from optimizer import AdamW, decay_groups, learning_rate, set_learning_rate
+from minillama.training.schedules import learning_rate
+from optimizer import AdamW, decay_groups, set_learning_rate
 
 SHAPES = ((3, 4), (5,))
 

@@ -13,13 +13,8 @@ from typing import Any
 
 import torch
 
-from config import PRESETS, LlamaConfig
-from llama import Llama, load_pretrained
 from minillama.benchmarks.turns import in_turns, medians
-from minillama.decoding import sampling
-from minillama.decoding.fast_llama import InferenceLlama
 from minillama.environment import optional_package
-from minillama.formats.huggingface import write_huggingface
 
 PROMPT, LONG_PROMPT, ROWS = 5, 512, 16
 NEW = 64  # tokens decoded for a rate
@@ -27,6 +22,10 @@ NEW = 64  # tokens decoded for a rate
 
 def write_random_model(folder: Path, seed: int) -> None:
     """A random model of stories42M's sizes (RMSNorm, causal) as a folder that transformers opens, too."""
+    from config import PRESETS, LlamaConfig
+    from llama import Llama
+    from minillama.formats.huggingface import write_huggingface
+
     torch.manual_seed(seed)
     llama = Llama(LlamaConfig(**PRESETS["stories42M"], norm="rmsnorm", causal=True))
     write_huggingface(folder, llama.config, llama.state_dict(), 1, 2)
@@ -47,6 +46,11 @@ Continue = Callable[[Any, int], list[float]]
 
 def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Continue, int]:
     """Decoding as --option generate does it, and the number of bytes of its weights."""
+    # Here, so that transformers' time to the first token does not count these imports.
+    from llama import load_pretrained
+    from minillama.decoding import sampling
+    from minillama.decoding.fast_llama import InferenceLlama
+
     llama = load_pretrained(path).to(device)
     parameters = sum(parameter.numel() for parameter in llama.parameters())
     model = InferenceLlama(llama, dtype, quantize)
@@ -105,7 +109,7 @@ def read_ceiling(device: str) -> float:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """One contender in this process: seconds of the first token, of a long prompt, and of the tokens after a prompt."""
+    """One contender in this process: seconds to the first token, for a long prompt, and for the tokens after it."""
     began = process_start()
     name, _, kind = args.contender.partition("-")
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32

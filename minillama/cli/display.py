@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -112,3 +112,12 @@ def report_loss(out: Display) -> None:
     if out.failure is not None:
         line = f"warning: the standard output failed ({out.why()}): some output was lost, but the files are complete"
         print(line, file=sys.stderr, flush=True)
+
+
+def displayed(command: Callable[[list[str] | None], int], arguments: list[str] | None) -> int:
+    """The exit code of a command whose results are files: a standard output that fails does not stop it."""
+    with safe_display() as out:
+        code = command(arguments)
+        out.flush()
+        report_loss(out)
+        return code

@@ -14,11 +14,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line with the nearest valid name; the exit code is 2. `-` and `_` are the

@@ -21,7 +21,7 @@ from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
 from minillama.cli.provenance import Origin, writing_turn
 
 if TYPE_CHECKING:
-    from minillama.decoding.continuation import Continuation, Watch, Writer
+    from minillama.decoding.decoders import Continuation, Watch, Writer
     from minillama.decoding.filters import Filter
     from tokenizer import Tokenizer
 

@@ -7,7 +7,6 @@ is the readable path; tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,79 +15,13 @@ from torch import Tensor, nn
 
 from llama import Llama, last_token_state
 from minillama.decoding.sampling import LanguageModel
-from minillama.layers.kernels import fused_attention, single_token_attention
+from minillama.layers.kernels import Product, fused_attention, product_of, single_token_attention
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask
 from minillama.layers.precision import at_least_float32, autocast
 from rope import rotary_rows, rotate
 
-Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 QUANTIZATIONS = ("int8",)
-FEW_ROWS = 4  # up to here int8 weights are multiplied directly; for more rows they are converted to bfloat16 first
-INT8_WIDTH = 16  # torch's int8 kernel reads past the end of rows that are no multiple of it
-
-
-def dense_product(weight: Tensor) -> Product:
-    """x W^T, W (out, in), in W's dtype."""
-    return lambda x: F.linear(x.to(weight.dtype), weight)
-
-
-def packed_product(weight: Tensor) -> Product:
-    """x W^T on the CPU with W in the blocked layout of oneDNN, by the kernels that torch.compile uses. For few rows it
-    takes half the time of torch's own product (docs/results.md).
-    """
-    width, dtype = weight.shape[1], weight.dtype
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # a layout for about 16 rows
-    linear = torch.ops.mkldnn._linear_pointwise
-
-    def product(x: Tensor) -> Tensor:
-        x = x.to(dtype)
-        if x.numel() > width:
-            return linear(x, packed, None, "none", [], "")
-        # Four rows, since that kernel reads the weights a fifth faster than the kernel for one row.
-        return linear(x.view(1, width).expand(4, -1), packed, None, "none", [], "")[:1].view(*x.shape[:-1], -1)
-
-    return product
-
-
-def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (out, in) as int8 from -127 to 127, times a scale for each output (out,): the row's largest weight / 127,
-    rounded to bfloat16 before the weights are divided by it.
-    """
-    wide = weight.float()
-    scale = (wide.abs().amax(1).clamp(min=1e-30) / 127).to(torch.bfloat16)
-    return (wide / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def int8_product(weight: Tensor) -> Product:
-    """x W^T with W in 8 bits and x in bfloat16; the sums are float32."""
-    whole, scale = int8_weights(weight)
-    has_kernel = weight.device.type == "cpu" and weight.shape[1] % INT8_WIDTH == 0
-
-    def product(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        if has_kernel and len(rows) <= FEW_ROWS:
-            out = torch._weight_int8pack_mm(rows, whole, scale)
-        else:
-            out = F.linear(rows, whole.to(torch.bfloat16)) * scale
-        return out.view(*x.shape[:-1], -1)
-
-    return product
-
-
-def product_of(weight: Tensor, quantize: str | None) -> Product:
-    """The fastest product for a weight on its device."""
-    if quantize == "int8":
-        return int8_product(weight)
-    return packed_product(weight) if packs(weight) else dense_product(weight)
-
-
-def packs(weight: Tensor) -> bool:
-    """Whether torch has a oneDNN layout for the weight on this processor."""
-    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bf16 or weight.dtype == torch.float32
 
 
 class InferenceLayer(NamedTuple):

@@ -217,18 +217,19 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     if not isinstance(content, dict) or content.get("kind") != "classifier":
         raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
     _check_version(path, content)
-    tables: list[Any] = [content.get(name) for name in ("model", "model_args", "options", "labels")]
-    names: Any = content.get("label_names")
+    tables: list[Any] = [content.get(name, {}) for name in ("model", "model_args", "options")]
     head: Any = content.get("head", "linear")
     if not all(isinstance(table, dict) for table in tables) or head not in ("linear", "prompt"):
-        raise ValueError(f"{path} lacks one of model, model_args, options, labels and head; {wanted}")
-    tensors, arguments, options, labels = tables
+        raise ValueError(f"{path}: one of model, model_args, options and head is damaged; {wanted}")
+    tensors, arguments, options = tables
+    names: Any = content.get("label_names")
     template, words = options.get("template", COURSE_TEMPLATE), options.get("label_words") or names
     if not isinstance(template, str) or template.count("{sentence}") != 1:
         raise ValueError(f"{path} has the template {shown(template)}; it must have {{sentence}} once")
     if not _are_names(names) or not _are_names(words) or len(words) != len(names):
         raise ValueError(f"{path} does not have one label name and one label word for each class; train it again")
-    classes = dict.fromkeys(name for name in labels.values() if name is not None)
+    labels = content.get("labels", {str(n): name for n, name in enumerate(names)})
+    classes = dict.fromkeys(name for name in labels.values() if name is not None) if isinstance(labels, dict) else {}
     if list(classes) != names or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path}: its labels are not those of its label_names; train it again")
     state = files.weights_of(path, tensors)

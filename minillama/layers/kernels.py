@@ -1,4 +1,6 @@
-"""Faster ways to compute `Attention.compute_query_key_value_scores`. Shapes as in llama.py."""
+"""Faster ways to compute `Attention.compute_query_key_value_scores`, and the product of a Linear: dense, packed, or
+with int8 weights. Shapes as in llama.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
+FEW_ROWS = 4  # up to here int8 weights are multiplied directly; for more rows they are converted to bfloat16 first
+INT8_WIDTH = 16  # torch's int8 kernel reads past the end of rows that are no multiple of it
 
 
 def kernel_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -63,3 +68,69 @@ def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tens
         mask = mask.reshape(len(mask), K, -1, mask.shape[-1])  # (B or 1, K, H / K, S)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=kernel_mask(mask, query.dtype))
     return mixed.reshape(*query.shape[:-1], -1)
+
+
+# The product of a Linear
+
+
+def dense_product(weight: Tensor) -> Product:
+    """x W^T, W (out, in), in W's dtype."""
+    return lambda x: F.linear(x.to(weight.dtype), weight)
+
+
+def packed_product(weight: Tensor) -> Product:
+    """x W^T on the CPU with W in the blocked layout of oneDNN, by the kernels that torch.compile uses. For few rows it
+    takes half the time of torch's own product (docs/results.md).
+    """
+    width, dtype = weight.shape[1], weight.dtype
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # a layout for about 16 rows
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def product(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        if x.numel() > width:
+            return linear(x, packed, None, "none", [], "")
+        # Four rows, since that kernel reads the weights a fifth faster than the kernel for one row.
+        return linear(x.view(1, width).expand(4, -1), packed, None, "none", [], "")[:1].view(*x.shape[:-1], -1)
+
+    return product
+
+
+def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W (out, in) as int8 from -127 to 127, times a scale for each output (out,): the row's largest weight / 127,
+    rounded to bfloat16 before the weights are divided by it.
+    """
+    wide = weight.float()
+    scale = (wide.abs().amax(1).clamp(min=1e-30) / 127).to(torch.bfloat16)
+    return (wide / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def int8_product(weight: Tensor) -> Product:
+    """x W^T with W in 8 bits and x in bfloat16; the sums are float32."""
+    whole, scale = int8_weights(weight)
+    has_kernel = weight.device.type == "cpu" and weight.shape[1] % INT8_WIDTH == 0
+
+    def product(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        if has_kernel and len(rows) <= FEW_ROWS:
+            out = torch._weight_int8pack_mm(rows, whole, scale)
+        else:
+            out = F.linear(rows, whole.to(torch.bfloat16)) * scale
+        return out.view(*x.shape[:-1], -1)
+
+    return product
+
+
+def product_of(weight: Tensor, quantize: str | None) -> Product:
+    """The fastest product for a weight on its device."""
+    if quantize == "int8":
+        return int8_product(weight)
+    return packed_product(weight) if packs(weight) else dense_product(weight)
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether torch has a oneDNN layout for the weight on this processor."""
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32

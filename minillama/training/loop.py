@@ -30,8 +30,9 @@ from tqdm import tqdm
 from minillama.formats.files import read_torch
 from minillama.training.distributed import Processes, unwrapped
 from minillama.training.run_directory import RunDirectory
+from minillama.training.schedules import learning_rate
 from minillama.training.task import Score, Task
-from optimizer import AdamW, decay_groups, learning_rate, local, set_learning_rate
+from optimizer import AdamW, decay_groups, local, set_learning_rate
 
 
 @dataclass(frozen=True)

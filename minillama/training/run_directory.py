@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -28,9 +27,10 @@ from typing import IO, Any
 
 import torch
 
-from minillama.environment import PackageError, is_still_at, optional_package, project_commit, try_lock
+from minillama.environment import is_still_at, project_commit, try_lock
 from minillama.formats.files import atomic_file, read_torch, write_json, write_torch
 from minillama.formats.names import RUN_FILES
+from minillama.training.loggers import TensorBoard
 
 _locked: set[Path] = set()  # the lock files that this process has locked
 
@@ -175,7 +175,7 @@ class RunDirectory:
         self.best_path = self.path / "best.pt"
         self.last_path = self.path / "last.pt"
         self.shards_path = self.path / "last.json"  # names the folder of the last good shards
-        self._tensorboard: Any = None  # the writer; False if there is none
+        self.tensorboard = TensorBoard(self.path)
 
     def check_free(self) -> None:
         """Raises ValueError if the folder holds a run, or a part of one."""
@@ -216,25 +216,7 @@ class RunDirectory:
             return
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard is not False:
-            self._tell_tensorboard(step, {name: value for name, value in values.items() if isinstance(value, float)})
-
-    def _tell_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds to TensorBoard's events, and drops older events from the first `step` on. Without the package nothing is
-        written; a broken package is reported once.
-        """
-        try:
-            with optional_package("tensorboard", f"{self.path}/events.* is left out"):
-                if self._tensorboard is None:
-                    from torch.utils.tensorboard import SummaryWriter
-
-                    self._tensorboard = SummaryWriter(str(self.path), purge_step=step)
-                for name, value in numbers.items():
-                    self._tensorboard.add_scalar(name, value, step)
-        except PackageError as error:
-            self._tensorboard = False
-            if not error.missing:
-                print(f"notice: {error}", file=sys.stderr, flush=True)
+        self.tensorboard.metric(step, {name: value for name, value in values.items() if isinstance(value, float)})
 
     def finish(self, **scores: Any) -> None:
         """Adds the last line to the metrics: the scores of the best model. Resuming removes the line again."""

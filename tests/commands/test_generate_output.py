@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from minillama.decoding.continuation import overlap, text_pieces
+from minillama.decoding.decoders import overlap, text_pieces
 
 RUN_LLAMA = ROOT / "run_llama.py"
 

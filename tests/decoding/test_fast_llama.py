@@ -8,19 +8,12 @@ import pytest
 import torch
 
 from config import RopeScaling
-from minillama.decoding import fast_llama as inference
 from minillama.decoding.beam_search import beam_search
-from minillama.decoding.fast_llama import (
-    InferenceLlama,
-    dense_product,
-    int8_product,
-    int8_weights,
-    packed_product,
-    packs,
-    product_of,
-)
+from minillama.decoding.fast_llama import InferenceLlama
 from minillama.decoding.lookup import lookup_decoding
 from minillama.decoding.sampling import generate
+from minillama.layers import kernels
+from minillama.layers.kernels import dense_product, int8_product, int8_weights, packed_product, packs, product_of
 from models import tiny_llama
 
 IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -206,8 +199,8 @@ def test_widths_that_the_int8_kernel_cannot_read_are_widened(width, rows, monkey
 
 def test_every_product_is_of_8_bits_the_output_too(monkeypatch):
     made = []
-    really = inference.int8_product
-    monkeypatch.setattr(inference, "int8_product", lambda weight: made.append(weight.shape) or really(weight))
+    really = kernels.int8_product
+    monkeypatch.setattr(kernels, "int8_product", lambda weight: made.append(weight.shape) or really(weight))
     model = tiny_llama()
     InferenceLlama(model, quantize="int8")
     assert len(made) == 4 * 2 + 1 and made[-1] == (64, 32)

@@ -21,7 +21,8 @@ from minillama.training.distributed import Processes
 from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.loop import Stopped
 from minillama.training.run_directory import RunDirectory
-from optimizer import AdamW, decay_groups, learning_rate
+from minillama.training.schedules import learning_rate
+from optimizer import AdamW, decay_groups
 from run_llama import parse
 
 
