@@ -178,7 +178,7 @@ def outputs(options: Options) -> list[str]:
 
 def run(options: Options) -> None:
     """Continues the prompts, at --temperature or at 0 and 1 into the two files of the course."""
-    from minillama.decoding.continuation import Decoding, Writer
+    from minillama.decoding.decoders import Decoding, Writer
     from minillama.decoding.fast_llama import fast_model
 
     check_stdin(options)
@@ -260,7 +260,7 @@ def write_one(
     watch: Watch | None = None,
 ) -> Continuation:
     """Continues a prompt, shows the prompt and each new piece of text at once, and reports the speed."""
-    from minillama.decoding.continuation import Speed
+    from minillama.decoding.decoders import Speed
 
     speed = Speed()
 
