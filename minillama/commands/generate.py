@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model
 from minillama.cli.checks import check_differ, check_prompts, refuse
-from minillama.cli.console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
+from minillama.cli.console import check_stdin, read_prompts, show, stdout_is_utf8, typed_lines
 from minillama.cli.header import report, warn
 from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
@@ -182,7 +182,7 @@ def run(options: Options) -> None:
     from minillama.decoding.fast_llama import fast_model
 
     check_stdin(options)
-    texts = [] if options.interactive else prompts_of(options)
+    texts = [] if options.interactive else read_prompts(options)
     llama, tokenizer, device, dtype = load_for_inference(options)
     context, causal = llama.config.max_seq_len, llama.config.causal
     prompts = [encode(options, tokenizer, [{"role": "user", "content": text}]) for text in texts]
@@ -315,7 +315,7 @@ def write_many(options: Options, writer: Writer, texts: list[str], prompts: list
             bar.clear()
             for one, text in zip(made, texts[start:], strict=False):
                 if options.json:
-                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=not speaks_utf8()))
+                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=not stdout_is_utf8()))
                 else:
                     print(one.prompt + one.text, end="\n\n")
             sys.stdout.flush()
@@ -342,13 +342,13 @@ def converse(options: Options, writer: Writer) -> None:
     context, new = writer.model.config.max_seq_len, options.max_new_tokens
     report("Type a prompt and press Enter. Ctrl-C stops an answer, Ctrl-D ends.")
     messages: list[dict[str, str]] = []
-    for line in lines_typed():
+    for line in typed_lines():
         if not line.strip():
             continue
         before = messages if options.chat else []
         pieces: list[str] = []
 
-        def tell(piece: str, pieces: list[str] = pieces) -> None:
+        def show_and_keep(piece: str, pieces: list[str] = pieces) -> None:
             pieces.append(piece)
             show(piece)
 
@@ -362,7 +362,7 @@ def converse(options: Options, writer: Writer) -> None:
             if len(messages) < turns:
                 report("the oldest turns do not fit into the model's context and are dropped")
             warn_of_length(len(prompt), new, context)
-            write_one(writer, prompt, tell)
+            write_one(writer, prompt, show_and_keep)
         except KeyboardInterrupt:
             report("stopped")
         except ValueError as error:  # the line cannot be a prompt

@@ -1,4 +1,4 @@
-"""--option prompt: classifies without training: the class whose word is most likely after the prompt."""
+"""--option prompt: classifies without training: picks the class whose word is most likely after the prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENDING = "prompting-output.txt"
 CONTENT_FREE = {"contextual": ("N/A", "[MASK]", ""), "pmi": ("",)}
 CALIBRATE = Flag(
     "--calibrate",
-    "divide a label's probability by its probability after a prompt without content: contextual: the mean of the "
+    "divide a label's probability by its probability after a prompt without content; contextual: the mean of the "
     'sentences "N/A", "[MASK]" and an empty one; pmi: only the empty one',
     ("none", *CONTENT_FREE),
     "none",

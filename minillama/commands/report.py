@@ -138,7 +138,7 @@ def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
             parts.append(f"<h2>{title}</h2><p>Mean over the seeds, with the standard deviation (n − 1) in brackets. ")
             parts.append("Each run counts with its best epoch.</p>")
             rows = [row for _, row in sorted(lines[title])]
-            parts.append(table(["runs that differ in their seeds only", *heads], rows))
+            parts.append(table(["runs that differ only in the seed", *heads], rows))
     return "".join(parts)
 
 
@@ -186,7 +186,7 @@ def figures(members: Sequence[Run]) -> str:
         drawn.append(chart("Accuracy after each epoch", "step", [*dev, *seen]))
     answers = [*curves("dev_f1", ", F1"), *curves("dev_exact_match", ", exact match", dashed=True)]
     drawn.append(chart("Held-out bits per byte", "step", bits))
-    drawn.append(chart("Answers to dev after each epoch", "step", answers))
+    drawn.append(chart("Answers on dev after each epoch", "step", answers))
     drawn.append(chart("Loss on dev after each epoch", "step", curves("dev_loss")))
     return f'<div class="grid">{"".join(drawn)}</div>'
 
@@ -213,10 +213,10 @@ def group_section(number: int, name: str, members: Sequence[Run]) -> str:
         lines = "".join(
             f"<li>{text(reason)} ({count} of {len(members)} runs)</li>" for reason, count in missing.items()
         )
-        parts.append(f'<p class="quiet">No confusion matrix of</p><ul class="quiet">{lines}</ul>')
+        parts.append(f'<p class="quiet">No confusion matrix for</p><ul class="quiet">{lines}</ul>')
     for run in members:
         if texts := run.samples():
-            parts.append(f"<h3>What {text(run.name)} wrote</h3>")
+            parts.append(f"<h3>Samples of {text(run.name)}</h3>")
             parts += [f"<blockquote><b>epoch {text(epoch)}</b> {text(sample)}</blockquote>" for epoch, sample in texts]
     return "".join(parts) + "</section>"
 
@@ -237,7 +237,7 @@ def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[f
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     parts = [f'<h1>Runs</h1><p class="quiet">{title}, {date.today().isoformat()}</p>']
     if problems := [f"<li>{text(run.name)}: {text('; '.join(run.problems))}</li>" for run in runs if run.problems]:
-        parts.append(f"<h2>What is missing, unfinished or damaged</h2><ul>{''.join(problems)}</ul>")
+        parts.append(f"<h2>Missing, unfinished or damaged</h2><ul>{''.join(problems)}</ul>")
     parts.append(score_tables(groups))
     if curves:
         parts.append("<h2>Between two sets of weights</h2>")

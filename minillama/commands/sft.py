@@ -217,7 +217,7 @@ COMMAND = Command(
                 flags.OUT_DTYPE,
                 flags.MODEL_OUT,
             ),
-            'Lines of {"prompt": "...", "answer": "..."}. Short examples share a row; attention stays inside each.',
+            'Lines of {"prompt": "...", "answer": "..."}. Short examples share a row; each attends only to itself.',
         ),
         flags.TRAINING,
         flags.LORA,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minillama.text.labelled import Row
     from minillama.training.evaluation import Evaluation
 
-ADOPTED = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test")
+INHERITED_OPTIONS = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test")
 ALPHAS = flags.numbers(
     float,
     "increasing numbers from 0 to 1, separated by commas",
@@ -35,7 +35,7 @@ ALPHAS = flags.numbers(
 )
 COUNTS_AS = flags.numbers(
     int,
-    "a class number or -1 for each class of the model, separated by commas; no number from 0 up may be missing",
+    "a class number or -1 for each class of the model, separated by commas; class numbers start at 0 without gaps",
     lambda values: max(values) >= 1 and set(values) - {-1} == set(range(max(values) + 1)),
 )
 MIXING = Group(
@@ -44,7 +44,7 @@ MIXING = Group(
         flags.FINETUNED,
         Flag(
             "--alphas A,A,...",
-            "shares of the fine-tuned model in the mixture; 1 scores only that model",
+            "shares of the fine-tuned model in the mixtures; 1 alone scores only that model",
             ALPHAS,
             [i / 10 for i in range(11)],
             default_text="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
@@ -141,7 +141,7 @@ def run(options: Options) -> None:
 
     check_alone(options)
     found = read_fine_tuned(options.finetuned)
-    options = classifiers.adopt(options, found, ADOPTED)
+    options = classifiers.adopt(options, found, INHERITED_OPTIONS)
     labels = labels_of(options, found)
     sets = [DataSet("dev", read_rows(options.dev, labels), found.label_names), *out_of_domain(options, found, labels)]
     test = DataSet("test", read_rows(options.test, labels), found.label_names)
@@ -351,8 +351,8 @@ python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --sc
 python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt
 python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt --ood other.txt --ood_classes 0,0,-1,1,1
 """,
-    defaults=dict.fromkeys((*ADOPTED, "label_names", "dev_out", "test_out")),
-    default_texts=dict.fromkeys((*ADOPTED, "label_names"), "that of the run that wrote --finetuned")
+    defaults=dict.fromkeys((*INHERITED_OPTIONS, "label_names", "dev_out", "test_out")),
+    default_texts=dict.fromkeys((*INHERITED_OPTIONS, "label_names"), "that of the run that wrote --finetuned")
     | dict.fromkeys(("dev_out", "test_out"), "not written"),
     check=check,
     inputs=inputs,

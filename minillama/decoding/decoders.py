@@ -1,6 +1,4 @@
-"""Text generation with any decoder, alone or in batches. Pieces of text appear as soon as they are final, until a stop
-text.
-"""
+"""Text generation with any decoder, alone or in batches, up to a stop text. Pieces appear as soon as they are final."""
 
 from __future__ import annotations
 
@@ -70,9 +68,9 @@ class Speed:
         end = time.perf_counter()
         total = f"{self.tokens} tokens in {end - self.start:.2f} s"
         if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all tokens came at once
-            return f"{total}, {self.tokens / (end - self.start):.0f} a second"
+            return f"{total}, {self.tokens / (end - self.start):.0f} per second"
         rate = (self.tokens - 1) / (end - self.first)
-        return f"{total}; the first after {self.first - self.start:.2f} s, then {rate:.0f} a second"
+        return f"{total}; the first after {self.first - self.start:.2f} s, then {rate:.0f} per second"
 
 
 class Writer:
@@ -215,5 +213,5 @@ def text_pieces(
 
 
 def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a start of `stop`."""
+    """The length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)

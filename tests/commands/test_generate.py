@@ -34,7 +34,7 @@ def command(generate_command):
 
 def test_a_stream_in_pieces_is_the_text_and_the_speed_is_told(command):
     out, err = generated(command, "--temperature", "0")
-    assert re.search(r"^16 tokens in [\d.]+ s; the first after [\d.]+ s, then \d+ a second$", err, flags=re.M)
+    assert re.search(r"^16 tokens in [\d.]+ s; the first after [\d.]+ s, then \d+ per second$", err, flags=re.M)
     llama = llama_from_checkpoint(read_checkpoint(command.folder / "model.pt"))
     tokenizer = Tokenizer(tokenizer_model=command.folder / "tokenizer.model")
     ids = torch.tensor([tokenizer.encode("one day", bos=True, eos=False)])
