@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from minillama.cli.checks import check_options
 from minillama.cli.display import Display, report_loss, safe_display
 from minillama.cli.header import report
-from minillama.cli.options import Options, help_asked, parse_options
+from minillama.cli.options import Options, parse_options, requested_help
 from minillama.cli.session import name_run, resumed
 from minillama.commands import COMMANDS
 from minillama.environment import Process, this_process
@@ -41,7 +41,7 @@ All flags on one page:                  docs/options.md
 
 def parse(argv: Sequence[str], processes: int = 1) -> Options:
     """The options of a command line. Prints the help and exits with code 0 if `--help` is among them."""
-    if (asked := help_asked(COMMANDS, argv, OVERVIEW)) is not None:
+    if (asked := requested_help(COMMANDS, argv, OVERVIEW)) is not None:
         print(asked)
         raise SystemExit(0)
     return parse_options(COMMANDS, argv, processes=processes)
@@ -64,14 +64,14 @@ def run_command(options: Options, argv: Sequence[str], out: Display) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for bad input (one line on stderr), or 128 + the number of the
-    signal that stopped it (Ctrl-C: 130).
+    """Runs one command. Returns the exit code: 0, 2 for bad input (one line on stderr), or 128 + the signal number
+    if a signal stopped it (Ctrl-C: 130).
 
     An error of stdout stops only a command that has no other result (141 if the reader closed the pipe).
     """
     argv = sys.argv[1:] if argv is None else argv
     with safe_display() as out:
-        process = Process(0, 1, 0)  # until the options are read: --help works in any environment
+        process = Process(0, 1, 0)  # until the options are parsed, so that --help works in any environment
         try:
             try:
                 options = parse(argv)
@@ -90,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = " ".join(str(error).split())[:300]
             print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
             return 2
-        except RuntimeError as error:  # from torch: the connection to another process broke; that one prints why
+        except RuntimeError as error:  # from torch: the connection to a process broke, which prints its own error
             if process.world == 1:
                 raise
             print(f"run_llama.py: error (process {process.rank}): {str(error).splitlines()[0]}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt as stop:  # its subclass Stopped included
+        except KeyboardInterrupt as stop:  # or Stopped, its subclass
             report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")
             return 128 + getattr(stop, "number", 2)
         report_loss(out)

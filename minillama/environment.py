@@ -1,4 +1,4 @@
-"""The program's environment: torchrun's processes, locks, optional packages, the project's commit.
+"""The environment of the program: processes of torchrun, locks, optional packages, the project's commit.
 
 Imports no torch, so that `--help` stays instant.
 """
@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent.parent  # the project's folder
 
 
 class PackageError(ValueError):
-    """An optional package is missing or broken; `missing` says which."""
+    """An optional package is missing (`missing` is True) or broken."""
 
     def __init__(self, package: str, purpose: str, error: BaseException) -> None:
         module = getattr(error, "name", None) or ""
@@ -33,17 +33,17 @@ class PackageError(ValueError):
 
 @contextmanager
 def optional_package(package: str, purpose: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns any error but `passes` into one line: `purpose`, what is wrong with the package, and what to type."""
+    """Turns errors except Ctrl-C and `passes` into PackageError: `purpose`, the cause, and the command to type."""
     try:
         yield
-    except BaseException as error:  # a broken package may raise anything: SystemExit, or a panic of Rust
+    except BaseException as error:  # a broken package may raise anything, such as SystemExit or a Rust panic
         if isinstance(error, (KeyboardInterrupt, *passes)):
             raise
         raise PackageError(package, purpose, error) from error
 
 
 class Process(NamedTuple):
-    """The number of this process among torchrun's, their count, and its number on this machine."""
+    """The rank of this process, the number of processes, and the rank on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -51,7 +51,7 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """This process by torchrun's variables; a single one unless RANK and WORLD_SIZE are set. Raises ValueError."""
+    """This process, from the variables of torchrun; without RANK and WORLD_SIZE, a single one. Raises ValueError."""
     rank, world = map(_from_environment, ("RANK", "WORLD_SIZE"))
     if rank is None or world is None or (rank, world) == (0, 1):
         return Process()
@@ -65,7 +65,7 @@ def this_process() -> Process:
 
 
 def _from_environment(name: str) -> int | None:
-    """The number in an environment variable; None if it is missing or empty."""
+    """The integer in an environment variable; None if it is missing or empty."""
     text = os.environ.get(name, "").strip()
     try:
         return int(text) if text else None
@@ -75,7 +75,7 @@ def _from_environment(name: str) -> int | None:
 
 
 def try_lock(file: IO[Any] | int, wait: bool = False) -> bool:
-    """Locks an open file or folder until it is closed; False if another process has it, True without lock support."""
+    """Locks an open file or folder until it is closed. False if another process has the lock; True without support."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -87,7 +87,7 @@ def try_lock(file: IO[Any] | int, wait: bool = False) -> bool:
 
 
 def is_still_at(path: Path, file: IO[Any]) -> bool:
-    """Whether the open `file` is still the one at `path`, neither removed nor replaced."""
+    """Whether the open `file` is still at `path`, neither removed nor replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -95,10 +95,10 @@ def is_still_at(path: Path, file: IO[Any]) -> bool:
 
 
 def project_commit(folder: Path = HERE) -> str | None:
-    """The git commit of the code in `folder`, with "-dirty" if tracked files differ; None without git or repository."""
-    import subprocess  # here, and hashlib below: `--help` stays instant
+    """The git commit of `folder`, with "-dirty" if tracked files differ; None without git or a repository."""
+    import subprocess  # imported here, as hashlib below, so that `--help` stays instant
 
-    # A hook of another repository sets variables that lead there.
+    # A git hook of another repository sets variables that point to it.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
@@ -117,7 +117,7 @@ def project_commit(folder: Path = HERE) -> str | None:
 
 
 def file_sha256(path: str | Path) -> str | None:
-    """The SHA-256 of a file's bytes; None for a folder, a device, or a file that cannot be read."""
+    """The SHA-256 of a file; None for a folder, a device or an unreadable file."""
     import hashlib
 
     digest = hashlib.sha256()

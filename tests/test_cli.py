@@ -204,7 +204,7 @@ def test_prompts_take_a_template_words_and_calibration(command):
     for more in ([], ["--calibrate", "pmi"], ["--calibrate", "contextual"], ["--pooling", "last_column"]):
         code, out, err = command("prompt", "--template", "So: {sentence} It was ", "--label_words", "day, film", *more)
         assert code == 0 and "prompt      So: {sentence} It was" in err
-        assert ("without content, of these words: day " in err) == ("--calibrate" in more)
+        assert ("shares of the words without content: day " in err) == ("--calibrate" in more)
         answers[" ".join(more)] = out + (command.folder / outputs("prompt")[0]).read_text(encoding="utf-8")
     assert len(set(answers.values())) > 1
 

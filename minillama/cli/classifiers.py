@@ -76,7 +76,7 @@ def check_fine_tuned(options: Options) -> None:
 def read_data(
     options: Options, splits: Sequence[str], labels: Mapping[str, str | None]
 ) -> tuple[dict[str, list[Row]], list[str]]:
-    """The rows of each split, not yet tokenized, and the word for each class in a prompt."""
+    """The rows of each split, without token ids, and the word for each class in a prompt."""
     from minillama.text.labelled import class_names, missing_classes, read_rows
 
     names = class_names(labels)
@@ -88,7 +88,7 @@ def read_data(
         )
     data = {split: read_rows(getattr(options, split), labels) for split in splits}
     if "train" in data and (missing := missing_classes(options.train, data["train"], names)):
-        report(f"warning: {options.train} has no row of {', '.join(missing)}, so the model cannot learn that")
+        report(f"warning: {options.train} has no row of {', '.join(missing)}; the model cannot learn that")
     for split in ("dev", "test"):
         check_default_output(options, split, [row.sentence for row in data[split]])
     return data, words
@@ -174,7 +174,7 @@ def predict(
 
 
 def adopt(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
-    """The options, with untyped ones of `names` taken from the run that made the file. Bundled files are found from any
+    """Takes each option of `names` that was not typed from the run that made the file. Bundled files are found from any
     folder. Raises ValueError if the file lacks one of the options.
     """
     from config import shown

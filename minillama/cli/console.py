@@ -31,12 +31,12 @@ def show(piece: str) -> None:
     sys.stdout.flush()
 
 
-def speaks_utf8() -> bool:
+def stdout_is_utf8() -> bool:
     """Whether the encoding of stdout is UTF-8."""
     return codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
 
 
-def prompts_of(options: Options) -> list[str]:
+def read_prompts(options: Options) -> list[str]:
     """The prompts of --prompt or --prompt_file."""
     from minillama.text.labelled import LINE_END, read_text
 
@@ -91,19 +91,19 @@ def open_history() -> tuple[ModuleType | None, Path | None]:
     return readline, path
 
 
-def lines_typed() -> Iterable[str]:
+def typed_lines() -> Iterable[str]:
     """The typed lines, until Ctrl-D. A terminal gets a history, saved for the next session."""
-    asks = "> " if sys.stdin.isatty() else ""
-    readline, history = open_history() if asks else (None, None)
+    input_prompt = "> " if sys.stdin.isatty() else ""
+    readline, history = open_history() if input_prompt else (None, None)
     if hasattr(sys.stdin, "reconfigure"):
         # Prompts are UTF-8 in any locale. A line that is not UTF-8 is refused, and the loop continues.
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         while True:
             try:
-                yield input(asks)
+                yield input(input_prompt)
             except EOFError:
-                show("\n" if asks else "")
+                show("\n" if input_prompt else "")
                 return
             except KeyboardInterrupt:
                 show("\n")

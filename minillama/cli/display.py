@@ -81,7 +81,7 @@ class Display:
 
 
 def _open_null(descriptor: int) -> Any:
-    """A stream to the null device. It takes `descriptor` if free: a file opened later must not get output of C code."""
+    """A stream to the null device. It takes `descriptor` if free, so that no later file gets output of C code."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.fstat(descriptor)

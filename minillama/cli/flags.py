@@ -155,7 +155,7 @@ VOCAB_SIZE = Flag(
 FINETUNED = Flag("--finetuned FILE", "the best.pt of a run, or the .pt file that finetune, lora or wise_ft wrote")
 ROW_FORMATS = """\
 A data file has lines of `label ||| sentence`. Or it is a .csv with a label and one or more texts, as in AG News.
-Or it is a .tsv with a label, a text and maybe more columns: the longest is the text, the first other one the fold.
+Or it is a .tsv with a label and other columns: the longest is the text, the first of the rest the fold, if any.
 PATH#fold=PATTERN reads only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
 TRAIN, DEV, TEST = (
     Flag(f"--{split} FILE", f"{what} data", str, f"data/cfimdb-{split}.txt")

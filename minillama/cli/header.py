@@ -35,7 +35,7 @@ def warn(problem: str | None) -> None:
 
 
 def display_path(path: Path) -> str:
-    """A path relative to the working directory if it is inside, else as it is."""
+    """A path for display, relative to the working directory if it is inside."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -55,7 +55,7 @@ def choose_device(options: Options) -> torch.device:
 
 
 def choose_dtype(options: Options, device: torch.device, checkpoint: Checkpoint | None = None) -> torch.dtype:
-    """The precision of the matrix products. checkpoint: that of the model, for inference only."""
+    """The precision of the matrix products. checkpoint: given for inference only."""
     from minillama.layers.precision import DTYPES, bf16_is_native
 
     if options.dtype != "auto":
@@ -210,7 +210,7 @@ def open_checkpoint(options: Options, tokenizer: Tokenizer) -> Checkpoint:
 
 def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype) -> Llama:
     """The backbone, with the overrides of the command line and the adapter merged. dtype: of the matrix products.
-    Weights are float32 for training; for inference in half precision they keep the dtype of the file.
+    Weights are float32 for training; for inference in half precision they keep the half precision of the file.
     """
     import torch
 
@@ -255,7 +255,7 @@ def lora_settings(options: Options) -> dict[str, Any]:
 
 
 def add_lora(options: Options, model: nn.Module, beside: str = "") -> None:
-    """Freezes the model, adds LoRA layers by the options, and reports their size. Raises ValueError if the rank is
+    """Freezes the model, adds LoRA layers as the options ask, and reports their size. Raises ValueError if the rank is
     above the model's width. beside: names other trained parts in that report.
     """
     from lora import apply_lora, count_lora_parameters

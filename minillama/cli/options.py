@@ -23,7 +23,7 @@ class Flag:
     """A flag of the command line.
 
     name: the flag and the name of its value, such as "--epochs N". kind: a function that parses the value, a tuple of
-    allowed values, or bool for a flag without a value. default_text: the default in words, if the value is not clear.
+    allowed values, or bool for a flag without a value. default_text: the default in words, if the value is unclear.
     elsewhere: why other commands refuse the flag ({users}: the commands that use it); without it, their header lists
     the flag as ignored. settings: for argparse (nargs, const, choices).
     """
@@ -131,7 +131,7 @@ class Command:
 
     @property
     def keys(self) -> set[str]:
-        """The names of the flags that have an effect."""
+        """The names of the flags that the command uses."""
         return {flag.key for group in (COMMON, *self.groups) for flag in group.flags}
 
 
@@ -245,7 +245,7 @@ def read_config(parser: OneLineParser, path: str) -> dict[str, Any]:
 # Help
 
 
-def help_asked(commands: Sequence[Command], argv: Sequence[str], overview: str) -> str | None:
+def requested_help(commands: Sequence[Command], argv: Sequence[str], overview: str) -> str | None:
     """The help text to print: that of the command named in `argv`, else `overview`. None if `argv` does not ask for
     help.
     """

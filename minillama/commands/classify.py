@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minillama.cli import classifiers, flags
 from minillama.cli.checks import check_prompts
-from minillama.cli.console import check_stdin, lines_typed, prompts_of, speaks_utf8
+from minillama.cli.console import check_stdin, read_prompts, stdout_is_utf8, typed_lines
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options
@@ -34,7 +34,7 @@ def run(options: Options) -> None:
 
     check_alone(options)
     check_stdin(options)
-    sentences = [] if options.interactive else prompts_of(options)
+    sentences = [] if options.interactive else read_prompts(options)
     if labelled := sum(re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences):
         report(
             f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", read as text; '
@@ -67,7 +67,7 @@ def run(options: Options) -> None:
                 "class": name,
                 "probabilities": dict(zip(found.label_names, probabilities, strict=True)),
             }
-            print(json.dumps(result, ensure_ascii=not speaks_utf8()), flush=True)
+            print(json.dumps(result, ensure_ascii=not stdout_is_utf8()), flush=True)
 
     if options.pooling == "last_column":
         report("warning: with --pooling last_column, a result depends on the other sentences of its batch")
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
         label(sentences)
         return
     report("Type a sentence and press Enter. Ctrl-D ends.")
-    for line in lines_typed():
+    for line in typed_lines():
         try:
             if line.strip():
                 label([line])
@@ -111,7 +111,7 @@ python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --intera
 """,
     defaults=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED),
     default_texts=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED, "that of the run that wrote --finetuned")
-    | {"prompt": "none; one of these three is required"},
+    | {"prompt": "none; give this, --prompt_file or --interactive"},
     check=check,
     inputs=lambda options: [options.finetuned, options.pretrained_model_path],
     only_prints=lambda options: True,

@@ -95,9 +95,7 @@ def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -
     if options.out_dtype is not None:
         state = {name: tensor.to(DTYPES[options.out_dtype]) for name, tensor in state.items()}
         if too_large := [name for name, tensor in state.items() if not fits_float32(tensor)]:
-            raise ValueError(
-                f"{too_large[0]} has values beyond the range of {options.out_dtype}; give another --out_dtype"
-            )
+            raise ValueError(f"{too_large[0]} has values too large for {options.out_dtype}; give another --out_dtype")
     return state
 
 

@@ -107,7 +107,7 @@ def check(options: Options) -> None:
     given = options.changed(*REGULARIZERS)
     for other in ("fsdp", "compile"):
         if given and getattr(options, other):
-            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass a step; leave one out")
+            raise ValueError(f"--{given[0]} does not go with --{other}, which allows one pass per step; leave one out")
     for name in options.changed(*PARTS):
         if not getattr(options, PARTS[name]):
             raise ValueError(f"--{name} is a setting of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
@@ -141,20 +141,20 @@ def run(options: Options) -> None:
             option=options.option,
             pooling=options.pooling,
         )
-        asked = options.head == "prompt"
-        prompt = prompt_parts(options.template, words, options.pooling) if asked else ()
-        if asked:
+        prompted = options.head == "prompt"
+        prompt = prompt_parts(options.template, words, options.pooling) if prompted else ()
+        if prompted:
             report(f"prompt      {'{sentence}'.join(prompt)}")
         rows = classifiers.tokenize_data(options, raw, tokenizer, llama.config.max_seq_len, *prompt)
         model: LlamaEmbeddingClassifier | LlamaPromptClassifier
-        model = LlamaPromptClassifier(config, tokenizer, words) if asked else LlamaEmbeddingClassifier(config)
+        model = LlamaPromptClassifier(config, tokenizer, words) if prompted else LlamaEmbeddingClassifier(config)
         if options.r_drop and not acting_dropout(model):
             raise ValueError(
                 "--r_drop compares two dropout masks, but all dropout is off: that of the model and "
                 "--hidden_dropout_prob are 0; add --dropout 0.1"
             )
         if options.option == "lora":
-            add_lora(options, model, "" if asked else ", besides the head")
+            add_lora(options, model, "" if prompted else ", besides the head")
         trained = train(session, model.to(session.device), rows, labels)
         classifiers.predict(session, trained, rows, labels, origin)
         report(f"wrote {best_model_path(options)}, the best model on dev")

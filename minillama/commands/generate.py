@@ -1,4 +1,4 @@
-"""--option generate: continues prompts, one by one, in batches, or in a conversation."""
+"""--option generate: continues prompts one by one, in batches, or in a conversation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model
 from minillama.cli.checks import check_differ, check_prompts, refuse
-from minillama.cli.console import check_stdin, lines_typed, prompts_of, show, speaks_utf8
+from minillama.cli.console import check_stdin, read_prompts, show, stdout_is_utf8, typed_lines
 from minillama.cli.header import report, warn
 from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from minillama.decoding.filters import Filter
     from tokenizer import Tokenizer
 
-FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")  # beside epsilon, the course's
-DRAWING = ("sample", "lookup")  # decoders
+FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")  # besides epsilon, the course's filter
+DRAWING = ("sample", "lookup")  # decoders that sample
 COURSE_FILES = ("generated-sentence-temp-0.txt", "generated-sentence-temp-1.txt")
 SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 SHARE_OR_ZERO = number(float, "in [0, 1]", lambda value: 0 <= value <= 1)
@@ -41,20 +41,20 @@ TEXT = Group(
         flags.INTERACTIVE,
         Flag(
             "--chat",
-            "the prompt is what a user says, the text the reply, in the chat format of Llama 2 or Llama 3, by the "
-            "tokenizer's kind; prints the reply alone",
+            "treat the prompt as a user message and print only the reply; the chat format is that of Llama 2 "
+            "or Llama 3, by the tokenizer's kind",
             bool,
         ),
         Flag("--system TEXT", "with --chat: instructions for the model"),
         flags.MAX_NEW_TOKENS,
-        OwnFlag("--stop TEXT", "end before any of these texts", str, [], nargs="+"),
-        OwnFlag("--num_samples N", "continuations of each prompt", COUNT, 1),
+        OwnFlag("--stop TEXT", "stop before any of these texts", str, [], nargs="+"),
+        OwnFlag("--num_samples N", "number of continuations per prompt", COUNT, 1),
         flags.BATCH_SIZE,
         flags.JSON,
         OwnFlag(
             "--explain PAGE.html",
-            "show for each token which candidates the filters kept and which they cut, as a table in the terminal, and "
-            "as a page if one is named",
+            "show which candidates the filters kept and removed for each token: a table in the terminal, and a page if "
+            "its name is given",
             nargs="?",
             const="",
         ),
@@ -70,44 +70,43 @@ DECODING = Group(
     (
         Flag(
             "--temperature T",
-            "0 takes the likeliest token, 1 samples from the model's distribution. Prints one text and writes no file",
+            "0: the most likely token; 1: sample from the model's distribution. Prints one text and writes no file",
             NOT_NEGATIVE,
-            default_text="one text at 0 and one at 1, each written to its file; 1 where another flag excludes that",
+            default_text="one text at 0 and one at 1, each written to a file; 1 if another flag excludes that",
         ),
         Flag(
             "--epsilon E",
-            "keep tokens of at least this probability",
+            "sample only tokens with at least this probability",
             FRACTION,
             0.05,
             default_text="0.05; 0 with another filter",
         ),
-        OwnFlag("--eta E", "like --epsilon, but lower where many tokens are likely; try 0.002", FRACTION),
-        OwnFlag("--top_k K", "sample only the K likeliest tokens (contrastive: 4)", COUNT),
-        OwnFlag("--top_p P", "sample only the likeliest tokens that together reach probability P", SHARE),
-        OwnFlag("--min_p P", "sample only tokens at least P times as likely as the likeliest", SHARE),
+        OwnFlag("--eta E", "like --epsilon, but with a lower threshold if many tokens are likely; try 0.002", FRACTION),
+        OwnFlag("--top_k K", "sample only the K most likely tokens (contrastive: 4)", COUNT),
+        OwnFlag("--top_p P", "sample only the most likely tokens that together reach probability P", SHARE),
+        OwnFlag("--min_p P", "sample only tokens at least P times as likely as the most likely one", SHARE),
         OwnFlag(
             "--typical_p P",
-            "sample only the tokens whose surprise is nearest to the expected one and that together reach probability "
-            "P",
+            "sample only tokens whose surprise is nearest to the entropy and that together reach probability P",
             SHARE,
         ),
         OwnFlag(
             "--repetition_penalty R",
-            "above 1, up to 100, makes tokens that occurred before less likely; below 1, down to 0.01, more likely",
+            "above 1, tokens that occurred before become less likely, below 1 more likely; 0.01 to 100",
             PENALTY,
             1.0,
         ),
         OwnFlag(
             "--decoder",
-            "sample draws token by token; beam searches the likeliest whole text; contrastive takes likely tokens that "
-            "are unlike the text so far; lookup draws like sample, but guesses ahead from the text so far and checks "
-            "the guesses together, which is faster where text repeats itself",
+            "sample: draw token by token; beam: search the most likely whole text; contrastive: take likely tokens "
+            "that differ from the text so far; lookup: draw like sample, but guess tokens from the text so far and "
+            "check them together, which is faster if the text repeats itself",
             ("sample", "beam", "contrastive", "lookup"),
             "sample",
         ),
-        OwnFlag("--beams N", "beam: texts kept at each step", COUNT, 4),
-        OwnFlag("--length_penalty L", "beam: above 0 favours longer texts, below 0 shorter ones", LENGTH_PENALTY, 1.0),
-        OwnFlag("--contrast A", "contrastive: weight of being unlike, from 0 to 1", SHARE_OR_ZERO, 0.6),
+        OwnFlag("--beams N", "beam: number of texts kept at each step", COUNT, 4),
+        OwnFlag("--length_penalty L", "beam: above 0 prefers longer texts, below 0 shorter ones", LENGTH_PENALTY, 1.0),
+        OwnFlag("--contrast A", "contrastive: weight of dissimilarity, from 0 to 1", SHARE_OR_ZERO, 0.6),
     ),
 )
 
@@ -116,13 +115,13 @@ DECODING = Group(
 
 
 def writes_two_files(options: Options) -> bool:
-    """Whether generate does what the course asks for: a text at temperature 0 and one at 1, each in its file."""
+    """Whether generate writes the two files of the course, one at temperature 0 and one at 1."""
     other = (options.prompt_file, options.interactive, options.json, options.num_samples > 1)
     return options.temperature is None and options.decoder == "sample" and options.explain is None and not any(other)
 
 
 def resolve(options: Options) -> Options:
-    """Epsilon is off by default where another filter is given."""
+    """Uses the bundled model if needed, and turns epsilon off if another filter is typed."""
     options = use_bundled_model(options)
     if "epsilon" not in options.typed and set(FILTERS) & set(options.typed):
         return options.replace(epsilon=0.0)
@@ -130,12 +129,12 @@ def resolve(options: Options) -> Options:
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for options that contradict each other or would have no effect."""
+    """Raises ValueError for options that contradict each other or have no effect."""
     if options.system is not None and not options.chat:
-        raise ValueError("--system is part of a chat; add --chat")
+        raise ValueError("--system needs a chat; add --chat")
     check_prompts(options, "json", "explain", "num_samples")
     if options.explain is not None:
-        refuse(options, ("json", "prompt_file", "num_samples", "decoder"), "--explain shows how one text was sampled")
+        refuse(options, ("json", "prompt_file", "num_samples", "decoder"), "--explain shows the sampling of one text")
         if options.explain and not options.explain.endswith(".html"):
             raise ValueError(f"--explain {options.explain}: the page's name must end in .html")
     if not writes_two_files(options):
@@ -144,10 +143,10 @@ def check(options: Options) -> None:
         refuse(
             options,
             ("generated_sentence_low_temp_out", "generated_sentence_high_temp_out"),
-            f"with --{cause} the two texts, at temperature 0 and at 1, and their files are not made",
+            f"with --{cause}, generate does not write the two files at temperature 0 and 1",
         )
     if "" in options.stop:
-        raise ValueError("--stop has an empty text, which would end everything at once; leave it out")
+        raise ValueError("--stop has an empty text, which would stop at once; leave it out")
     check_decoder(options)
     check_differ(outputs(options))
 
@@ -163,11 +162,11 @@ def check_decoder(options: Options) -> None:
     if options.temperature == 0 or decoder not in DRAWING:
         what = "temperature 0" if decoder in DRAWING else f"--decoder {decoder}"
         allowed = {"top_k"} if decoder == "contrastive" else set()
-        allowed |= {"epsilon"} if options.epsilon == 0 else set()  # which cuts nothing
+        allowed |= {"epsilon"} if options.epsilon == 0 else set()  # has no effect
         names = [name for name in (*FILTERS, "num_samples", "epsilon") if name not in allowed]
-        refuse(options, names, f"{what} draws nothing")
+        refuse(options, names, f"{what} does not sample")
     if decoder not in DRAWING:
-        refuse(options, ["temperature"] if options.temperature else [], f"--decoder {decoder} draws nothing")
+        refuse(options, ["temperature"] if options.temperature else [], f"--decoder {decoder} does not sample")
         refuse(options, ["repetition_penalty"], f"--decoder {decoder} has no repetition penalty")
 
 
@@ -178,12 +177,12 @@ def outputs(options: Options) -> list[str]:
 
 
 def run(options: Options) -> None:
-    """Continues the prompt at the temperature asked for, or at 0 and at 1 into the course's two files."""
+    """Continues the prompts, at --temperature or at 0 and 1 into the two files of the course."""
     from minillama.decoding.decoders import Decoding, Writer
     from minillama.decoding.fast_llama import fast_model
 
     check_stdin(options)
-    texts = [] if options.interactive else prompts_of(options)
+    texts = [] if options.interactive else read_prompts(options)
     llama, tokenizer, device, dtype = load_for_inference(options)
     context, causal = llama.config.max_seq_len, llama.config.causal
     prompts = [encode(options, tokenizer, [{"role": "user", "content": text}]) for text in texts]
@@ -192,7 +191,7 @@ def run(options: Options) -> None:
     if options.decoder == "lookup" and not causal:
         raise ValueError("--decoder lookup needs causal attention; leave it out, or add --attention causal")
     if not causal:
-        report("notice: attention is bidirectional here: each new token changes those before it, so there is no cache")
+        report("notice: attention is bidirectional: each new token changes earlier states, so there is no cache")
     temperature = 1.0 if options.decoder in DRAWING else 0.0
     decoding = Decoding(
         options.decoder,
@@ -222,7 +221,7 @@ def run(options: Options) -> None:
 
 
 def filters_of(options: Options) -> list[Filter]:
-    """The filters asked for, --epsilon first."""
+    """The chosen filters, --epsilon first."""
     from minillama.decoding import filters
 
     chosen = (
@@ -237,7 +236,7 @@ def filters_of(options: Options) -> list[Filter]:
 
 
 def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """The ids of a conversation that waits for an answer, or, without --chat, of its last message."""
+    """The token ids of a conversation with --chat, else of its last message alone."""
     if not options.chat:
         return tokenizer.encode_prompt(messages[-1]["content"])
     system = [{"role": "system", "content": options.system}] if options.system else []
@@ -245,7 +244,7 @@ def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]
 
 
 def warn_of_length(prompt: int, new: int, context: int) -> None:
-    """Warns if a prompt and its continuation, in tokens, do not fit into the model's context."""
+    """Warns if the tokens of a prompt and its continuation do not fit into the model's context."""
     if prompt + new > context:
         report(
             f"warning: {prompt} tokens of prompt and {new} new ones exceed the model's context of {context}; it will "
@@ -260,7 +259,7 @@ def write_one(
     temperature: float | None = None,
     watch: Watch | None = None,
 ) -> Continuation:
-    """Continues a prompt and shows each piece of the text at once, the prompt's first; then reports the speed."""
+    """Continues a prompt, shows the prompt and each new piece of text at once, and reports the speed."""
     from minillama.decoding.decoders import Speed
 
     speed = Speed()
@@ -293,8 +292,8 @@ def write_two_files(options: Options, writer: Writer, prompt: list[int]) -> None
 
 
 def write_many(options: Options, writer: Writer, texts: list[str], prompts: list[list[int]]) -> None:
-    """Continues all prompts, --num_samples times each, in batches of --batch_size, and prints each continuation when
-    its batch is done.
+    """Continues each prompt --num_samples times, in batches of --batch_size. Prints the continuations after each
+    batch.
     """
     from tqdm import tqdm
 
@@ -311,12 +310,12 @@ def write_many(options: Options, writer: Writer, texts: list[str], prompts: list
             else:
                 made = [writer.continuation(prompt, writer.ids(prompt)) for prompt in some]
             tokens += sum(one.tokens for one in made)
-            # The part of those that ended early.
+            # Advance past the tokens of continuations that ended early.
             bar.update(max(0, min(len(prompts), start + size) * options.max_new_tokens - bar.n))
             bar.clear()
             for one, text in zip(made, texts[start:], strict=False):
                 if options.json:
-                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=not speaks_utf8()))
+                    print(json.dumps(asdict(one) | {"prompt": text}, ensure_ascii=not stdout_is_utf8()))
                 else:
                     print(one.prompt + one.text, end="\n\n")
             sys.stdout.flush()
@@ -324,7 +323,7 @@ def write_many(options: Options, writer: Writer, texts: list[str], prompts: list
 
 
 def explain(options: Options, writer: Writer, prompt: list[int]) -> None:
-    """Continues a prompt, then shows what each token was chosen from."""
+    """Continues a prompt, then shows the candidates of each token."""
     from minillama.decoding.explanation import Explanation
     from minillama.formats.files import atomic_file
 
@@ -339,17 +338,17 @@ def explain(options: Options, writer: Writer, prompt: list[int]) -> None:
 
 
 def converse(options: Options, writer: Writer) -> None:
-    """Answers one prompt after the other; with --chat they are one conversation, of which the oldest is forgotten."""
+    """Answers prompts one by one. With --chat they form one conversation, which drops its oldest turns if too long."""
     context, new = writer.model.config.max_seq_len, options.max_new_tokens
-    report("Type a prompt, and Enter. Ctrl-C stops an answer, Ctrl-D ends.")
+    report("Type a prompt and press Enter. Ctrl-C stops an answer, Ctrl-D ends.")
     messages: list[dict[str, str]] = []
-    for line in lines_typed():
+    for line in typed_lines():
         if not line.strip():
             continue
         before = messages if options.chat else []
         pieces: list[str] = []
 
-        def tell(piece: str, pieces: list[str] = pieces) -> None:
+        def show_and_keep(piece: str, pieces: list[str] = pieces) -> None:
             pieces.append(piece)
             show(piece)
 
@@ -361,9 +360,9 @@ def converse(options: Options, writer: Writer) -> None:
                 messages = messages[2:]
                 prompt = encode(options, writer.tokenizer, messages)
             if len(messages) < turns:
-                report("the oldest turns no longer fit into the model's context and are left out")
+                report("the oldest turns do not fit into the model's context and are dropped")
             warn_of_length(len(prompt), new, context)
-            write_one(writer, prompt, tell)
+            write_one(writer, prompt, show_and_keep)
         except KeyboardInterrupt:
             report("stopped")
         except ValueError as error:  # the line cannot be a prompt

@@ -1,4 +1,4 @@
-"""--option pretrain: trains a language model on text, a new one or one that goes on from a checkpoint."""
+"""--option pretrain: trains a language model on text, from random weights or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ SIZES = {
     "n_kv_heads": "key/value heads",
     "max_seq_len": "context in tokens",
 }
-OF_NEW = "is of a new model, and a checkpoint says its own"
+OF_NEW = "is for a new model; a checkpoint has its own"
 KINDS = (
     Flag(
         "--position",
-        "how a new model knows positions: rotary turns queries and keys, alibi lowers the scores of distant tokens",
+        "position encoding of a new model: rotary rotates queries and keys, alibi lowers the scores of distant tokens",
         POSITIONS,
         default_text="rotary",
         elsewhere=OF_NEW,
     ),
     Flag(
         "--sliding_window N",
-        "a token of a new model sees itself and the N - 1 before it",
+        "in a new model, a token attends to itself and the N - 1 tokens before it",
         COUNT,
-        default_text="all before it",
+        default_text="all earlier tokens",
         elsewhere=OF_NEW,
     ),
     Flag(
@@ -74,9 +74,9 @@ TEXTS = Group(
         flags.HELD_OUT,
         flags.WINDOW,
         flags.BATCH_SIZE,
-        Flag("--max_steps N", "stop after N steps", COUNT, default_text="--epochs passes over the corpus"),
-        Flag("--eval_every N", "judge every N steps", COUNT, 200),
-        Flag("--sample_prompt TEXT", "continued after each evaluation", str, "Once upon a time"),
+        Flag("--max_steps N", "number of steps", COUNT, default_text="--epochs passes over the corpus"),
+        Flag("--eval_every N", "evaluate every N steps", COUNT, 200),
+        Flag("--sample_prompt TEXT", "prompt for a sample after each evaluation", str, "Once upon a time"),
         Flag("--tokens_dir DIR", "folder for tokenized texts", str, "runs/tokens"),
         flags.VOCAB_SIZE,
         flags.OUT_DTYPE,
@@ -90,11 +90,13 @@ def check(options: Options) -> None:
     check_training(options)
     of_new = ("preset", *SIZES, *(flag.key for flag in KINDS))
     if options.continued and (sizes := options.changed(*of_new)):
-        raise ValueError(f"--{sizes[0]} is of a new model, but --pretrained-model-path has its own sizes; give one")
+        raise ValueError(
+            f"--{sizes[0]} is for a new model, but --pretrained-model-path has its own; give only one of them"
+        )
 
 
 def new_config(options: Options, vocab_size: int) -> LlamaConfig:
-    """The config of a model to be trained from scratch: the preset's sizes, and those given; causal."""
+    """The config of a new model: the sizes of the preset, overridden by the options; causal by default."""
     from config import LlamaConfig
 
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
@@ -117,8 +119,8 @@ def new_config(options: Options, vocab_size: int) -> LlamaConfig:
 
 
 def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:
-    """The texts, tokenized by the main process where that was not yet done. Raises ValueError if a file is named twice,
-    for one text's training documents might be another's held-out ones.
+    """Opens the texts; the main process tokenizes new ones. Raises ValueError if a file is named twice, because one
+    text might train on the held-out documents of the other.
     """
     from minillama.text.corpus import Corpus, Text
     from minillama.text.documents import open_tokens, text_files, tokenize_text
@@ -127,9 +129,7 @@ def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: 
     counts = Counter(file.resolve() for _, _, files in named for file in files)
     for file, count in counts.items():
         if count > 1:
-            raise ValueError(
-                f"--corpus: {file} is named twice, by itself or by its folder; name it once, with a weight"
-            )
+            raise ValueError(f"--corpus: {file} is named twice, directly or by its folder; name it once, with a weight")
     stems = Counter(Path(without_ending(path)).name for path, _, _ in named)
     texts = []
     for path, weight, files in named:
@@ -200,7 +200,7 @@ def run(options: Options) -> None:
 
 
 def plan_steps(options: Options, pass_length: int, window: int) -> int:
-    """The number of steps, with warnings where it does not fit the corpus. pass_length: windows in one pass."""
+    """The number of steps. Warns if it does not fit the corpus. pass_length: the windows of one pass."""
     steps = options.max_steps or max(1, math.ceil(options.epochs * pass_length / options.batch_size))
     report(
         f"steps       {steps:,} of {options.batch_size} x {window} tokens, "
@@ -208,11 +208,11 @@ def plan_steps(options: Options, pass_length: int, window: int) -> int:
     )
     if options.batch_size > pass_length:
         report(
-            f"warning: the corpus has {pass_length} windows of {window} tokens, not one --batch_size of "
+            f"warning: the corpus has {pass_length} windows of {window} tokens, fewer than one --batch_size of "
             f"{options.batch_size}; give a smaller one, or a smaller --window, and more --epochs"
         )
     if options.warmup_steps >= steps:
-        report(f"warning: --warmup_steps {options.warmup_steps} of {steps} steps: the learning rate never gets to --lr")
+        report(f"warning: --warmup_steps {options.warmup_steps} of {steps} steps: the learning rate never reaches --lr")
     return steps
 
 
@@ -243,7 +243,7 @@ python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --model_ou
         "tokenizer": "tokenizer.model, else data/tokenizer.model, else the bundled one",
         "held_out": "0.01",
         "window": "the model's context",
-        "dropout": "0, or what the checkpoint says",
+        "dropout": "0, or the checkpoint's",
         "out_dtype": "fp32",
     },
     check=check,

@@ -1,4 +1,4 @@
-"""--option prompt: classifies by asking the model which class's word follows the prompt; nothing is trained."""
+"""--option prompt: classifies without training: picks the class whose word is most likely after the prompt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from minillama.cli.session import Session
 
 ENDING = "prompting-output.txt"
-# Sentences without content, whose answers show how probable each label is by itself.
+# Sentences without content. Their results are the prior probabilities of the labels.
 CONTENT_FREE = {"contextual": ("N/A", "[MASK]", ""), "pmi": ("",)}
 CALIBRATE = Flag(
     "--calibrate",
-    "divide a label's probability by that after a prompt without content: contextual, the mean of the prompts with "
-    '"N/A", "[MASK]" and nothing as sentence; pmi, that with nothing',
+    "divide a label's probability by its probability after a prompt without content; contextual: the mean of the "
+    'sentences "N/A", "[MASK]" and an empty one; pmi: only the empty one',
     ("none", *CONTENT_FREE),
     "none",
     elsewhere="belongs to --option prompt",
@@ -32,7 +32,7 @@ def check(options: Options) -> None:
     classifiers.check_whole_batches(options)
     if options.calibrate != "none" and options.pooling == "last_column":
         raise ValueError(
-            "--pooling last_column reads most rows at their padding, which a prompt without content has not: leave out "
+            "--pooling last_column reads most rows at their padding, but prompts without content have none; leave out "
             f"--calibrate {options.calibrate}, or --pooling"
         )
     check_template(options)
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
 
 
 def calibrate(session: Session, model: LlamaZeroShotClassifier, words: list[str], prompt: tuple[str, str]) -> None:
-    """Calibrates the model by prompts without content. prompt: the text before and after a sentence."""
+    """Calibrates the model with prompts without content. prompt: the text before and after a sentence."""
     from minillama.layers.precision import autocast
     from minillama.text.batches import pad, tokenize_rows
     from minillama.text.labelled import Row
@@ -78,7 +78,7 @@ def calibrate(session: Session, model: LlamaZeroShotClassifier, words: list[str]
         prior = model.calibrate(ids.to(device), None if mask is None else mask.to(device))
     shares = prior.softmax(-1).tolist()
     shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares, strict=True))
-    report(f"calibrated  {method}; without content, of these words: {shown}")
+    report(f"calibrated  {method}; shares of the words without content: {shown}")
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""report: runs on one self-contained HTML page, with scores over seeds, curves, confusion matrices and samples."""
+"""--option report: one self-contained HTML page about runs: scores, curves, confusion matrices and samples."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.session import RESUME_MAY_CHANGE
 from minillama.formats.names import RUNS, path_and_fold, without_ending
 
-NONE = "–"  # for a missing score
-# Options that are no settings, or that the head of a group names.
+NONE = "–"  # shown for a missing score
+# Options that do not count as settings, or are part of a group's heading.
 NOT_SETTINGS = {*RESUME_MAY_CHANGE, "option", "seed", "train", "dev", "test", "label_names", "corpus"}
 NOT_SETTINGS |= {"pretrained_model_path", "continued", "processes", "tokenizer", "out_dtype"}
 
@@ -30,8 +30,8 @@ NOT_SETTINGS |= {"pretrained_model_path", "continued", "processes", "tokenizer",
 
 
 def group_key(run: Run) -> str:
-    """A key that is equal for runs that differ in the seed only, and in options that change no number. A model made for
-    each seed (random-1 for seed 1) counts as one model.
+    """A key that is equal for runs that differ only in the seed and in options without effect on results. Models whose
+    name contains the seed (random-1 for seed 1) count as one model.
     """
     if not run.options:
         return str(run.path)
@@ -42,7 +42,7 @@ def group_key(run: Run) -> str:
 
 
 def model_name(run: Run) -> str:
-    """The name of the model that the run started from."""
+    """The name of the initial model of a run."""
     if run.options["option"] == "pretrain" and not run.options["continued"]:
         return f"new, {run.options['preset'] or DEFAULT_PRESET}"
     name = Path(without_ending(str(run.options["pretrained_model_path"]))).name
@@ -56,19 +56,19 @@ def data_name(run: Run) -> str:
 
 
 def head_of(run: Run) -> str:
-    """The option, the data and the model of a run; its name if the options are unknown."""
+    """The heading of a run: its option, data and model, or its name if the options are unknown."""
     return f"{run.options['option']} {data_name(run)}, {model_name(run)}" if run.options else run.name
 
 
 def setting(value: object) -> str:
-    """A value of an option as it would be typed."""
+    """The value of an option as text, in the form in which users type it."""
     if isinstance(value, list):
         return " ".join(map(setting, value))
     return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings(run: Run) -> dict[str, str]:
-    """The options that affect training and differ from their defaults."""
+    """The training options of a run that differ from their defaults."""
     return {
         name: setting(value)
         for name, value in run.options.items()
@@ -77,11 +77,11 @@ def settings(run: Run) -> dict[str, str]:
 
 
 def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Groups of runs that differ in the seed only, each with a distinct name."""
+    """Groups of runs that differ only in the seed, each with a unique name."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(group_key(run), []).append(run)
-    heads: dict[str, list[dict[str, str]]] = {}  # the settings of all groups with this head
+    heads: dict[str, list[dict[str, str]]] = {}  # by heading: the settings of its groups
     for members in groups.values():
         members.sort(key=lambda run: (str(run.options.get("seed")).zfill(20), run.name))
         heads.setdefault(head_of(members[0]), []).append(settings(members[0]))
@@ -102,8 +102,8 @@ def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def spread(members: Sequence[Run], score: str) -> str:
-    """The mean of a score, its standard deviation (of a sample: n - 1) if several runs have it, and how many have it if
-    not all; a dash if none has.
+    """The mean of a score. Adds the standard deviation (n - 1) if several runs have the score, and their number if not
+    all have it. A dash if none has it.
     """
     values = [value for run in members if is_number(value := run.best().get(score))]
     if not values:
@@ -135,15 +135,15 @@ def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
     parts = []
     for title, heads in kinds.items():
         if lines[title]:
-            parts.append(f"<h2>{title}</h2><p>Mean over the seeds, in brackets the standard deviation (n − 1). ")
-            parts.append("Of each run, the epoch that it keeps.</p>")
+            parts.append(f"<h2>{title}</h2><p>Mean over the seeds, with the standard deviation (n − 1) in brackets. ")
+            parts.append("Each run counts with its best epoch.</p>")
             rows = [row for _, row in sorted(lines[title])]
-            parts.append(table(["runs that differ in their seeds only", *heads], rows))
+            parts.append(table(["runs that differ only in the seed", *heads], rows))
     return "".join(parts)
 
 
 def run_table(members: Sequence[Run]) -> str:
-    """A line for each run of a group."""
+    """A table with a line for each run of a group."""
     if any(run.curve("bits_per_byte") for run in members):
         scores = {"bits/byte": "bits_per_byte"}
     elif any(run.curve("dev_loss") and not run.curve("dev_accuracy") for run in members):
@@ -161,13 +161,13 @@ def run_table(members: Sequence[Run]) -> str:
 
 
 def figures(members: Sequence[Run]) -> str:
-    """The curves of a group's runs: the loss of each step, and the scores of each epoch."""
+    """Charts of a group's runs: the loss of each step, and the scores of each epoch."""
     seeds = [str(run.options.get("seed")) for run in members]
     distinct = len(set(seeds)) == len(seeds) > 1
     names = [f"seed {seed}" if distinct else run.name for seed, run in zip(seeds, members, strict=True)]
 
     def curves(score: str, label: str = "", dashed: bool = False) -> list[Line]:
-        """One score of every run."""
+        """The curves of one score, one per run."""
         pairs = zip(names, members, strict=True)
         return [(name + label, run.curve(score), colour(i, dashed)) for i, (name, run) in enumerate(pairs)]
 
@@ -175,7 +175,7 @@ def figures(members: Sequence[Run]) -> str:
     size = max(size for _, size in thin)
     losses = [(name, points, colour(i)) for i, (name, (points, _)) in enumerate(zip(names, thin, strict=True))]
     dev, bits = curves("dev_accuracy", ", dev"), curves("bits_per_byte")
-    if len(members) == 1:  # room for the curve of each text
+    if len(members) == 1:  # with one run, a curve for each text fits
         (run,) = members
         texts = list(dict.fromkeys(key for line in run.scores for key in line if key.startswith("bits_per_byte_")))
         bits = [(f"mean of {len(texts)} texts", run.curve("bits_per_byte"), colour(0))]
@@ -186,13 +186,13 @@ def figures(members: Sequence[Run]) -> str:
         drawn.append(chart("Accuracy after each epoch", "step", [*dev, *seen]))
     answers = [*curves("dev_f1", ", F1"), *curves("dev_exact_match", ", exact match", dashed=True)]
     drawn.append(chart("Held-out bits per byte", "step", bits))
-    drawn.append(chart("Answers to dev after each epoch", "step", answers))
+    drawn.append(chart("Answers on dev after each epoch", "step", answers))
     drawn.append(chart("Loss on dev after each epoch", "step", curves("dev_loss")))
     return f'<div class="grid">{"".join(drawn)}</div>'
 
 
 def group_section(number: int, name: str, members: Sequence[Run]) -> str:
-    """Everything about the runs of a group."""
+    """The section of a group: settings, table, charts, confusion matrices and samples."""
     parts = [f'<section id="g{number}"><h2>{text(name)}</h2>']
     if chosen := settings(members[0]):
         parts.append(f'<p class="quiet">{text(", ".join(" ".join(item) for item in chosen.items()))}</p>')
@@ -206,23 +206,23 @@ def group_section(number: int, name: str, members: Sequence[Run]) -> str:
         for split, matrix in run.matrices().items()
     ]
     if drawn:
-        parts.append("<h3>Confusion matrices</h3><p>A line for each true class, a column for each predicted one.</p>")
+        parts.append("<h3>Confusion matrices</h3><p>Rows are true classes, columns are predicted classes.</p>")
         parts.append(f'<div class="grid">{"".join(drawn)}</div>')
     missing = Counter(reason for run in members for reason in run.missing_matrices())
     if missing:
         lines = "".join(
             f"<li>{text(reason)} ({count} of {len(members)} runs)</li>" for reason, count in missing.items()
         )
-        parts.append(f'<p class="quiet">No confusion matrix of</p><ul class="quiet">{lines}</ul>')
+        parts.append(f'<p class="quiet">No confusion matrix for</p><ul class="quiet">{lines}</ul>')
     for run in members:
-        if told := run.samples():
-            parts.append(f"<h3>What {text(run.name)} wrote</h3>")
-            parts += [f"<blockquote><b>epoch {text(epoch)}</b> {text(sample)}</blockquote>" for epoch, sample in told]
+        if texts := run.samples():
+            parts.append(f"<h3>Samples of {text(run.name)}</h3>")
+            parts += [f"<blockquote><b>epoch {text(epoch)}</b> {text(sample)}</blockquote>" for epoch, sample in texts]
     return "".join(parts) + "</section>"
 
 
 def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
-    """Accuracy by alpha, the share of the second of two models."""
+    """A chart and a table of accuracy by alpha, the share of the second of two models."""
     lines = []
     for i, name in enumerate(head[1:], start=1):
         points = [(x, y) for x, y in ((row[0], row[i]) for row in rows) if x is not None and y is not None]
@@ -232,12 +232,12 @@ def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[floa
 
 
 def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[float | None]]]] = ()) -> str:
-    """The page: problems, scores over seeds, curves between two models, then each group of runs."""
+    """The whole page: problems, scores over seeds, curves between two models, and a section for each group."""
     groups = sorted(grouped([run for run in runs if run.options or run.losses or run.scores]))
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     parts = [f'<h1>Runs</h1><p class="quiet">{title}, {date.today().isoformat()}</p>']
     if problems := [f"<li>{text(run.name)}: {text('; '.join(run.problems))}</li>" for run in runs if run.problems]:
-        parts.append(f"<h2>What is missing, unfinished or damaged</h2><ul>{''.join(problems)}</ul>")
+        parts.append(f"<h2>Missing, unfinished or damaged</h2><ul>{''.join(problems)}</ul>")
     parts.append(score_tables(groups))
     if curves:
         parts.append("<h2>Between two sets of weights</h2>")
@@ -249,11 +249,11 @@ def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[f
 
 def check(options: Options) -> None:
     if not options.report_out.endswith(".html"):
-        raise ValueError(f"--report_out is {options.report_out}; the name of a page must end in .html")
+        raise ValueError(f"--report_out is {options.report_out}; its name must end in .html")
 
 
 def run(options: Options) -> None:
-    """Writes the page."""
+    """Reads the runs and writes the page."""
     from tqdm import tqdm
 
     from minillama.formats.files import atomic_file
@@ -269,8 +269,8 @@ def run(options: Options) -> None:
     with atomic_file(options.report_out) as file:
         file.write(page(runs, curves))
     damaged = sum(bool(run.problems) for run in runs)
-    said = f", {damaged} of them unfinished or damaged" if damaged else ""
-    report(f"wrote {options.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{said}")
+    problems = f", {damaged} of them unfinished or damaged" if damaged else ""
+    report(f"wrote {options.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{problems}")
 
 
 COMMAND = Command(
@@ -282,7 +282,7 @@ COMMAND = Command(
             (
                 Flag(
                     "--runs DIR",
-                    "folders of runs, or folders that hold some",
+                    "folders of runs, or folders that contain runs",
                     str,
                     [RUNS],
                     default_text=RUNS,
@@ -291,7 +291,7 @@ COMMAND = Command(
                 Flag("--report_out FILE", "the page to write", str, "report.html"),
                 Flag(
                     "--curves FILE.csv",
-                    "tables of accuracy between two sets of weights: a column alpha, then one a data set",
+                    "tables of accuracy between two sets of weights: a column alpha, then one per data set",
                     str,
                     [],
                     nargs="+",

@@ -1,4 +1,4 @@
-"""--option sft: supervised fine-tuning, in which a language model learns to answer prompts from examples."""
+"""--option sft: supervised fine-tuning of a language model on examples of prompts and answers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "dev", "test")
 ANSWER_ROWS = Flag(
     "--answer_rows N",
-    "rows of dev, evenly spread, that are answered after each epoch to keep the best model by token F1; 0: keep the "
-    "best by dev loss",
+    "number of dev rows, evenly spaced, to answer after each epoch; the model with the best token F1 is kept. "
+    "0: keep the model with the best dev loss",
     COUNT_OR_ZERO,
     200,
 )
@@ -40,22 +40,22 @@ ANSWER_ROWS = Flag(
 
 
 def resolve(options: Options) -> Options:
-    """The bundled model, and the demo data if no data is named."""
+    """The options, with the bundled model if needed, and the demo data if no data is named."""
     options = use_bundled_model(options)
     if options.train or options.dev:
         return options
-    report(f"no --train and --dev were named; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
+    report(f"--train and --dev are missing; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
     splits = [split for split in SPLITS if split != "test" or not options.test]
     return use_demo_data(options, {split: f"demo-qa-{split}.jsonl" for split in splits})
 
 
 def check(options: Options) -> None:
     if not options.lora_rank and (variants := options.changed(*flags.LORA_VARIANTS)):
-        raise ValueError(f"--{variants[0]} is of LoRA, and all weights would be trained; add --lora_rank 4")
+        raise ValueError(f"--{variants[0]} needs LoRA, but all weights would be trained; add --lora_rank 4")
     check_training(options)
     if not (options.train and options.dev):
         raise ValueError(
-            f"--train is {options.train} and --dev {options.dev}; --option sft needs both, or none for the demo"
+            f"--train is {options.train} and --dev {options.dev}; --option sft needs both, or neither for the demo data"
         )
     check_differ(outputs(options))
 
@@ -69,7 +69,7 @@ def outputs(options: Options) -> list[str]:
 
 
 def run(options: Options) -> None:
-    """Trains the model, writes it with its tokenizer, and answers dev and test with it."""
+    """Trains the model, writes it with its tokenizer, and answers the prompts of dev and test."""
     from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import read_torch
     from minillama.text.examples import read_examples
@@ -108,7 +108,7 @@ def run(options: Options) -> None:
             write_checkpoint(run.best_path, state, config, stop_ids=list(checkpoint.stop_ids), **described)
 
         model = session.train(llama.to(session.device), task, write_best, dynamic=True)
-        if session.processes.is_main:  # from the file, for the trained model may be in shards
+        if session.processes.is_main:  # read the file, because the model in memory may be sharded
             opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])
         answer(session, model, {split: data[split] for split in judged}, origin)
         if session.processes.is_main:
@@ -118,8 +118,8 @@ def run(options: Options) -> None:
 def tokenize_data(
     options: Options, raw: dict[str, list[Example]], tokenizer: Tokenizer, window: int
 ) -> tuple[dict[str, list[Example]], int]:
-    """The examples of each split with their ids, and the tokens of a row: `window` where the options say it, else as
-    many as the longest example has. One warning if prompts had to be cut to the window.
+    """The tokenized examples of each split, and the tokens per row: --window, else the length of the longest example.
+    Prints one warning if prompts were cut to the window.
     """
     from minillama.text.examples import tokenize_examples
 
@@ -131,7 +131,7 @@ def tokenize_data(
         cut += cut_here
     if cut:
         report(
-            f"warning: {cut} prompts lost their beginning: a row has room for {window} tokens, of which an answer may "
+            f"warning: the start of {cut} prompts was cut: a row holds {window} tokens, of which an answer may "
             f"take --max_new_tokens {options.max_new_tokens}"
         )
     train = data["train"]
@@ -140,15 +140,15 @@ def tokenize_data(
     )
     width = options.window or max(len(example.ids) - 1 for example in (*train, *data["dev"]))
     report(
-        f"examples    {', '.join(f'{len(examples):,} {split}' for split, examples in data.items())}; of {size:.0f} "
-        f"tokens, {targets:.1f} of them to be learnt; in rows of {width}"
+        f"examples    {', '.join(f'{len(examples):,} {split}' for split, examples in data.items())}; mean {size:.0f} "
+        f"tokens, {targets:.1f} of them targets; rows of {width} tokens"
     )
     return data, width
 
 
 def write_merged(session: Session, checkpoint: Checkpoint, state: dict[str, Tensor]) -> list[str]:
-    """Writes the trained model with `state`, the best of it; LoRA layers are merged. Returns the arguments that open
-    it.
+    """Writes the model with `state`, its best weights, and LoRA merged. Returns the arguments that open the
+    model.
     """
     from lora import apply_lora, merge_lora_weights
 
@@ -162,8 +162,8 @@ def write_merged(session: Session, checkpoint: Checkpoint, state: dict[str, Tens
 
 
 def answer(session: Session, model: nn.Module, data: dict[str, list[Example]], origin: Origin | None) -> None:
-    """Answers the prompts of each split, writes the answers with their records, and reports the scores, even if a file
-    cannot be written, or the user stops.
+    """Answers the prompts of each split and writes the answers with their records. Reports the scores, even if a file
+    cannot be written or the user stops the command.
     """
     from minillama.text.examples import write_answers
     from minillama.training.evaluation import answer_prompts, answer_scores, describe_answers
@@ -217,7 +217,7 @@ COMMAND = Command(
                 flags.OUT_DTYPE,
                 flags.MODEL_OUT,
             ),
-            'Lines of {"prompt": "...", "answer": "..."}. Examples that fit share a row, and do not see each other.',
+            'Lines of {"prompt": "...", "answer": "..."}. Short examples share a row; each attends only to itself.',
         ),
         flags.TRAINING,
         flags.LORA,
@@ -248,7 +248,7 @@ python run_llama.py --option sft --train train.jsonl --dev dev.jsonl --model_out
     default_texts={
         "train": "the demo data, data/demo-qa-train.jsonl",
         "dev": "the demo data",
-        "test": "none; the demo data with the others",
+        "test": "none, or the demo data if --train and --dev are missing",
         "lora_rank": "train all weights",
         "window": "the length of the longest example",
         "out_dtype": "fp32",

@@ -14,7 +14,7 @@ VOCAB_SIZE = 4096
 
 
 def run(options: Options) -> None:
-    """Trains the tokenizer and writes it."""
+    """Trains and writes the tokenizer."""
     from minillama.text.documents import train_tokenizer
 
     check_alone(options)
@@ -31,7 +31,7 @@ def run(options: Options) -> None:
 
 COMMAND = Command(
     "tokenizer",
-    "make a tokenizer from text",
+    "train a tokenizer on text",
     (Group("the tokenizer", (flags.CORPUS, flags.VOCAB_SIZE, flags.MODEL_OUT)),),
     run,
     """

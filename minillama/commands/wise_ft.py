@@ -1,5 +1,5 @@
-"""--option wise_ft: a fine-tuned classifier mixed with the model it came from, judged on dev and on other data at each
-proportion; with --alphas 1 alone, the fine-tuned classifier as it is.
+"""--option wise_ft: mixes the weights of a fine-tuned classifier and its base model, and scores each mixture on dev and
+other data. --alphas 1 scores only the fine-tuned classifier.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from minillama.text.labelled import Row
     from minillama.training.evaluation import Evaluation
 
-ADOPTED = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test")
+INHERITED_OPTIONS = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test")
 ALPHAS = flags.numbers(
     float,
-    "numbers from 0 to 1, rising, with commas between",
+    "increasing numbers from 0 to 1, separated by commas",
     lambda values: values == sorted(set(values)) and 0 <= values[0] and values[-1] <= 1,
 )
 COUNTS_AS = flags.numbers(
     int,
-    "a class number or -1 for each class of the model, with commas between; 0, 1 and so on, none left out",
+    "a class number or -1 for each class of the model, separated by commas; class numbers start at 0 without gaps",
     lambda values: max(values) >= 1 and set(values) - {-1} == set(range(max(values) + 1)),
 )
 MIXING = Group(
@@ -44,16 +44,16 @@ MIXING = Group(
         flags.FINETUNED,
         Flag(
             "--alphas A,A,...",
-            "the weights of the fine-tuned model; 1 alone judges it as it is",
+            "shares of the fine-tuned model in the mixtures; 1 alone scores only that model",
             ALPHAS,
             [i / 10 for i in range(11)],
             default_text="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
         ),
-        Flag("--ood FILE", "labelled data from elsewhere, as for --dev; each scored by itself", str, [], nargs="+"),
+        Flag("--ood FILE", "labelled data from another source; each file is scored separately", str, [], nargs="+"),
         Flag(
             "--ood_classes K,K,...",
-            "the class of the --ood file that each class of the model counts as, -1 for none, as in 0,0,-1,1,1: their "
-            "probabilities are added. One for all files, or one for each. If -1 comes first, write "
+            "for each class of the model, its class in the --ood file or -1 (none), as in 0,0,-1,1,1; probabilities of "
+            "one class are added. Give one list for all files or one for each. If -1 comes first, write "
             "--ood_classes=-1,...",
             COUNTS_AS,
             [],
@@ -62,8 +62,8 @@ MIXING = Group(
         ),
         Flag(
             "--ood_label_names FILE",
-            "label files of the --ood files, one for all or one for each; their classes are the model's by name, or "
-            "where names differ, by number",
+            "label files of the --ood files, one for all or one for each; their classes match the model's by name, or "
+            "by number if names differ",
             str,
             [],
             default_text="the labels that the model was trained with",
@@ -71,20 +71,20 @@ MIXING = Group(
         ),
         Flag(
             "--curve_out FILE.csv",
-            "table of the accuracies; beside it their picture, a page of HTML",
+            "table of the accuracies; a chart as an HTML page goes beside it",
             str,
             "wise-ft-curve.csv",
         ),
         flags.MODEL_OUT,
     ),
-    "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT), judges each mixture on dev and --ood, and "
-    "the one that is best on dev on test. --model_out takes that model, a fine-tuned model like any other.",
+    "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT). Scores each mixture on dev and --ood, and "
+    "the best one on dev also on test. --model_out saves that one as a normal fine-tuned model.",
 )
 
 
 @dataclass
 class DataSet:
-    """Rows to judge by. counts_as: the class of `names` that each class of the model counts as; None: the same."""
+    """Rows to score on. counts_as: for each class of the model, its index in `names` or -1; None: the same classes."""
 
     name: str
     rows: list[Row]
@@ -96,19 +96,19 @@ class DataSet:
 
 
 def curve_picture(options: Options) -> str:
-    """The path of the picture of the curve."""
+    """The path of the chart."""
     return f"{without_ending(options.curve_out)}.html"
 
 
 def check(options: Options) -> None:
     classifiers.check_fine_tuned(options)
     if not options.curve_out.endswith(".csv"):
-        raise ValueError(f"--curve_out is {options.curve_out}; the name of the table must end in .csv")
+        raise ValueError(f"--curve_out is {options.curve_out}; its name must end in .csv")
     for name in ("ood_classes", "ood_label_names"):
         values = getattr(options, name)
         if len(values) not in (0, 1, len(options.ood)) or (values and not options.ood):
             raise ValueError(
-                f"--{name} has {len(values)} values for {len(options.ood)} files of --ood; give one for all, or one "
+                f"--{name} has {len(values)} values for {len(options.ood)} files of --ood; give one for all or one "
                 "for each"
             )
     check_differ(outputs(options))
@@ -128,7 +128,7 @@ def outputs(options: Options) -> list[str]:
 
 
 def run(options: Options) -> None:
-    """The scores at every alpha, in print, as CSV and as a picture; test at the alpha that is best on dev."""
+    """Prints the scores at each alpha, writes them as CSV and as a chart, and scores test at the best alpha on dev."""
     import copy
 
     from tqdm import tqdm
@@ -141,13 +141,13 @@ def run(options: Options) -> None:
 
     check_alone(options)
     found = read_fine_tuned(options.finetuned)
-    options = classifiers.adopt(options, found, ADOPTED)
+    options = classifiers.adopt(options, found, INHERITED_OPTIONS)
     labels = labels_of(options, found)
     sets = [DataSet("dev", read_rows(options.dev, labels), found.label_names), *out_of_domain(options, found, labels)]
     test = DataSet("test", read_rows(options.test, labels), found.label_names)
     for one, path in zip(sets, [options.dev, *options.ood], strict=True):
         if not has_gold_labels(one.rows) and (len(options.alphas) > 1 or one.name != "dev"):
-            raise ValueError(f"{path} has one value in its whole label column, so there is nothing to judge by")
+            raise ValueError(f"{path} has only one value in its label column, so it has no gold labels to score by")
     device = choose_device(options)
     dtype = choose_dtype(options, device)
     mixes = set(options.alphas) != {1.0}
@@ -156,7 +156,7 @@ def run(options: Options) -> None:
     )
     data = {"dev": (options.dev, len(sets[0].rows)), "test": (options.test, len(test.rows))}
     origin = Origin.of(options, data, options.finetuned)
-    theta_1 = copy.deepcopy(model.llama.state_dict())  # what is tied stays tied
+    theta_1 = copy.deepcopy(model.llama.state_dict())  # deepcopy keeps tied weights tied
     theta_0 = base_of(options, found) if mixes else theta_1
     report(f"data        dev {options.dev}, test {options.test}{''.join(f', {path}' for path in options.ood)}")
     for one in sets[1:]:
@@ -194,7 +194,7 @@ def run(options: Options) -> None:
             scores = {"alpha": alpha, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
             write_with_record(options, origin, one.name, sentences, write, **scores)
         write_mixed(options, found, model, alpha, dev)
-    finally:  # even if a file cannot be written
+    finally:  # print the scores even if a file cannot be written
         print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
         print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
         print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
@@ -204,7 +204,7 @@ def run(options: Options) -> None:
 
 
 def write_mixed(options: Options, found: FineTuned, model: nn.Module, alpha: float, dev: Evaluation) -> None:
-    """Writes the model at the best alpha, if --model_out asks for it; `dev`: its scores."""
+    """Writes the model at the best alpha to --model_out, if given. dev: its scores."""
     from minillama.formats.checkpoint import write_checkpoint
 
     if options.model_out:
@@ -222,47 +222,47 @@ def write_mixed(options: Options, found: FineTuned, model: nn.Module, alpha: flo
 
 
 def labels_of(options: Options, found: FineTuned) -> dict[str, str | None]:
-    """The class of each label in dev and test. Raises ValueError if the model was trained for other classes."""
+    """The class of each label in dev and test. Raises ValueError if the model was trained with other classes."""
     from minillama.text.labelled import class_names, read_labels
 
     labels = found.labels if options.label_names is None else read_labels(options.label_names)
     if (names := class_names(labels)) != found.label_names:
         raise ValueError(
-            f"{options.label_names} names {', '.join(names)}, but {found.path} was trained for "
+            f"{options.label_names} has {', '.join(names)}, but {found.path} was trained with "
             f"{', '.join(found.label_names)}; leave out --label-names"
         )
     return labels
 
 
 def base_of(options: Options, found: FineTuned) -> dict[str, Tensor]:
-    """The weights that fine-tuning began with. Raises ValueError if the model is another kind of Llama."""
+    """The weights of the base model. Raises ValueError if its config differs from that of the fine-tuned model."""
     from llama import llama_from_checkpoint
     from minillama.formats.checkpoint import read_checkpoint
 
     path = options.pretrained_model_path
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"{path}: the model that {found.path} came from is not there; name it with "
-            "--pretrained-model-path, or give --alphas 1 to judge the fine-tuned model alone"
+            f"{path}, the base model of {found.path}, is missing; name it with "
+            "--pretrained-model-path, or give --alphas 1 to score only the fine-tuned model"
         )
     checkpoint, causal = read_checkpoint(path), found.config.causal
     try:
         base = llama_from_checkpoint(checkpoint, norm=found.config.norm, causal=causal)
-    except ValueError:  # of another norm, which is told below, or damaged
+    except ValueError:  # another norm (reported below), or a damaged file
         base = llama_from_checkpoint(checkpoint, causal=causal)
     for field in fields(found.config):
         ours, theirs = getattr(found.config, field.name), getattr(base.config, field.name)
         if ours != theirs and field.name not in ("dropout", "use_cache", "attention_kernel"):
             raise ValueError(
-                f"{path} has {field.name} {theirs}, {found.path} has {ours}; give with --pretrained-model-path the "
-                "model that it was fine-tuned from"
+                f"{path} has {field.name} {theirs}, {found.path} has {ours}; name its base model with "
+                "--pretrained-model-path"
             )
     return base.state_dict()
 
 
 def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str | None]) -> list[DataSet]:
-    """The sets of --ood; `labels`: of those that have no label file of their own. Raises ValueError if the mappings are
-    not as many, or one does not fit the model's classes.
+    """The data sets of --ood. labels: for sets without a label file. Raises ValueError if a class mapping or a label
+    file does not fit the model's classes.
     """
     from minillama.text.labelled import class_names, read_labels, read_rows
 
@@ -275,7 +275,7 @@ def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str |
             if len(counts_as) != len(names):
                 raise ValueError(
                     f"--ood_classes {','.join(map(str, counts_as))} has {len(counts_as)} numbers, but the model has "
-                    f"{len(names)} classes ({', '.join(names)}); give a number for each"
+                    f"{len(names)} classes ({', '.join(names)}); give one number per class"
                 )
             members = [[n for n, k in zip(names, counts_as, strict=True) if k == i] for i in range(max(counts_as) + 1)]
             names = ["/".join(some) for some in members]
@@ -284,10 +284,10 @@ def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str |
             own = read_labels(file)
             if len(class_names(own)) != len(names):
                 raise ValueError(
-                    f"{file} has {len(class_names(own))} names, but the model's classes count as {len(names)} in "
-                    f"{path}; say with --ood_classes which count as which"
+                    f"{file} has {len(class_names(own))} names, but the model uses {len(names)} classes in "
+                    f"{path}; match them with --ood_classes"
                 )
-            if counts_as is None and sorted(class_names(own)) == sorted(names):  # by name, whatever their order
+            if counts_as is None and sorted(class_names(own)) == sorted(names):  # match by name, in any order
                 counts_as = [class_names(own).index(name) for name in names]
             names = class_names(own)
         name = stem if stems.count(stem) == 1 and stem not in ("dev", "test") else path
@@ -296,17 +296,17 @@ def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str |
 
 
 def for_each(options: Options, name: str) -> list:
-    """The option's values, one for each --ood file: one may serve for all, none is None for all."""
+    """The values of an option, one for each --ood file. A single value is repeated; without values, each is None."""
     given = getattr(options, name) or [None]
     return given * len(options.ood) if len(given) == 1 else given
 
 
 def counting(one: DataSet, classes: Sequence[str]) -> str:
-    """Which of the model's classes count as which of the set's names: `bad, poor -> no; good -> yes; fair left out`."""
+    """The class mapping in words: `bad, poor -> no; good -> yes; fair left out`."""
     counts_as = range(len(classes)) if one.counts_as is None else one.counts_as
     members = [[n for n, k in zip(classes, counts_as, strict=True) if k == i] for i in range(-1, len(one.names))]
-    told = [f"{', '.join(some)} -> {name}" for some, name in zip(members[1:], one.names, strict=True)]
-    return "; ".join([*told, *([f"{', '.join(members[0])} left out"] if members[0] else [])])
+    mapped = [f"{', '.join(some)} -> {name}" for some, name in zip(members[1:], one.names, strict=True)]
+    return "; ".join([*mapped, *([f"{', '.join(members[0])} left out"] if members[0] else [])])
 
 
 def shown_score(evaluation: Evaluation) -> str:
@@ -314,7 +314,7 @@ def shown_score(evaluation: Evaluation) -> str:
 
 
 def write_curve(options: Options, sets: list[DataSet], accuracies: list[list[float | None]]) -> None:
-    """The accuracies, a line for each alpha, as CSV; and their picture, with the accuracy of a guess."""
+    """Writes the accuracies by alpha as CSV, and as a chart with the accuracy of random guessing."""
     from minillama.formats.files import atomic_file
 
     with atomic_file(options.curve_out) as file:
@@ -337,7 +337,7 @@ def write_curve(options: Options, sets: list[DataSet], accuracies: list[list[flo
 
 COMMAND = Command(
     "wise_ft",
-    "mix a fine-tuned classifier with the model it came from",
+    "mix a fine-tuned classifier with its base model",
     (
         MIXING,
         Group("data", (flags.DEV, flags.TEST, flags.LABEL_NAMES, flags.DEV_OUT, flags.TEST_OUT), flags.ROW_FORMATS),
@@ -351,9 +351,9 @@ python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --sc
 python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt
 python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt --ood other.txt --ood_classes 0,0,-1,1,1
 """,
-    defaults=dict.fromkeys((*ADOPTED, "label_names", "dev_out", "test_out")),
-    default_texts=dict.fromkeys((*ADOPTED, "label_names"), "that of the run that made --finetuned")
-    | dict.fromkeys(("dev_out", "test_out"), "none is written"),
+    defaults=dict.fromkeys((*INHERITED_OPTIONS, "label_names", "dev_out", "test_out")),
+    default_texts=dict.fromkeys((*INHERITED_OPTIONS, "label_names"), "that of the run that wrote --finetuned")
+    | dict.fromkeys(("dev_out", "test_out"), "not written"),
     check=check,
     inputs=inputs,
     outputs=outputs,

@@ -1,6 +1,4 @@
-"""Prompts continued as text: by any decoder, alone or in batches, in pieces as soon as they are certain, until a text
-that ends them.
-"""
+"""Text generation with any decoder, alone or in batches, up to a stop text. Pieces appear as soon as they are final."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ Watch = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen. decoder: "sample", "beam", "contrastive" or "lookup"; stops: texts that end a
-    continuation; shows_prompt: whether the text begins with the prompt.
+    """Settings of decoding. decoder: "sample", "beam", "contrastive" or "lookup"; stops: texts that end a
+    continuation; shows_prompt: whether the shown text starts with the prompt.
     """
 
     decoder: str = "sample"
@@ -46,8 +44,8 @@ class Decoding:
 
 @dataclass
 class Continuation:
-    """The continuation of one prompt. finish: what ended it: "end" (of sequence), "stop" (a text of `stops`) or
-    "length". tokens: how many were made, with those of the end or the stop.
+    """The continuation of one prompt. finish: "end" (an end token), "stop" (a text of `stops`) or "length". tokens: the
+    number of generated tokens, including the end token or the stop text.
     """
 
     prompt: str
@@ -57,7 +55,7 @@ class Continuation:
 
 
 class Speed:
-    """Counts tokens from the moment it is made; the first one waits for the prompt to be read."""
+    """Token counter with a clock. The time of the first token includes reading the prompt."""
 
     def __init__(self) -> None:
         self.start, self.first, self.tokens = time.perf_counter(), 0.0, 0
@@ -68,11 +66,11 @@ class Speed:
 
     def __str__(self) -> str:
         end = time.perf_counter()
-        said = f"{self.tokens} tokens in {end - self.start:.2f} s"
-        if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all came at once
-            return f"{said}, {self.tokens / (end - self.start):.0f} a second"
+        total = f"{self.tokens} tokens in {end - self.start:.2f} s"
+        if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all tokens came at once
+            return f"{total}, {self.tokens / (end - self.start):.0f} per second"
         rate = (self.tokens - 1) / (end - self.first)
-        return f"{said}; the first after {self.first - self.start:.2f} s, then {rate:.0f} a second"
+        return f"{total}; the first after {self.first - self.start:.2f} s, then {rate:.0f} per second"
 
 
 class Writer:
@@ -84,13 +82,13 @@ class Writer:
         self.start_anew()
 
     def start_anew(self) -> None:
-        """Makes the draws from here on depend on the seed alone."""
+        """Resets the random generator to the seed."""
         self.generator.manual_seed(self.decoding.seed)
 
     def ids(self, prompt: list[int], temperature: float | None = None, watch: Watch | None = None) -> Iterator[int]:
-        """The tokens after one prompt; those of beam and contrastive search and of look-up all at once.
+        """The new tokens of one prompt. Beam search, contrastive search and lookup give them all at once.
 
-        temperature: another one than the decoding's. watch: `sampling.stream`'s.
+        temperature: overrides that of the decoding. watch: as in `sampling.stream`.
         """
         how, count = self.decoding, self.decoding.max_new_tokens
         ends: dict[str, Any] = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
@@ -121,7 +119,7 @@ class Writer:
             idx,
             self.decoding.max_new_tokens,
             temperature=self.decoding.temperature if temperature is None else temperature,
-            epsilon=0.0,  # among the filters
+            epsilon=0.0,  # it is one of the filters
             filters=self.decoding.filters,
             repetition_penalty=self.decoding.repetition_penalty,
             attention_mask=mask,
@@ -134,7 +132,7 @@ class Writer:
     def continuation(
         self, prompt: list[int], ids: Iterator[int], show: Callable[[str], None] = lambda piece: None
     ) -> Continuation:
-        """The text of a prompt and the ids after it, handed on piece by piece; takes no more ids than it needs."""
+        """The text of a prompt and the ids after it. Passes each piece to `show`; takes no more ids than needed."""
         taken: list[int] = []
         pieces: list[str] = []
         stopped = False
@@ -144,11 +142,11 @@ class Writer:
                 taken.append(token)
                 yield token
 
-        def told() -> Iterator[str]:
+        def until_stop() -> Iterator[str]:
             nonlocal stopped
             stopped = yield from text_pieces(self.tokenizer, self.shown(prompt), counted(), self.decoding.stops)
 
-        for piece in told():
+        for piece in until_stop():
             show(piece)
             pieces.append(piece)
         ended = bool(taken) and taken[-1] in self.tokenizer.stop_ids
@@ -156,8 +154,8 @@ class Writer:
         return Continuation(pieces[0], "".join(pieces[1:]), len(taken), finish)
 
     def batch(self, prompts: list[list[int]], tick: Callable[[int], object]) -> list[Continuation]:
-        """Continues prompts together: at temperature 0 each as it would be alone, else with draws that depend on which
-        prompts are together. tick: called with the number of new tokens.
+        """Continues prompts as one batch. At temperature 0 each result is that of the prompt alone; above 0 it depends
+        on the batch. tick: called with the number of new tokens.
         """
         idx, mask = pad(prompts, self.tokenizer.pad_id, side="left")
         rows: list[list[int]] = [[] for _ in prompts]
@@ -173,11 +171,11 @@ class Writer:
         return [self.continuation(prompt, iter(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
 
     def shown(self, prompt: list[int]) -> list[int]:
-        """The part of a prompt that is shown before its continuation."""
+        """The tokens of a prompt that are shown before its continuation."""
         return prompt if self.decoding.shows_prompt else []
 
     def stopped(self, prompt: list[int], ids: list[int]) -> bool:
-        """Whether one of the stops has come up, as `continuation` would find it."""
+        """Whether the text of `ids` contains one of the stops, by the rule of `continuation`."""
         if not self.decoding.stops:
             return False
         before = self.shown(prompt)
@@ -188,8 +186,8 @@ class Writer:
 def text_pieces(
     tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int], stops: Sequence[str]
 ) -> Generator[str, None, bool]:
-    """The text of prompt and ids in pieces, the prompt first, each as soon as it is certain: no half of a character,
-    and nothing that may be the beginning of one of `stops`. Ends before the first of these after the prompt; returns
+    """The text of prompt and ids in pieces, the prompt first. A piece appears as soon as it is final: no incomplete
+    character, and no text that may be the start of a stop. Ends before the first stop after the prompt; returns
     whether there was one.
     """
     tokens = list(prompt)
@@ -215,5 +213,5 @@ def text_pieces(
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many of the text's last characters are the beginning of `stop`."""
+    """The length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)

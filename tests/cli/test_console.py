@@ -22,7 +22,7 @@ def prompts_from(monkeypatch, file, name="-"):
     """The prompts of a standard input that is an open binary file, in a locale of ASCII."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", io.TextIOWrapper(file, encoding="ascii"))
-        return console.prompts_of(argparse.Namespace(prompt="", prompt_file=name))
+        return console.read_prompts(argparse.Namespace(prompt="", prompt_file=name))
 
 
 @pytest.mark.parametrize("name", console.STDIN)
@@ -103,7 +103,7 @@ def test_a_stream_without_bytes_is_read_and_a_closed_one_refused(monkeypatch):
 
 
 def type_lines(monkeypatch, *lines):
-    """What lines_typed hands on, as on a terminal."""
+    """What typed_lines hands on, as on a terminal."""
     typed = iter(lines)
 
     def ask(prompt):
@@ -114,7 +114,7 @@ def type_lines(monkeypatch, *lines):
 
     monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: True))
-    return list(console.lines_typed())
+    return list(console.typed_lines())
 
 
 def test_without_a_home_what_is_typed_is_not_kept_and_one_line_says_so(monkeypatch, capsys):

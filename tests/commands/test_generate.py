@@ -34,7 +34,7 @@ def command(generate_command):
 
 def test_a_stream_in_pieces_is_the_text_and_the_speed_is_told(command):
     out, err = generated(command, "--temperature", "0")
-    assert re.search(r"^16 tokens in [\d.]+ s; the first after [\d.]+ s, then \d+ a second$", err, flags=re.M)
+    assert re.search(r"^16 tokens in [\d.]+ s; the first after [\d.]+ s, then \d+ per second$", err, flags=re.M)
     llama = llama_from_checkpoint(read_checkpoint(command.folder / "model.pt"))
     tokenizer = Tokenizer(tokenizer_model=command.folder / "tokenizer.model")
     ids = torch.tensor([tokenizer.encode("one day", bos=True, eos=False)])
@@ -117,7 +117,7 @@ def test_8_bits_are_told_of_and_a_bidirectional_model_too(command):
     out, err = generated(command, "--temperature", "0", "--quantize", "int8")
     assert "8-bit weights" in err and out.startswith("one day")
     out, err = generated(command, "--temperature", "0", "--attention", "bidirectional")
-    assert "notice: attention is bidirectional here" in err
+    assert "notice: attention is bidirectional" in err
 
 
 def test_the_loop_answers_line_by_line_until_the_input_ends(command, monkeypatch):
@@ -156,7 +156,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, monkeypatch):
         (["--interactive", "--prompt", "x"], "leave out --prompt"),
         (["--prompt_file", "model.pt", "--prompt", "x"], "leave out --prompt"),
         (["--explain", "page.txt"], "--explain page.txt: the page's name must end in .html"),
-        (["--explain", "--decoder", "beam"], "shows how one text was sampled"),
+        (["--explain", "--decoder", "beam"], "shows the sampling of one text"),
         (["--decoder", "beam", "--temperature", "1"], "--decoder beam draws nothing"),
         (["--decoder", "beam", "--top_k", "3"], "--decoder beam draws nothing; leave out --top_k"),
         (["--decoder", "beam", "--epsilon", "0.3"], "leave out --epsilon"),
@@ -172,12 +172,18 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, monkeypatch):
         (["--stop", ""], "--stop has an empty text"),
         (
             ["--temperature", "1", "--generated_sentence_low_temp_out", "a.txt"],
-            "with --temperature the two texts, at temperature 0 and at 1, and their files are not made; leave out "
+            "with --temperature, generate does not write the two files at temperature 0 and 1; leave out "
             "--generated_sentence_low_temp_out",
         ),
         (["--json", "--generated_sentence_high_temp_out", "a.txt"], "leave out --generated_sentence_high_temp_out"),
-        (["--explain", "--generated_sentence_high_temp_out", "a.txt"], "with --explain the two texts"),
-        (["--decoder", "beam", "--generated_sentence_high_temp_out", "a.txt"], "with --decoder the two texts"),
+        (
+            ["--explain", "--generated_sentence_high_temp_out", "a.txt"],
+            "with --explain, generate does not write the two files",
+        ),
+        (
+            ["--decoder", "beam", "--generated_sentence_high_temp_out", "a.txt"],
+            "with --decoder, generate does not write the two files",
+        ),
         (["--repetition_penalty", "1e38"], "'1e38' is not allowed; it must be from 0.01 to 100 (1 changes nothing)"),
         (["--repetition_penalty", "1e-38"], "'1e-38' is not allowed; it must be from 0.01 to 100"),
         (["--repetition_penalty", "nan"], "'nan' is not allowed; it must be from 0.01 to 100"),

@@ -244,7 +244,7 @@ def test_the_command_writes_the_page_and_takes_a_curve(runs, capsys):
         (["--runs", "nowhere"], "--runs nowhere is missing"),
         (["--runs", "file.txt"], "--runs file.txt is a file"),
         (["--runs", "other"], "there is no run under other"),
-        (["--report_out", "runs/a/metrics.jsonl"], "the name of a page must end in .html"),
+        (["--report_out", "runs/a/metrics.jsonl"], "its name must end in .html"),
         (["--report_out", "no/a.html"], "there is no folder no"),
         (
             ["--curves", "nowhere.csv"],

@@ -283,7 +283,7 @@ def test_bad_input_gets_one_line_and_touches_nothing(command, what, more, change
 
 def test_prompts_too_long_for_the_window_are_cut_with_a_warning(command):
     code, _, err = command.sft("--window", "12")
-    assert code == 0 and "prompts lost their beginning: a row has room for 12 tokens" in err
+    assert code == 0 and "prompts was cut: a row holds 12 tokens" in err
 
 
 def test_a_run_does_not_go_on_with_another_answer(command):

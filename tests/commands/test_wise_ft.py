@@ -199,7 +199,9 @@ def test_a_base_of_another_norm_is_told_without_an_option_that_was_not_typed(com
     fine_tuned(command)
     code, _, err = wise_ft(command, "--pretrained-model-path", "other.pt")
     assert code == 2 and "--norm" not in err
-    assert "other.pt has norm layernorm, run/best.pt has rmsnorm; give with --pretrained-model-path the model" in err
+    assert (
+        "other.pt has norm layernorm, run/best.pt has rmsnorm; name its base model with --pretrained-model-path" in err
+    )
 
 
 def test_data_files_of_other_forms_are_read_as_in_training(command):
@@ -256,7 +258,7 @@ BAD = [
     ("no file", ["--finetuned", "none.pt"], None, "none.pt: no such file; give the best.pt of a run"),
     ("a base in its place", ["--finetuned", "model.pt"], None, "model.pt holds no fine-tuned classifier"),
     ("a text in its place", ["--finetuned", "dev.txt"], None, "dev.txt holds no fine-tuned"),
-    ("a base that is gone", [], lambda f: (f / "model.pt").unlink(), "model.pt: the model that run/best.pt came from"),
+    ("a base that is gone", [], lambda f: (f / "model.pt").unlink(), "model.pt, the base model of run/best.pt,"),
     (
         "another base",
         ["--pretrained-model-path", "other.pt"],
@@ -283,10 +285,10 @@ BAD = [
         "o.txt, line 1: label 'neg' is none of 0 to 1 (in, of); correct it, or give the label file that belongs to it "
         "(--label-names, for one of --ood --ood_label_names)",
     ),
-    ("one label alone", ["--ood", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
-    ("dev of one label", ["--dev", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has one value in its whole"),
+    ("one label alone", ["--ood", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has only one value in its"),
+    ("dev of one label", ["--dev", "o.txt"], writes("o.txt", "0 ||| a\n0 ||| b\n"), "o.txt has only one value in its"),
     ("a curve over the data", ["--curve_out", "dev.txt", "--dev", "dev.txt"], None, "dev.txt is both input and output"),
-    ("one file twice", ["--curve_out", "a.html"], None, "name of the table must end in .csv"),
+    ("one file twice", ["--curve_out", "a.html"], None, "its name must end in .csv"),
     ("no folder", ["--curve_out", "none/a.csv"], None, "there is no folder none"),
 ]
 
