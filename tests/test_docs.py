@@ -23,7 +23,9 @@ from minillama.layers.kv_cache import KVCache
 MADE = ROOT / "docs" / "options.md"  # made from the parser, and tested there
 DOCS = sorted({*(ROOT / "docs").glob("*.md")} - {MADE})
 PAGES = [ROOT / "README.md", *DOCS]
-OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "data/README.md", "data/MODEL_CARD.md", "examples/README.md")]
+OTHER_PAGES = [
+    ROOT / name for name in ("CONTRIBUTING.md", "data/README.md", "data/MODEL_CARD.md", "examples/README.md")
+]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SVG = ROOT / "docs" / "block.svg"
 
