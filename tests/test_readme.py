@@ -111,15 +111,15 @@ def test_the_sanity_check_prints_what_its_page_shows(tmp_path, monkeypatch):
 
 
 def write_fine_tuned(path):
-    """What finetune leaves, of the model and the SST data in the folder, with nothing learnt."""
+    """The file that finetune writes, from the model and the SST data in the folder, with nothing learnt."""
     llama, names = load_pretrained("stories42M.pt"), json.loads(Path("data/sst-label-mapping.json").read_text())
     config = SimpleNamespace(llama=llama, num_labels=len(names), hidden_dropout_prob=0.0, option="finetune")
     options = {"pretrained_model_path": "stories42M.pt", "tokenizer": None, "max_sentence_len": None}
+    labels = {str(number): name for number, name in enumerate(names)}
     options |= {"dev": "data/sst-dev.txt", "test": "data/sst-test.txt", "pooling": "last_token", "batch_size": 8}
     state = LlamaEmbeddingClassifier(config).state_dict()
-    write_checkpoint(
-        path, state, llama.config, kind="classifier", head="linear", label_names=names, options=options, epoch=1
-    )
+    about = {"kind": "classifier", "head": "linear", "label_names": names, "labels": labels, "options": options}
+    write_checkpoint(path, state, llama.config, **about, epoch=1)
 
 
 def prepare(command):
