@@ -101,6 +101,11 @@ def test_the_readme_is_short():
     assert len(text_of(ROOT / "README.md").split()) < 1000
 
 
+def test_the_readme_installs_an_allowed_pytorch():
+    allowed = re.search(r"^torch\S+", text_of(ROOT / "requirements.txt"), flags=re.M)[0]
+    assert f'pip install "{allowed}" --index-url' in text_of(ROOT / "README.md")
+
+
 def test_the_readme_has_a_page_for_each_wish():
     table = text_of(ROOT / "README.md").split("| I want to ... |")[1].split("\n\n")[0]
     pages = re.findall(r"\]\(docs/(\w+)\.md\)", table)
