@@ -92,6 +92,26 @@ def test_the_core_packages_are_those_that_get_installed():
 
 def test_the_root_holds_a_dozen_modules_and_none_is_long():
     assert len([path for path in FILES if path.parent == ROOT]) <= 13
+    assert not [path for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in ("cli", "commands")])
+def test_a_command_imports_torch_only_when_it_runs(module):
+    loads_torch = {
+        "layers",
+        "formats",
+        "text",
+        "llama",
+        "decoding",
+        "classifier",
+        "training",
+        "lora",
+        "rope",
+        "optimizer",
+    }
+    for name in imports(module, top_level_only=True):
+        assert name.partition(".")[0] not in ("torch", "numpy", "tqdm", "sklearn")
+        assert room(name) not in loads_torch or name == "minillama.formats.names"
 
 
 def test_the_modules_that_outside_code_imports_load_no_command_line():

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy
-
 from minillama.cli.charts import Point
 from minillama.cli.options import Command, parse_options
 from minillama.cli.session import active_options
@@ -63,6 +61,8 @@ class Run:
 
     def samples(self) -> list[tuple[object, str]]:
         """(epoch, text) of at most MOST_SAMPLES evenly spaced samples."""
+        import numpy
+
         samples = [(line.get("epoch"), line["sample"]) for line in self.scores if "sample" in line]
         kept = numpy.linspace(0, len(samples) - 1, min(len(samples), MOST_SAMPLES)).round().astype(int)
         return [samples[i] for i in kept]
@@ -149,6 +149,8 @@ def read_metrics(run: Run) -> None:
 
 def check_matrices(final: dict[str, Any]) -> None:
     """Raises ValueError or TypeError unless each confusion matrix of `final` is a square table of integers."""
+    import numpy
+
     for name, matrix in final.items():
         if name.endswith("_confusion") and matrix is not None:
             counts, classes = numpy.array(matrix), len(final["classes"])
