@@ -126,7 +126,7 @@ class Attention(nn.Module):
         """The attention of `compute_query_key_value_scores` by the kernel that the config names.
 
         "auto" is torch's fused kernel, except in half precision on the CPU, where that takes up to five times as long
-        as matrix products of a few rows at a time (docs/results.md).
+        as matrix products of a few rows at a time (docs/performance.md).
         """
         config, kernel = self.config, self.config.attention_kernel
         if kernel == "auto":

@@ -80,7 +80,7 @@ def dense_product(weight: Tensor) -> Product:
 
 def packed_product(weight: Tensor) -> Product:
     """x W^T on the CPU with W in the blocked layout of oneDNN, by the kernels that torch.compile uses. For few rows it
-    takes half the time of torch's own product (docs/results.md).
+    takes half the time of torch's own product (docs/performance.md).
     """
     width, dtype = weight.shape[1], weight.dtype
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # a layout for about 16 rows

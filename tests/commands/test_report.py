@@ -241,7 +241,7 @@ def test_the_command_writes_the_page_and_takes_a_curve(runs, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--runs", "nowhere"], "--runs nowhere is missing"),
+        (["--runs", "nowhere"], "--runs nowhere does not exist"),
         (["--runs", "file.txt"], "--runs file.txt is a file"),
         (["--runs", "other"], "there is no run under other"),
         (["--report_out", "runs/a/metrics.jsonl"], "its name must end in .html"),

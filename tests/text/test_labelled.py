@@ -13,7 +13,6 @@ from minillama.text.labelled import (
     class_names,
     has_gold_labels,
     missing_classes,
-    read_label_names,
     read_labels,
     read_rows,
 )
@@ -127,9 +126,9 @@ def test_label_names_are_a_list_of_distinct_names(tmp_path, content, message):
     path = tmp_path / "names.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_label_names(path)
+        class_names(read_labels(path))
     path.write_text(json.dumps(SST), encoding="utf-8")
-    assert read_label_names(path) == SST
+    assert class_names(read_labels(path)) == SST
 
 
 # Other files, other labels
@@ -191,7 +190,7 @@ def test_two_classes_made_of_five_are_the_published_sst_2(asset, split, count):
 
 def test_class_ids_go_by_first_mention_and_null_leaves_rows_out(tmp_path):
     labels = mapping(tmp_path, {"pos": "good", "meh": None, "neg": "bad", "very neg": "bad"})
-    assert class_names(labels) == read_label_names(tmp_path / "mapping.json") == ["good", "bad"]
+    assert class_names(labels) == class_names(read_labels(tmp_path / "mapping.json")) == ["good", "bad"]
     path = named(tmp_path, "a.tsv", "neg\tone\nmeh\ttwo\npos\tthree\nvery neg\tfour\n")
     assert read_rows(path, labels) == [Row(1, "one"), Row(0, "three"), Row(1, "four")]
     assert mapping(tmp_path, ["bad", "good"]) == {"0": "bad", "1": "good"}
