@@ -101,7 +101,7 @@ BAD = [
         "generate",
         [],
         writes("tokenizer.model", "x"),
-        "tokenizer.model is no SentencePiece",
+        "tokenizer.model is no tokenizer",
     ),
     *(
         (f"{flag} {value}", option, [flag, value], None, f"argument {flag}: {value!r} is not allowed")
@@ -158,7 +158,7 @@ BAD = [
         "prompt",
         ["--template", "{sentence} {label}"],
         None,
-        "--template has {label}; it takes",
+        "--template has {label}; it allows",
     ),
     ("a template too long", "prompt", ["--template", "{sentence}" + " so" * 99], None, "no room for a sentence"),
     ("one label word", "prompt", ["--label_words", "good"], None, "argument --label_words: 'good' is not allowed"),

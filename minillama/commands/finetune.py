@@ -88,7 +88,7 @@ REGULARIZATION = Group(
             default_text="off",
         ),
     ),
-    "The printed training loss includes the terms of the regularizers.",
+    "The printed training loss includes these terms.",
 )
 
 

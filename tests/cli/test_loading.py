@@ -236,7 +236,7 @@ def test_a_model_of_another_vocabulary_is_refused(folder):
     model = tiny_llama(vocab_size=300)
     write_checkpoint("model.pt", model.state_dict(), model.config)
     args = SimpleNamespace(pretrained_model_path="model.pt", norm=None, attention=None)
-    with pytest.raises(ValueError, match=r"vocabulary of 300, typed.model one of 320; give the --tokenizer that the"):
+    with pytest.raises(ValueError, match=r"vocabulary of 300 tokens, but typed.model has 320; give the --tokenizer that the"):
         open_checkpoint(args, Tokenizer(tokenizer_model="typed.model"))
 
 
@@ -314,5 +314,5 @@ def test_a_tokenizer_from_elsewhere_may_lack_a_few_pieces_or_those_up_to_a_round
 
 @pytest.mark.parametrize("vocab_size", [319, 312, 300, 329, 400, 500, 640, 4096])
 def test_a_tokenizer_of_another_model_is_refused(small_tokenizer, vocab_size):
-    with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size}, .* one of 320; give the --tokenizer"):
+    with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size} tokens, but .* has 320; give the --tokenizer"):
         fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, Tokenizer(tokenizer_model=small_tokenizer))
