@@ -14,7 +14,7 @@ from datetime import datetime
 import pytest
 
 from conftest import ROOT
-from minillama.cli import parser as command_line
+from minillama import environment
 from minillama.environment import try_lock
 from minillama.formats.files import link_or_copy
 from minillama.training import run_directory
@@ -197,9 +197,9 @@ def test_where_nothing_can_be_locked_a_run_goes_on_without(tmp_path, monkeypatch
         raise OSError(code, "no locks")
 
     if code is None:
-        monkeypatch.setattr(command_line, "fcntl", None)
+        monkeypatch.setattr(environment, "fcntl", None)
     else:
-        monkeypatch.setattr(command_line.fcntl, "flock", refuses)
+        monkeypatch.setattr(environment.fcntl, "flock", refuses)
     with new_run(None, tmp_path, "lora") as path:
         RunDirectory(path).create({})
     with locked(path):
