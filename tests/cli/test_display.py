@@ -108,7 +108,7 @@ def test_answers_and_mixed_predictions_are_whole(shell):
     "way, code, line",
     [
         ("left", 141, ""),
-        ("full", 2, "run_llama.py: error: the standard output failed (No space left on device); send it"),
+        ("full", 2, "run_llama.py: error: the standard output failed (No space left on device); write"),
         ("closed", 2, "run_llama.py: error: the standard output, which takes the text, is closed; write it"),
     ],
 )

@@ -236,7 +236,9 @@ def test_a_model_of_another_vocabulary_is_refused(folder):
     model = tiny_llama(vocab_size=300)
     write_checkpoint("model.pt", model.state_dict(), model.config)
     args = SimpleNamespace(pretrained_model_path="model.pt", norm=None, attention=None)
-    with pytest.raises(ValueError, match=r"vocabulary of 300 tokens, but typed.model has 320; give the --tokenizer that the"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary of 300 tokens, but typed.model has 320; give the --tokenizer that the"
+    ):
         open_checkpoint(args, Tokenizer(tokenizer_model="typed.model"))
 
 

@@ -146,7 +146,7 @@ def test_what_has_no_meaning_for_it_is_told_and_what_it_takes_from_the_run_is_no
     code, _, err = classify(command, "--prompt", "x", "--label-names", "other.json", "--dev", "d.txt")
     assert code == 0
     assert [line.split()[1:] for line in err.splitlines() if line.startswith("ignored")] == [
-        ["--dev,", "--label-names:", "without", "effect", "for", "--option", "classify"]
+        ["--dev,", "--label-names:", "no", "effect", "with", "--option", "classify"]
     ]
 
 

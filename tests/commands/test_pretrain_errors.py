@@ -99,7 +99,7 @@ BAD = [
     ("a missing text", "perplexity", [*FROM, "--corpus", "none.txt"], a_model(), "none.txt: no such text"),
     ("an empty text", "perplexity", [*FROM, "--corpus", "a.txt"], lambda f: (a_model()(f), text("a.txt", "")(f)),
      "a.txt holds no text"),
-    ("a stride above", "perplexity", [*FROM, "--window", "8", "--stride", "9"], a_model(), "--stride 9: windows of 8"),
+    ("a stride above", "perplexity", [*FROM, "--window", "8", "--stride", "9"], a_model(), "--stride 9 is above"),
     ("a window too long", "perplexity", [*FROM, "--window", "33"], a_model(), "context of 32"),
     ("a model that sees all", "perplexity", FROM, a_model(causal=False), "add --attention causal"),
     ("fewer documents", "perplexity", [*FROM, "--held_out", "41"], a_model(), "stories.txt has 40 documents"),

@@ -146,7 +146,7 @@ def test_micro_batches_and_windows_take_the_same_steps(command):
     wanted = None
     for n, more in enumerate(([], ["--micro_batch_size", "1"], ["--window", "64"])):
         code, _, err = command.sft(*more, "--lr", "0.001", run_dir=f"run{n}")
-        assert code == 0 and ("in rows of 64" in err) == ("--window" in more), err
+        assert code == 0 and ("rows of 64 tokens" in err) == ("--window" in more), err
         losses = [line["loss"] for line in command.metrics(f"run{n}") if "loss" in line]
         wanted = wanted or losses
         assert losses == pytest.approx(wanted, rel=1e-4) and len(losses) == 10

@@ -266,7 +266,7 @@ BAD = [
         "other.pt has n_layers 1, run/best.pt has 2",
     ),
     ("a template", ["--template", "{sentence} So"], None, "--template belongs to --option prompt and to --head prompt"),
-    ("alphas beyond", ["--alphas", "0,1.5"], None, "'0,1.5' is not allowed; it must be numbers from 0 to 1"),
+    ("alphas beyond", ["--alphas", "0,1.5"], None, "'0,1.5' is not allowed; it must be increasing numbers from 0 to 1"),
     ("alphas of no number", ["--alphas", "half"], None, "'half' is not allowed"),
     ("classes left out", ["--ood", "dev.txt", "--ood_classes", "0,2"], None, "'0,2' is not allowed"),
     (
