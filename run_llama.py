@@ -11,7 +11,7 @@ from minillama.cli.checks import check_options
 from minillama.cli.display import Display, report_loss, safe_display
 from minillama.cli.header import report
 from minillama.cli.options import Options, parse_options, requested_help
-from minillama.cli.session import name_run, resumed
+from minillama.cli.session import create_run, resume_options
 from minillama.commands import COMMANDS
 from minillama.environment import Process, this_process
 
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str], processes: int = 1) -> Options:
 def run_command(options: Options, argv: Sequence[str], out: Display) -> None:
     """Resolves defaults, checks the options, and runs the command. out: the stream for stdout."""
     with ExitStack() as held:  # the run's lock
-        options = resumed(options, argv, held) if options.resume else options.command.resolve(options)
+        options = resume_options(options, argv, held) if options.resume else options.command.resolve(options)
         check_options(options)
         command = options.command
         if command.only_prints(options):
@@ -59,7 +59,7 @@ def run_command(options: Options, argv: Sequence[str], out: Display) -> None:
 
         check_writable(*command.outputs(options))
         if command.trains and not options.resume:
-            options = name_run(options, held)
+            options = create_run(options, held)
         command.run(options)
 
 

@@ -91,7 +91,7 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
+def downsample(points: Sequence[Point]) -> tuple[list[Point], int]:
     """At most MOST_POINTS means of consecutive points, and the number of points in each mean."""
     size = max(1, math.ceil(len(points) / MOST_POINTS))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
@@ -159,7 +159,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[in
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def shaded(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
+def matrix_figure(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
     """A square matrix of counts as a figure. Each cell is shaded by its share of the row."""
     head = "".join(f"<th>{text(name)}</th>" for name in names)
     body = []

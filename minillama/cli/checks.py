@@ -20,7 +20,7 @@ def check_options(options: Options) -> None:
     check_paths(options)
     if options.use_gpu and options.device and not options.device.startswith("cuda"):
         raise ValueError(f"--use_gpu contradicts --device {options.device}; give one of them")
-    check_belonging(options)
+    check_foreign_flags(options)
     options.command.check(options)
 
 
@@ -61,7 +61,7 @@ def check_paths(options: Options) -> None:
                 raise ValueError(f"{path} is one of the run's own files; give another name")
 
 
-def check_belonging(options: Options) -> None:
+def check_foreign_flags(options: Options) -> None:
     """Raises ValueError for a flag of another command. The header lists flags that merely have no effect."""
     known = all_flags(options.commands)
     for key in options.changed(*known):

@@ -12,7 +12,7 @@ from minillama.cli.header import display_path, print_header, report
 from minillama.cli.loading import fit_tokenizer, load_tokenizer
 from minillama.cli.options import Options, all_flags
 from minillama.cli.provenance import check_default_output, write_with_record
-from minillama.cli.session import log_of
+from minillama.cli.session import make_log
 from minillama.environment import HERE
 from minillama.formats.names import path_and_fold
 
@@ -117,7 +117,7 @@ def tokenize_data(
     return done
 
 
-def reading(options: Options, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+def reading_arguments(options: Options, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of `evaluate` and `class_log_probs` for reading rows."""
     bucketed = options.pooling == "last_token"
     return {"batch_size": options.batch_size, "pad_id": tokenizer.pad_id, "dtype": dtype, "bucketed": bucketed}
@@ -137,7 +137,7 @@ def predict(
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
     options, label_names = session.options, class_names(labels)
-    how = reading(options, session.tokenizer, session.dtype)
+    how = reading_arguments(options, session.tokenizer, session.dtype)
     run = session.run if options.command.trains else None
     results, seconds = {}, {}
     try:
@@ -152,7 +152,7 @@ def predict(
                 scores = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
                 write_with_record(options, origin, split, [row.sentence for row in rows], write, **scores)
     finally:
-        log = log_of(run)
+        log = make_log(run)
         lines = []
         for split, result in results.items():
             line = f"{split} {describe(result, with_loss=run is not None)} ({len(data[split])} rows)"
@@ -173,7 +173,7 @@ def predict(
 # Fine-tuned models
 
 
-def adopt(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
+def inherit_options(options: Options, found: FineTuned, names: Sequence[str]) -> Options:
     """Takes each option of `names` that was not typed from the run that made the file. Bundled files are found from any
     folder. Raises ValueError if the file lacks one of the options.
     """

@@ -131,7 +131,7 @@ def find_record(folder: Path, name: str, content: bytes) -> dict[str, Any] | Non
 
 
 @contextmanager
-def writing_turn(path: str | Path) -> Iterator[None]:
+def lock_predictions(path: str | Path) -> Iterator[None]:
     """Locks the predictions in the folder of `path`, so that a file and its record come from the same run. Continues
     without the lock if the file system has none.
     """
@@ -148,7 +148,7 @@ def writing_turn(path: str | Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def settled_output(options: Options, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
+def free_output_path(options: Options, split: str, sentences: Sequence[str]) -> tuple[str, str | None]:
     """The path for the predictions of a split, and a warning if it is not the path of the options. Another run may have
     written predictions for other data to the default path since this run started.
     """
@@ -168,8 +168,8 @@ def write_with_record(
 ) -> None:
     """Writes the predictions of a split with `write`, and their record. texts: the texts of the rows."""
     path = getattr(options, f"{split}_out")
-    with writing_turn(path):
-        path, moved = settled_output(options, split, texts)
+    with lock_predictions(path):
+        path, moved = free_output_path(options, split, texts)
         write(path)
         warn(origin.write_record(path, split, **results))
     warn(moved)

@@ -42,7 +42,7 @@ def active_options(saved: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in saved.items() if name not in PARTS or saved.get(PARTS[name])}
 
 
-def resumed(options: Options, argv: Sequence[str], held: ExitStack) -> Options:
+def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Options:
     """The options of the run to resume, updated from the command line where allowed. The main process locks the run
     until `held` is closed.
 
@@ -71,7 +71,7 @@ def resumed(options: Options, argv: Sequence[str], held: ExitStack) -> Options:
     return options
 
 
-def name_run(options: Options, held: ExitStack) -> Options:
+def create_run(options: Options, held: ExitStack) -> Options:
     """Creates and locks the folder of a new run, and returns the options with its name: --run_dir or a new name. Only
     the main process does this; the others get the name in `open_session`. Closing `held` releases the lock, and
     removes a folder without a run. Raises ValueError if the folder is in use or cannot be created.
@@ -83,7 +83,7 @@ def name_run(options: Options, held: ExitStack) -> Options:
     return options.replace(run_dir=str(held.enter_context(new_run(options.run_dir, Path(RUNS), options.option))))
 
 
-def log_of(run: RunDirectory | None) -> Callable[[str], None]:
+def make_log(run: RunDirectory | None) -> Callable[[str], None]:
     """A function that prints a line on stderr, and adds it to the log of `run`, if any."""
 
     def log(line: str) -> None:
@@ -139,7 +139,7 @@ class Session:
             model.compile(dynamic=dynamic)
         torch.manual_seed(self.options.seed + self.processes.rank)  # dropout differs from process to process
         settings = settings_of(self.options, self.dtype)
-        log = log_of(self.run)
+        log = make_log(self.run)
         return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
 
     def write_model(self, state: dict[str, Tensor], config: LlamaConfig, stop_ids: Sequence[int]) -> list[str]:

@@ -43,13 +43,13 @@ def run(options: Options) -> None:
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
     found = read_fine_tuned(options.finetuned)
-    options = classifiers.adopt(options, found, classifiers.OPTIONS_FROM_FINE_TUNED)
+    options = classifiers.inherit_options(options, found, classifiers.OPTIONS_FROM_FINE_TUNED)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
     classifier, tokenizer, prompt = classifiers.load_classifier(options, found, device, dtype)
     model = classifier.to(device)
     labels = class_labels(found.labels)
-    how = classifiers.reading(options, tokenizer, dtype)
+    how = classifiers.reading_arguments(options, tokenizer, dtype)
 
     def label(sentences: Sequence[str]) -> None:
         rows = [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]

@@ -18,7 +18,7 @@ from minillama.cli.header import report, warn
 from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
-from minillama.cli.provenance import Origin, writing_turn
+from minillama.cli.provenance import Origin, lock_predictions
 
 if TYPE_CHECKING:
     from minillama.decoding.decoders import Continuation, Watch, Writer
@@ -283,9 +283,9 @@ def write_two_files(options: Options, writer: Writer, prompt: list[int]) -> None
     origin = Origin.of(options, {})
     for temperature, path in zip((0.0, 1.0), outputs(options), strict=True):
         report(f"\ntemperature {temperature:g} -> {path}")
-        writer.start_anew()
+        writer.reset_generator()
         made = write_one(writer, prompt, show, temperature)
-        with writing_turn(path):
+        with lock_predictions(path):
             with atomic_file(path) as file:
                 file.write(made.prompt + made.text + "\n")
             warn(origin.write_record(path, temperature=temperature))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from minillama.cli.charts import Line, chart, colour, document, shaded, table, text, thinned
+from minillama.cli.charts import Line, chart, colour, document, downsample, matrix_figure, table, text
 from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, read_run
 from minillama.cli.flags import DEFAULT_PRESET
 from minillama.cli.header import report
@@ -101,7 +101,7 @@ def grouped(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 # The page
 
 
-def spread(members: Sequence[Run], score: str) -> str:
+def mean_and_deviation(members: Sequence[Run], score: str) -> str:
     """The mean of a score. Adds the standard deviation (n - 1) if several runs have the score, and their number if not
     all have it. A dash if none has it.
     """
@@ -129,8 +129,10 @@ def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
         seeds = ", ".join(str(run.options["seed"]) for run in members if run.options)
         link = f'<a href="#g{i}">{text(name)}</a> <div class="quiet">seed {text(seeds or "unknown")}</div>'
         for title, judge in (("Accuracy", "dev_accuracy"), ("Bits per byte", "bits_per_byte"), ("Answers", "dev_f1")):
-            if spread(members, judge) != NONE:
-                lines[title].append((name, [link, *(spread(members, score) for score in kinds[title].values())]))
+            if mean_and_deviation(members, judge) != NONE:
+                lines[title].append(
+                    (name, [link, *(mean_and_deviation(members, score) for score in kinds[title].values())])
+                )
                 break
     parts = []
     for title, heads in kinds.items():
@@ -171,7 +173,7 @@ def figures(members: Sequence[Run]) -> str:
         pairs = zip(names, members, strict=True)
         return [(name + label, run.curve(score), colour(i, dashed)) for i, (name, run) in enumerate(pairs)]
 
-    thin = [thinned(run.losses) for run in members]
+    thin = [downsample(run.losses) for run in members]
     size = max(size for _, size in thin)
     losses = [(name, points, colour(i)) for i, (name, (points, _)) in enumerate(zip(names, thin, strict=True))]
     dev, bits = curves("dev_accuracy", ", dev"), curves("bits_per_byte")
@@ -198,7 +200,7 @@ def group_section(number: int, name: str, members: Sequence[Run]) -> str:
         parts.append(f'<p class="quiet">{text(", ".join(" ".join(item) for item in chosen.items()))}</p>')
     parts += [run_table(members), figures(members)]
     drawn = [
-        shaded(
+        matrix_figure(
             f"{split}, seed {run.options.get('seed', '?')}: accuracy {decimals(run.final.get(f'{split}_accuracy'))}",
             *matrix,
         )

@@ -141,7 +141,7 @@ def run(options: Options) -> None:
 
     check_alone(options)
     found = read_fine_tuned(options.finetuned)
-    options = classifiers.adopt(options, found, INHERITED_OPTIONS)
+    options = classifiers.inherit_options(options, found, INHERITED_OPTIONS)
     labels = labels_of(options, found)
     sets = [DataSet("dev", read_rows(options.dev, labels), found.label_names), *out_of_domain(options, found, labels)]
     test = DataSet("test", read_rows(options.test, labels), found.label_names)
@@ -170,7 +170,10 @@ def run(options: Options) -> None:
     def judged(one: DataSet, alpha: float) -> Evaluation:
         judge: nn.Module = model if one.counts_as is None else MergedClasses(model, one.counts_as)
         return evaluate(
-            judge, one.rows, **classifiers.reading(options, tokenizer, dtype), name=f"{one.name}, alpha {alpha:g}"
+            judge,
+            one.rows,
+            **classifiers.reading_arguments(options, tokenizer, dtype),
+            name=f"{one.name}, alpha {alpha:g}",
         )
 
     curve: list[list[Evaluation]] = []

@@ -79,9 +79,9 @@ class Writer:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, device: torch.device, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.device, self.decoding = model, tokenizer, device, decoding
         self.generator = torch.Generator(device)
-        self.start_anew()
+        self.reset_generator()
 
-    def start_anew(self) -> None:
+    def reset_generator(self) -> None:
         """Resets the random generator to the seed."""
         self.generator.manual_seed(self.decoding.seed)
 

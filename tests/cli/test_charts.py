@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from minillama.cli.charts import chart, text, thinned, ticks
+from minillama.cli.charts import chart, downsample, text, ticks
 from reported_runs import Page
 
 
@@ -41,6 +41,6 @@ def test_ticks_are_few_even_and_hold_the_range(low, high):
 
 def test_a_long_curve_keeps_its_mean():
     points = [(float(i), i**0.5) for i in range(1200)]
-    few, size = thinned(points)
+    few, size = downsample(points)
     assert (len(few), size) == (150, 8)
     assert statistics.fmean(y for _, y in few) == pytest.approx(statistics.fmean(y for _, y in points))

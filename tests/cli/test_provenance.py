@@ -13,7 +13,7 @@ import time
 import pytest
 
 from minillama.cli import provenance
-from minillama.cli.provenance import find_record, same_sentences, sentences_in, writing_turn
+from minillama.cli.provenance import find_record, lock_predictions, same_sentences, sentences_in
 from minillama.environment import project_commit
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.training import evaluation
@@ -207,7 +207,7 @@ def test_a_file_and_its_record_are_of_one_run(tmp_path):
     path, order = tmp_path / "output.txt", []
 
     def run(name):
-        with writing_turn(path):
+        with lock_predictions(path):
             order.append(f"{name} begins")
             time.sleep(0.05)
             order.append(f"{name} ends")

@@ -360,12 +360,12 @@ def test_it_takes_what_was_not_typed_from_the_run(command):
     seen = {}
 
     def adopted(options, found, names):
-        seen.update(adopt(options, found, names).values())
+        seen.update(inherit_options(options, found, names).values())
         raise ValueError("enough")
 
-    adopt = classifiers.adopt
+    inherit_options = classifiers.inherit_options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifiers, "adopt", adopted)
+        patch.setattr(classifiers, "inherit_options", adopted)
         wise_ft(command, "--dev", "test.txt")
     assert (seen["max_sentence_len"], seen["pooling"], seen["dev"]) == (3, "last_column", "test.txt")
     for name in ("pretrained_model_path", "tokenizer", "test"):
