@@ -169,12 +169,8 @@ def run(options: Options) -> None:
 
     def judged(one: DataSet, alpha: float) -> Evaluation:
         judge: nn.Module = model if one.counts_as is None else MergedClasses(model, one.counts_as)
-        return evaluate(
-            judge,
-            one.rows,
-            **classifiers.reading_arguments(options, tokenizer, dtype),
-            name=f"{one.name}, alpha {alpha:g}",
-        )
+        how = classifiers.reading_arguments(options, tokenizer, dtype)
+        return evaluate(judge, one.rows, **how, name=f"{one.name}, alpha {alpha:g}")
 
     curve: list[list[Evaluation]] = []
     with tqdm(options.alphas, desc="mixing", unit="alpha", leave=False, disable=None) as bar:
