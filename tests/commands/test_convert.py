@@ -228,9 +228,7 @@ def test_what_a_format_cannot_hold_is_refused_and_nothing_written(tmp_path, caps
     for to in ("huggingface", "gguf", "llama2c-v0", "llama2c-v1", "llama2c-v2"):
         assert convert(tmp_path, to, tmp_path / "out") == 2
         lines = capsys.readouterr().err.splitlines()
-        assert "holds RMSNorm models only, and this one has LayerNorm" in lines[-1] and "Traceback" not in "".join(
-            lines
-        )
+        assert "supports only RMSNorm, and this model has LayerNorm" in lines[-1] and "Traceback" not in "".join(lines)
         assert sorted(tmp_path.iterdir()) == before
 
 

@@ -88,7 +88,7 @@ BAD = [
      "differential attention cannot be quantized"),
     ("no model to continue", "pretrain", [*FROM, "--tokenizer", "tok.model"], None, "model.pt: no such checkpoint"),
     ("another vocabulary", "pretrain", FROM, a_model(vocab_size=300), "has a vocabulary of 300"),
-    ("a prompt that is no text", "pretrain", ["--sample_prompt", "\udce9"], None, "is no UTF-8 text"),
+    ("a prompt that is no text", "pretrain", ["--sample_prompt", "\udce9"], None, "is not UTF-8 text"),
     ("a run there already", "pretrain", ["--run_dir", "tok.model"], None, "tok.model is a file"),
     ("no text", "tokenizer", ["--corpus", "none.txt"], None, "none.txt: no such text"),
     ("too many pieces", "tokenizer", ["--vocab_size", "100000"], None, "give another --vocab_size"),

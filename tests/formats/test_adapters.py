@@ -218,7 +218,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path):
         read_adapter(folder, config)
     model = tiny_llama()
     write_checkpoint(tmp_path / "model.pt", model.state_dict(), model.config)
-    with pytest.raises(ValueError, match="is no file of --option lora"):
+    with pytest.raises(ValueError, match="is not a file of --option lora"):
         read_adapter(tmp_path / "model.pt", config)
     options = {"lora_rank": 4, "lora_alpha": 1.0}
     write_checkpoint(tmp_path / "tuned.pt", model.state_dict(), model.config, kind="classifier", options=options)

@@ -151,13 +151,13 @@ def test_a_tensor_of_another_name_is_refused(tmp_path):
     folder = huggingface_folder(tmp_path / "model")
     model = foreign_llama()
     write_safetensors(folder / "model.safetensors", model.state_dict(), model.config)
-    with pytest.raises(ValueError, match="which is no tensor of a Hugging Face Llama"):
+    with pytest.raises(ValueError, match="which is not a tensor of a Hugging Face Llama"):
         load_pretrained(folder)
 
 
 def test_layernorm_does_not_go_into_a_llama_folder(tmp_path):
     model = tiny_llama(causal=True)
-    with pytest.raises(ValueError, match="a Hugging Face Llama holds RMSNorm models only, and this one has LayerNorm"):
+    with pytest.raises(ValueError, match="a Hugging Face Llama supports only RMSNorm, and this model has LayerNorm"):
         write_huggingface(tmp_path, model.config, model.state_dict(), 1, 2)
     assert not list(tmp_path.iterdir())
 

@@ -107,7 +107,7 @@ def test_safetensors_with_ours_in_the_metadata_are_read(tmp_path):
     assert same(model.state_dict(), tiny_llama().state_dict())
     with pytest.raises(ValueError, match="norm.weight holds NaN"):
         load_pretrained(safetensors_file(tmp_path / "b", described(), **{"norm.weight": torch.full((32,), torch.nan)}))
-    with pytest.raises(ValueError, match="'norm.weight', which is no tensor of weights"):
+    with pytest.raises(ValueError, match="'norm.weight', which is not a tensor of weights"):
         load_pretrained(safetensors_file(tmp_path / "c", described(), **{"norm.weight": torch.ones(32).to(torch.int8)}))
 
 

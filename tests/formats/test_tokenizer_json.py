@@ -131,7 +131,7 @@ def test_spaces_are_kept_added_and_removed_as_the_proto_says(tmp_path, prefix, s
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model_type": "unigram", "hard_vocab_limit": False}, "it is no BPE model"),
+        ({"model_type": "unigram", "hard_vocab_limit": False}, "it is not a BPE model"),
         ({"byte_fallback": False, "vocab_size": 40}, "it has no pieces for bytes"),
         ({"normalization_rule_name": "nmt_nfkc"}, "it normalizes characters"),
         ({"treat_whitespace_as_suffix": True}, "it puts spaces behind words"),

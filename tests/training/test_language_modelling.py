@@ -120,7 +120,7 @@ def test_the_sample_continues_the_prompt_alike_each_time(tokenizer):
 
 
 def test_a_sample_prompt_that_is_no_text_is_refused_before_the_first_step(tokenizer):
-    with pytest.raises(ValueError, match="is no UTF-8 text"):
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
         a_task(tokenizer, sample_prompt="caf\udce9")
 
 
