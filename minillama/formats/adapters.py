@@ -70,7 +70,7 @@ def read_adapter(path: Path, config: LlamaConfig) -> Adapter:
     content = files.read_torch(path)
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path} is no file of --option lora; --adapter takes one, or a peft folder")
+        raise ValueError(f"{path} is not a file of --option lora; --adapter takes one, or a peft folder")
     return adapter_of(path, files.weights_of(path, content["model"]), options)
 
 
@@ -129,7 +129,7 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
     for (name, tensor), target in zip(theirs.items(), ours.values(), strict=True):
         layer, _, ending = target.rpartition(".")
         if layer not in layers:
-            raise ValueError(f"{weights} holds {shown(name)}, which is no LoRA matrix of a Llama of this size")
+            raise ValueError(f"{weights} holds {shown(name)}, which is not a LoRA matrix of a Llama of this size")
         if layer == "output" and config.tie_embeddings:
             raise ValueError(f"{weights} changes the output, which is tied to the embedding here; untie the base")
         heads = rotary_heads(f"{layer}.", config)
