@@ -118,7 +118,7 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     if head.startswith(b"GGUF"):
         raise ValueError(f"{path} is GGUF, which this program writes and does not read; give the original checkpoint")
     raise ValueError(
-        f"{path} is no checkpoint this program knows, or was cut short; known are torch files (the course's, "
+        f"{path} is not a checkpoint this program knows, or was cut short; known are torch files (the course's, "
         "llama2.c's, ours), our safetensors, llama2.c's .bin, and folders in Meta's or Hugging Face's format"
     )
 
