@@ -93,7 +93,7 @@ def weights_of(path: Path, tensors: dict[Any, Any]) -> dict[str, Tensor]:
     """The tensors by their `unwrapped` names. Raises ValueError unless all are dense floating-point tensors."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{path} holds {shown(name)}, which is no tensor of weights")
+            raise ValueError(f"{path} holds {shown(name)}, which is not a tensor of weights")
         if not is_dense(tensor):
             raise ValueError(f"{path} holds {shown(name)}, which is sparse or has no data; save it dense")
     plain = unwrapped(path, tensors)
