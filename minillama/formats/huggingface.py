@@ -60,14 +60,14 @@ def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
     names = {key: name for key, name in names.items() if not is_rotary_table(name)}
     ours = renamed(names.values(), "huggingface", "ours")
     if unknown := [key for key, name in names.items() if name == ours[name]]:  # no name is the same in both
-        raise ValueError(f"{file} holds {shown(unknown[0])}, which is no tensor of a Hugging Face Llama")
+        raise ValueError(f"{file} holds {shown(unknown[0])}, which is not a tensor of a Hugging Face Llama")
     heads = {key: rotary_heads(ours[name], config) for key, name in names.items()}
     state = {}
     for key, count in heads.items():
         if count is not None:
             (tensor,) = files.weights_of(file, files.read_safetensors(file, [key])).values()
             if tensor.dim() not in (1, 2) or tensor.shape[0] % (2 * count):
-                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, which is no {count} heads of pairs")
+                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, which is not {count} heads of pairs")
             state[ours[names[key]]] = to_pairs(tensor, count)
     others = [key for key, count in heads.items() if count is None]
     found = files.weights_of(file, files.read_safetensors(file, others))
