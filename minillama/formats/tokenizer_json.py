@@ -146,7 +146,7 @@ def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     }
     odd = sorted({letter for text in scores for letter in text} - scores.keys())
     reasons = {
-        "it is no BPE model": trainer.get(MODEL_TYPE) != BPE,
+        "it is not a BPE model": trainer.get(MODEL_TYPE) != BPE,
         "it has no pieces for bytes": not trainer.get(BYTE_FALLBACK),
         "it normalizes characters": normalizer.get(CHARACTER_MAP) or denormalizer.get(CHARACTER_MAP),
         "it puts spaces behind words": trainer.get(SPACE_AS_SUFFIX),
