@@ -71,7 +71,9 @@ class SentencePieceModel:
             self.processor = SentencePieceProcessor(model_proto=content)
             self.processor.id_to_piece(list(range(self.processor.vocab_size())))  # each is UTF-8
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no tokenizer; --tokenizer takes one such as data/tokenizer.model") from error
+            raise ValueError(
+                f"{path} is not a tokenizer; --tokenizer takes one such as data/tokenizer.model"
+            ) from error
         self.n_words: int = self.processor.vocab_size()
         self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
@@ -165,7 +167,7 @@ class HuggingFaceModel:
         except BaseException as error:  # bare Exceptions, and panics of Rust, which are no Exceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error)[:200]!r}") from error
+            raise ValueError(f"{path} is not a tokenizer.json that can be read: {str(error)[:200]!r}") from error
         with optional_package("tokenizers", purpose, passes=(ValueError,)):
             self._find_marks(path, content)
 
