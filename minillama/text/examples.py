@@ -52,7 +52,7 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: no JSON ({error}); a line is {EXAMPLE_LINE}") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{where}: {shown(fields)} is no JSON object; a line is {EXAMPLE_LINE}")
+            raise ValueError(f"{where}: {shown(fields)} is not a JSON object; a line is {EXAMPLE_LINE}")
         for name in ("prompt", "answer"):
             if name not in fields:
                 raise ValueError(f'{where}: there is no "{name}"; a line is {EXAMPLE_LINE}')
