@@ -163,7 +163,7 @@ def test_a_link_in_place_of_the_partial_file_is_not_written_through(mirror, into
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (into / "data/train.txt.part").symlink_to(precious)
-    with pytest.raises(FetchError, match="is a link"):
+    with pytest.raises(FetchError, match="is a symbolic link"):
         fetch_data.fetch(TRAIN, into, str(mirror))
     assert precious.read_text() == "mine"
 

@@ -238,7 +238,7 @@ BAD = [
       for name in ("train", "dev", "test")),
     *((f"a line with {what}", [], text("dev.jsonl", GOOD + line), f"dev.jsonl, line 2: {message}")
       for what, line, message in (
-          ("no JSON", "the cat", "no JSON (Expecting value"),
+          ("no JSON", "the cat", "not JSON (Expecting value"),
           ("a list", '["the cat", "a dog"]', "['the cat', 'a dog'] is not a JSON object"),
           ("no prompt", '{"answer": "a dog"}', 'there is no "prompt"; a line is {"prompt": "...", "answer": "..."}'),
           ("no answer", '{"prompt": "the cat"}', 'there is no "answer"'),

@@ -96,7 +96,7 @@ def test_our_folders_load_in_transformers(tmp_path, monkeypatch, dtype, tied, sc
         ({"head_dim": 64}, "head_dim is 64; this program computes hidden_size / heads = 8 only"),
         ({"hidden_size": "left out"}, "has no 'hidden_size'"),
         ({"hidden_size": -1}, "dim is -1; it must be a whole number"),
-        ({"hidden_size": 1 << 50, "head_dim": None}, "its model_args ask for|which is no"),
+        ({"hidden_size": 1 << 50, "head_dim": None}, "its model_args ask for|which is not"),
         ({"num_hidden_layers": 10**9}, "too few for 1,000,000,000 layers"),
         ({"num_attention_heads": 3}, "dim 32 is not a multiple of n_heads 3"),
         ({"intermediate_size": 97}, r"w1.weight has shape \(96, 32\), its model_args ask for \(97, 32\)"),

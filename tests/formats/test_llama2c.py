@@ -78,7 +78,7 @@ def test_a_llama2c_file_cut_inside_its_header_says_so(tmp_path, length):
 def test_a_llama2c_file_with_bytes_too_many_raises(tmp_path, version, more):
     path = tmp_path / "long.bin"
     path.write_bytes({"v0": v0_bytes, "v1": v1_bytes}[version](**llama2c_arrays()) + b"\0" * more)
-    message = {"v0": "long.bin is no checkpoint", "v1": r"long.bin has [\d,]+ bytes, its header asks for [\d,]+"}
+    message = {"v0": "long.bin is not a checkpoint", "v1": r"long.bin has [\d,]+ bytes, its header asks for [\d,]+"}
     with pytest.raises(ValueError, match=message[version]):
         read_checkpoint(path)
 
