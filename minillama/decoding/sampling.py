@@ -37,7 +37,7 @@ def next_token(
     generator: torch.Generator | None = None,
     filters: Sequence[Filter] = (),
 ) -> Tensor:
-    """Chooses a token for each row: logits (B, V) -> ids (B,), at temperature 0 the arg-max. Raises ValueError for NaN."""
+    """Chooses a token per row: logits (B, V) -> ids (B,), at temperature 0 the arg-max. Raises ValueError for NaN."""
     check_finite(logits)
     if temperature == 0.0:
         return logits.argmax(-1)
