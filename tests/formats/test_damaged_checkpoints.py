@@ -142,8 +142,8 @@ def asking_for_more_than_any_memory(content):
         (with_infinity, "norm.weight holds NaN or infinity"),
         (with_an_integer_tensor, "wrong.pt holds 'norm.weight', which is not a tensor of weights"),
         (with_a_list, "wrong.pt holds 'norm.weight', which is not a tensor of weights"),
-        (without_model, 'holds no "model"; a course checkpoint is'),
-        (without_arguments, 'holds no "model_args"'),
+        (without_model, 'has no "model"; a course checkpoint is'),
+        (without_arguments, 'has no "model_args"'),
         (with_an_unknown_field, "fields that this program does not know: colour"),
         (with_a_size_of_zero, "n_heads is 0; it must be a whole number of 1 or more"),
         (with_a_text_for_eps, "wrong.pt: layer_norm_eps is 'small'; it must be a number above 0"),
@@ -176,7 +176,7 @@ def test_content_that_does_not_fit_raises_with_the_name(tmp_path, damage, messag
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {}, {"model": torch.zeros(3)}, None, "text"])
 def test_a_torch_file_of_something_else_raises(tmp_path, content):
-    with pytest.raises(ValueError, match='other.pt holds no "model"'):
+    with pytest.raises(ValueError, match='other.pt has no "model"'):
         read_checkpoint(saved(tmp_path / "other.pt", content))
 
 

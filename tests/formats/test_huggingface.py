@@ -139,7 +139,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks model-00001-of-00002.safetensors, which its index names"):
+    with pytest.raises(ValueError, match="has no model-00001-of-00002.safetensors, which its index lists"):
         load_pretrained(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors; fetch it"):
@@ -238,5 +238,5 @@ def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
     (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="b.safetensors holds .* again, which another file of"):
+    with pytest.raises(ValueError, match="b.safetensors holds .*, and so does another file of"):
         read_checkpoint(folder)

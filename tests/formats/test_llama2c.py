@@ -193,8 +193,8 @@ def test_int8_files_are_written_and_read_as_llama2c_has_them(tmp_path, tied):
     [
         ({"norm": "layernorm"}, "llama2.c supports only RMSNorm, and this model has LayerNorm"),
         ({"causal": False}, "llama2.c supports only causal attention, and this model's is bidirectional"),
-        ({"rope_theta": 500000.0}, "rope_theta 10000.0 only, and this model has 500000.0"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-05 only, and this model has 1e-06"),
+        ({"rope_theta": 500000.0}, "only rope_theta 10000.0, and this model has 500000.0"),
+        ({"layer_norm_eps": 1e-6}, "only layer_norm_eps 1e-05, and this model has 1e-06"),
         ({"rope_scaling": RopeScaling(8.0)}, "rope_scaling None only"),
     ],
 )

@@ -83,7 +83,7 @@ def test_parts_of_meta_folders_that_do_not_belong_together_are_refused(tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moe": {"experts": 8}}, "has moe, which belongs to no Llama 1 to 3"),
+        ({"moe": {"experts": 8}}, "has moe, which no Llama 1 to 3 has"),
         ({"n_layers": None}, "n_layers is None; it must be a whole number"),
         ({"dim": "64"}, "params.json: "),
         ({"ffn_dim_multiplier": 1e308}, "params.json: "),

@@ -84,9 +84,9 @@ def test_safetensors_whose_length_begins_like_a_pickle_are_read(tmp_path):
 @pytest.mark.parametrize(
     "metadata, message",
     [
-        (None, 'holds no "model_args", so the model\'s sizes are unknown'),
-        ({"format": "pt"}, 'holds no "model_args"'),
-        (described(model_args=None), 'holds no "model_args"'),
+        (None, 'has no "model_args", so the model\'s sizes are unknown'),
+        ({"format": "pt"}, 'has no "model_args"'),
+        (described(model_args=None), 'has no "model_args"'),
         ({METADATA_KEY: "{"}, "is damaged or cut short"),
         ({METADATA_KEY: "[1]"}, "is damaged or cut short"),
         ({METADATA_KEY: "5"}, "is damaged or cut short"),

@@ -222,7 +222,7 @@ def test_a_csv_field_may_hold_quotes_commas_and_line_breaks(tmp_path):
         ("a.tsv", "1 ||| a\n", "a.tsv, line 1: 1 column; a line is `label TAB text`"),
         ("a.tsv#fold=1", "1\ta\n", "a.tsv has no column beside label and text; leave out #fold=1"),
         ("a.tsv#fold=d*", "1\tc0\ta good film\n", r"a.tsv#fold=d\*: no rows are left; its folds include c0"),
-        ("a.tsv#fold=", "1\ta\n", "names no file and fold"),
+        ("a.tsv#fold=", "1\ta\n", "lacks a file or a fold"),
         ("b.tsv#fold=1", "1\ta\n", "b.tsv: no such data file"),
     ],
 )
