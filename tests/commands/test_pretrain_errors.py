@@ -98,7 +98,7 @@ BAD = [
     ("an output that is read", "tokenizer", ["--model_out", "./stories.txt"], None, "is both input and output"),
     ("a missing text", "perplexity", [*FROM, "--corpus", "none.txt"], a_model(), "none.txt: no such text"),
     ("an empty text", "perplexity", [*FROM, "--corpus", "a.txt"], lambda f: (a_model()(f), text("a.txt", "")(f)),
-     "a.txt has no text"),
+     "a.txt holds no text"),
     ("a stride above", "perplexity", [*FROM, "--window", "8", "--stride", "9"], a_model(), "--stride 9: windows of 8"),
     ("a window too long", "perplexity", [*FROM, "--window", "33"], a_model(), "context of 32"),
     ("a model that sees all", "perplexity", FROM, a_model(causal=False), "add --attention causal"),

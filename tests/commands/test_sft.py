@@ -292,4 +292,4 @@ def test_a_run_does_not_go_on_with_another_answer(command):
     lines[0]["answer"] = "none"
     (command.folder / "dev.jsonl").write_text(jsonl(lines), encoding="utf-8")
     code, _, err = command("--resume", "--run_dir", "run")
-    assert code == 2 and "was started from another model, or other training or dev tokens" in err
+    assert code == 2 and "was started with another model, or other training or dev tokens" in err

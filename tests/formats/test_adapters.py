@@ -209,7 +209,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path):
     folder, config = peft_folder(tmp_path / "adapter"), tiny_llama(norm="rmsnorm", causal=True).config
     with pytest.raises(FileNotFoundError, match="no such adapter; --adapter takes a peft folder"):
         read_adapter(tmp_path / "gone", config)
-    with pytest.raises(ValueError, match="no LoRA matrix of a Llama of this size"):
+    with pytest.raises(ValueError, match="not a LoRA matrix of a Llama of this size"):
         read_adapter(folder, tiny_llama(n_layers=1, norm="rmsnorm", causal=True).config)
     with pytest.raises(ValueError, match="has 32 rows, the model 64|has 16 rows, the model 32"):
         read_adapter(folder, tiny_llama(dim=64, norm="rmsnorm", causal=True).config)
