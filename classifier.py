@@ -152,7 +152,7 @@ class LlamaPromptClassifier(nn.Module):
 
     The head is the output projection, so all weights are pretrained. Before training, its predictions are those of the
     zero-shot classifier for labels of one token. config: pretrained_model_path, hidden_dropout_prob; see
-    `_read_config`. words: one for each label; only the first token counts. Raises ValueError if two are the same.
+    `_read_config`. words: one for each label. Only their first tokens count; if two are equal, raises ValueError.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, words: Sequence[str]) -> None:
