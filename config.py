@@ -41,7 +41,7 @@ class LlamaConfig:
     layer_norm_eps: float = 1e-5
     multiple_of: int = 32
     hidden_dim: int | None = None  # None: derived from dim, see `feed_forward_size`
-    position_embedding_type: str = "rotary"  # or "alibi", see alibi.py, which ignores rope_theta and rope_scaling
+    position_embedding_type: str = "rotary"  # or "alibi", which ignores rope_theta and rope_scaling
     use_cache: bool = True
     norm: str = "layernorm"
     causal: bool = False
@@ -120,7 +120,6 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
         return self.dim // self.n_heads
 
     @property
