@@ -293,7 +293,7 @@ class Llama(nn.Module):
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The position of each row's last real token (B,); without a mask, the last column.
 
-    Only the mask shows padding: its id may also be a token.
+    Only the mask marks padding, because the padding id may also be a real token.
     """
     rows, columns = tokens.shape[:2]
     if attention_mask is None:
