@@ -12,7 +12,7 @@ train() or eval(). `merge_lora_weights` ends LoRA and restores a standard model 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class LoRALayer(nn.Module):
         if self.merged:
             return base
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
-        if self.lora_magnitude is not None:  # expressed as an addition to W x, the only step in half precision
+        if self.lora_magnitude is not None:  # in a form in which half precision rounds only the last addition
             gain = self.lora_magnitude / self._row_norms()
             bias = self.original_layer.bias
             update = gain * update + (gain - 1) * (base if bias is None else base - bias)
@@ -139,14 +139,9 @@ def apply_lora(
     for name, parameter in model.named_parameters():
         if not any(part in keep_trainable for part in name.split(".")):
             parameter.requires_grad_(False)
-    put_modules(model, wrapped)
+    for name, layer in wrapped.items():
+        model.set_submodule(name, layer)
     return model
-
-
-def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Replaces the submodules with these dotted names."""
-    for name, module in modules.items():
-        model.set_submodule(name, module)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -212,7 +207,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
     """Replaces every LoRALayer by its Linear and drops unmerged updates; returns what `merge_lora_weights` does."""
     if isinstance(model, LoRALayer):
         return model.original_layer
-    put_modules(model, {name: layer.original_layer for name, layer in lora_layers(model)})
+    for name, layer in list(lora_layers(model)):
+        model.set_submodule(name, layer.original_layer)
     return model
 
 
