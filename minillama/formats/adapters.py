@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from config import LlamaConfig, parameter_shapes, shown
-from lora import apply_lora, load_lora_state_dict, lora_layers, put_modules, remove_lora, unmerge_lora
+from lora import apply_lora, load_lora_state_dict, lora_layers, remove_lora, unmerge_lora
 from minillama.formats import files
 from minillama.formats.checkpoint import fits_float32, write_checkpoint
 from minillama.formats.keys import renamed, rotary_heads, to_pairs, to_split_halves
@@ -55,7 +55,9 @@ class Adapter:
             apply_lora(remove_lora(model), self.rank, self.alpha, targets, (), rslora=self.rslora, dora=self.dora)
             load_lora_state_dict(model, self.state)
         except ValueError:
-            put_modules(remove_lora(model), before)
+            remove_lora(model)
+            for name, layer in before.items():
+                model.set_submodule(name, layer)
             raise
 
 
