@@ -25,7 +25,6 @@ class Stretch:
 
     @property
     def size(self) -> int:
-        """Number of tokens."""
         return int(self._ends[-1])
 
     def __len__(self) -> int:
