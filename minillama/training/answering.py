@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,18 +98,9 @@ class Instruction:
         text, quality = f"dev loss {nats:.4f}", -nats
         if self.answer_rows:
             judged = dev[:: math.ceil(len(dev) / self.answer_rows)]
-            answers = answer_prompts(
-                model,
-                judged,
-                self.tokenizer,
-                self.batch_size,
-                self.max_new_tokens,
-                dtype=dtype,
-                processes=processes,
-                check=check,
-                name=f"dev, {name}",
-            )
-            found = answer_scores(answers, judged)
+            settings: dict[str, Any] = {"dtype": dtype, "processes": processes, "check": check, "name": f"dev, {name}"}
+            limits = (self.batch_size, self.max_new_tokens)
+            found = answer_scores(answer_prompts(model, judged, self.tokenizer, *limits, **settings), judged)
             metrics |= {f"dev_{name}": value for name, value in found.items()}
             quality = found["f1"]
             text += f", exact match {found['exact_match']:.3f}, F1 {found['f1']:.3f}"
