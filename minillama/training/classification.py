@@ -93,20 +93,11 @@ class Classification:
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        splits = {"train": self.rows} if self.evaluate_train else {}
+        splits = ({"train": self.rows} if self.evaluate_train else {}) | {"dev": self.dev_rows}
+        settings = dict(pad_id=self.pad_id, dtype=dtype, bucketed=self.bucketed, processes=processes)
         found = {
-            split: evaluate(
-                model,
-                rows,
-                self.batch_size,
-                pad_id=self.pad_id,
-                dtype=dtype,
-                bucketed=self.bucketed,
-                processes=processes,
-                check=check,
-                name=f"{split}, {name}",
-            )
-            for split, rows in (splits | {"dev": self.dev_rows}).items()
+            split: evaluate(model, rows, self.batch_size, check=check, name=f"{split}, {name}", **settings)
+            for split, rows in splits.items()
         }
         metrics: dict[str, float | None] = {f"{split}_accuracy": one.accuracy for split, one in found.items()}
         metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
