@@ -25,8 +25,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
-        return self.rank == 0
+        return self.rank == 0  # the process that writes files and prints
 
     def share(self, positions: list[int], at_once: int | None = None) -> list[tuple[list[int], int]]:
         """This process's rows of a batch, in pieces of at most `at_once`: (positions, how many of them count).
