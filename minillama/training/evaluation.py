@@ -165,16 +165,10 @@ def answer_prompts(
         model, order, batch_size, processes=processes, check=check, name=name, divided=divided
     ):
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
+        settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
+        mask = None if mask is None else mask.to(device)
         with autocast(device, dtype):
-            made = sampling.generate(
-                llama,
-                ids.to(device),
-                max_new_tokens,
-                temperature=0.0,
-                attention_mask=None if mask is None else mask.to(device),
-                eos_ids=tokenizer.stop_ids,
-                banned_ids=tokenizer.unused_ids,
-            )
+            made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)
         for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
             answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, row)
             found[i] = tokenizer.decode(list(answer)).strip()
