@@ -114,16 +114,9 @@ class LanguageModelling:
         llama: Any = unwrapped(model)
         device = next(llama.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
+        special = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
+        draws = {"temperature": 0.8, "epsilon": 0.01, "generator": torch.Generator(device).manual_seed(self.seed)}
         with autocast(device, dtype):
-            ids = sampling.generate(
-                llama,
-                prompt,
-                self.sample_tokens,
-                temperature=0.8,
-                epsilon=0.01,
-                eos_ids=self.tokenizer.stop_ids,
-                banned_ids=self.tokenizer.unused_ids,
-                generator=torch.Generator(device).manual_seed(self.seed),
-            )
+            ids = sampling.generate(llama, prompt, self.sample_tokens, **special, **draws)
         new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
         return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())
