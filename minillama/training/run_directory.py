@@ -191,13 +191,10 @@ class RunDirectory:
         """Writes the options into the folder, which exists (see `new_run`)."""
         if not self.writes:
             return
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "commit": project_commit(),
-        }
-        write_json(self.path / "options.json", {"options": options, "versions": versions})
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        write_json(
+            self.path / "options.json", {"options": options, "versions": {**versions, "commit": project_commit()}}
+        )
 
     def options(self) -> dict[str, Any]:
         """The options of the run. Raises FileNotFoundError or ValueError if they are missing or damaged."""
