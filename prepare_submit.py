@@ -35,6 +35,9 @@ ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
 LINE_END = re.compile(r"\r{0,2}\n|\r")  # as in minillama/text/labelled.py, which would import torch
 
 
+STUDENT_ID = re.compile(r"[a-z0-9_-]+")  # also the name of the top folder
+
+
 class Rejected(Exception):
     """Refusal of a hand-in; `args` are its problems."""
 
@@ -144,7 +147,7 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
                 problems.append(f"it must hold one top folder, not {len(folders)}: {', '.join(folders[:5])}")
             elif student is not None and folders[0] != student:
                 problems.append(f"its top folder is {folders[0]!r}, not {student!r}")
-            elif not is_student_id(folders[0]):
+            elif not STUDENT_ID.fullmatch(folders[0]):
                 problems.append(f"its top folder {folders[0]!r} is not an id: lowercase letters, digits, _ and - only")
             if twice := [name for name, count in Counter(info.filename for info in entries).items() if count > 1]:
                 problems.append(f"it holds {', '.join(twice[:5])} more than once")
@@ -159,11 +162,6 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
     if problems := content_problems(contents, data):
         raise Rejected(*problems)
     return files
-
-
-def is_student_id(text: str) -> bool:
-    """Whether `text` can name the top folder."""
-    return re.fullmatch(r"[a-z0-9_-]+", text) is not None
 
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
@@ -248,7 +246,7 @@ def pack_or_check(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.student is None and options.check is None:
         parser.error("give your ID, or --check ZIP")
-    if options.student is not None and not is_student_id(options.student):
+    if options.student is not None and not STUDENT_ID.fullmatch(options.student):
         parser.error(f"the ID {options.student!r} may hold lowercase letters, digits, _ and - only")
     if not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: there is no such folder")
