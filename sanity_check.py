@@ -175,13 +175,13 @@ def check_bundled() -> Check:
         print(f"{name}\n    NOT COMPARED: {BUNDLED_EXPECTED} is missing; {remedy}")
         return Check(name, False, f"{BUNDLED_EXPECTED} is missing")
     expected = read_safetensors(HERE / BUNDLED_EXPECTED)
-    made_of = safetensors_metadata(HERE / BUNDLED_EXPECTED).get("model_sha256")
-    if made_of is None:
+    model_sha256 = safetensors_metadata(HERE / BUNDLED_EXPECTED).get("model_sha256")
+    if model_sha256 is None:
         raise ValueError(f"{BUNDLED_EXPECTED} is damaged or cut short; {remedy}")
-    if made_of != file_sha256(HERE / BUNDLED):
-        another = f"{BUNDLED_EXPECTED} belongs to another model"
-        print(f"{name}\n    NOT COMPARED: {another}, with SHA-256 {made_of[:12]}...; {remedy}")
-        return Check(name, False, another)
+    if model_sha256 != file_sha256(HERE / BUNDLED):
+        reason = f"{BUNDLED_EXPECTED} belongs to another model"
+        print(f"{name}\n    NOT COMPARED: {reason}, with SHA-256 {model_sha256[:12]}...; {remedy}")
+        return Check(name, False, reason)
     model = load_pretrained(HERE / BUNDLED)
     ids, prompt = expected["ids"], expected["prompt"]
     with torch.no_grad():
