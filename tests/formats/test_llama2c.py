@@ -195,7 +195,7 @@ def test_int8_files_are_written_and_read_as_llama2c_has_them(tmp_path, tied):
         ({"causal": False}, "llama2.c supports only causal attention, and this model's is bidirectional"),
         ({"rope_theta": 500000.0}, "only rope_theta 10000.0, and this model has 500000.0"),
         ({"layer_norm_eps": 1e-6}, "only layer_norm_eps 1e-05, and this model has 1e-06"),
-        ({"rope_scaling": RopeScaling(8.0)}, "rope_scaling None only"),
+        ({"rope_scaling": RopeScaling(8.0)}, "only rope_scaling None"),
     ],
 )
 def test_what_a_llama2c_file_cannot_hold_is_refused(tmp_path, changes, message):
