@@ -1,4 +1,4 @@
-"""Compares speed and memory with other programs, on one machine in one run.
+"""Compares speed and memory with other programs, on the same machine in the same run.
 
 examples:
   python benchmark.py train                                    fine-tuning on SST, batch size 80
@@ -8,18 +8,18 @@ examples:
   python benchmark.py generate                                 text generation, float32, bfloat16 and int8
   python benchmark.py words                                    the accuracy of counting words on SST
 
-train compares, each in a process of its own and in turns:
-  ours          what run_llama.py does
-  transformers  its LlamaForSequenceClassification (with --lora, peft), torch's fused AdamW, the same rows in the same
-                batches and the same precision
-  course        the course's procedure: float32, random batches padded to their longest row, attention and norms written
-                out, a Python loop over the parameters, the training set evaluated again after the epoch
-generate compares, on the same weights and each in a process of its own, ours and transformers' generate: a prompt of
-512 tokens read, tokens decoded one after the other, 1 and 16 rows at once, the first token from the start of the
-process, and how much of the memory's bandwidth is used, measured by reading 256 MB.
+Each contender runs in its own process, and they take turns. train compares:
+  ours          the fine-tuning of run_llama.py
+  transformers  LlamaForSequenceClassification (with --lora, peft) and torch's fused AdamW, with the same batches and
+                precision as ours
+  course        the course's procedure: float32, random batches padded to their longest row, attention and norms in
+                plain PyTorch, a Python loop over the parameters, and the training set evaluated after the epoch
+generate compares our text generation with that of transformers, on the same weights. It measures reading a prompt of
+512 tokens, decoding 1 and 16 rows, the time from process start to the first token, and the share of the memory
+bandwidth that is used. (The bandwidth is measured by reading 256 MB.)
 words measures the accuracy of counting words: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
 
-Prints a table for people and, as the last line, a JSON object.
+Prints a table, and as the last line a JSON object.
 """
 
 from __future__ import annotations
@@ -55,16 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="of ours and transformers (default: %(default)s)")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
     add("--rounds", type=COUNT, default=3, metavar="N", help="times each is measured (default: %(default)s)")
-    add(
-        "--without",
-        choices=CONTENDERS["train"][1:],
-        nargs="*",
-        default=[],
-        metavar="NAME",
-        help="leave a contender out",
-    )
+    add("--without", choices=CONTENDERS["train"][1:], nargs="*", default=[], metavar="NAME", help="contenders to skip")
     add("--seed", type=SEED, default=1337, help="(default: %(default)s)")
-    # Measure this one only, in this process.
+    # For the processes that `in_turns` starts: measures only this one.
     add("--contender", choices=(*CONTENDERS["train"], *CONTENDERS["generate"]), help=argparse.SUPPRESS)
     return parser
 
@@ -74,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     try:
-        # Only the needed module, since the time to the first token includes the imports.
+        # Imports only the needed module, because the time to the first token includes the imports.
         benchmark = import_module(f"minillama.benchmarks.{MODULES[args.what]}")
         if args.what == "words":
             benchmark.compare(args)

@@ -1,8 +1,7 @@
-"""Classifiers on a Llama: by the probability of each label's words (zero-shot), by a linear head on the last state, and
-by training the model to predict the label's word.
+"""Classifiers on a Llama: zero-shot by the probability of each label's words, a linear head, and label-word prediction.
 
-All read each row's last real token under a padding mask, so that the answer to a row does not depend on its batch.
-`config.pooling = "last_column"` reproduces the course's reading, which ignores the mask: queries attend to padding, and
+All read each row's last real token under a padding mask, so a row's result does not depend on its batch.
+`config.pooling = "last_column"` reproduces the course, which ignores the mask. There, queries attend to padding, and
 the last column is read even if it is padding.
 """
 
@@ -30,8 +29,8 @@ POOLINGS = ("last_token", "last_column")
 def _read_config(config: Any) -> tuple[Llama, str]:
     """The backbone and the pooling of a classifier's config.
 
-    config: a namespace with pretrained_model_path, or with `llama`, a loaded model; optionally with `pooling`, and with
-    `norm` and `causal`, which override the checkpoint's.
+    config: a namespace with pretrained_model_path or a loaded model `llama`. Optional: `pooling`, and `norm` and
+    `causal`, which override the checkpoint's.
     """
     pooling = getattr(config, "pooling", "last_token")
     if pooling not in POOLINGS:
@@ -45,11 +44,10 @@ def _read_config(config: Any) -> tuple[Llama, str]:
 
 
 class LlamaZeroShotClassifier(nn.Module):
-    """Scores each label by the log-probability of its tokens as the continuation of the input, minus, once calibrated,
-    their log-probability after inputs without content.
+    """Scores each label by the log-probability of its tokens as the continuation of the input.
 
-    config: pretrained_model_path, num_labels; see `_read_config`. label_names: the words that stand for the labels.
-    Raises ValueError unless there are num_labels of them.
+    After `calibrate`, their log-probability after inputs without content is subtracted. config: pretrained_model_path,
+    num_labels; see `_read_config`. label_names: one for each label, else ValueError.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, label_names: Sequence[str]) -> None:
@@ -58,25 +56,23 @@ class LlamaZeroShotClassifier(nn.Module):
             raise ValueError(f"num_labels is {config.num_labels}, but there are {len(label_names)} label names")
         self.num_labels = config.num_labels
         self.llama, self.pooling = _read_config(config)
-        # The first piece carries the space before it ("▁good"), which is how the label follows the prompt.
+        # A label follows the prompt's last word, so its first piece includes a space ("▁good").
         self.label_name_ids = [word_ids(tokenizer, name) for name in label_names]
-        # The longest input: all tokens of a label but the last must fit after it.
+        # All tokens of a label except the last must fit after the input.
         self.max_input_len = self.llama.config.max_seq_len + 1 - max(map(len, self.label_name_ids))
         self.log_prior: Tensor
         self.register_buffer("log_prior", torch.zeros(self.num_labels), persistent=False)
 
     @torch.no_grad()
     def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Changes the score of a label y after an input x to
+        """Changes the score of label y for input x to log p(y | x) - log mean_c p(y | c).
 
-            log p(y | x) - log mean_c p(y | c)
-
-        with the inputs c without content: ids (C, T) and mask as for `forward`. Returns the second term (num_labels,).
+        c: inputs without content, ids (C, T) and mask as for `forward`. Returns the second term (num_labels,).
 
         In contextual calibration (arXiv 2102.09690: W = diag(p_cf)^-1, b = 0), c is the prompt filled with "N/A",
-        "[MASK]" and the empty string. The paper normalises the probabilities over the labels before the division, and
-        takes a softmax after it; both keep the order of the labels, and are left out here. Domain-conditional PMI
-        (arXiv 2104.08315) subtracts log p(y | domain premise), where c is the prompt with the empty string only.
+        "[MASK]" and the empty string. The paper also normalises over the labels before the division and takes a
+        softmax after it. Both keep the order of the labels and are left out here. Domain-conditional PMI
+        (arXiv 2104.08315) subtracts log p(y | domain premise); its only c is the prompt with the empty string.
         """
         self.log_prior = self._scores(input_ids, attention_mask).logsumexp(0) - math.log(len(input_ids))
         return self.log_prior
@@ -86,16 +82,15 @@ class LlamaZeroShotClassifier(nn.Module):
         return self._scores(input_ids, attention_mask) - self.log_prior
 
     def _scores(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Log-probabilities of the labels (B, num_labels), float32, before calibration.
+        """Log-probabilities of the labels (B, num_labels), float32, uncalibrated and not normalised over the labels.
 
-        A label of several tokens has log p(first | input) + log p(second | input, first) + ..., not normalised over the
-        labels.
+        The score of several tokens is log p(first | input) + log p(second | input, first) + ...
         """
         if self.pooling == "last_column":
             return self._course_reading(input_ids)
         scores = input_ids.new_zeros(len(input_ids), self.num_labels, dtype=torch.float32)
-        # One pass for every distinct beginning of a label, not one pass over whole labels: with bidirectional attention
-        # a token would see the label tokens that it is to predict.
+        # One pass for every distinct beginning of a label. In one pass over whole labels, bidirectional attention would
+        # show the model the tokens that it has to predict.
         beginnings = {tuple(ids[:n]) for ids in self.label_name_ids for n in range(len(ids))}
         for beginning in sorted(beginnings):
             following = self._next_log_probs(input_ids, attention_mask, beginning)  # (B, V)
@@ -122,7 +117,7 @@ class LlamaZeroShotClassifier(nn.Module):
         return logits.float().log_softmax(-1)
 
     def _course_reading(self, input_ids: Tensor) -> Tensor:
-        """Log-probabilities at the last column, summed over a label's tokens at this one position."""
+        """Log-probabilities at the last column; a label's tokens are summed at this one position."""
         logits, _ = self.llama(input_ids)
         following = logits[:, -1].float().log_softmax(-1)
         return torch.stack([following[:, ids].sum(-1) for ids in self.label_name_ids], dim=-1)
@@ -131,8 +126,8 @@ class LlamaZeroShotClassifier(nn.Module):
 class LlamaEmbeddingClassifier(nn.Module):
     """A linear head on the hidden state of each row's last real token.
 
-    config: pretrained_model_path, num_labels, hidden_dropout_prob, and option: "pretrain" freezes the backbone,
-    "finetune" trains it ("lora" leaves that to apply_lora); see `_read_config`. Raises ValueError for another option.
+    config: pretrained_model_path, num_labels, hidden_dropout_prob, option; see `_read_config`. The option "pretrain"
+    freezes the backbone, "finetune" trains it, and "lora" leaves it to apply_lora. Raises ValueError for others.
     """
 
     def __init__(self, config: SimpleNamespace) -> None:
@@ -153,12 +148,11 @@ class LlamaEmbeddingClassifier(nn.Module):
 
 
 class LlamaPromptClassifier(nn.Module):
-    """Prompt-based fine-tuning (LM-BFF, arXiv 2012.15723): the logits of the label words at each row's last real token,
-    where the row is a sentence and a question. The output projection is the head, so all weights are pretrained; before
-    training, the answers are those of the zero-shot classifier for labels of one token.
+    """Prompt-based fine-tuning (LM-BFF, arXiv 2012.15723): logits of the label words after a sentence and a question.
 
-    config: pretrained_model_path, hidden_dropout_prob; see `_read_config`. words: the labels' words, of which the first
-    token counts. Raises ValueError if two of them begin with the same token.
+    The head is the output projection, so all weights are pretrained. Before training, its predictions are those of the
+    zero-shot classifier for labels of one token. config: pretrained_model_path, hidden_dropout_prob; see
+    `_read_config`. words: one for each label. Only their first tokens count; if two are equal, raises ValueError.
     """
 
     def __init__(self, config: SimpleNamespace, tokenizer: Tokenizer, words: Sequence[str]) -> None:
@@ -187,15 +181,14 @@ def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor
 
 
 def acting_dropout(model: nn.Module) -> float:
-    """The largest dropout probability in a model: 0 if two passes in training mode are equal."""
+    """The largest dropout probability in a model; if it is 0, two passes in training mode are equal."""
     return max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
 
 
 class MergedClasses(nn.Module):
-    """A classifier for a data set with fewer classes: the probability of each is the sum over the model's classes that
-    count as it.
+    """A classifier for a data set with fewer classes: adds the probabilities of the model's classes that it merges.
 
-    counts_as: for each class of the model the class of the data set, or -1 for none.
+    counts_as: for each class of the model, the class of the data set, or -1 for none.
     """
 
     def __init__(self, model: nn.Module, counts_as: Sequence[int]) -> None:
@@ -214,12 +207,12 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
 
     Raises ValueError if the tensors are not those of such a classifier.
     """
-    not_its_own = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it again")
+    mismatch = ValueError(f"{found.path}: its tensors are not those of a classifier of its sizes; train it again")
     if found.config.n_layers > len(found.state):
-        raise not_its_own
+        raise mismatch
     with_lora = any(name.endswith(".lora_A") for name in found.state)
     adapter = adapter_of(found.path, found.state, found.options) if with_lora else None
-    with torch.device("meta"):  # shapes without memory; the tensors exist already
+    with torch.device("meta"):  # allocates nothing: the file's tensors are assigned below
         config = SimpleNamespace(
             llama=Llama(found.config),
             num_labels=len(found.label_names),
@@ -240,7 +233,7 @@ def classifier_of(found: FineTuned, tokenizer: Tokenizer) -> LlamaEmbeddingClass
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise not_its_own from error
+        raise mismatch from error
     model.llama.tie_weights()
     if adapter is not None:
         adapter.apply(model.llama)

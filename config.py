@@ -25,7 +25,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that decides what a Llama computes.
+    """The sizes and conventions that determine a Llama's computation.
 
     The defaults are the course's: a checkpoint that states only sizes is read as LayerNorm with bidirectional attention
     (no causal mask). Readers of other formats set `norm` and `causal`. Raises ValueError if the values do not fit.
@@ -41,7 +41,7 @@ class LlamaConfig:
     layer_norm_eps: float = 1e-5
     multiple_of: int = 32
     hidden_dim: int | None = None  # None: derived from dim, see `feed_forward_size`
-    position_embedding_type: str = "rotary"  # or "alibi", see alibi.py; rope_theta and rope_scaling are rotary's
+    position_embedding_type: str = "rotary"  # or "alibi", which ignores rope_theta and rope_scaling
     use_cache: bool = True
     norm: str = "layernorm"
     causal: bool = False
@@ -102,14 +102,14 @@ class LlamaConfig:
         if self.rope_scaling is None:
             return
         given: Any = self.rope_scaling
-        try:  # files hold a table or a list
+        try:  # a file has a dict or a list
             scaling = RopeScaling(**given) if isinstance(given, dict) else RopeScaling(*given)
         except TypeError as error:
             wanted = ", ".join(RopeScaling._fields)
             raise ValueError(f"rope_scaling is {shown(given)}; it must give {wanted}") from error
         numbers = all(isinstance(value, int | float) and 0 < value < math.inf for value in scaling)
         if not numbers or scaling.low_freq_factor >= scaling.high_freq_factor:
-            wanted = "numbers above 0, its low_freq_factor below its high_freq_factor"
+            wanted = "numbers above 0, with low_freq_factor below high_freq_factor"
             raise ValueError(f"rope_scaling is {shown(tuple(scaling))}; it must be {wanted}")
         object.__setattr__(self, "rope_scaling", scaling)
 
@@ -120,12 +120,11 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
         return self.dim // self.n_heads
 
     @property
     def extras(self) -> list[str]:
-        """Features, in words, that the Llamas of other programs lack."""
+        """Names of this config's features that other programs do not support."""
         has = {
             "differential attention": self.attention_type == "differential",
             "ALiBi positions": self.position_embedding_type == "alibi",
@@ -153,7 +152,7 @@ class LlamaConfig:
 
 
 def shown(value: object) -> str:
-    """Any value from a file, as one short line."""
+    """A value as one short line of text."""
     return " ".join(reprlib.repr(value).split())
 
 
@@ -165,7 +164,7 @@ def feed_forward_size(dim: int, hidden_dim: int | None, multiple_of: int) -> int
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the state dict of a `Llama` with this config, the tied output included."""
+    """Name and shape of every tensor in the state dict of a `Llama` with this config, including a tied output."""
     dim, hidden = config.dim, feed_forward_size(config.dim, config.hidden_dim, config.multiple_of)
     kv_dim = config.kv_heads * config.head_dim
     norm_parts = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
@@ -214,12 +213,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 def check_rmsnorm(config: LlamaConfig, target: str) -> None:
     """Raises ValueError unless other programs can run the model: RMSNorm, causal, no `extras`."""
     if config.norm != "rmsnorm":
-        reason, remedy = "RMSNorm models only, and this one has LayerNorm", "or pretrain one with --norm rmsnorm"
+        reason, remedy = "only RMSNorm, and this model has LayerNorm", "or pretrain one with --norm rmsnorm"
     elif not config.causal:
-        reason = "causal models only, and this one's attention is bidirectional"
-        remedy = "or give --attention causal if it was trained so"
+        reason = "only causal attention, and this model's is bidirectional"
+        remedy = "or give --attention causal if it was trained that way"
     elif config.extras:
-        reason, remedy = f"no model with {config.extras[0]}, as this one has", "which this program reads"
+        reason, remedy = f"no {config.extras[0]}, and this model has it", "which this program reads"
     else:
         return
-    raise ValueError(f"{target} holds {reason}; keep it as safetensors, {remedy}")
+    raise ValueError(f"{target} supports {reason}; keep it as safetensors, {remedy}")

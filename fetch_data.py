@@ -1,4 +1,4 @@
-"""Fetch the course's files from their published addresses or from a mirror, and check each against its SHA-256.
+"""Fetches the course's files from their published addresses or a mirror, and checks each against its SHA-256.
 
 groups:
   data          SST and CFIMDB with their label names
@@ -12,10 +12,9 @@ examples:
   python fetch_data.py --source /mnt/usb/assets     the same from a folder, without a network
   python fetch_data.py --source http://host:8000 data stories260K
 
-A file with the right checksum is kept. A download goes to NAME.part and is renamed when it is complete and verified;
-the next call resumes an incomplete one. Two calls for one folder take turns, file by file.
-Exit code: 0 if all files are there (without --source, unpublished ones are skipped), 2 if a file failed, 130 if
-interrupted.
+A file with the right checksum is kept. A download goes to NAME.part and is renamed when it is complete and verified.
+The next call resumes an incomplete download. Two calls for the same folder take turns, file by file.
+Without --source, unpublished files are skipped. Exit code: 0 for success, 2 if a file failed, 130 if interrupted.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ COURSE = "https://raw.githubusercontent.com/cmu-l3/anlp-fall2025-hw1/main"
 COURSE_2024 = "https://raw.githubusercontent.com/neubig/minllama-assignment/master"
 TINYLLAMAS = "https://huggingface.co/karpathy/tinyllamas/resolve/main"
 REFS = "course/reference"  # in a mirror
-RECORD = "data/SHA256SUMS.local"  # checksums that nobody published, as first seen here
+RECORD = "data/SHA256SUMS.local"  # checksums of the first downloads of files without a published one
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 18
 WEB = ("https://", "http://")  # other places are paths on this machine
@@ -64,7 +63,7 @@ class Entry:
     group: str
     target: str  # its path below --into
     url: str | None  # None: only a mirror has it
-    mirror: str  # its path below --source; a project folder, with `target`, can also be a mirror
+    mirror: str  # its path below --source; `target` is tried too, so a project folder can be a mirror
     sha256: str | None  # None: recorded at the first download
 
 
@@ -109,11 +108,11 @@ GROUPS = (*DEFAULT_GROUPS, "stories260K")
 
 
 class FetchError(Exception):
-    """A file could not be fetched; the message is one line."""
+    """Failure to fetch a file; the message is one line."""
 
 
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to https, and one to http only from http."""
+    """A redirect handler that follows redirects to https, and from http to http."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         scheme = urllib.parse.urlsplit(newurl).scheme
@@ -124,21 +123,21 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def parse_source(text: str) -> str:
-    """The http(s) URL or the existing folder that --source names. Raises ValueError for anything else."""
+    """The http(s) URL or existing folder given as --source. Raises ValueError for anything else."""
     folder = text
     if text.lower().startswith((*WEB, "file://")):
         try:
             url = urllib.parse.urlsplit(text)
             if url.scheme != "file":
                 if not url.hostname:
-                    raise ValueError("it names no host")
+                    raise ValueError("it has no host")
                 url.hostname.encode("idna")
                 _ = url.port  # raises ValueError for a wrong one
                 if not re.fullmatch("[!-~]*", url.path):
                     raise ValueError(f"write {url.path!r} as {urllib.parse.quote(url.path, safe='/%')!r}")
                 return url.geturl().rstrip("/")
         except ValueError as error:
-            raise ValueError(f"--source {text}: no address ({error}); give one such as http://host:8000") from error
+            raise ValueError(f"--source {text}: not a URL ({error}); give one such as http://host:8000") from error
         folder = urllib.request.url2pathname(url.path)
     if not folder or not Path(folder).is_dir():
         raise ValueError(f"--source {text}: no such folder; give a mirror's folder or its http, https or file URL")
@@ -146,14 +145,14 @@ def parse_source(text: str) -> str:
 
 
 def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
-    """Opens a URL or path, from byte `start` if possible, else from 0: (stream, its first byte, full size if known).
+    """Opens a URL or path at byte `start` if possible, else at 0: (stream, its first byte, full size if known).
 
-    Raises FileNotFoundError, also for a 404.
+    Raises FileNotFoundError, including for status 404.
     """
     if not place.startswith(WEB):
         stream = open(place, "rb")
         return stream, 0, os.fstat(stream.fileno()).st_size
-    # identity: part of a compressed file cannot be resumed
+    # identity: a compressed response cannot be resumed
     request = urllib.request.Request(place, headers={"User-Agent": "fetch_data.py", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -185,7 +184,7 @@ def open_place(place: str, start: int) -> tuple[IO[bytes], int, int | None]:
 def download(place: str, part: Path, label: str) -> None:
     """Downloads `place` to `part`, or resumes it. Raises FetchError, and keeps `part`, if bytes are missing."""
     if part.is_symlink():
-        raise FetchError(f"{part} is a link; remove it")
+        raise FetchError(f"{part} is a symbolic link; remove it")
     stream, start, total = open_place(place, part.stat().st_size if part.exists() else 0)
     bar = tqdm(desc=label, initial=start, total=total, unit="B", unit_scale=True, disable=None, leave=False)
     with stream, open(part, "ab" if start else "wb") as out, bar:
@@ -200,7 +199,7 @@ def download(place: str, part: Path, label: str) -> None:
 
 
 def download_first(entry: Entry, source: str | None, part: Path) -> None:
-    """Downloads from the published address, or from the first of the two places in a mirror that has the file."""
+    """Downloads from the published address, or from the first of two places in the mirror where the file exists."""
     places = [f"{source}/{entry.mirror}", f"{source}/{entry.target}"] if source else [str(entry.url)]
     for place in places:
         with suppress(FileNotFoundError):
@@ -209,8 +208,8 @@ def download_first(entry: Entry, source: str | None, part: Path) -> None:
     raise FetchError(f"not found at {' or '.join(places)}; {advice}")
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is a complete zip, as torch's files are, with the right checksums inside."""
+def is_complete_zip(path: Path) -> bool:
+    """Whether a file is a complete zip with correct checksums inside. Torch's files are zips."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
@@ -222,7 +221,7 @@ def is_whole(path: Path) -> bool:
 
 
 def checksum(path: Path, entry: Entry) -> str:
-    """SHA-256 of the file at `path` in hex; of JSON, that of its content on one line, independent of layout."""
+    """SHA-256 of the file at `path` in hex. JSON is first put on one line, so its layout does not matter."""
     content = path.read_bytes()
     if entry.target.endswith(".json"):
         with suppress(ValueError, RecursionError):
@@ -231,7 +230,7 @@ def checksum(path: Path, entry: Entry) -> str:
 
 
 def read_record(into: Path) -> dict[str, str]:
-    """The recorded checksums by target; empty before the first. Raises FetchError if the record is no text."""
+    """The recorded checksums by target. Raises FetchError if the record is not UTF-8."""
     record = into / RECORD
     try:
         lines = record.read_text("utf-8").splitlines() if record.exists() else []
@@ -241,7 +240,7 @@ def read_record(into: Path) -> dict[str, str]:
 
 
 def write_record(into: Path, sums: dict[str, str]) -> None:
-    """Replaces the record atomically; `sha256sum -c data/SHA256SUMS.local` reads it too."""
+    """Replaces the record atomically, in the format of `sha256sum -c data/SHA256SUMS.local`."""
     record = into / RECORD
     record.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{record.name}.", dir=record.parent) as folder:
@@ -251,17 +250,17 @@ def write_record(into: Path, sums: dict[str, str]) -> None:
 
 
 @contextmanager
-def alone(into: Path) -> Iterator[None]:
-    """Waits until no other process fetches into the folder: two would write to one NAME.part."""
+def folder_lock(into: Path) -> Iterator[None]:
+    """Locks the folder, because two processes must not write the same NAME.part; waits for another process."""
     into.mkdir(parents=True, exist_ok=True)
     try:
         folder = os.open(into, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         yield
         return
     try:
         if not try_lock(folder):
-            complain(f"another process is fetching into {into}; waiting until it ends")
+            print_error(f"another process is fetching into {into}; waiting until it ends")
             try_lock(folder, wait=True)
         yield
     finally:
@@ -269,7 +268,7 @@ def alone(into: Path) -> Iterator[None]:
 
 
 def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = False) -> str:
-    """Brings the verified file of `entry`; returns a line about it. Raises FetchError, OSError or HTTPException."""
+    """Fetches and verifies the file of `entry`; returns a line about it. Raises FetchError, OSError, HTTPException."""
     target, record = into / entry.target, {} if entry.sha256 else read_record(into)
     part = target.with_name(target.name + ".part")
     expected = entry.sha256 or record.get(entry.target)
@@ -280,18 +279,18 @@ def fetch(entry: Entry, into: Path, source: str | None = None, force: bool = Fal
             return f"skipped  {entry.target}: not published, only a mirror has it (--source)"
         target.parent.mkdir(parents=True, exist_ok=True)
         download_first(entry, source, part)
-        if entry.sha256 is None and not is_whole(part):
+        if entry.sha256 is None and not is_complete_zip(part):
             part.unlink()
-            raise FetchError("came empty, cut short or mixed up; thrown away, run the command again")
-    elif not expected and not is_whole(target):
-        raise FetchError("is empty, cut short or mixed up; left as it is, --force replaces it")
+            raise FetchError("the download is empty, cut short or damaged and was deleted; run the command again")
+    elif not expected and not is_complete_zip(target):
+        raise FetchError("the file is empty, cut short or damaged; --force replaces it")
     actual = checksum(target if keep else part, entry)
     if expected and actual != expected and (entry.sha256 or not force):
         if keep:
-            raise FetchError(f"sha256 is {actual}, {kind} is {expected}; left as it is, --force replaces it")
+            raise FetchError(f"sha256 is {actual}, {kind} is {expected}; the file is kept, --force replaces it")
         part.unlink()
         advice = "run the command again or try a mirror with --source" if entry.sha256 else "--force accepts it"
-        raise FetchError(f"came with sha256 {actual}, {kind} is {expected}; thrown away, {advice}")
+        raise FetchError(f"the download had sha256 {actual}, {kind} is {expected}, and was deleted; {advice}")
     if not keep:
         os.replace(part, target)
     if entry.sha256 is None and actual != expected:
@@ -304,7 +303,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"{error.url} answered {error.code} {error.reason}; try again later, or a mirror with --source"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left; free some and run the same command again to resume, or choose a folder with --into"
+        return "the disk is full; free space and run the same command again to resume, or choose a folder with --into"
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}; choose another folder with --into or --source"
     if isinstance(error, FetchError):
@@ -316,56 +315,56 @@ def explain(error: Exception) -> str:
 
 
 def build_parser() -> OneLineParser:
-    """The command line, described by this file's docstring."""
+    """The parser of the command line."""
     parser = OneLineParser(prog="fetch_data.py", description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"default: {' '.join(DEFAULT_GROUPS)}")
     parser.add_argument("--source", metavar="DIR_OR_URL", help="a mirror: its folder, or an http, https or file URL")
     parser.add_argument("--into", type=Path, default=HERE, metavar="DIR", help="project folder (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="list the files of the groups (default: all) and stop")
-    parser.add_argument("--force", action="store_true", help="fetch again, and replace what is there")
+    parser.add_argument("--force", action="store_true", help="fetch again and replace existing files")
     return parser
 
 
-def complain(text: str) -> None:
-    """Prints one line to stderr, without control characters that a server or an argument may contain."""
+def print_error(text: str) -> None:
+    """Prints one line to stderr, without the control characters of a server's answer or an argument."""
     line = "".join(character if character.isprintable() else " " for character in text.rstrip())
     print(f"fetch_data.py: {line}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code; a failing standard output stops no download."""
+    """Runs the command and returns its exit code; downloads continue if standard output fails."""
     return displayed(fetch_all, argv)
 
 
 def fetch_all(argv: list[str] | None) -> int:
-    """Fetches what the arguments name and returns the exit code."""
+    """Fetches the files that the arguments select; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
         if unknown := [group for group in args.groups if group not in GROUPS]:
             raise ValueError(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
         source = None if args.source is None else parse_source(args.source)
     except ValueError as error:
-        complain(str(error))
+        print_error(str(error))
         return 2
     entries = [e for e in ENTRIES if e.group in (args.groups or (GROUPS if args.list else DEFAULT_GROUPS))]
     if args.list:
         rows = ((e.group, e.target, e.sha256 or "not pinned", e.url or f"a mirror's {e.mirror}") for e in entries)
         print("\n".join(f"{group:11} {target:43} {sha256:64} {place}" for group, target, sha256, place in rows))
         return 0
-    said: set[str] = set()
+    printed: set[str] = set()
     failed = 0
     for entry in entries:
         try:
-            with alone(args.into):
+            with folder_lock(args.into):
                 print(fetch(entry, args.into, source, args.force), flush=True)
         except (FetchError, OSError, http.client.HTTPException, ValueError) as error:
             message = explain(error)
-            # Without a network, every file has the same message: its advice is printed once.
-            complain(f"{entry.target}: {message.partition('; ')[0] if message in said else message}")
-            said.add(message)
+            # Without a network every file fails with the same message. Its advice is printed once.
+            print_error(f"{entry.target}: {message.partition('; ')[0] if message in printed else message}")
+            printed.add(message)
             failed += 1
         except KeyboardInterrupt:
-            complain(f"{entry.target}: interrupted; the same command resumes it")
+            print_error(f"{entry.target}: interrupted; the same command resumes it")
             return 130
     if 0 < failed < len(entries):
         print(f"{len(entries) - failed} of {len(entries)} files are there")

@@ -62,8 +62,8 @@ NORM_CLASSES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions.
 
-    Beyond the write-up, a config may ask for ALiBi or a sliding window (both are in the mask, layers/masks.py), and for
-    differential heads (layers/differential.py), whose initial weights depend on `depth`, the number of the layer.
+    Beyond the write-up, a config may ask for ALiBi or a sliding window, both part of the mask (layers/masks.py). It may
+    also ask for differential heads (layers/differential.py). Their initial weights depend on the layer index, `depth`.
     """
 
     def __init__(self, config: LlamaConfig, depth: int = 0) -> None:
@@ -87,9 +87,9 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer_id: int = 0,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the position of each row that `only` (B,) names.
+        """x (B, T, D) -> (B, T, D). only (B,): one position in each row to compute alone -> (B, 1, D).
 
-        mask: see `compute_query_key_value_scores`. cache: the earlier tokens; x is added to it, for layer `layer_id`.
+        mask: see `compute_query_key_value_scores`. cache: the earlier tokens, to which layer `layer_id` appends x.
         """
         config = self.config
         B, T, _ = x.shape
@@ -123,10 +123,10 @@ class Attention(nn.Module):
         return self.residual_dropout(self.compute_output(mixed.transpose(1, 2).flatten(-2)))  # (B, T or 1, D)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The attention of `compute_query_key_value_scores` by the kernel that the config names.
+        """The attention of `compute_query_key_value_scores`, computed by the config's kernel.
 
-        "auto" is torch's fused kernel, except in half precision on the CPU, where that takes up to five times as long
-        as matrix products of a few rows at a time (docs/performance.md).
+        "auto" is torch's fused kernel. In half precision on the CPU it is "pieces", matrix products of a few rows at a
+        time, up to five times as fast (docs/performance.md).
         """
         config, kernel = self.config, self.config.attention_kernel
         if kernel == "auto":
@@ -144,13 +144,13 @@ class Attention(nn.Module):
     def compute_query_key_value_scores(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """softmax(query key^T / sqrt(hd) + mask) value: three times (B, H, T, hd) -> (B, H, T, hd). The readable path.
+        """softmax(query key^T / sqrt(hd) + mask) value, the readable path: three (B, H, T, hd) -> (B, H, T, hd).
 
         mask: broadcast to (B, H, T, T); bool, True = attend, or float, added to the scores. None: the config's mask.
         """
         if mask is None:
             mask = default_mask(query.shape[-2], self.config, query.dtype, query.device)
-        # Divided before the product, which might overflow in float16.
+        # The division comes first, because the product may overflow in float16.
         scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)  # (B, H, T, T)
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill_(~mask, -math.inf)  # in place, to save memory
@@ -196,14 +196,14 @@ class LlamaLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, only: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, 1, D) for the position of each row that `only` (B,) names."""
+        """x (B, T, D) -> (B, T, D). only (B,): one position in each row to compute alone -> (B, 1, D)."""
         mixed = self.attention(self.attention_norm(x), mask, only, cache, self.layer_id)
         x = (x if only is None else gather_positions(x, only)) + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Llama(nn.Module):
-    """Embedding, `LlamaLayer`s, norm and output projection, which by default shares the weight of the embedding."""
+    """Embedding, layers, norm and output projection, which by default shares the weight of the embedding."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -217,15 +217,15 @@ class Llama(nn.Module):
         self.init_weights()
 
     def tie_weights(self) -> None:
-        """Shares the weight of the embedding with the output projection, if the config says so."""
+        """Shares the embedding's weight with the output projection, if the config says so."""
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self) -> None:
-        """Weights from N(0, 0.02); N(0, 0.02 / sqrt(2 * n_layers)) in projections that write into the residual stream.
+        """Draws weights from N(0, 0.02), and from N(0, 0.02 / sqrt(2 * n_layers)) for projections into the residual.
 
-        Each of the 2 * n_layers writes adds its variance to the stream, hence the root (GPT-2). The course and llama2.c
-        scale w3 instead of w2, which matters in pretraining only.
+        Each of these 2 * n_layers projections adds its variance to the residual stream, hence the square root (GPT-2).
+        The course and llama2.c scale w3 instead of w2. The difference matters only in pretraining.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -243,10 +243,10 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """tokens (B, T) -> logits, and hidden states (B, T, D) after the final norm.
 
-        Logits are (B, T, V) with `targets` (whose values do not matter), else (B, 1, V), of each row's last real token.
-        attention_mask: bool (B, T), True for real tokens, padding on either side; or, with `targets`, (B, T, T), True
-        where a query may attend to a key. cache: the earlier tokens; `tokens`, of any number, are added to it. Raises
-        ValueError if they do not fit.
+        Logits are (B, T, V) with `targets` (their values do not matter), else (B, 1, V) for each row's last real token.
+        attention_mask: bool (B, T), True for real tokens, with padding on either side. With `targets` it may be
+        (B, T, T), True where a query may attend to a key. cache: the earlier tokens, to which any number of `tokens`
+        is appended. Raises ValueError if they do not fit.
         """
         hidden = self.norm(self.residual_stream(tokens, attention_mask, cache=cache))
         logits = self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None])
@@ -255,14 +255,14 @@ class Llama(nn.Module):
     def last_hidden(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The hidden state (B, D) of each row's last real token, equal to that of `forward`, but faster.
 
-        The last layer computes keys and values for all positions, and the rest for this one only.
+        The last layer computes keys and values for all positions, and everything else only for this one.
         """
         return self.norm(self.residual_stream(tokens, attention_mask, last_positions(tokens, attention_mask)))[:, 0]
 
     def residual_stream(
         self, tokens: Tensor, attention_mask: Tensor | None, only: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """tokens (B, T) -> the residual stream (B, T, D) after the last layer; with `only` (B,), (B, 1, D)."""
+        """tokens (B, T) -> the residual stream after the last layer, (B, T, D). only: see `LlamaLayer.forward`."""
         mask = build_mask(tokens, attention_mask, cache, self.config, self.tok_embeddings.weight.dtype)
         x = self.dropout(upcast_under_autocast(self.tok_embeddings(tokens)))  # (B, T, D)
         *earlier, last = self.layers
@@ -291,9 +291,9 @@ class Llama(nn.Module):
 
 
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The position of each row's last real token (B,); the last column without a mask.
+    """The position of each row's last real token (B,); without a mask, the last column.
 
-    The mask decides, not the ids, since the padding id may also occur as a token.
+    Only the mask marks padding, because the padding id may also be a real token.
     """
     rows, columns = tokens.shape[:2]
     if attention_mask is None:
@@ -313,8 +313,9 @@ def last_token_state(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 class SkipParameterInit(TorchFunctionMode):
-    """While entered, modules do not initialise their parameters. (On the device "meta" that would import torch's
-    compiler, which takes a second.)
+    """A context in which modules skip the initialisation of parameters.
+
+    On the device "meta", initialisation imports torch's compiler, which takes a second.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -324,12 +325,10 @@ class SkipParameterInit(TorchFunctionMode):
 
 
 def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
-    """The model of a checkpoint. dtype: of the weights; None keeps the file's, without a copy. overrides: fields of the
-    config that replace the checkpoint's.
-    """
+    """The model of a checkpoint. dtype: see `load_pretrained`. overrides: fields that replace those of its config."""
     config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
-    with torch.device("meta"), SkipParameterInit():  # shapes without memory; the tensors exist already
+    with torch.device("meta"), SkipParameterInit():  # allocates nothing: the checkpoint's tensors are assigned below
         model = Llama(config)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
@@ -344,8 +343,8 @@ def load_pretrained(
 ) -> Llama:
     """Reads a checkpoint of any known format into a `Llama` in evaluation mode, on the CPU.
 
-    dtype: of the weights; None keeps the file's. Raises FileNotFoundError or ValueError, with what to do, if the file
-    is missing, damaged or of an unknown format.
+    dtype: of the weights; None keeps the file's dtype and makes no copy. Raises FileNotFoundError or ValueError, with
+    advice, if the file is missing, damaged or of an unknown format.
     """
     overrides = {name: value for name, value in (("norm", norm), ("causal", causal)) if value is not None}
     return llama_from_checkpoint(read_checkpoint(checkpoint), dtype, **overrides)

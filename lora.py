@@ -1,18 +1,18 @@
 """LoRA (arXiv 2106.09685): a frozen Linear plus a trainable update of low rank, W x + scaling * B A x.
 
-scaling is alpha / rank; rank-stabilized (rsLoRA, arXiv 2312.03732) alpha / sqrt(rank), so that a high rank learns as
-fast as a low one. DoRA (arXiv 2402.09353) trains the length of each row separately from its direction: with
-V = W + scaling * B A and a trained magnitude m, initially the row norms ||W||, the weight is m V / ||V||.
+scaling is alpha / rank. In rsLoRA (rank-stabilized, arXiv 2312.03732) it is alpha / sqrt(rank), so that a high rank
+learns as fast as a low one. DoRA (arXiv 2402.09353) trains the norm of each row separately from its direction. Its
+weight is m V / ||V||, with V = W + scaling * B A and a trained magnitude m, initially the row norms ||W||.
 
 B starts at zero, so a newly wrapped model computes the same as before. Weights change only by explicit calls, never by
-train() or eval(): `merge_lora_weights` ends LoRA and leaves a standard model with its former keys;
+train() or eval(). `merge_lora_weights` ends LoRA and restores a standard model with the original keys.
 `merge_lora_reversibly` keeps the wrapped layers, and `unmerge_lora` undoes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,11 +47,11 @@ class LoRALayer(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(original_layer.out_features, rank, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_magnitude = nn.Parameter(self._row_norms()) if dora else None
-        self._before_merge: dict[str, Tensor] | None = None  # the parameters, so that unmerging is exact
+        self._before_merge: dict[str, Tensor] | None = None  # copies of the parameters, for an exact unmerge
 
     @property
     def merged(self) -> bool:
-        """Whether the update is in the weight."""
+        """Whether the weight contains the update."""
         return self._before_merge is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class LoRALayer(nn.Module):
         if self.merged:
             return base
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
-        if self.lora_magnitude is not None:  # added to W x, so that half precision rounds the addition only
+        if self.lora_magnitude is not None:  # in a form in which half precision rounds only the last addition
             gain = self.lora_magnitude / self._row_norms()
             bias = self.original_layer.bias
             update = gain * update + (gain - 1) * (base if bias is None else base - bias)
@@ -71,7 +71,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()  # DoRA treats the norm as a constant, for a cheaper gradient (section 4.3)
     def _row_norms(self) -> Tensor:
-        """||V|| of each output (out,), in float32 or wider also under autocast, never 0."""
+        """||V|| of each output (out,), never 0; in float32 or wider, even under autocast."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return row_norms(self._updated_weight(self.lora_A.dtype))
 
@@ -81,10 +81,10 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the update to the weight, in float64, cast once. Merging a merged layer does nothing.
+        """Adds the update to the weight, computed in float64. Merging a merged layer does nothing.
 
-        Until `unmerge`, lora_B is zero and lora_magnitude holds the norms of the merged rows, so that a state dict
-        saved now computes the same wherever it is loaded.
+        Until `unmerge`, lora_B is zero and lora_magnitude holds the norms of the merged rows. So the state dict of a
+        merged layer computes the same after loading.
         """
         if self.merged:
             return
@@ -119,15 +119,14 @@ def apply_lora(
     rslora: bool = False,
     dora: bool = False,
 ) -> nn.Module:
-    """Freezes `model` and wraps, in place, every Linear whose own name is in `targets`; returns the same model.
+    """Freezes `model` and wraps, in place, every Linear whose last name is in `targets`; returns the same model.
 
-    keep_trainable: names of submodules without pretrained weights, which are trained beside the adapters.
-
-    Raises ValueError if a target matches nothing, with the names of all Linears, or if the model is wrapped already.
+    keep_trainable: names of submodules without pretrained weights, trained together with the adapters. Raises
+    ValueError, with the names of all Linears, if a target matches none, or if the model is already wrapped.
     """
     targets, keep_trainable = tuple(targets), tuple(keep_trainable)
     if next(lora_layers(model), None) is not None:
-        raise ValueError("the model has LoRA layers already; remove them by merge_lora_weights or remove_lora")
+        raise ValueError("the model already has LoRA layers; remove them with merge_lora_weights or remove_lora")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     own_names = {name.rpartition(".")[2] for name, _ in linears}
     if missing := [target for target in targets if target not in own_names]:
@@ -140,14 +139,9 @@ def apply_lora(
     for name, parameter in model.named_parameters():
         if not any(part in keep_trainable for part in name.split(".")):
             parameter.requires_grad_(False)
-    put_modules(model, wrapped)
+    for name, layer in wrapped.items():
+        model.set_submodule(name, layer)
     return model
-
-
-def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Replaces the submodules with these dotted names."""
-    for name, module in modules.items():
-        model.set_submodule(name, module)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -168,9 +162,9 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
-    """(LoRA parameters, all parameters, the percentage); a tied weight counts once.
+    """(LoRA parameters, all parameters, percentage); a tied weight counts once.
 
-    The course's script divides by the trainable parameters instead of all, which makes the share look large.
+    The course's script divides by the number of trainable parameters instead, so its percentage is larger.
     """
     lora = sum(parameter.numel() for parameter in get_lora_optimizer_params(model))
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -180,16 +174,16 @@ def count_lora_parameters(model: nn.Module) -> tuple[int, int, float]:
 def merge_lora_weights(model: nn.Module) -> nn.Module:
     """Ends LoRA: replaces every LoRALayer, in place, by a plain Linear with the merged weight.
 
-    Returns the same model, whose state dict loads strictly into a model that was never wrapped; for a LoRALayer alone,
-    its Linear. Frozen parameters stay frozen. Raises ValueError as `merge_lora_reversibly` does.
+    Returns the same model, or the Linear if `model` is itself a LoRALayer. The state dict loads strictly into a model
+    that was never wrapped. Frozen parameters stay frozen. Raises ValueError as `merge_lora_reversibly` does.
     """
     return remove_lora(merge_lora_reversibly(model))
 
 
 def merge_lora_reversibly(model: nn.Module) -> nn.Module:
-    """Merges every update into its weight (see `LoRALayer.merge`); the wrapped layers stay. Returns the same model.
+    """Merges every update into its weight (`LoRALayer.merge`) and keeps the wrapped layers. Returns the same model.
 
-    Raises ValueError, and changes nothing, if such a weight is shared with another module, as a tied output is.
+    Raises ValueError, and changes nothing, if another module shares such a weight, for example a tied embedding.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -210,18 +204,18 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Puts the wrapped Linears back in place, without updates that were not merged; returns the same model, or for a
-    LoRALayer alone its Linear.
-    """
+    """Replaces every LoRALayer by its Linear and drops unmerged updates; returns what `merge_lora_weights` does."""
     if isinstance(model, LoRALayer):
         return model.original_layer
-    put_modules(model, {name: layer.original_layer for name, layer in lora_layers(model)})
+    for name, layer in list(lora_layers(model)):
+        model.set_submodule(name, layer.original_layer)
     return model
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter alone: {"...compute_query.lora_A": (rank, in), "...lora_B": (out, rank), ...}, with DoRA
-    also "...lora_magnitude": (out,). Raises ValueError while it is merged, since B is zero then.
+    """A copy of the adapter: {"...lora_A": (rank, in), "...lora_B": (out, rank)}, for DoRA also "...lora_magnitude".
+
+    Raises ValueError while the adapter is merged, because B is then zero.
     """
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError("the adapter is merged into the weights; call unmerge_lora before saving it")
@@ -232,14 +226,11 @@ def load_lora_state_dict(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     """Sets the adapter of a wrapped model. Raises ValueError, and changes nothing, unless names and shapes match."""
     own = dict(lora_parameters(model))
     if wrong := sorted(set(own) ^ set(adapter)):
-        raise ValueError(
-            f"the adapter does not fit the model: {wrong[0]} and {len(wrong) - 1} more names are in one only"
-        )
-    if wrong := [name for name in sorted(own) if own[name].shape != adapter[name].shape]:
-        name = wrong[0]
-        raise ValueError(
-            f"{name} is {tuple(adapter[name].shape)}, the model's is {tuple(own[name].shape)}; another rank?"
-        )
+        raise ValueError(f"the adapter does not fit the model: {len(wrong)} names differ, such as {wrong[0]}")
+    for name in sorted(own):
+        theirs, ours = tuple(adapter[name].shape), tuple(own[name].shape)
+        if theirs != ours:
+            raise ValueError(f"{name} has shape {theirs}, but {ours} in the model; do their ranks differ?")
     unmerge_lora(model)
     with torch.no_grad():
         for name, parameter in own.items():

@@ -4,7 +4,7 @@ Convention: the gradient step comes first, then the weight decay p -= lr * weigh
 first. It also adds eps to sqrt(v / (1 - b2^t)); here eps is added to sqrt(v), and the bias correction is in the step
 size, as in the efficient variant of Adam (arXiv 1412.6980, end of section 2).
 
-`one_by_one` is the formula to read; `in_one_pass` is the same by one kernel over all parameters.
+`one_by_one` is the readable form. `in_one_pass` computes the same with one kernel for all parameters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from torch.optim import Optimizer
 class AdamW(Optimizer):
     """Adam with decoupled weight decay.
 
-    params: parameters, or groups with settings of their own. correct_bias: correct the bias of the moving averages
-    towards zero, their start. max_grad_norm: before the step, scale the gradients of a group down to this global
-    2-norm. fused: update by `in_one_pass`, else by `one_by_one`.
-
-    Raises ValueError for a setting out of its range, RuntimeError for a sparse gradient.
+    params: parameters, or groups with their own settings. correct_bias: compensate for moving averages that start at
+    zero. max_grad_norm: clip each group's gradients to this global 2-norm before the step. fused: use `in_one_pass`
+    instead of `one_by_one`. Raises ValueError for a setting out of range, RuntimeError for a sparse gradient.
     """
 
-    fused = True  # also in the class, since torch copies and pickles an optimizer without attributes of its own
+    fused = True  # a class attribute too: torch drops instance attributes when it copies or pickles an optimizer
 
     def __init__(
         self,
@@ -51,15 +49,8 @@ class AdamW(Optimizer):
             raise ValueError(f"weight decay is {weight_decay}; it must be 0 or more")
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "correct_bias": correct_bias,
-            "max_grad_norm": max_grad_norm,
-        }
-        super().__init__(params, defaults)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults | dict(correct_bias=correct_bias, max_grad_norm=max_grad_norm))
         self.fused = fused
 
     @torch.no_grad()
@@ -101,18 +92,18 @@ def one_by_one(parameters: list[nn.Parameter], states: dict[Tensor, Any], group:
 
 
 def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group: dict[str, Any]) -> None:
-    """The update of `one_by_one` by torch's fused AdamW kernel, with settings that make its formula ours.
+    """The update of `one_by_one` by torch's fused AdamW kernel, with arguments that make its formula ours.
 
     The kernel computes p * (1 - lr' wd') - lr' / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps'). With
-    keep = 1 - lr wd, that is our formula for lr' = lr keep, wd' = wd / keep and eps' = eps / sqrt(1 - b2^t). Without
-    bias correction t is infinite.
+    keep = 1 - lr wd, that is our formula for lr' = lr keep, wd' = wd / keep and eps' = eps / sqrt(1 - b2^t). An
+    infinite t turns bias correction off.
     """
     beta1, beta2 = group["betas"]
     keep = 1 - group["lr"] * group["weight_decay"]
     same_layout = all(p.grad.stride() == p.stride() for p in parameters if p.grad is not None)
-    if not keep > 0 or not same_layout:  # the kernel goes through memory in order
+    if not keep > 0 or not same_layout:  # the kernel reads all tensors in memory order
         return one_by_one(parameters, states, group)
-    # The kernel needs one dtype and device, and one eps, which depends on the number of steps.
+    # One call needs one dtype, one device and one eps, which depends on the step.
     groups: dict[tuple[int, torch.dtype, torch.device], list[nn.Parameter]] = {}
     for p in parameters:
         groups.setdefault((states[p]["step"], p.dtype, p.device), []).append(p)
@@ -136,7 +127,7 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is. Parts suffice for an elementwise update."""
+    """The local shard of a sharded tensor, enough for an elementwise update; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -147,7 +138,7 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: matrices with weight decay, vectors (biases, weights of norms) without.
 
-    Frozen parameters are left out. lr_multipliers: factors of the learning rate by the last part of a parameter's name.
+    Frozen parameters are left out. lr_multipliers: factors of the learning rate, by the last part of the names.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in named_parameters:

@@ -35,8 +35,11 @@ ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
 LINE_END = re.compile(r"\r{0,2}\n|\r")  # as in minillama/text/labelled.py, which would import torch
 
 
+STUDENT_ID = re.compile(r"[a-z0-9_-]+")  # also the name of the top folder
+
+
 class Rejected(Exception):
-    """A hand-in is refused; `args` are its problems."""
+    """Refusal of a hand-in; `args` are its problems."""
 
 
 def required_outputs() -> dict[str, str]:
@@ -58,7 +61,7 @@ def required_outputs() -> dict[str, str]:
 
 
 def prediction_problem(name: str, text: str, data: Path) -> str | None:
-    """The first problem of a prediction file; its sentences are compared with the source file, if `data` has it."""
+    """The first problem of a prediction file. Its sentences are compared with the source file in `data`, if any."""
     corpus, split, kind = name.split("-")[:3]
     sentences = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # splitlines() would split sentences
@@ -82,7 +85,7 @@ def prediction_problem(name: str, text: str, data: Path) -> str | None:
 
 
 def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
-    """All missing and malformed files of a hand-in; files: content by name."""
+    """Problems of all missing and malformed files of a hand-in. files: content by name."""
     problems = [f"missing {name}, a module of the project" for name in CODE if name not in files]
     missing: dict[str, list[str]] = {}
     for name, command in required_outputs().items():
@@ -110,7 +113,7 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
     if parts[0] == "" or "\\" in info.filename or ":" in parts[0]:
         return f"{info.filename!r} is an absolute or a Windows path"
     if ".." in parts or "." in parts:
-        return f"{info.filename!r} leads out of its folder"
+        return f"{info.filename!r} points outside its folder"
     if stat.S_ISLNK(info.external_attr >> 16):
         return f"{info.filename!r} is a symbolic link"
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -120,15 +123,15 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
     if hidden or data or FORBIDDEN_FOLDERS & set(parts[1:]):
         return f"{info.filename!r} must not be in it: no data, weights, caches, tests or git folder"
     if len(parts) < 2 and not info.is_dir():
-        return f"{info.filename!r} lies outside the top folder"
+        return f"{info.filename!r} is outside the top folder"
     report = f"{parts[0]}/{parts[0]}-report.pdf"
     if info.filename.lower().endswith(".pdf") and info.filename != report:
-        return f"{info.filename!r} must not be in it: the one PDF is {report}"
+        return f"{info.filename!r} must not be in it: the only PDF is {report}"
     return None
 
 
 def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
-    """The files of the hand-in zip at `path`; student None: any id. Raises Rejected with all its problems."""
+    """The files of the hand-in zip at `path`. student: its id; None accepts any. Raises Rejected with all problems."""
     if not path.is_file():
         raise Rejected(f"there is no file {path}")
     try:
@@ -144,7 +147,7 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
                 problems.append(f"it must hold one top folder, not {len(folders)}: {', '.join(folders[:5])}")
             elif student is not None and folders[0] != student:
                 problems.append(f"its top folder is {folders[0]!r}, not {student!r}")
-            elif not is_student_id(folders[0]):
+            elif not STUDENT_ID.fullmatch(folders[0]):
                 problems.append(f"its top folder {folders[0]!r} is not an id: lowercase letters, digits, _ and - only")
             if twice := [name for name, count in Counter(info.filename for info in entries).items() if count > 1]:
                 problems.append(f"it holds {', '.join(twice[:5])} more than once")
@@ -155,15 +158,10 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
             files = [info for info in entries if not info.is_dir()]
             contents = {info.filename.partition("/")[2]: archive.read(info) for info in files}
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
-        raise Rejected(f"{path} is not a sound zip: {error}") from error
+        raise Rejected(f"{path} is not a valid zip: {error}") from error
     if problems := content_problems(contents, data):
         raise Rejected(*problems)
     return files
-
-
-def is_student_id(text: str) -> bool:
-    """Whether `text` can name the top folder."""
-    return re.fullmatch(r"[a-z0-9_-]+", text) is not None
 
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
@@ -189,7 +187,7 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
 
 
 def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict[str, dict[str, Any] | None]:
-    """The record in `folder` of each prediction file and generated text in the zip, by its name there; None without."""
+    """The record of each prediction file and generated text, from `folder`, by its name in the zip; None if missing."""
     found = {}
     with zipfile.ZipFile(path) as archive:
         for info in files:
@@ -200,9 +198,9 @@ def find_records(path: Path, files: list[zipfile.ZipInfo], folder: Path) -> dict
 
 
 def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> list[str]:
-    """Surprises for a grader in a record: another model than the course's, other data than the file's name says."""
+    """Warnings about a record: a model other than the course's, or data other than the file's name says."""
     if record is None:
-        return ["no record of what it was made from: changed by hand, copied from elsewhere, or of an older version"]
+        return ["no record of its origin: it was changed by hand, copied from elsewhere, or made by an older version"]
     problems = []
     if record.get("bundled_model"):
         missing = ", because the course's was missing" if record.get("model_substituted") else ""
@@ -212,12 +210,12 @@ def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> 
         expected = {COURSE_DATA[source], file_sha256(data / source)}
         if record.get("data_sha256") not in expected - {None}:
             rows = f" ({record['rows']} rows)" if record.get("rows") else ""
-            problems.append(f"predicted from {record.get('data')}{rows}, which is not {source} as the course has it")
+            problems.append(f"predicted from {record.get('data')}{rows}, which is not the course's {source}")
     return problems
 
 
 def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Prints the files of the zip at `path`: sizes in bytes, and what the predictions were made from."""
+    """Prints the files of the zip at `path`: sizes in bytes, and the model that made each prediction file."""
     width = max(len(info.filename) for info in files)
     print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}  made from")
     for info in files:
@@ -247,8 +245,8 @@ def pack_or_check(arguments: list[str] | None) -> int:
     parser.add_argument("--check", type=Path, metavar="ZIP", help="check this zip and write nothing")
     options = parser.parse_args(arguments)
     if options.student is None and options.check is None:
-        parser.error("which ID? Give it, or --check ZIP")
-    if options.student is not None and not is_student_id(options.student):
+        parser.error("give your ID, or --check ZIP")
+    if options.student is not None and not STUDENT_ID.fullmatch(options.student):
         parser.error(f"the ID {options.student!r} may hold lowercase letters, digits, _ and - only")
     if not options.folder.is_dir():
         parser.error(f"--folder {options.folder}: there is no such folder")
@@ -268,7 +266,7 @@ def pack_or_check(arguments: list[str] | None) -> int:
                 print(f"{parser.prog}: warning: {full_name}: {'; '.join(problems)}", file=sys.stderr)
         print_table(path, files, records)
     except Rejected as rejected:
-        more = [f"and {len(rejected.args) - SHOWN} problems more"] if len(rejected.args) > SHOWN else []
+        more = [f"and {len(rejected.args) - SHOWN} more problems"] if len(rejected.args) > SHOWN else []
         for problem in (*rejected.args[:SHOWN], *more):
             print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ def rotary_frequencies(head_dim: int, theta: float, device: torch.device | None 
 
 
 def scaled(frequencies: Tensor, scaling: Scaling) -> Tensor:
-    """The frequencies of a model whose context was extended after training, as in Llama 3.1.
+    """Rotary frequencies for a context extended after training, as in Llama 3.1.
 
     A pair with high_freq_factor or more turns within the original context keeps its frequency. With low_freq_factor
     turns or fewer, the frequency is divided by the factor. Between the two it is interpolated
@@ -42,8 +42,8 @@ def rotary_table(
 ) -> Tensor:
     """e^(i angle) for every position and pair: (seq_len, head_dim / 2), complex64.
 
-    Always float32: bfloat16 cannot tell position 256 from 257. The table is no buffer of a module, so it is neither in
-    state dicts nor changed by `.to(dtype)`.
+    Always float32: bfloat16 cannot distinguish positions 256 and 257. The table is not a module's buffer: state dicts
+    do not contain it, and `.to(dtype)` does not change it.
     """
     with torch.inference_mode(False):  # a table made under inference_mode could not be used in training
         frequencies = rotary_frequencies(head_dim, theta, device)
@@ -65,7 +65,7 @@ def rotary_rows(
     """The rows of the table for positions `start` to `end` - 1. Raises ValueError beyond max_seq_len."""
     if end > max_seq_len:
         raise ValueError(f"a sequence of {end} tokens is longer than the model's context of {max_seq_len}")
-    # A power of two, so that there are few tables; not max_seq_len, which a damaged checkpoint may make huge.
+    # The length is a power of two, so few tables are made. It is not max_seq_len, which may be huge in a damaged file.
     return rotary_table(head_dim, 1 << (end - 1).bit_length(), theta, device, scaling)[start:end]
 
 
@@ -92,8 +92,6 @@ def apply_rotary_emb(
     scaling: Scaling | None = None,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) by their positions, from
-    `start` on. Raises ValueError beyond max_seq_len.
-    """
+    """Rotates query (batch, seq, heads, head_dim) and key (batch, seq, kv_heads, head_dim) from `start` on."""
     table = rotary_rows(start, start + query.shape[1], head_dim, max_seq_len, theta, query.device, scaling)
     return rotate(query, table), rotate(key, table)

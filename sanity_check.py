@@ -1,14 +1,15 @@
-"""Compares the model with reference outputs: of the course, of a tiny model, and of the bundled model.
+"""Compares the model's outputs with references: the course's, a tiny model's, and the bundled model's.
 
 examples:
-  python sanity_check.py                                    all references that are here
+  python sanity_check.py                                    all references that exist
   python sanity_check.py --pretrained-model-path my.pt      the course's references with another copy of its model
-  python sanity_check.py sanity_check.data                  this reference file alone
+  python sanity_check.py sanity_check.data                  only this reference file
 
-The course's editions differ in norm and attention. Both are detected from a reference file and used for its comparison,
-instead of the checkpoint's own. Everything is computed in float32 on the CPU.
-The last line is the verdict. Exit code: 0 if all compared references agree, 1 if one differs or the bundled model is
-not the one of its reference, 2 for a file that cannot be used, 3 with --strict if a reference was not compared.
+The course's editions differ in norm and attention. Both are detected from the reference file and replace the
+checkpoint's own. Everything is computed in float32 on the CPU. The last line is the verdict.
+
+Exit code: 0 if all compared references agree; 1 if one differs, or if the bundled reference belongs to another model;
+2 for a file that cannot be used; 3 with --strict if a reference was not compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 CONFORMANCE = HERE / "tests" / "conformance"
-# The bundled model, and its outputs as tests/make_bundled_reference.py computed them in float64.
+# The bundled model, and its outputs in float64, made by tests/make_bundled_reference.py.
 BUNDLED = Path("data/mini-llama.safetensors")
 BUNDLED_EXPECTED = Path("tests/conformance/bundled_expected.safetensors")
 # The inputs of the course's references. The rows share their first ids, which reveals a causal mask.
@@ -41,7 +42,7 @@ COURSE_REFERENCES = tuple(f"sanity_check_{edition}.data" for edition in ("2024",
 
 
 class Check(NamedTuple):
-    """The result for one reference; `agrees` is also True for a missing one. not_compared: the reason, if any."""
+    """The result for one reference. agrees: also True for a missing one. not_compared: the reason, if any."""
 
     name: str
     agrees: bool
@@ -51,16 +52,14 @@ class Check(NamedTuple):
 # Differences allowed: atol + rtol * |wanted|.
 COURSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-3}  # the course's own
 CONFORMING: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}  # float32, summed in another order, for logits of up to 30
-BUNDLED_AGREES: dict[str, Any] = {"atol": 3e-5, "rtol": 0.0}  # to float64: ten times the 2.6e-6 at logits of up to 9
+BUNDLED_AGREES: dict[str, Any] = {"atol": 3e-5, "rtol": 0.0}  # ten times float32's error of 2.6e-6, for logits up to 9
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = OneLineParser(prog="sanity_check.py", description=__doc__)
-    references = (
-        "reference files to compare with (default: data/reference/sanity_check*.data, ./sanity_check.data, the "
-    )
-    references += "tiny model of tests/conformance, and the bundled model)"
+    references = "reference files to compare with (default: data/reference/sanity_check*.data, ./sanity_check.data, "
+    references += "the tiny model of tests/conformance, and the bundled model)"
     model = "the course's checkpoint (default: %(default)s)"
     parser.add_argument("references", nargs="*", type=Path, metavar="REFERENCE", help=references)
     parser.add_argument("--pretrained-model-path", type=Path, default=DEFAULT_CHECKPOINT, metavar="FILE", help=model)
@@ -88,7 +87,7 @@ def verdict(checks: list[Check]) -> str:
 
 
 def run(asked: list[Path], path: Path) -> list[Check]:
-    """Compares the checkpoint at `path` with the references `asked` for, by default all; prints each comparison."""
+    """Compares the checkpoint at `path` with the references in `asked`, or with all; prints each comparison."""
     from minillama.formats.checkpoint import read_checkpoint
 
     checks = [] if asked else [check_conformance(), check_bundled()]
@@ -117,7 +116,7 @@ def run(asked: list[Path], path: Path) -> list[Check]:
 
 
 def course_references() -> list[Path]:
-    """The course's reference files: those of fetch_data.py, also if missing, and ./sanity_check.data if it exists."""
+    """The course's reference files: those of fetch_data.py, even if missing, and ./sanity_check.data if it exists."""
     places = {HERE / REFERENCES / name for name in COURSE_REFERENCES}
     places |= set((HERE / REFERENCES).glob("sanity_check*.data"))
     own = Path("sanity_check.data").absolute()
@@ -125,7 +124,7 @@ def course_references() -> list[Path]:
 
 
 def compare(name: str, convention: str, allowed: dict[str, Any], pairs: dict[str, tuple[Tensor, Tensor]]) -> Check:
-    """Prints the largest difference of each (got, wanted) pair, and whether all are within the tolerance."""
+    """Prints the largest difference of each (got, wanted) pair, and whether all are within the tolerance `allowed`."""
     import torch
 
     agrees = all(torch.allclose(got, wanted, **allowed) for got, wanted in pairs.values())
@@ -137,14 +136,14 @@ def compare(name: str, convention: str, allowed: dict[str, Any], pairs: dict[str
 
 
 def check_conformance() -> Check:
-    """Compares the tiny model of tests/conformance with the outputs of a course-conforming implementation."""
+    """Compares the tiny model of tests/conformance with the outputs of another implementation of the course."""
     import torch
 
     from llama import load_pretrained
     from minillama.formats.files import read_torch
 
     expected = read_torch(CONFORMANCE / "course_tiny_expected.pt")
-    # causal: not stated in the file, but its greedy tokens agree with the logits over the whole row.
+    # The file does not say that it is causal, but its greedy tokens agree with the logits over the whole row.
     model = load_pretrained(CONFORMANCE / "course_tiny.pt", causal=True)
     with torch.no_grad():
         last, hidden = model(expected["ids"])
@@ -161,7 +160,7 @@ def check_conformance() -> Check:
 
 
 def check_bundled() -> Check:
-    """Compares the bundled model with its outputs in float64. A missing reference, or another model's, disagrees."""
+    """Compares the bundled model with its outputs in float64. Disagrees if these are missing or of another model."""
     import torch
 
     from llama import load_pretrained
@@ -176,13 +175,13 @@ def check_bundled() -> Check:
         print(f"{name}\n    NOT COMPARED: {BUNDLED_EXPECTED} is missing; {remedy}")
         return Check(name, False, f"{BUNDLED_EXPECTED} is missing")
     expected = read_safetensors(HERE / BUNDLED_EXPECTED)
-    made_of = safetensors_metadata(HERE / BUNDLED_EXPECTED).get("model_sha256")
-    if made_of is None:
+    model_sha256 = safetensors_metadata(HERE / BUNDLED_EXPECTED).get("model_sha256")
+    if model_sha256 is None:
         raise ValueError(f"{BUNDLED_EXPECTED} is damaged or cut short; {remedy}")
-    if made_of != file_sha256(HERE / BUNDLED):
-        another = f"{BUNDLED_EXPECTED} belongs to another model"
-        print(f"{name}\n    NOT COMPARED: {another}, with SHA-256 {made_of[:12]}...; {remedy}")
-        return Check(name, False, another)
+    if model_sha256 != file_sha256(HERE / BUNDLED):
+        reason = f"{BUNDLED_EXPECTED} belongs to another model"
+        print(f"{name}\n    NOT COMPARED: {reason}, with SHA-256 {model_sha256[:12]}...; {remedy}")
+        return Check(name, False, reason)
     model = load_pretrained(HERE / BUNDLED)
     ids, prompt = expected["ids"], expected["prompt"]
     with torch.no_grad():
@@ -210,7 +209,7 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     content: Any = read_torch(path)
     names = ("logits", "hidden_states")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), torch.Tensor) for name in names):
-        raise ValueError(f"{path} is no reference file; one holds the tensors {' and '.join(names)}")
+        raise ValueError(f"{path} is not a reference file; one holds the tensors {' and '.join(names)}")
     rows, length = torch.tensor(REFERENCE_IDS).shape
     for name, sizes, wanted in (("logits", (rows, 1), "V"), ("hidden_states", (rows, length), "D")):
         tensor = content[name]
@@ -223,27 +222,24 @@ def read_reference(path: Path) -> dict[str, Tensor]:
 
 
 def is_causal(hidden: Tensor) -> bool:
-    """Whether hidden states (2, 8, D) of REFERENCE_IDS were made with a causal mask: then the rows' first ids, which
-    are equal, have equal states.
-    """
+    """Whether hidden states (2, 8, D) of REFERENCE_IDS are causal: the rows' equal first ids then have equal states."""
     import torch
 
     return torch.allclose(hidden[0, :SHARED], hidden[1, :SHARED], **COURSE)
 
 
 def norm_of(hidden: Tensor, norm_weight: Tensor) -> str:
-    """The last norm before hidden states (2, 8, D). Divided by the weight, the output of a LayerNorm with zero bias has
-    mean zero; that of an RMSNorm has not.
+    """The kind of norm whose output is `hidden` (2, 8, D).
 
-    The states alone do not show it: some weight gives all of these few states mean zero.
+    The output of a LayerNorm with zero bias, divided by the weight, has mean zero. The output of an RMSNorm does not.
     """
-    kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()  # other features cannot be divided by their weight
+    kept = norm_weight.abs() > 1e-3 * norm_weight.abs().max()  # division by other weights is inaccurate
     normed = hidden[..., kept] / norm_weight[kept]
     return "layernorm" if normed.mean(-1).abs().max() < 1e-3 else "rmsnorm"
 
 
 def check_reference(path: Path, checkpoint: Checkpoint) -> Check:
-    """Compares the checkpoint with one of the course's reference files, with that file's norm and attention."""
+    """Compares the checkpoint with a reference file of the course, using that file's norm and attention."""
     import torch
 
     from llama import llama_from_checkpoint

@@ -1,4 +1,4 @@
-"""Text to token ids and back. The kinds of tokenizers are in minillama/formats/tokenizers.py."""
+"""The tokenizer: text to token ids and back. Each kind of file is read in minillama/formats/tokenizers.py."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LLAMA3_TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 def default_tokenizer_path() -> Path:
-    """The first tokenizer.model of: the working directory, the project's folder, data/. Raises FileNotFoundError."""
+    """The tokenizer.model in the working directory, else the project's folder, else data/. Raises FileNotFoundError."""
     for folder in (Path(), HERE, HERE / "data"):
         if (folder / "tokenizer.model").is_file():
             return folder / "tokenizer.model"
     raise FileNotFoundError(
-        f"there is no tokenizer.model in the working directory, beside {Path(__file__).name}, or in {HERE / 'data'}; "
+        f"no tokenizer.model in the working directory, {HERE} or {HERE / 'data'}; "
         "`python fetch_data.py tokenizer` brings it"
     )
 
@@ -31,12 +31,12 @@ class Tokenizer:
     """A tokenizer of any kind, with a Llama's ids for beginning, end and padding.
 
     max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or
-    the folder of the file (default: `default_tokenizer_path`). Raises FileNotFoundError or ValueError if the file is
-    missing, damaged or no tokenizer.
+    the file's folder (default: `default_tokenizer_path`). Raises FileNotFoundError or ValueError if the file is
+    missing, damaged or not a tokenizer.
 
     Attributes: `path` of the file, `kind` (see minillama/formats/tokenizers.py), `n_words` (vocabulary size),
-    `special_ids` (of special tokens, by name), `stop_ids` (ids that end a text, eos first), `adds_bos` (whether its
-    files put bos before a text), `unused_ids` (ids of the model without a piece, never generated; see `fit_to_model`).
+    `special_ids` (special tokens by name), `stop_ids` (ids that end a text, eos first), `adds_bos` (whether its
+    files put bos before a text), `unused_ids` (model ids without a piece, never generated; see `fit_to_model`).
     """
 
     def __init__(self, max_len: int | None = None, tokenizer_model: str | PathLike[str] | None = None) -> None:
@@ -50,11 +50,11 @@ class Tokenizer:
         self.n_words = self.model.n_words
         self.bos_id = self.model.bos_id
         self.eos_id = self.model.eos_id
-        # No id is reserved for padding: this is the NUL byte's. Padding is marked by a mask, never by the id.
+        # No id is reserved for padding, so the NUL byte's is used. Only a mask marks padding, not the id.
         self.pad_id = self.model.pad_id
         self.special_ids = self.model.special_ids
         ends = (self.special_ids[name] for name in ("<|end_of_text|>", "<|eot_id|>") if name in self.special_ids)
-        # bos begins another text. eos comes first: it fills up texts that ended early.
+        # bos ends a text too, because it begins another. eos is first: it fills rows that ended early.
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *ends, self.bos_id)))
         self.adds_bos = self.model.adds_bos
         self.unused_ids: tuple[int, ...] = ()
@@ -65,12 +65,12 @@ class Tokenizer:
         return self.model.processor
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text; names of special tokens are plain text. Raises TypeError or ValueError for other input."""
+        """The ids of a text; special tokens in it are plain text. Raises TypeError or ValueError if it is not UTF-8."""
         ids = self.model.encode(_utf8(s))[: self.max_len]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text to be continued: bos first if the tokenizer adds it, or if the text is empty."""
+        """The ids of a text to continue; bos comes first if the tokenizer adds it, or if the text is empty."""
         ids = self.encode(text, bos=False, eos=False)
         return [self.bos_id] * (self.adds_bos or not ids) + ids
 
@@ -79,7 +79,7 @@ class Tokenizer:
         return self.model.bytes_of_first(_utf8(text))
 
     def fit_to_model(self, vocab_size: int, stop_ids: Iterable[int] = ()) -> None:
-        """Adapts to a model of `vocab_size` ids and more `stop_ids`. Raises ValueError if text could give other ids."""
+        """Adapts to a model of `vocab_size` ids and adds `stop_ids`. Raises ValueError if text may have other ids."""
         more = [i for i in range(vocab_size, self.n_words) if i not in self.model.holes]
         if max(self.bos_id, self.eos_id) >= vocab_size or not self.model.keep_out_of_text(more):
             raise ValueError(f"{self.path} gives ids that a model with a vocabulary of {vocab_size} does not have")
@@ -89,11 +89,11 @@ class Tokenizer:
         self.unused_ids = tuple(sorted(without - set(self.stop_ids)))
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, uncut and without marks, on all cores. Raises like `encode`."""
+        """The ids of each text, not cut, without bos and eos, computed on all cores. Raises as `encode` does."""
         return self.model.encode_many([_utf8(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without special tokens; broken characters become U+FFFD. Raises ValueError for other ids."""
+        """The text of ids, without special tokens; invalid UTF-8 becomes U+FFFD. Raises ValueError for other ids."""
         ids = [int(i) for i in ids]
         ids = [i for i in ids if i < self.n_words or i not in self.stop_ids]  # a stop id may have no piece
         if outside := [i for i in ids if not 0 <= i < self.n_words]:
@@ -101,11 +101,11 @@ class Tokenizer:
         return self.model.decode(ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation up to the assistant's next reply, with all marks, never cut.
+        """The ids of a conversation up to the assistant's next reply, with all special tokens, never cut.
 
-        messages: {"role": "system", "user" or "assistant", "content": a text}; a system message may come first, then
-        user and assistant take turns, user first and last. The format is Llama 3's for a vocabulary with its special
-        tokens, Llama 2's for other SentencePiece models. Raises ValueError for other messages and other tokenizers.
+        messages: {"role": "system", "user" or "assistant", "content": a text}. A system message may come first. Then
+        user and assistant take turns, user first and last. A vocabulary with Llama 3's special tokens has its format,
+        another SentencePiece model Llama 2's. Raises ValueError for other messages and other tokenizers.
         """
         llama3 = all(name in self.special_ids for name in LLAMA3_TURN)
         if not llama3 and self.kind != "sentencepiece":
@@ -144,12 +144,12 @@ def _utf8(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 20) : error.end + 20]
-        raise ValueError(f"{around!r} is no UTF-8 text; save or type it as UTF-8") from error
+        raise ValueError(f"{around!r} is not UTF-8 text; save or type it as UTF-8") from error
     return text
 
 
 def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Role and content of each message. Raises ValueError unless they are a conversation that awaits a reply."""
+    """Role and content of each message. Raises ValueError unless the conversation ends with a user's message."""
     turns = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):

@@ -1,4 +1,4 @@
-"""Writes the training texts of the bundled model, from the public collections in its model card.
+"""Writes the bundled model's training texts, from the public collections in its model card.
 
   python data/make_corpora.py --source DIR --into runs/corpora
 
@@ -10,11 +10,11 @@ DIR has the folders corpora/ (tinystories.txt, tinystories_recased.txt, books/, 
   books.txt, prose.txt  unchanged
   reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
   reviews-held-out.txt  fold 9, unchanged
-  opinions.txt          parts of the same reviews, a few sentences long, and product opinions; a verdict follows each,
-                        and in two of three cases the question of `--option prompt` stands before the verdict
+  opinions.txt          parts of the same reviews, a few sentences long, and product opinions, each with a verdict; in
+                        two of three cases the question of `--option prompt` comes before the verdict
 
-They contain no sentence of SST or CFIMDB. rt-polarity and the "subjectivity" set are not used: their sentences are
-largely SST's.
+They contain no sentence of SST or CFIMDB. rt-polarity and the "subjectivity" set are not used, because most of their
+sentences are in SST.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from minillama.text.documents import DOCUMENT_END, read_documents  # noqa: E402
 
 HELD_OUT_STORIES = 980
 HELD_OUT_FOLD = "cv9"
-WORDS = (("bad", "awful"), ("good", "excellent"))  # of label 0, of label 1
+WORDS = (("bad", "awful"), ("good", "excellent"))  # for label 0 and label 1
 QUESTIONS = (
     prompt_question(["bad", "good"]),
     prompt_question(["awful", "bad", "average", "good", "excellent"]),
@@ -42,7 +42,7 @@ QUESTIONS = (
 
 
 def verdict(label: int, draw: random.Random) -> str:
-    """The end of a document: a question or none, and the answer."""
+    """The end of a document: a question or the words " This movie is ", and the answer."""
     return f"{draw.choice(QUESTIONS)}{draw.choice(WORDS[label])}."
 
 
@@ -58,7 +58,7 @@ def pieces(text: str, draw: random.Random) -> Iterator[str]:
 
 
 def write(path: Path, documents: Iterable[str]) -> None:
-    """Writes documents with their end marks, and prints how many."""
+    """Writes documents, each followed by DOCUMENT_END, and prints their number."""
     count = 0
     with atomic_file(path) as file:
         for document in documents:

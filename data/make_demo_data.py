@@ -1,8 +1,8 @@
 """Writes the demo data: short opinions about films in five classes, made by the grammar below.
 
-The meaning of a whole sentence is its label. Most sentences have a verdict and a decoy from the same lists (a rejected
-opinion, a hope, a fear, one part of the film): praise and blame occur in every class, and counting words is not enough.
-All wording is the project's own and in the public domain.
+The label is the meaning of the whole sentence. Most sentences have a verdict and a decoy from the same lists (a
+rejected opinion, a hope, a fear, one part of the film). So praise and blame occur in every class, and counting words
+is not enough. All wording is the project's own and in the public domain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minillama.cli.parser import OneLineParser, into_and_seed  # noqa: E402
 Rows = dict[str, list[tuple[int, str]]]  # (label, sentence) by split
 
 LABELS = ["awful", "bad", "average", "good", "excellent"]
-SIZES = {"train": 600, "dev": 150, "test": 150}  # a fifth of each class
+SIZES = {"train": 600, "dev": 150, "test": 150}  # a fifth for each class
 
 # Lists of fillers, separated by "/". Those after "//" are not in the training set.
 NEUTRAL = {
@@ -112,7 +112,7 @@ LEVELED = {
 # One template a line; those with "*" are not in the training set. A slot is {kind_role}: role v is the verdict (the
 # label), w another filler of its level, d the decoy, o its opposite. {is_...} draws from all lists that follow "is".
 TEMPLATES = {
-    # The decoy lies on another side of average than the verdict.
+    # The decoy is on another side of average than the verdict.
     "contrast": """
         {part} is {adjective_d}, but the {film} as a whole is {is_v}.
         although {part} is {adjective_d}, this {film} is {adjective_v}.
@@ -129,7 +129,7 @@ TEMPLATES = {
         * {clause_v}. So much for {critics}, who told me that this {film} is {is_d}.
         * that {part} is {adjective_d} does not change the verdict: this {film} is {is_v}.
     """,
-    # The decoy is of any other level.
+    # The decoy is from any other level.
     "any": """
         {critics} call this {film} {noun_d}. I call it {noun_v}.
         I call this {film} {noun_v}, whatever {critics} may mean when they call it {noun_d}.
@@ -190,7 +190,7 @@ TEMPLATES = {
     """,
 }
 NOT_THERE = "acting|performance|costume|camera|love story"  # rare in a documentary or a cartoon
-# The levels of decoys for each verdict. Without any, the templates are not for that label.
+# Whether a decoy's level is allowed for a verdict. If none is, the templates are not used for that label.
 ALLOWED: dict[str, Callable[[int, int], bool]] = {
     "contrast": lambda verdict, decoy: (verdict > 2) - (verdict < 2) != (decoy > 2) - (decoy < 2),
     "any": lambda verdict, decoy: decoy != verdict,
@@ -245,7 +245,7 @@ class Grammar:
 
 
 def make_rows(seed: int = 0) -> Rows:
-    """The rows by split. No two have the same frame: no two differ only in the film, its parts or the people."""
+    """The rows by split. No two have the same frame, so no two differ only in the film, its parts or the people."""
     draw = random.Random(seed)
     rows: Rows = {}
     frames = set()
@@ -274,7 +274,7 @@ def write_files(folder: Path, rows: Rows) -> None:
 
 
 def baseline(rows: Rows) -> dict[str, float | None]:
-    """The accuracies of counting words."""
+    """The accuracy of counting words."""
     from minillama.text.labelled import Row  # takes a second or two: not for --help
     from minillama.training.evaluation import counting_words
 
@@ -284,7 +284,7 @@ def baseline(rows: Rows) -> dict[str, float | None]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     about = """Writes the demo data: opinions about films in five classes, from a grammar in which counting words is not
-enough. Then prints what counting words reaches: the accuracy of logistic regression on TF-IDF features."""
+enough. Then prints the accuracy of counting words: logistic regression on TF-IDF features."""
     parser = OneLineParser(prog="make_demo_data.py", description=about)
     options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
     rows = make_rows(options.seed)

@@ -1,8 +1,8 @@
 """Writes the demo questions: short stories about two children, each with questions that the story answers.
 
-The answer is in the story and as likely in any other story: without reading, nobody knows it. A story has one thing
-that a child had, saw or ate; a question for the child asks who did what.
-All wording is the project's own and in the public domain.
+An answer cannot be guessed without the story, because it is equally likely in other stories. A story has only one thing
+that a child had, saw or ate, so a question about the child has one answer. All wording is the project's own and in the
+public domain.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ FILLERS = {
     "food": "an apple / a cookie / some cake / some soup / some bread / a banana / a carrot / some cheese",
 }
 
-# Events in their order in a story, which has only some of them. X is one of the two children. Each line is one way to
-# tell the event; lines with "?" are a question and its answer.
+# Events in the order of a story, which has some of them. X is one of the two children. Each line describes the event;
+# lines with "?" are a question and its answer.
 EVENTS = [
     """
     {X} had a {colour} {toy}.
@@ -149,8 +149,9 @@ def question_of(prompt: str) -> str:
 
 
 def baselines(rows: Rows, split: str) -> dict[str, float]:
-    """Shares of exact matches without reading the story: the most frequent answer to a question with the same first two
-    words, and the answer to the most similar question.
+    """Shares of exact matches without the story, of two baselines.
+
+    These are the most frequent answer to questions with the same first two words, and the most similar one's answer.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second or two: not for --help
     from sklearn.metrics import accuracy_score
@@ -165,7 +166,7 @@ def baselines(rows: Rows, split: str) -> dict[str, float]:
     alike = vectorizer.transform(asked[split]) @ vectorizer.transform(asked["train"]).T  # cosines
     nearest = [gold["train"][i] for i in alike.toarray().argmax(-1)]
     return {
-        "the most frequent answer to such a question": accuracy_score(gold[split], by_kind),
+        "the most frequent answer to such questions": accuracy_score(gold[split], by_kind),
         "the answer to the most similar question": accuracy_score(gold[split], nearest),
     }
 
@@ -173,7 +174,7 @@ def baselines(rows: Rows, split: str) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     about = """Writes the demo questions: short stories about two children, each with questions that the story answers.
-Then prints the share of right answers without reading."""
+Then prints the share of right answers of baselines that do not read the story."""
     parser = OneLineParser(prog="make_demo_qa.py", description=about)
     options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
     rows = make_rows(options.seed)

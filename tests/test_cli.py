@@ -376,7 +376,7 @@ def test_ctrl_c_stops_with_130_and_leaves_no_half_written_file(command):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "Traceback" not in err
     assert re.fullmatch(
-        r"run_llama.py: stopped by SIGINT; go on with --resume --run_dir runs/\S+", err.splitlines()[-1]
+        r"run_llama.py: stopped by SIGINT; resume with --resume --run_dir runs/\S+", err.splitlines()[-1]
     )
     left = set(command.files())
     assert "finetune-100000-2e-05.pt" in left and not any(".tmp" in name or "output" in name for name in left)

@@ -188,7 +188,7 @@ BAD = [
             ("--label_words", "a,b", " and to --head prompt of finetune and lora", []),
         )
     ),
-    ("a fold of no file", "prompt", ["--dev", "#fold=3"], None, "'#fold=3' names no file and fold"),
+    ("a fold of no file", "prompt", ["--dev", "#fold=3"], None, "'#fold=3' lacks a file or a fold"),
     ("a fold of a text file", "prompt", ["--dev", "dev.txt#fold=3"], None, "dev.txt has no column beside label and"),
     ("two devices", "prompt", ["--use_gpu", "--device", "cpu"], None, "--use_gpu contradicts --device cpu"),
     ("no room for a sentence", "prompt", ["--label-names", "long.json"], long_names, "no room for a sentence"),

@@ -115,7 +115,7 @@ def test_a_resumed_run_needs_no_option_twice_and_ends_the_same(command, monkeypa
     evaluate = tasks.evaluate
     monkeypatch.setattr(tasks, "evaluate", stops)
     code, out, err = command("finetune", "--run_dir", "runs/b", "--epochs", "3", "--hidden_dropout_prob", "0.4")
-    assert (code, out) == (143, "") and "go on with --resume --run_dir runs/b" in err
+    assert (code, out) == (143, "") and "resume with --resume --run_dir runs/b" in err
     for name in outputs("finetune"):
         (command.folder / name).unlink()
     assert main(["--resume"]) == 0
@@ -166,7 +166,7 @@ def test_a_run_starts_in_a_folder_without_parts_of_another(command, name):
     (command.folder / "a").mkdir()
     (command.folder / "a" / name).write_text("mine", encoding="utf-8")
     status, _, err = command("finetune", "--run_dir", "a")
-    assert status == 2 and f"{name} exists already" in err
+    assert status == 2 and f"{name} already exists" in err
     assert (command.folder / "a" / name).read_text(encoding="utf-8") == "mine"
 
 

@@ -78,7 +78,7 @@ def test_a_bad_tokenizer_json_is_not_blamed_on_the_package(tmp_path):
     pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model": {"type": "none"}}', encoding="utf-8")
-    with pytest.raises(ValueError, match="is no tokenizer.json that can be read"):
+    with pytest.raises(ValueError, match="is not a tokenizer.json that can be read"):
         Tokenizer(tokenizer_model=path)
 
 

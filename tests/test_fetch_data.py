@@ -115,7 +115,7 @@ def test_a_file_with_the_wrong_checksum_is_kept_until_forced(mirror, into, capsy
 def test_a_forced_fetch_that_fails_keeps_the_old_file(mirror, into):
     (into / MODEL.target).write_bytes(b"mine")
     (mirror / MODEL.mirror).write_bytes(b"corrupted")
-    with pytest.raises(FetchError, match="thrown away"):
+    with pytest.raises(FetchError, match="was deleted"):
         fetch_data.fetch(MODEL, into, str(mirror), force=True)
     assert (into / MODEL.target).read_bytes() == b"mine"
 
@@ -164,7 +164,7 @@ def test_an_unpinned_file_that_cannot_be_whole_is_not_taken(mirror, into, damage
     (into / fetch_data.RECORD).unlink()
     assert DAMAGED[damage] != OTHER_WEIGHTS
     (mirror / "course/model.pt").write_bytes(DAMAGED[damage])
-    with pytest.raises(FetchError, match="came empty, cut short or mixed up"):
+    with pytest.raises(FetchError, match="the download is empty, cut short or damaged"):
         fetch_data.fetch(CHECKPOINT, into, str(mirror))
     assert not list(into.glob("model.pt*")) and not (into / fetch_data.RECORD).exists()
 
@@ -174,7 +174,7 @@ def test_an_unpinned_file_that_is_there_and_cannot_be_whole_is_not_recorded(mirr
     (into / "model.pt").write_bytes(DAMAGED[damage])
     code, out, err = run(capsys, "checkpoint", "--source", mirror, "--into", into)
     assert (code, out, len(err)) == (2, [], 1)
-    assert "model.pt: is empty, cut short or mixed up" in err[0] and "--force replaces it" in err[0]
+    assert "model.pt: the file is empty, cut short or damaged" in err[0] and "--force replaces it" in err[0]
     assert (into / "model.pt").read_bytes() == DAMAGED[damage] and not (into / fetch_data.RECORD).exists()
     assert run(capsys, "checkpoint", "--source", mirror, "--into", into, "--force")[0] == 0
     assert (into / "model.pt").read_bytes() == WEIGHTS
@@ -220,7 +220,7 @@ def test_the_real_files_match_the_pinned_checksums(monkeypatch):
 def test_two_calls_for_one_folder_take_turns(server, into, capsys):
     outcomes = []
     arguments = ["data", "tokenizer", "--source", server.url, "--into", str(into)]
-    with fetch_data.alone(into):
+    with fetch_data.folder_lock(into):
         other = threading.Thread(target=lambda: outcomes.append(fetch_data.main(arguments)))
         other.start()
         other.join(0.3)

@@ -120,7 +120,7 @@ def test_an_unreachable_host_is_one_line_a_file(server, into, capsys):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/data"), "cannot use /data: Permission denied"),
         (TimeoutError("timed out"), r"connection failed \(timed out\)"),
         (OSError(errno.ENETUNREACH, "Network is unreachable"), "connection failed"),
@@ -163,7 +163,7 @@ def test_a_link_in_place_of_the_partial_file_is_not_written_through(mirror, into
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (into / "data/train.txt.part").symlink_to(precious)
-    with pytest.raises(FetchError, match="is a link"):
+    with pytest.raises(FetchError, match="is a symbolic link"):
         fetch_data.fetch(TRAIN, into, str(mirror))
     assert precious.read_text() == "mine"
 
@@ -176,14 +176,14 @@ def test_a_link_in_place_of_the_partial_file_is_not_written_through(mirror, into
         (["--source", "ftp://example.org/x"], "--source ftp://example.org/x: no such folder"),
         (["--source", ""], "no such folder"),
         (["--source", "a\nb"], "--source a b: no such folder"),
-        (["--source", "http://[::1"], "--source http://[::1: no address (Invalid IPv6 URL)"),
-        (["--source", "file://[::1"], "--source file://[::1: no address (Invalid IPv6 URL)"),
-        (["--source", "http://a..b"], "--source http://a..b: no address ("),
-        (["--source", f"http://{'a' * 64}.org"], "no address ("),
-        (["--source", "http://host:99999/x"], "no address (Port out of range 0-65535)"),
-        (["--source", "http:///x"], "no address (it names no host)"),
-        (["--source", "http://127.0.0.1/\u00e4"], "no address (write '/\u00e4' as '/%C3%A4')"),
-        (["--source", "http://127.0.0.1/a b"], "no address (write '/a b' as '/a%20b')"),
+        (["--source", "http://[::1"], "--source http://[::1: not a URL (Invalid IPv6 URL)"),
+        (["--source", "file://[::1"], "--source file://[::1: not a URL (Invalid IPv6 URL)"),
+        (["--source", "http://a..b"], "--source http://a..b: not a URL ("),
+        (["--source", f"http://{'a' * 64}.org"], "not a URL ("),
+        (["--source", "http://host:99999/x"], "not a URL (Port out of range 0-65535)"),
+        (["--source", "http:///x"], "not a URL (it has no host)"),
+        (["--source", "http://127.0.0.1/\u00e4"], "not a URL (write '/\u00e4' as '/%C3%A4')"),
+        (["--source", "http://127.0.0.1/a b"], "not a URL (write '/a b' as '/a%20b')"),
     ],
 )
 def test_a_wrong_argument_is_one_line(into, capsys, argv, says):

@@ -319,7 +319,7 @@ def test_a_checkpoint_keeps_the_choice_and_every_tensor(choice, norm, tmp_path):
 @choices
 def test_no_other_programs_file_holds_it(choice):
     config = tiny_config(causal=True, norm="rmsnorm", **choice)
-    with pytest.raises(ValueError, match=f"GGUF holds no model with {config.extras[0]}, as this one has; keep it as"):
+    with pytest.raises(ValueError, match=f"GGUF supports no {config.extras[0]}, and this model has it; keep it as"):
         check_rmsnorm(config, "GGUF")
     check_rmsnorm(tiny_config(causal=True, norm="rmsnorm"), "GGUF")
 

@@ -258,7 +258,7 @@ def test_a_target_that_matches_nothing_raises_with_the_names():
 
 
 def test_wrapping_twice_raises():
-    with pytest.raises(ValueError, match="has LoRA layers already"):
+    with pytest.raises(ValueError, match="already has LoRA layers"):
         apply_lora(apply_lora(tiny_llama()))
 
 

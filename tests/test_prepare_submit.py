@@ -182,13 +182,13 @@ def test_the_limit_itself_is_too_much(packed: Path, project: Path, monkeypatch: 
         ("ada/.git/HEAD", "must not be in it"),
         ("ada/data/notes.txt", "must not be in it"),
         ("ada/sst-train.txt", "must not be in it"),
-        ("ada/other-report.pdf", "'ada/other-report.pdf' must not be in it: the one PDF is ada/ada-report.pdf"),
-        ("ada/docs/ada-report.pdf", "the one PDF is ada/ada-report.pdf"),
-        ("ada/ADA-report.PDF", "the one PDF is ada/ada-report.pdf"),
+        ("ada/other-report.pdf", "'ada/other-report.pdf' must not be in it: the only PDF is ada/ada-report.pdf"),
+        ("ada/docs/ada-report.pdf", "the only PDF is ada/ada-report.pdf"),
+        ("ada/ADA-report.PDF", "the only PDF is ada/ada-report.pdf"),
         ("ada/tests/test_llama.py", "must not be in it"),
         ("/ada/a.py", "absolute"),
         ("C:/ada/a.py", "absolute or a Windows path"),
-        ("ada/../a.py", "leads out of its folder"),
+        ("ada/../a.py", "points outside its folder"),
         ("a.py", "outside the top folder"),
         ("bob/a.py", "one top folder, not 2: ada, bob"),
     ],
@@ -233,7 +233,7 @@ def test_check_survives_files_that_are_no_sound_zip(packed: Path, tmp_path: Path
     damaged[60] ^= 0xFF
     for name, content in (("text", b"hello"), ("nothing", b""), ("cut", raw[:-30]), ("damaged", bytes(damaged))):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(Rejected, match="is not a sound zip"):
+        with pytest.raises(Rejected, match="is not a valid zip"):
             check(tmp_path / name, None, tmp_path)
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
@@ -244,8 +244,8 @@ def test_check_survives_files_that_are_no_sound_zip(packed: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which ID"),
-        ([], "error: which ID? Give it, or --check ZIP; see python prepare_submit.py --help\n"),
+        ([], "give your ID"),
+        ([], "error: give your ID, or --check ZIP; see python prepare_submit.py --help\n"),
         (["Ada"], "the ID 'Ada' may hold lowercase letters"),
         (["../ada"], "may hold lowercase letters"),
         (["ada\n"], "may hold lowercase letters"),

@@ -69,10 +69,10 @@ def test_the_table_says_what_each_prediction_was_made_from(recorded: Path, capsy
         ({"bundled_model": True, "model_substituted": True}, "because the course's was missing", "(bundled)"),
         (
             {"data": "mine.txt", "rows": 60, "data_sha256": "0" * 64},
-            "mine.txt (60 rows), which is not sst-dev",
+            "mine.txt (60 rows), which is not the course's sst-dev",
             "0.457",
         ),
-        ({"sha256": "0" * 64}, "no record of what it was made from", "  no record"),
+        ({"sha256": "0" * 64}, "no record of its origin", "  no record"),
     ],
 )
 @pytest.mark.parametrize("source_is_there", [True, False])

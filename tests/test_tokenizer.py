@@ -122,7 +122,7 @@ def test_ids_that_are_not_there_are_refused(tokenizer, outside):
 @pytest.mark.parametrize("text", ["a good \ud800 film", b"caf\xe9".decode("utf-8", "surrogateescape"), "\udfff"])
 def test_half_a_character_is_no_text(tokenizer, text):
     for encode in (lambda: tokenizer.encode(text, bos=True, eos=True), lambda: tokenizer.encode_many([text])):
-        with pytest.raises(ValueError, match=r"\\ud.*is no UTF-8 text.*save or type it as UTF-8") as raised:
+        with pytest.raises(ValueError, match=r"\\ud.*is not UTF-8 text.*save or type it as UTF-8") as raised:
             encode()
         assert str(raised.value).isprintable()
 

@@ -1,4 +1,4 @@
-"""The speed of text generation, by this program and by transformers, on the same weights."""
+"""The speed of text generation by this program and by transformers, on the same weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEW = 64  # tokens decoded for a rate
 
 
 def write_random_model(folder: Path, seed: int) -> None:
-    """A random model of stories42M's sizes (RMSNorm, causal) as a folder that transformers opens, too."""
+    """Writes a random model of stories42M's size (RMSNorm, causal) as a Hugging Face folder."""
     from config import PRESETS, LlamaConfig
     from llama import Llama
     from minillama.formats.huggingface import write_huggingface
@@ -32,7 +32,7 @@ def write_random_model(folder: Path, seed: int) -> None:
 
 
 def process_start() -> float:
-    """The start of this process on the clock of time.time(), where Linux tells it; elsewhere the present."""
+    """The start of this process on the clock of time.time(), read from Linux's /proc; on other systems, now."""
     try:
         after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / 100
         return time.time() - float(Path("/proc/uptime").read_text().split()[0]) + after_boot
@@ -40,13 +40,13 @@ def process_start() -> float:
         return time.time()
 
 
-# run(prompts (B, T) int64, number of new tokens) -> the seconds of each new token, the first with the prompt's.
+# run(prompts (B, T) int64, number of new tokens) -> the seconds of each new token; the first includes the prompt.
 Continue = Callable[[Any, int], list[float]]
 
 
 def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Continue, int]:
-    """Decoding as --option generate does it, and the number of bytes of its weights."""
-    # Here, so that transformers' time to the first token does not count these imports.
+    """Decoding as in --option generate, and the size of its weights in bytes."""
+    # Imported here, so that transformers' time to the first token does not include it.
     from llama import load_pretrained
     from minillama.decoding import sampling
     from minillama.decoding.fast_llama import InferenceLlama
@@ -58,7 +58,7 @@ def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Cont
     def run(prompts: torch.Tensor, new: int) -> list[float]:
         seconds, last = [], time.perf_counter()
         for chosen in sampling.stream(model, prompts, new, temperature=0.0):
-            chosen.tolist()  # as a terminal would need it
+            chosen.tolist()  # waits for the token, as printing would
             now = time.perf_counter()
             seconds.append(now - last)
             last = now
@@ -68,7 +68,7 @@ def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Cont
 
 
 def transformers(path: str, dtype: Any, device: str) -> tuple[Continue, int]:
-    """transformers' generate, watched by a streamer."""
+    """Decoding by transformers' generate, timed by a streamer, and the size of its weights in bytes."""
     with optional_package("transformers", "the comparison needs transformers (or give --without transformers)"):
         from transformers import AutoModelForCausalLM
         from transformers.generation.streamers import BaseStreamer
@@ -88,7 +88,7 @@ def transformers(path: str, dtype: Any, device: str) -> tuple[Continue, int]:
 
         settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         start = time.perf_counter()
-        if len(prompts) > 1:  # a streamer sees one row only
+        if len(prompts) > 1:  # a streamer takes only one row
             model.generate(prompts, **settings)
             return [(time.perf_counter() - start) / new] * new
         model.generate(prompts, streamer=Watch(), **settings)
@@ -98,7 +98,7 @@ def transformers(path: str, dtype: Any, device: str) -> tuple[Continue, int]:
 
 
 def read_ceiling(device: str) -> float:
-    """Bytes a second of a large read, here and now, the best of several."""
+    """The memory bandwidth in bytes per second: the best of several large reads."""
     big = torch.ones(64 * 2**20, device=device)
     best = float("inf")
     for _ in range(10):
@@ -109,7 +109,7 @@ def read_ceiling(device: str) -> float:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """One contender in this process: seconds to the first token, for a long prompt, and for the tokens after it."""
+    """Measures one contender in this process: seconds to the first token, for a long prompt, and per new token."""
     began = process_start()
     name, _, kind = args.contender.partition("-")
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
@@ -148,7 +148,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(one: dict[str, Any]) -> dict[str, float]:
-    """One measurement in the columns of the table."""
+    """The columns of the table, from one measurement."""
     return {
         "first_token_seconds": one["first_token_seconds"],
         "prefill_tokens_a_second": LONG_PROMPT / one["prefill_seconds"],
@@ -160,7 +160,7 @@ def figures(one: dict[str, Any]) -> dict[str, float]:
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Each contender's figures, medians of the rounds; and the ratios of ours to transformers, round by round."""
+    """Each contender's figures, and the ratios of ours to transformers; both are medians over the rounds."""
     table = {name: medians(list(map(figures, rounds))) for name, rounds in found.items()}
     ratios = {}
     for mine, theirs in (("ours", "transformers"), ("ours-bf16", "transformers-bf16"), ("ours-int8", "transformers")):
@@ -175,7 +175,7 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str,
 
 
 def compare(args: argparse.Namespace, names: Sequence[str], argv: list[str]) -> None:
-    """Measures each contender in turns, on the same weights, and prints how they compare."""
+    """Measures the contenders in turns on the same weights, and prints the table and the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         if args.pretrained_model_path is None:
             write_random_model(Path(folder), args.seed)

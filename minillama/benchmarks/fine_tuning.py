@@ -1,4 +1,4 @@
-"""One epoch of fine-tuning, by this program, by transformers and by the course's procedure."""
+"""The speed and memory of one fine-tuning epoch by this program, by transformers and by the course's procedure."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from optimizer import AdamW
 from tokenizer import Tokenizer
 
 LR, RANK, ALPHA = 2e-5, 4, 1
-# A function that trains on the rows at some positions, and one that evaluates.
+# A function that trains on the rows at the given positions, and one that evaluates.
 Contender = tuple[Callable[[list[int]], Any], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """The same for all contenders."""
+    """Model, data and settings, equal for all contenders."""
 
     llama: Llama
     rows: dict[str, list[Row]]  # by split
@@ -55,7 +55,7 @@ class Job:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """One epoch of one contender: seconds for its training steps and for its evaluations, and its peak memory."""
+    """Measures one epoch of one contender: seconds for training and for evaluation, and peak memory in bytes."""
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(tokenizer_model=args.tokenizer)
     labels = read_labels(args.label_names)
@@ -108,7 +108,7 @@ def peak_memory() -> int:
 
 
 def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product on this machine, the best of several."""
+    """The speed of a large matrix product on this machine, in operations per second: the best of several."""
     n = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -121,7 +121,7 @@ def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
 
 
 def ours(job: Job) -> Contender:
-    """The training loop's own step, and its evaluation on dev."""
+    """Our contender: the step of the training loop, and its evaluation on dev."""
     config = SimpleNamespace(llama=job.llama, num_labels=job.labels, hidden_dropout_prob=0.3, option="finetune")
     model = LlamaEmbeddingClassifier(config).to(job.device).train()
     if job.lora:
@@ -136,7 +136,7 @@ def ours(job: Job) -> Contender:
 
 
 def transformers(job: Job) -> Contender:
-    """transformers' classifier (RMSNorm, causal) with torch's fused AdamW, on the same rows in the same batches."""
+    """The contender transformers: its classifier (RMSNorm, causal) with torch's fused AdamW and the same batches."""
     with optional_package("transformers", "the comparison needs transformers (or give --without transformers)"):
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForSequenceClassification
@@ -191,7 +191,7 @@ def transformers(job: Job) -> Contender:
 
 
 class CourseClassifier(nn.Module):
-    """The course's classifier: attention written out, and each row read at its last column."""
+    """The course's classifier: attention in plain PyTorch, and the last column of each row as its state."""
 
     def __init__(self, llama: Llama, labels: int) -> None:
         super().__init__()
@@ -205,14 +205,14 @@ class CourseClassifier(nn.Module):
 
 
 def course_norm(norm: LayerNorm, x: Tensor) -> Tensor:
-    """LayerNorm, written out."""
+    """LayerNorm in plain PyTorch."""
     centred = x.float() - x.float().mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
     return (normed * norm.weight + norm.bias).to(x.dtype)
 
 
 def course(job: Job) -> Contender:
-    """The course's procedure. Its model is ours without any shortcut."""
+    """The contender course: the course's procedure, with our model in plain PyTorch."""
     LayerNorm.forward = course_norm  # type: ignore[assignment]
     model = CourseClassifier(job.llama, job.labels).to(job.device).train()
     if job.lora:
@@ -238,7 +238,7 @@ def course(job: Job) -> Contender:
 
 
 def figures(one: dict[str, Any]) -> dict[str, float]:
-    """One measurement in the columns of the table."""
+    """The columns of the table, from one measurement."""
     return {
         "seconds_a_step": one["train_seconds"] / one["steps"],
         "rows_a_second": one["rows"] / one["train_seconds"],
@@ -250,7 +250,7 @@ def figures(one: dict[str, Any]) -> dict[str, float]:
 
 
 def compare(args: argparse.Namespace, names: Sequence[str], argv: list[str]) -> None:
-    """Measures each contender `rounds` times, in turns, and prints how they compare."""
+    """Measures the contenders in turns, `args.rounds` times each, and prints the table and the ratios."""
     found = in_turns(names, args.rounds, argv)
     table = {name: medians(list(map(figures, rounds))) for name, rounds in found.items()}
     heads = ("s/step", "rows/s", "tokens/s", "epoch s", "peak MiB", "utilisation")

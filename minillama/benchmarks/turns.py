@@ -1,4 +1,4 @@
-"""Measurements in turns, each in a process of its own, so that all contenders meet the same machine."""
+"""Measurements in turns, each in its own process, so that changes of the machine affect all contenders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minillama.environment import HERE
 
 
 def in_turns(names: Sequence[str], rounds: int, argv: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The measurements of each contender, one a round. argv: the arguments of benchmark.py."""
+    """The measurements of each contender, one per round. argv: the arguments of benchmark.py."""
     from tqdm import tqdm
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -21,7 +21,7 @@ def in_turns(names: Sequence[str], rounds: int, argv: list[str]) -> dict[str, li
         command = [sys.executable, str(HERE / "benchmark.py"), *argv, "--contender", name]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if process.returncode != 0:
-            sys.exit(process.returncode)  # its message is on stderr already
+            sys.exit(process.returncode)  # the process has printed its message
         found[name].append(json.loads(process.stdout.splitlines()[-1]))
     return found
 

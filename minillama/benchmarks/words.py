@@ -1,4 +1,4 @@
-"""The accuracy that counting words reaches: logistic regression on TF-IDF."""
+"""The accuracy of counting words: logistic regression on TF-IDF."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def load_tokenizer(
             if not new:
                 read_checkpoint(model)  # a problem with the model itself is reported first
                 raise FileNotFoundError(
-                    f"there is no tokenizer beside {model}; name one with --tokenizer (for the course's, "
+                    f"there is not a tokenizer beside {model}; name one with --tokenizer (for the course's, "
                     "`python fetch_data.py tokenizer` downloads it)"
                 ) from None
             path = tokenizer_beside(str(BUNDLED_MODEL))

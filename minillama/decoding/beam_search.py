@@ -25,11 +25,12 @@ def beam_search(
     banned_ids: Sequence[int] = (),
     use_cache: bool = True,
 ) -> tuple[Tensor, float]:
-    """The best continuation found of one prompt, idx (1, T) -> (T + new,), and its score: the sum of its tokens'
-    log-probabilities / (their number ** length_penalty). A penalty above 0 favours longer continuations.
+    """The best continuation found for one prompt, idx (1, T) -> (T + new,), and its score.
 
-    Each step keeps `beams` open continuations, and the best one that ended in one of eos_ids. The search ends when no
-    open one can be better, or after max_new_tokens. Raises ValueError for settings out of range.
+    The score is the sum of the new tokens' log-probabilities / (their number ** length_penalty). A penalty above 0
+    favours longer continuations. Each step keeps `beams` open continuations, and the best one that ended in one of
+    eos_ids. The search stops when no open one can become better, or after max_new_tokens. Raises ValueError for
+    settings out of range.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
     check_one_prompt(idx, "beam search")
@@ -45,7 +46,7 @@ def beam_search(
         logits = read(tokens)[0][:, -1]
         check_finite(logits)
         candidates = scores[:, None] + logits.float().log_softmax(-1)  # (beams, V)
-        # Enough candidates that `beams` of them stay open: each beam has at most one candidate for each end token.
+        # Enough candidates to keep `beams` open: each beam has at most one candidate for each end token.
         allowed = candidates.numel() - len(candidates) * len(read.banned_ids)
         best = candidates.flatten().topk(min(beams * (1 + len(ends)), allowed))
         rows, chosen = best.indices // candidates.shape[1], best.indices % candidates.shape[1]

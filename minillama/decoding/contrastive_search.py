@@ -23,9 +23,10 @@ def contrastive_search(
     banned_ids: Sequence[int] = (),
     use_cache: bool = True,
 ) -> Tensor:
-    """Continues one prompt, idx (1, T) -> (T + new,). Each step takes the one of the k most probable tokens v with the
-    largest (1 - alpha) p(v) - alpha max_j cos(h_v, h_j), where h_v is the hidden state of v and h_j that of an earlier
-    token. Raises ValueError for settings out of range.
+    """Continues one prompt, idx (1, T) -> (T + new,). Raises ValueError for settings out of range.
+
+    Each step takes, among the k most probable tokens v, the one with the largest
+    (1 - alpha) p(v) - alpha max_j cos(h_v, h_j). h_v is the hidden state of v, h_j that of an earlier token.
     """
     check_settings(max_new_tokens, 0.0, 0.0)
     check_one_prompt(idx, "contrastive search")
@@ -36,7 +37,7 @@ def contrastive_search(
     logits, states = read(tokens)  # (1, 1, V), (1, T, D)
     for _ in range(max_new_tokens):
         check_finite(logits)
-        # By logits, since probabilities may be 0 like those of banned tokens.
+        # Ranked by logits, because rare tokens may have probability 0 like banned ones.
         likely = logits[0, -1].float().topk(min(k, logits.shape[-1] - len(read.banned_ids))).indices
         probabilities = logits[0, -1].float().softmax(-1)[likely]
         tried = torch.cat((tokens.expand(len(likely), -1), likely[:, None]), dim=1)

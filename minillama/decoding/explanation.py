@@ -14,7 +14,7 @@ from torch import Tensor
 from minillama.decoding.filters import Filter, distribution
 from tokenizer import Tokenizer
 
-SHOWN = 8  # candidates of each token, of those kept and of those cut
+SHOWN = 8  # candidates shown for each token, both of those kept and of those cut
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # not tab and newline
 
 
@@ -29,7 +29,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the chosen token, the most probable ones kept and cut, and how many were kept and cut in all."""
+    """One step: the chosen token, the most probable kept and cut tokens, and how many were kept and cut in all."""
 
     chosen: Candidate
     kept: list[Candidate]
@@ -40,8 +40,9 @@ class Step:
 
 
 class Explanation:
-    """A record of each step of `sampling.stream`, by its `watch`. At temperature 0 all tokens but the arg-max are cut,
-    and probabilities are those at temperature 1.
+    """A record of the steps of `sampling.stream`; its `watch` argument is this `watch`.
+
+    At temperature 0 all tokens except the arg-max are cut, and probabilities are those at temperature 1.
     """
 
     def __init__(
@@ -151,18 +152,18 @@ class Explanation:
 
 
 def shown(candidate: Candidate) -> str:
-    """The text of a token on one line, with visible spaces, and unprintable characters by number."""
+    """The text of a token on one line, with visible spaces and unprintable characters as numbers."""
     text = candidate.text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(one if one.isprintable() else by_number(one) for one in text)
 
 
 def by_number(character: str) -> str:
-    """A character by its number, as in <0x1B>."""
+    """A character written as its number, such as <0x1B>."""
     return f"<0x{ord(character):02X}>"
 
 
 def without_controls(text: str) -> str:
-    """A text with control characters and surrogates by number."""
+    """A text with control characters and surrogates written as numbers."""
     return CONTROLS.sub(lambda found: by_number(found[0]), text)
 
 

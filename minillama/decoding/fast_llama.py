@@ -1,8 +1,8 @@
-"""A Llama for inference only: the results of `Llama` from fewer matrix products, with weights in the kernels' layout.
+"""A Llama for inference only: the results of `Llama` from fewer and faster matrix products.
 
-The cost of a token is that of reading every weight, and of torch's work between the products. So query, key and value
-are one product here, and so are gate and up. The weights are in the layout of oneDNN's kernels, or in 8 bits. `Llama`
-is the readable path; tests compare the two.
+A token costs the time to read every weight, and torch's work between the products. So query, key and value are one
+product here, and so are gate and up. The weights are in the layout of oneDNN's kernels, or in 8 bits. `Llama` is the
+readable path; tests compare the two.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class InferenceLayer(NamedTuple):
 class InferenceLlama:
     """`Llama.forward` in evaluation mode, without gradients.
 
-    Takes the weights from `llama` layer by layer, so that memory holds them once; `llama` is empty afterwards. (The
-    weight of a tied output is held twice, as the embedding table and as the product.)
+    The constructor takes the weights out of `llama` layer by layer, to save memory; `llama` is then empty. A tied
+    weight is in memory twice, as the embedding table and as the output product.
 
-    dtype: of the products (default: that of the weights). quantize: "int8", or None. The residual stream and, on the
-    CPU, the inputs of attention are at least float32.
+    dtype: of the products (default: that of the weights). quantize: "int8" or None. The residual stream is at least
+    float32; on the CPU, so are the inputs of attention.
     """
 
     @torch.no_grad()
@@ -93,19 +93,12 @@ class InferenceLlama:
         mask = build_mask(tokens, attention_mask, cache, config, x.dtype)
         table = None
         if config.position_embedding_type == "rotary":
-            table = rotary_rows(
-                start,
-                start + T,
-                config.head_dim,
-                config.max_seq_len,
-                config.rope_theta,
-                tokens.device,
-                config.rope_scaling,
-            )
+            sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
+            table = rotary_rows(start, start + T, *sizes, tokens.device, config.rope_scaling)
         for layer_id, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
             if heads.device.type == "cpu":
-                heads = at_least_float32(heads)  # attention in half precision is slow there
+                heads = at_least_float32(heads)  # the CPU's attention is slow in half precision
             rotated = heads[:, :, : H + K] if table is None else rotate(heads[:, :, : H + K], table)
             rotated = rotated.transpose(1, 2)  # (B, H + K, T, hd)
             query, key, value = rotated[:, :H], rotated[:, H:], heads[:, :, H + K :].transpose(1, 2)
@@ -127,8 +120,10 @@ class InferenceLlama:
 
 
 def fast_model(llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> LanguageModel:
-    """The fastest form of a model for inference: an `InferenceLlama`, or for differential attention, which that lacks,
-    the Llama itself with products in `dtype`. `llama` is used up. Raises ValueError for `quantize` in the second case.
+    """The fastest form of a model for inference; do not use `llama` afterwards.
+
+    It is an `InferenceLlama`; for differential attention, the Llama itself with products in `dtype`. Raises ValueError
+    if differential attention is to be quantized.
     """
     if llama.config.attention_type == "softmax" or quantize is not None:
         return InferenceLlama(llama, dtype, quantize)

@@ -1,8 +1,8 @@
 """Filters, each a pure function of logits, and the distribution that a token is drawn from.
 
-A filter removes a token by setting its logit to -inf. In each row it keeps at least one token: the arg-max, or in
-typical sampling the token whose surprise is nearest to the entropy. Order: repetition penalty, temperature, filters,
-softmax, draw.
+A filter removes a token by setting its logit to -inf. It keeps at least one token in each row: the arg-max, or in
+typical sampling the token whose surprise is nearest to the entropy. The order is: repetition penalty, temperature,
+filters, softmax, draw.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
-BANNED = -1e30  # a logit below all others; finite, since infinity is a sign of damaged weights
-
-
-# Filters
+BANNED = -1e30  # a logit below all others; it is finite, because infinity indicates damaged weights
 
 
 def cut(logits: Tensor, dropped: Tensor) -> Tensor:
@@ -34,8 +31,9 @@ def epsilon_filter(logits: Tensor, epsilon: float) -> Tensor:
 
 
 def eta_filter(logits: Tensor, eta: float) -> Tensor:
-    """Keeps probability >= min(eta, sqrt(eta) exp(-H)), with H the entropy of the row in nats (arXiv 2210.15191). The
-    paper suggests 3e-4 to 4e-3.
+    """Keeps tokens with probability >= min(eta, sqrt(eta) exp(-H)), where H is the row's entropy in nats.
+
+    The paper (arXiv 2210.15191) suggests 3e-4 to 4e-3.
     """
     log_probabilities = logits.log_softmax(-1)
     bar = (math.sqrt(eta) * torch.exp(-entropy(log_probabilities))).clamp(max=eta)
@@ -43,7 +41,7 @@ def eta_filter(logits: Tensor, eta: float) -> Tensor:
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
-    """Keeps the k most probable tokens, and ties with the last of them. Raises ValueError for k below 1."""
+    """Keeps the k most probable tokens, and tokens tied with the last of them. Raises ValueError for k below 1."""
     if k < 1:
         raise ValueError(f"k is {k}; it must be 1 or more")
     if k >= logits.shape[-1]:
@@ -55,18 +53,19 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
     """Keeps the fewest most probable tokens with total probability p (nucleus sampling, arXiv 1904.09751)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # of all more probable tokens
+    before = probabilities.cumsum(-1) - probabilities  # total of all more probable tokens
     return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p))
 
 
 def min_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Keeps probability >= p times that of the most probable token (arXiv 2407.01082)."""
+    """Keeps tokens with probability >= p times that of the most probable token (arXiv 2407.01082)."""
     return cut(logits, logits < logits.amax(-1, keepdim=True) + math.log(p))
 
 
 def typical_filter(logits: Tensor, mass: float) -> Tensor:
-    """Keeps the fewest tokens with total probability `mass` whose surprise -log p is nearest to the entropy of the row,
-    and ties with the last of them (arXiv 2202.00666). May remove the arg-max.
+    """Keeps the tokens whose surprise -log p is nearest to the row's entropy (typical sampling, arXiv 2202.00666).
+
+    The kept tokens are the fewest with total probability `mass`, and ties. The arg-max may be removed.
     """
     log_probabilities = logits.log_softmax(-1)
     distance = (-log_probabilities - entropy(log_probabilities)).abs()
@@ -77,27 +76,25 @@ def typical_filter(logits: Tensor, mass: float) -> Tensor:
 
 
 def entropy(log_probabilities: Tensor) -> Tensor:
-    """(..., V) -> (..., 1), in nats; impossible tokens add nothing."""
+    """The entropy in nats, (..., V) -> (..., 1); impossible tokens add nothing."""
     return -(log_probabilities.exp() * log_probabilities).nan_to_num(nan=0.0).sum(-1, keepdim=True)
 
 
 def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of the tokens that a row has seen, divided by the penalty if positive, multiplied by it if negative
-    (arXiv 1909.05858): logits (B, V), seen (B, T) -> (B, V).
+    """Logits (B, V) with a penalty on the tokens that each row has seen (B, T) (arXiv 1909.05858).
+
+    Positive logits are divided by the penalty, negative ones are multiplied by it.
     """
     before = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(before > 0, before / penalty, before * penalty))
-
-
-# One draw
 
 
 def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
     """The probabilities to draw from, float32 (..., V): logits (..., V) after temperature (above 0) and filters."""
     logits = logits.float()
     logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # banned at any temperature
-    # Shifted before the division: at a tiny temperature all quotients overflow to -inf, except that of the arg-max,
-    # which is 0 (or 0 / 0 if the temperature is 0 in float32).
+    # Shifted before the division: at a tiny temperature all other quotients overflow to -inf, and the arg-max has 0
+    # (or NaN, from 0 / 0, if the temperature is 0 in float32).
     logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
     for keep in filters:
         logits = keep(logits)

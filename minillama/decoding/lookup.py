@@ -1,4 +1,4 @@
-"""Look-up decoding: tokens guessed from the text so far, which the model checks in one pass."""
+"""Look-up decoding: draft tokens copied from the text so far, which the model checks in one pass."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def lookup_decoding(
     draft_tokens: int = 8,
     longest_match: int = 3,
 ) -> Tensor:
-    """Continues one prompt, idx (1, T) -> (T + new,), by speculative sampling (arXiv 2211.17192) with guesses from the
-    text so far. The result has the distribution of `stream`, and at temperature 0 the same tokens. It is faster where
-    text repeats itself.
+    """Continues one prompt, idx (1, T) -> (T + new,), by speculative sampling (arXiv 2211.17192) without a draft model.
 
-    The guess is the text after the last earlier occurrence of the last `longest_match` tokens, or fewer. The model
-    checks up to draft_tokens of it in one pass. A guessed token is accepted with its probability under the model; the
-    first rejected one is replaced by a draw from the other tokens. Raises ValueError for settings out of range, and for
-    a model without a cache.
+    The result has the distribution of `stream`, and at temperature 0 the same tokens. Repetitive text is faster.
+
+    The draft is the text after the last earlier occurrence of the last `longest_match` tokens, or of fewer. The model
+    checks up to draft_tokens of it in one pass. A draft token is accepted with its probability under the model. The
+    first rejected one is replaced by a draw from the other tokens. Raises ValueError for settings out of range, and
+    for a model without a cache.
     """
     check_settings(max_new_tokens, temperature, 0.0)
     check_one_prompt(idx, "look-up decoding")
@@ -46,24 +46,24 @@ def lookup_decoding(
         raise ValueError("look-up decoding needs a causal model with a cache")
     while len(text) < goal:
         room = min(goal, read.context) - len(text) - 1
-        guess = guessed(text, longest_match)[: max(0, min(draft_tokens, room))]
-        tokens = idx.new_tensor([text + guess])
-        logits = read(tokens, targets=tokens)[0][0, -1 - len(guess) :]  # after the text, and after each guess
+        draft = find_draft(text, longest_match)[: max(0, min(draft_tokens, room))]
+        tokens = idx.new_tensor([text + draft])
+        logits = read(tokens, targets=tokens)[0][0, -1 - len(draft) :]  # after the text, and after each draft token
         check_finite(logits)
         for place, row in enumerate(logits):
-            proposed = guess[place] if place < len(guess) else None
+            proposed = draft[place] if place < len(draft) else None
             text.append(_checked(row, proposed, temperature, filters, generator))
             if text[-1] != proposed or text[-1] in eos_ids:
                 break
-        if read.cache is not None:  # gone once the text is longer than the context
+        if read.cache is not None:  # None once the text is longer than the context
             read.cache.keep(len(text) - 1)
         if text[-1] in eos_ids:
             break
     return idx.new_tensor(text)
 
 
-def guessed(text: list[int], longest_match: int) -> list[int]:
-    """The tokens after the last earlier occurrence of the longest possible end of the text."""
+def find_draft(text: list[int], longest_match: int) -> list[int]:
+    """The tokens after the last earlier occurrence of the text's end, of the longest end that occurs earlier."""
     for size in range(min(longest_match, len(text) - 1), 0, -1):
         pattern = text[-size:]
         for start in range(len(text) - size - 1, -1, -1):

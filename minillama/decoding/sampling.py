@@ -1,7 +1,7 @@
 """Sampling from any language model, token by token.
 
-With a cache each token is computed once. Without one, and beyond the context, where all positions move with each new
-token, the whole window is computed for each new token. The chosen tokens are the same.
+With a cache each token is computed once. Without a cache, the whole window is computed for each new token, with the
+same results. This is also necessary beyond the context, where each new token shifts all positions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from minillama.layers.precision import at_least_float32
 
 
 class LanguageModel(Protocol):
-    """A model as decoding uses it: `config.max_seq_len`, and logits (B, 1, V) of each row's last real token, or with
-    `targets` (B, T, V). If it has `new_cache`, it takes the result as `cache`.
+    """The interface of a model for decoding: `config.max_seq_len`, and a call as `Llama.forward`.
+
+    A model with a method `new_cache` takes its result as `cache`.
     """
 
     @property
@@ -36,10 +37,7 @@ def next_token(
     generator: torch.Generator | None = None,
     filters: Sequence[Filter] = (),
 ) -> Tensor:
-    """Chooses one token for each row: logits (B, V) -> ids (B,). Temperature 0 takes the arg-max.
-
-    Raises ValueError if the logits are not finite.
-    """
+    """Chooses a token per row: logits (B, V) -> ids (B,), at temperature 0 the arg-max. Raises ValueError for NaN."""
     check_finite(logits)
     if temperature == 0.0:
         return logits.argmax(-1)
@@ -53,7 +51,7 @@ def check_settings(max_new_tokens: int, temperature: float, epsilon: float, repe
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not (0.0 <= temperature < math.inf):
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a finite number above")
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or a finite number above 0")
     if not 0.0 <= epsilon < 1.0:
         raise ValueError(f"epsilon is {epsilon}; it must be in [0, 1)")
     if not 0.01 <= repetition_penalty <= 100.0:  # beyond it logits overflow
@@ -82,11 +80,8 @@ def check_one_prompt(idx: Tensor, decoder: str) -> None:
         raise ValueError(f"{decoder} takes one prompt, not {idx.shape[0]}")
 
 
-# Reading
-
-
 class Reader:
-    """A model that reads a growing text: through its cache while the text fits the context, then window by window.
+    """A model that reads a growing text: with a cache while the text fits the context, then with a sliding window.
 
     banned_ids: tokens that are never generated; their logits are `BANNED`.
     """
@@ -101,7 +96,7 @@ class Reader:
         self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        """The model's output for the text tokens (B, T), of which the cache holds the beginning."""
+        """The model's output for the text tokens (B, T); tokens in the cache are not computed again."""
         logits, hidden = self._read(tokens, attention_mask, **options)
         if self.banned_ids:
             banned = tokens.new_tensor(self.banned_ids)
@@ -111,7 +106,7 @@ class Reader:
     def _read(self, tokens: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         end = tokens.shape[1]
         if self.cache is None or end > self.context:
-            self.cache = None  # from now on the first tokens drop out, and all positions move
+            self.cache = None  # from now on the window slides, and all positions change
             window = slice(max(0, end - self.context), end)
             mask = None if attention_mask is None else attention_mask[:, window]
             return self.model(tokens[:, window], attention_mask=mask, **options)
@@ -119,9 +114,6 @@ class Reader:
         # Only a prompt has padding.
         mask = attention_mask[:, new] if attention_mask is not None and new.start == 0 else None
         return self.model(tokens[:, new], attention_mask=mask, cache=self.cache, **options)
-
-
-# Decoding
 
 
 @torch.no_grad()
@@ -144,9 +136,9 @@ def stream(
     """Yields the next tokens (B,) after the prompts idx (B, T), step by step. Beyond the context the window slides.
 
     attention_mask: bool (B, T), True for real tokens. Prompts of unequal length are padded on the left, so that each
-    continuation follows its prompt (rotary positions are relative: a shift changes nothing).
-    eos_ids: a row that produced one of them is filled with the first; the stream ends when all rows have ended.
-    generator: for the draws, on the device of idx (default: torch's).
+    continuation follows its prompt. Rotary positions are relative, so the shift changes nothing.
+    eos_ids: end tokens. An ended row is filled with the first of them; the stream ends when all rows have ended.
+    generator: source of the random draws, on the device of idx (default: torch's).
     banned_ids: tokens that are never chosen.
     watch: called in each step with the logits (B, V), after the repetition penalty, and the chosen tokens (B,).
 
@@ -167,7 +159,7 @@ def stream(
         if repetition_penalty != 1.0:
             check_finite(logits)
             seen = tokens[:, :end] if mask is None else torch.where(mask, tokens[:, :end], tokens[:, end - 1 : end])
-            logits = repetition_penalised(logits, seen, repetition_penalty)  # padding was not seen; the last token was
+            logits = repetition_penalised(logits, seen, repetition_penalty)  # padding counts as the last token
         chosen = next_token(logits, temperature, epsilon, generator, filters)
         if watch is not None:
             watch(logits, chosen)
@@ -181,8 +173,9 @@ def stream(
 
 
 def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
-    """Continues each prompt of idx (B, T): int64 (B, T + max_new_tokens). settings: those of `stream`; if that ends
-    early, the rest is filled with the first of `eos_ids`.
+    """Continues each prompt of idx (B, T): int64 (B, T + max_new_tokens). settings: see `stream`.
+
+    If the stream ends early, the rest is filled with the first of `eos_ids`.
     """
     new = list(stream(model, idx, max_new_tokens, **settings))
     tokens = torch.cat((idx, *(chosen[:, None] for chosen in new)), dim=1)

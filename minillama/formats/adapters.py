@@ -1,7 +1,7 @@
 """LoRA adapters without their base model: ours, from the file of a fine-tuned model, and peft's folders.
 
-peft names tensors after Hugging Face's layers and computes the same as lora.py, rsLoRA and DoRA included. Rows of
-Hugging Face's query and key are in split halves, and so are the rows of their B matrices and magnitudes.
+peft names tensors after Hugging Face's layers and computes the same as lora.py, including rsLoRA and DoRA. In query and
+key, the rows of B and the magnitudes are in split halves, like the rows of Hugging Face's weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from config import LlamaConfig, parameter_shapes, shown
-from lora import apply_lora, load_lora_state_dict, lora_layers, put_modules, remove_lora, unmerge_lora
+from lora import apply_lora, load_lora_state_dict, lora_layers, remove_lora, unmerge_lora
 from minillama.formats import files
 from minillama.formats.checkpoint import fits_float32, write_checkpoint
 from minillama.formats.keys import renamed, rotary_heads, to_pairs, to_split_halves
@@ -38,7 +38,7 @@ class Adapter:
         for name, tensor in self.state.items():
             fits = tensor.dim() == 2 and tensor.shape[0 if name.endswith("lora_A") else 1] == self.rank
             if not (tensor.dim() == 1 if name.endswith("lora_magnitude") else fits):
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which is none of rank {self.rank}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which does not fit rank {self.rank}")
             if not fits_float32(tensor):
                 raise ValueError(f"{name} holds NaN or infinity; the adapter is damaged")
 
@@ -48,16 +48,16 @@ class Adapter:
         return any(name.endswith("lora_magnitude") for name in self.state)
 
     def apply(self, model: nn.Module) -> None:
-        """Replaces the model's adapter; base Linears stay the same objects. Raises ValueError, and keeps the old one,
-        if the new one does not fit.
-        """
+        """Replaces the adapter but no base Linear. Raises ValueError, and keeps the old one, if it does not fit."""
         before = dict(lora_layers(unmerge_lora(model)))
         targets = sorted({name.split(".")[-2] for name in self.state})
         try:
             apply_lora(remove_lora(model), self.rank, self.alpha, targets, (), rslora=self.rslora, dora=self.dora)
             load_lora_state_dict(model, self.state)
         except ValueError:
-            put_modules(remove_lora(model), before)
+            remove_lora(model)
+            for name, layer in before.items():
+                model.set_submodule(name, layer)
             raise
 
 
@@ -70,7 +70,7 @@ def read_adapter(path: Path, config: LlamaConfig) -> Adapter:
     content = files.read_torch(path)
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path} is no file of --option lora; --adapter takes one, or a peft folder")
+        raise ValueError(f"{path} is not a file of --option lora; --adapter takes one, or a peft folder")
     return adapter_of(path, files.weights_of(path, content["model"]), options)
 
 
@@ -85,7 +85,7 @@ def adapter_of(path: Path, state: dict[str, Tensor], options: dict[str, Any]) ->
 
 
 def write_adapter(path: str | PathLike[str], adapter: Adapter, config: LlamaConfig) -> None:
-    """Writes the adapter, its classifier head and its settings as a file of `--option lora` without the base model."""
+    """Writes adapter, classifier head and settings as a file of `--option lora` without the base model."""
     options = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora, "dora": adapter.dora}
     write_checkpoint(path, adapter.state | adapter.head, config, kind="adapter", options=options)
 
@@ -94,7 +94,7 @@ def _is_alpha(value: object) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 < value < 1e30  # type: ignore[operator]
 
 
-# Settings that adapter_config.json may leave out, and must not turn on.
+# Settings that adapter_config.json must not turn on.
 PEFT_OFF = (
     *("fan_in_fan_out", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"),
     *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "target_parameters"),
@@ -129,9 +129,9 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
     for (name, tensor), target in zip(theirs.items(), ours.values(), strict=True):
         layer, _, ending = target.rpartition(".")
         if layer not in layers:
-            raise ValueError(f"{weights} holds {shown(name)}, which is no LoRA matrix of a Llama of this size")
+            raise ValueError(f"{weights} holds {shown(name)}, which is not a LoRA matrix of a Llama of this size")
         if layer == "output" and config.tie_embeddings:
-            raise ValueError(f"{weights} changes the output, which is tied to the embedding here; untie the base")
+            raise ValueError(f"{weights} changes the output, which this model ties to the embedding; untie the base")
         heads = rotary_heads(f"{layer}.", config)
         if heads is not None and ending != "lora_A":
             rows = tensor.shape[0] if tensor.dim() else 0
@@ -147,7 +147,7 @@ def _read_peft(folder: Path, config: LlamaConfig) -> Adapter:
 
 
 def _without_peft_affixes(name: str, weights: Path) -> str:
-    """peft's "base_model.model.LAYER.lora_A.weight" as "LAYER.lora_A"."""
+    """Renames peft's "base_model.model.LAYER.lora_A.weight" to "LAYER.lora_A"."""
     for ours, theirs in ENDINGS.items():
         if name.startswith(PEFT_PREFIX) and name.endswith(f".{theirs}"):
             return name.removeprefix(PEFT_PREFIX).removesuffix(theirs) + ours
@@ -155,7 +155,7 @@ def _without_peft_affixes(name: str, weights: Path) -> str:
 
 
 def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -> None:
-    """Writes the adapter for peft, for a Hugging Face base; a classifier head goes into a file that peft ignores."""
+    """Writes a peft folder for a Hugging Face base. A classifier head goes into a separate file, which peft ignores."""
     tensors = {}
     names = renamed(adapter.state, "ours", "huggingface")
     for name, tensor in adapter.state.items():

@@ -1,12 +1,12 @@
-"""Checkpoints of all formats, read into a config and a state dict, and ours written.
+"""Checkpoints: reads all formats into a config and a state dict, and writes ours.
 
-The format is detected from the content, never from the name. Nothing in a file is executed (`weights_only=True`):
+The format is detected from the content, never from the name. Nothing in a file is executed (`weights_only=True`).
     safetensors    tensors, and in the metadata the config as JSON; our own
     torch zip      {"model": state dict, "model_args": config fields, ...}; the course's, llama2.c's .pt, our own
     llama2.c .bin  versions 0, 1 (float32) and 2 (int8): llama2c.py
     Meta           a folder with params.json and consolidated.NN.pth: meta.py
     Hugging Face   a folder with config.json and safetensors: huggingface.py
-Tensors keep the file's dtype. They are memory-mapped: their bytes are read when they are used.
+Tensors keep the file's dtype. They are memory-mapped, so their bytes are read when they are used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METADATA_KEY = "mini-llama"  # our entry in the metadata of a safetensors file
 
 @dataclass
 class Checkpoint:
-    """The content of a checkpoint: the config, the tensors by the course's keys, and the other entries."""
+    """The content of a checkpoint: the config, the tensors by the course's keys, and other entries."""
 
     path: Path
     kind: str
@@ -53,11 +53,11 @@ class Checkpoint:
     def complete_state(self, config: LlamaConfig) -> dict[str, Tensor]:
         """The state dict of a `Llama` with `config`; every name and shape is checked.
 
-        Missing biases of LayerNorms become zero, a missing tied output.weight the embedding. An RMSNorm model may have
-        norm biases that are zero. Raises ValueError for anything else, and for NaN or infinity.
+        A missing LayerNorm bias becomes zero, and a missing tied output.weight becomes the embedding. An RMSNorm model
+        may have norm biases if they are zero. Raises ValueError for any other difference, and for NaN or infinity.
         """
         state, path = dict(self.state), self.path
-        if config.n_layers > len(state):  # a damaged count must not make us list millions of tensors
+        if config.n_layers > len(state):  # a damaged count could mean a list of millions of names
             raise ValueError(f"{path}: {len(state)} tensors are too few for {config.n_layers:,} layers")
         shapes = parameter_shapes(config)
         for name in (name for name in shapes if name.endswith("norm.weight")):
@@ -87,7 +87,7 @@ class Checkpoint:
 
 
 def fits_float32(tensor: Tensor) -> bool:
-    """Whether every number is finite in float32. Makes no copy."""
+    """Whether every number is finite in float32; makes no copy."""
     if tensor.numel() == 0:
         return True
     largest = torch.finfo(torch.float32).max
@@ -109,16 +109,16 @@ def read_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty; fetch or copy the checkpoint again")
-    if files.is_safetensors(head, size):  # first: its length may begin with the byte that a pickle begins with
+    if files.is_safetensors(head, size):  # before is_torch, because its first byte may be that of a pickle
         return _from_content(path, _described_safetensors(path))
     if files.is_torch(head):
         return _from_content(path, files.read_torch(path, mapped=True))
     if found := read_llama2c(path):
         return Checkpoint(path, *found)
     if head.startswith(b"GGUF"):
-        raise ValueError(f"{path} is GGUF, which this program writes and does not read; give the original checkpoint")
+        raise ValueError(f"{path} is GGUF, which this program only writes; give the original checkpoint")
     raise ValueError(
-        f"{path} is no checkpoint this program knows, or was cut short; known are torch files (the course's, "
+        f"{path} is not a checkpoint this program knows, or was cut short; it reads torch files (the course's, "
         "llama2.c's, ours), our safetensors, llama2.c's .bin, and folders in Meta's or Hugging Face's format"
     )
 
@@ -134,7 +134,7 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 
 def _described_safetensors(path: Path) -> dict[str, Any]:
-    """The content of our safetensors, laid out as in our torch files."""
+    """The content of our safetensors, in the structure of our torch files."""
     try:
         described = json.loads(files.safetensors_metadata(path).get(METADATA_KEY, "{}"))
         return {"model": files.read_safetensors(path), **described}
@@ -144,9 +144,9 @@ def _described_safetensors(path: Path) -> dict[str, Any]:
 
 def _from_content(path: Path, content: Any) -> Checkpoint:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f'{path} holds no "model"; a course checkpoint is {{"model": tensors, "model_args": sizes}}')
+        raise ValueError(f'{path} has no "model"; a course checkpoint is {{"model": tensors, "model_args": sizes}}')
     if not isinstance(content.get("model_args"), dict):
-        raise ValueError(f'{path} holds no "model_args", so the model\'s sizes are unknown')
+        raise ValueError(f'{path} has no "model_args", so the model\'s sizes are unknown')
     _check_version(path, content)
     if (kind := content.get("kind", "llama")) != "llama":
         name = shown(kind).strip("'")
@@ -169,7 +169,7 @@ def _from_content(path: Path, content: Any) -> Checkpoint:
 
 
 def _check_version(path: Path, content: dict[str, Any]) -> None:
-    """Course and llama2.c files state no version."""
+    """Raises ValueError for another format version. Files of the course and llama2.c have none."""
     version = content.get("format_version", FORMAT_VERSION)
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}")
@@ -183,7 +183,7 @@ def _config_from(path: Path, arguments: dict[str, Any]) -> LlamaConfig:
 
 
 def folder_vocabulary(folder: Path) -> int | None:
-    """The vocabulary size that the config in a folder states; None without one."""
+    """The vocabulary size in a folder's config; None without one."""
     file = folder / "config.json"
     if not file.is_file() or is_meta_folder(folder):
         file = folder / "params.json"
@@ -193,7 +193,7 @@ def folder_vocabulary(folder: Path) -> int | None:
 
 @dataclass
 class FineTuned:
-    """The file of a fine-tuned classifier, as finetune, lora and wise_ft write it."""
+    """The content of a fine-tuned classifier's file, as written by finetune, lora and wise_ft."""
 
     path: Path
     config: LlamaConfig
@@ -215,7 +215,7 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     with path.open("rb") as file:
         content = files.read_torch(path) if files.is_torch(file.read(4)) else None
     if not isinstance(content, dict) or content.get("kind") != "classifier":
-        raise ValueError(f"{path} holds no fine-tuned classifier; {wanted}")
+        raise ValueError(f"{path} is not a fine-tuned classifier; {wanted}")
     _check_version(path, content)
     tables: list[Any] = [content.get(name, {}) for name in ("model", "model_args", "options")]
     head: Any = content.get("head", "linear")
@@ -246,7 +246,7 @@ def _are_names(value: Any) -> bool:
 def write_checkpoint(
     path: str | PathLike[str], state: dict[str, Tensor], config: LlamaConfig, kind: str = "llama", **extra: Any
 ) -> None:
-    """Writes {"model", "model_args", "format_version", "kind", ...} atomically; `extra`: tensors and plain values."""
+    """Writes {"model", "model_args", "format_version", "kind", ...} atomically. extra: more tensors or plain values."""
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     described = {"model_args": config.to_dict(), "format_version": FORMAT_VERSION, "kind": kind}
     files.write_torch(path, {"model": tensors, **described, **extra})
@@ -259,7 +259,7 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     stop_ids: Sequence[int] = (),
 ) -> None:
-    """Writes a whole `Llama` atomically, rounded to `dtype`, without a tied output. stop_ids: see `Checkpoint`."""
+    """Writes a whole `Llama` atomically, in `dtype`, without a tied output. stop_ids: see `Checkpoint`."""
     tensors = {
         name: tensor if dtype is None else tensor.to(dtype)
         for name, tensor in state.items()

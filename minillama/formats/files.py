@@ -1,4 +1,4 @@
-"""Reading without executing anything, and writing atomically."""
+"""File access: reads without executing anything, and writes atomically."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from torch import Tensor
 from config import shown
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Attributes under which wrappers hold a model or a layer: DDP, torch.compile, FSDP, activation checkpoints.
+# Attributes of wrappers for the wrapped model or layer: DDP, torch.compile, FSDP, activation checkpoints.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def read_torch(path: Path, mapped: bool = False) -> Any:
-    """The content of a torch file: tensors and plain values. Raises ValueError for damage, and for code.
+    """The content of a torch file: tensors and plain values. Raises ValueError if it is damaged or contains code.
 
-    mapped: memory-map the tensors where the file allows it, so that bytes are read when they are used.
+    mapped: memory-map the tensors if possible, so that bytes are read when they are used.
     """
     try:
         with path.open("rb") as file:
-            # Files of torch before 1.6 are no zip and cannot be mapped; torch takes this suffix for safetensors itself.
+            # Only a zip can be mapped (torch 1.6 or later). torch would read a file with this suffix as safetensors.
             if mapped and file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors" and _is_stored(path):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
@@ -44,7 +44,7 @@ def read_torch(path: Path, mapped: bool = False) -> Any:
             f"{path} is refused: unpickling it would run code, or it is damaged; "
             "a checkpoint holds tensors and plain values only"
         ) from error
-    except Exception as error:  # torch's reader shows damage in many ways: struct.error, AssertionError, OSError, ...
+    except Exception as error:  # a damaged file raises many kinds: struct.error, AssertionError, OSError, ...
         raise ValueError(f"{path} is damaged or cut short; fetch or copy it again") from error
 
 
@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it holds no whole JSON; fetch or copy it again") from error
+        raise ValueError(f"{path} is damaged: it is not valid JSON; fetch or copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {shown(content)}; it must be a JSON object")
     return content
@@ -78,7 +78,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def unwrapped(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Tensor names mapped to the names without `WRAPPERS`. Raises ValueError if two become the same."""
+    """A mapping from tensor names to the names without `WRAPPERS`. Raises ValueError if two become the same."""
     plain: dict[str, str] = {}
     seen: dict[str, str] = {}
     for name in names:
@@ -93,7 +93,7 @@ def weights_of(path: Path, tensors: dict[Any, Any]) -> dict[str, Tensor]:
     """The tensors by their `unwrapped` names. Raises ValueError unless all are dense floating-point tensors."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{path} holds {shown(name)}, which is no tensor of weights")
+            raise ValueError(f"{path} holds {shown(name)}, which is not a tensor of weights")
         if not is_dense(tensor):
             raise ValueError(f"{path} holds {shown(name)}, which is sparse or has no data; save it dense")
     plain = unwrapped(path, tensors)
@@ -107,7 +107,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, or those with the given names, memory-mapped. Raises ValueError for a damaged file."""
+    """The memory-mapped tensors of a file: all, or the named ones. Raises ValueError for a damaged file."""
     with _safe_open(path) as file:
         return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
@@ -146,7 +146,7 @@ def write_safetensors_file(path: str | PathLike[str], tensors: dict[str, Tensor]
         start, end = end, end + tensor.nbytes
         kind = SAFETENSORS_DTYPES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    # Sorted: the same model gives the same bytes. The library orders the metadata at random.
+    # Sorted, so that the same model gives the same bytes. The library's order of the metadata is random.
     encoded = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     encoded = encoded.ljust(-(-len(encoded) // 8) * 8)
     with atomic_file(path, "wb") as file:
@@ -166,15 +166,15 @@ def write_torch(path: str | PathLike[str], content: dict[str, Any]) -> None:
         with atomic_file(path, "wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch's writer hides it behind an error of its own
+        if isinstance(error.__context__, OSError):  # torch wraps it in a RuntimeError
             raise error.__context__ from None
         raise
 
 
 @contextmanager
 def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file that replaces `path` when the block ends; after an error, `path` is as before."""
-    target = Path(os.path.realpath(path))  # a link keeps its target
+    """Opens a temporary file that replaces `path` when the block ends. An error leaves `path` unchanged."""
+    target = Path(os.path.realpath(path))  # replaces the target of a link, not the link
     encoding = None if "b" in mode else "utf-8"
     if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe is not replaced
         with open(path, mode, encoding=encoding) as device:
@@ -195,7 +195,7 @@ def atomic_file(path: str | PathLike[str], mode: str = "w") -> Iterator[IO[Any]]
 
 
 def _give_usual_permissions(path: str | Path, most: int) -> None:
-    """Permissions of a newly made file or folder; tempfile makes those that only their owner can read."""
+    """Sets the permissions of a newly created file or folder. Those of tempfile allow only the owner to read."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, most & ~umask)
@@ -203,7 +203,7 @@ def _give_usual_permissions(path: str | Path, most: int) -> None:
 
 @contextmanager
 def atomic_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Makes a folder that is renamed to `path` at the end; an error leaves nothing. Raises FileExistsError."""
+    """Creates a folder that is renamed to `path` when the block ends, or removed after an error. Raises OSError."""
     check_free(path)
     target = Path(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -217,18 +217,18 @@ def atomic_folder(path: str | PathLike[str]) -> Iterator[Path]:
 
 
 def check_free(path: str | PathLike[str]) -> None:
-    """Raises OSError unless a folder could be made at `path`."""
+    """Raises OSError unless a folder can be created at `path`."""
     if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists already; give the name of a new folder")
+        raise FileExistsError(f"{path} already exists; give the name of a new folder")
     check_writable(path)
 
 
 def link_or_copy(source: Path, target: str | PathLike[str]) -> None:
-    """Makes `target` a hard link to `source`, atomically; a copy where the file system has no links."""
+    """Makes `target` a hard link to `source`, or a copy if the file system has no links; atomically."""
     if os.path.exists(target) and os.path.samefile(source, target):
         return
     place = Path(os.path.realpath(target))
-    # In a temporary folder: a link needs a free name, and another run may have the same target.
+    # A link needs an unused name, and another run may have the same target; hence the temporary folder.
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent) as folder:
         temporary = Path(folder) / "file"
         try:
@@ -239,15 +239,15 @@ def link_or_copy(source: Path, target: str | PathLike[str]) -> None:
 
 
 def check_writable(*paths: str | PathLike[str]) -> None:
-    """Raises OSError, naming the path, unless a file could be written at each of `paths`. Changes none of them."""
+    """Raises OSError, naming the path, unless each of `paths` can be written. Changes none of them."""
     for path in map(Path, paths):
         folder = path.parent
         if not folder.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {folder}; make it first (mkdir -p {folder})")
+            raise FileNotFoundError(f"{path}: there is no folder {folder}; create it first (mkdir -p {folder})")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
         try:
             with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=folder):
-                pass  # a name as in atomic_file, which may be too long
+                pass  # the name is that of atomic_file, which may be too long
         except OSError as error:
             raise PermissionError(f"{path} cannot be written: {error.strerror}; choose another folder") from error

@@ -31,9 +31,7 @@ def import_gguf() -> ModuleType:
 
 
 def write_gguf(path: str, config: LlamaConfig, state: dict[str, Tensor], tokenizer: Any, name: str) -> None:
-    """Writes a model for llama.cpp, which keeps query and key in interleaved pairs as this program does, and norms in
-    float32. name: what the file calls the model.
-    """
+    """Writes a model for llama.cpp, with query and key in our layout, and norms in float32. name: the model's."""
     gguf = import_gguf()
     types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     names = renamed(state, "ours", "gguf")
@@ -58,7 +56,7 @@ def write_gguf(path: str, config: LlamaConfig, state: dict[str, Tensor], tokeniz
         kinds = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
         writer.add_file_type(gguf.LlamaFileType[kinds[stored]])
         add_gguf_tokens(gguf, writer, tokenizer, config.vocab_size)
-        if config.rope_scaling is not None:  # what each pair's frequency is divided by
+        if config.rope_scaling is not None:  # the divisor of each pair's frequency
             plain = rotary_frequencies(config.head_dim, config.rope_theta)
             writer.add_tensor("rope_freqs.weight", (plain / scaled(plain, config.rope_scaling)).numpy())
         for name, tensor in state.items():
@@ -77,9 +75,7 @@ def write_gguf(path: str, config: LlamaConfig, state: dict[str, Tensor], tokeniz
 
 
 def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Any, count: int) -> None:
-    """The vocabulary, as llama.cpp's own tokenizers of the two kinds take it: `count` tokens, as many as the embedding
-    has rows, the last of them unused where the tokenizer has fewer.
-    """
+    """Adds the vocabulary for llama.cpp's tokenizer. count: rows of the embedding; ids without a token are unused."""
     special, kinds = set(tokenizer.special_ids.values()), gguf.TokenType
     if isinstance(tokenizer.model, BytePairModel):
         model = byte_pair_parts(tokenizer.model)["model"]
@@ -97,20 +93,12 @@ def add_gguf_tokens(gguf: ModuleType, writer: Any, tokenizer: Any, count: int) -
         writer.add_token_scores([pieces.get_score(i) if i < len(ids) else 0.0 for i in range(count)])
         writer.add_unk_token_id(pieces.unk_id())
         proto = tokenizer.path.read_bytes()
-        sentencepiece_parts(tokenizer.path, proto)  # refuses what is no BPE with byte pieces
+        sentencepiece_parts(tokenizer.path, proto)  # raises ValueError unless it is a BPE with byte pieces
         strips, prefixes = space_flags(proto)
         writer.add_remove_extra_whitespaces(strips)
         writer.add_add_space_prefix(prefixes)
-        types = [
-            kinds.UNKNOWN
-            if pieces.is_unknown(i)
-            else kinds.CONTROL
-            if pieces.is_control(i)
-            else kinds.BYTE
-            if pieces.is_byte(i)
-            else kinds.NORMAL
-            for i in ids
-        ]
+        checks = {pieces.is_unknown: kinds.UNKNOWN, pieces.is_control: kinds.CONTROL, pieces.is_byte: kinds.BYTE}
+        types = [next((kind for is_kind, kind in checks.items() if is_kind(i)), kinds.NORMAL) for i in ids]
     else:
         raise ValueError(f"GGUF is written with a SentencePiece or tiktoken tokenizer, not {tokenizer.path}")
     unused = range(len(tokens), count)

@@ -1,6 +1,7 @@
-"""Hugging Face's folders, read into a config and tensors by our keys, and written.
+"""Hugging Face's folders: reads them into a config and tensors by our keys, and writes them.
 
-A folder whose computation differs from ours is refused, and so is a model that such a folder cannot describe.
+Reading fails if the folder's model computes something else than ours. Writing fails for a model that such a folder
+cannot describe.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def read_huggingface(folder: Path) -> tuple[LlamaConfig, State, tuple[int, ...]]
     stops = stops if stops.is_file() else folder / "config.json"
     stop_ids = checked_stop_ids(stops, "eos_token_id", files.read_json(stops).get("eos_token_id"), config.vocab_size)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():  # first, as in transformers: an index beside it is left over from a model saved in shards
+    if single.is_file():  # before the index, as in transformers: the index is from an older model, saved in shards
         paths = [single]
     elif index.is_file():
         paths = _shard_paths(index)
@@ -37,7 +38,7 @@ def read_huggingface(folder: Path) -> tuple[LlamaConfig, State, tuple[int, ...]]
     for path in paths:
         found = _huggingface_tensors(path, config)
         if twice := state.keys() & found.keys():
-            raise ValueError(f"{path} holds {min(twice)} again, which another file of {folder} has; save it again")
+            raise ValueError(f"{path} holds {min(twice)}, and so does another file of {folder}; save it again")
         state |= found
     return config, state, stop_ids
 
@@ -54,20 +55,20 @@ def checked_stop_ids(path: Path, name: str, value: Any, vocab_size: int) -> tupl
 def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
     """One file's tensors by our names, in our layout; memory-mapped except query and key, which are reordered.
 
-    Query and key are read through short-lived mappings: otherwise their pages would count twice.
+    Each query and key has its own mapping, closed after the copy, so that its pages do not stay in memory.
     """
     names = files.unwrapped(file, files.safetensors_names(file))
     names = {key: name for key, name in names.items() if not is_rotary_table(name)}
     ours = renamed(names.values(), "huggingface", "ours")
-    if unknown := [key for key, name in names.items() if name == ours[name]]:  # no name is the same in both
-        raise ValueError(f"{file} holds {shown(unknown[0])}, which is no tensor of a Hugging Face Llama")
+    if unknown := [key for key, name in names.items() if name == ours[name]]:  # all known names differ from ours
+        raise ValueError(f"{file} holds {shown(unknown[0])}, which is not a tensor of a Hugging Face Llama")
     heads = {key: rotary_heads(ours[name], config) for key, name in names.items()}
     state = {}
     for key, count in heads.items():
         if count is not None:
             (tensor,) = files.weights_of(file, files.read_safetensors(file, [key])).values()
             if tensor.dim() not in (1, 2) or tensor.shape[0] % (2 * count):
-                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, which is no {count} heads of pairs")
+                raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, which is not {count} heads of pairs")
             state[ours[names[key]]] = to_pairs(tensor, count)
     others = [key for key, count in heads.items() if count is None]
     found = files.weights_of(file, files.read_safetensors(file, others))
@@ -75,20 +76,20 @@ def _huggingface_tensors(file: Path, config: LlamaConfig) -> State:
 
 
 def _shard_paths(index: Path) -> list[Path]:
-    """The files that an index names. Raises ValueError for one outside the index's folder."""
+    """The files that an index lists. Raises ValueError for a file outside the index's folder."""
     names = files.read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f'{index} has no "weight_map" from tensors to files; fetch it again')
     paths = [index.parent / name for name in sorted(set(names.values()))]
     for path in paths:
         if not re.fullmatch(r"[\w.-]+\.safetensors", path.name) or path.parent != index.parent:
-            raise ValueError(f"{index} names the file {shown(str(path))}; only .safetensors beside it are read")
+            raise ValueError(f"{index} lists the file {shown(str(path))}; only .safetensors beside it are read")
         if not path.is_file():
-            raise ValueError(f"{index.parent} lacks {path.name}, which its index names; fetch it")
+            raise ValueError(f"{index.parent} has no {path.name}, which its index lists; fetch it")
     return paths
 
 
-# Values that the fields of config.json may have. Other fields do not change the computation.
+# Allowed values of fields of config.json. Other fields do not change the computation.
 HUGGINGFACE_ALLOWED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
@@ -147,7 +148,7 @@ SHARD_BYTES = 4 << 30
 def write_huggingface(
     folder: Path, config: LlamaConfig, state: State, bos_id: int, eos_id: int | Sequence[int]
 ) -> None:
-    """Writes a folder for transformers, in shards of 4 GiB. Raises ValueError for a model that it cannot describe."""
+    """Writes a folder for transformers, in shards of 4 GiB. Raises ValueError for a model it cannot describe."""
     check_rmsnorm(config, "a Hugging Face Llama")
     names = renamed(state, "ours", "huggingface")
     tensors = {names[name]: (name, tensor) for name, tensor in state.items()}

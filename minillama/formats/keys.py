@@ -1,8 +1,8 @@
 """Names and layouts of tensors in the checkpoints of other programs, converted to and from ours.
 
-Names differ: the table `KEYS`. The layout of query and key differs too: Meta and llama2.c keep a head's rotary pairs
-side by side, as this program does; Hugging Face keeps them in split halves, see `to_split_halves`. All formats are
-described in docs/checkpoints.md.
+`KEYS` is the table of names. The layout of query and key differs too. Meta and llama2.c keep a head's rotary pairs
+side by side, as this program does. Hugging Face keeps them in split halves, see `to_split_halves`. docs/checkpoints.md
+describes all formats.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from config import LlamaConfig
 
 State = dict[str, Tensor]
-# One row a tensor: ours, Meta's (and llama2.c's .pt), Hugging Face's, GGUF's, each without ".weight". "{}" stands for
-# the number of the layer.
+# One row per tensor: ours, Meta's (and llama2.c's .pt), Hugging Face's, GGUF's, without ".weight". "{}" is the layer.
 DIALECTS = ("ours", "meta", "huggingface", "gguf")
 LAYER = ("layers.{}.", "layers.{}.", "model.layers.{}.", "blk.{}.")
 KEYS_OF_A_LAYER = (
@@ -41,12 +40,12 @@ ROTARY_TABLES = re.compile(r"rope\.freqs|freqs_(cis|cos|sin)|.*\.rotary_emb\.inv
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is a rotary table: some files hold them, and the model computes its own."""
+    """Whether a tensor is a rotary table. Some files have them, but the model computes its own."""
     return ROTARY_TABLES.fullmatch(name) is not None
 
 
 def renamed(names: Iterable[str], source: str, target: str) -> dict[str, str]:
-    """Names of one dialect mapped to another; an unknown name is mapped to itself."""
+    """A mapping from names of one dialect to another; an unknown name is mapped to itself."""
     column, row = DIALECTS.index(target), {row[DIALECTS.index(source)]: row for row in KEYS}
     result = {}
     for name in names:
@@ -58,8 +57,9 @@ def renamed(names: Iterable[str], source: str, target: str) -> dict[str, str]:
 
 
 def to_split_halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorders the rows of a query or key weight (heads * hd, ...) within each head to Hugging Face's layout: from
-    interleaved pairs (0, 1), (2, 3), ... to (0, hd/2), (1, hd/2 + 1), ...
+    """Reorders the rows of a query or key weight (heads * hd, ...) to Hugging Face's layout.
+
+    Within each head, the rotary pairs move from rows (0, 1), (2, 3), ... to (0, hd/2), (1, hd/2 + 1), ...
     """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 

@@ -20,11 +20,11 @@ from rope import rotary_frequencies
 
 LLAMA2C_MAGIC = 0x616B3432
 LLAMA2C_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-LLAMA2C_EPS, LLAMA2C_THETA = 1e-5, 10000.0  # constants of its program, not in its files
+LLAMA2C_EPS, LLAMA2C_THETA = 1e-5, 10000.0  # constants of llama2.c; its files do not have them
 ATTENTION = tuple(f"layers.{{}}.attention.compute_{part}" for part in ("query", "key", "value", "output"))
 FEED_FORWARD = tuple(f"layers.{{}}.feed_forward.{part}" for part in ("w1", "w2", "w3"))
-# The order of the tensors, all layers of one name in a row. v0 has two rotary tables after norm, which nobody reads.
-# An untied output comes last.
+# The order of the tensors; all layers of one name follow each other. v0 has two unused rotary tables after norm. An
+# untied output comes last.
 LLAMA2C_V0 = ("tok_embeddings", "layers.{}.attention_norm", *ATTENTION, "layers.{}.ffn_norm", *FEED_FORWARD, "norm")
 LLAMA2C_V1 = ("layers.{}.attention_norm", "layers.{}.ffn_norm", "norm", "tok_embeddings", *ATTENTION, *FEED_FORWARD)
 
@@ -32,7 +32,7 @@ LLAMA2C_V1 = ("layers.{}.attention_norm", "layers.{}.ffn_norm", "norm", "tok_emb
 def _llama2c_config(path: Path, sizes: tuple[int, ...], tied: bool, size: int) -> LlamaConfig:
     fields: dict[str, Any] = dict(zip(LLAMA2C_HEADER, sizes, strict=True))
     try:
-        if 8 * max(1, fields["dim"]) * fields["n_layers"] > size:  # a damaged count must not list millions of tensors
+        if 8 * max(1, fields["dim"]) * fields["n_layers"] > size:  # a damaged count could mean millions of tensors
             raise ValueError(f"{fields['n_layers']:,} layers do not fit {size:,} bytes")
         return LlamaConfig(**fields, norm="rmsnorm", causal=True, tie_embeddings=tied)
     except ValueError as error:
@@ -51,8 +51,8 @@ def _llama2c_order(config: LlamaConfig, order: tuple[str, ...]) -> Iterator[tupl
 def read_llama2c(path: Path) -> tuple[str, LlamaConfig, State] | None:
     """The version in words, the config and the tensors of a llama2.c .bin file; None for any other file.
 
-    v1 and v2 begin with a magic number. v0 does not: its size must fit its header to the byte. Raises ValueError for a
-    damaged file.
+    v1 and v2 begin with a magic number. A v0 file is recognised by a size that fits its header to the byte. Raises
+    ValueError for a damaged file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -89,7 +89,7 @@ def read_llama2c(path: Path) -> tuple[str, LlamaConfig, State] | None:
 
 
 def _llama2c_bytes(shape: tuple[int, ...], group: int | None = None) -> int:
-    """Size of a tensor in bytes: float32, or a matrix in int8 with one float32 scale a group."""
+    """Size of a tensor in bytes: float32, or for a matrix with `group`, int8 and one float32 scale per group."""
     count = math.prod(shape)
     return 4 * count if group is None or len(shape) == 1 else count + 4 * (count // group)
 
@@ -106,7 +106,7 @@ def _llama2c_tensors(
             state[name] = content[start:behind].view(torch.float32).view(shape)
         else:
             integers = content[start : start + count].view(torch.int8).view(-1, group)
-            scales = content[start + count : behind].clone().view(torch.float32)  # a copy is aligned to 4 bytes
+            scales = content[start + count : behind].clone().view(torch.float32)  # the copy is aligned to 4 bytes
             state[name] = (integers * scales[:, None]).view(shape)
         start = behind
     state.pop("", None)  # v0's rotary tables
@@ -114,17 +114,17 @@ def _llama2c_tensors(
 
 
 def write_llama2c(path: str | PathLike[str], config: LlamaConfig, state: State, version: int) -> None:
-    """Writes version 0, 1 (float32) or 2 (int8). Raises ValueError for a model that such a file cannot hold."""
+    """Writes version 0, 1 (float32) or 2 (int8). Raises ValueError for a model that the format does not support."""
     check_rmsnorm(config, "llama2.c")
     fixed = {"rope_theta": LLAMA2C_THETA, "rope_scaling": None, "layer_norm_eps": LLAMA2C_EPS}
     for name, wanted in fixed.items():
         if (value := getattr(config, name)) != wanted:
-            only = f"{name} {wanted} only, and this model has {shown(value)}"
-            raise ValueError(f"llama2.c computes {only}; convert to huggingface")
+            only = f"only {name} {wanted}, and this model has {shown(value)}"
+            raise ValueError(f"llama2.c supports {only}; convert to huggingface")
     hidden = parameter_shapes(config)["layers.0.feed_forward.w1.weight"][0]
     sizes = [config.dim, hidden, config.n_layers, config.n_heads, config.kv_heads]
     tied = config.tie_embeddings
-    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers that share a scale; divides every row
+    group = math.gcd(64, config.dim, hidden) if version == 2 else None  # numbers per scale; it divides every row
     with atomic_file(path, "wb") as file:
         if version == 0:
             signed = config.vocab_size if tied else -config.vocab_size

@@ -1,4 +1,4 @@
-"""Meta's folders, as Llama 1 to 3.2 are published: params.json, and one consolidated.NN.pth for each shard."""
+"""Meta's folders, the format of Llama 1 to 3.2: params.json, and one consolidated.NN.pth per shard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, State]:
     """The config and the merged tensors of a folder. Raises ValueError for shards that do not belong together."""
     parts = sorted(folder.glob("consolidated.*.pth"))
     if not parts or [part.name for part in parts] != [f"consolidated.{i:02}.pth" for i in range(len(parts))]:
-        raise ValueError(f"{folder} lacks one of its consolidated.NN.pth, which count from 00; fetch it again")
+        raise ValueError(f"{folder} lacks a consolidated.NN.pth (they are numbered from 00); fetch it again")
     shards = []
     for part in parts:
         content = read_torch(part, mapped=True)
@@ -52,8 +52,8 @@ def read_meta(folder: Path) -> tuple[LlamaConfig, State]:
 def _merged(name: str, parts: list[Tensor], dim: object) -> Tensor:
     """A tensor from its shards.
 
-    w1, w3, query, key, value and output are blocks of rows, w2 and compute_output blocks of columns. The embedding is
-    in columns (Llama 2) or rows (Llama 3). Each shard holds the whole norms.
+    w1, w3, query, key, value and output are split by rows, w2 and compute_output by columns. The embedding is split by
+    columns (Llama 2) or rows (Llama 3). Each shard has the whole norms.
     """
     if len(parts) == 1 or parts[0].dim() == 1:
         return parts[0]
@@ -64,11 +64,11 @@ def _merged(name: str, parts: list[Tensor], dim: object) -> Tensor:
 
 
 def meta_config(path: Path, params: dict[str, Any], state: State) -> LlamaConfig:
-    """The config of params.json; missing fields as in Meta's program, a missing context as in the release."""
+    """The config of params.json. Missing fields are as in Meta's program, a missing context as in the release."""
     known = "dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta max_seq_len "
     known += "use_scaled_rope rope_scaling_factor rope_high_freq_factor max_batch_size"
     if unknown := sorted(set(params) - set(known.split())):
-        raise ValueError(f"{path} has {unknown[0]}, which belongs to no Llama 1 to 3 that this program knows")
+        raise ValueError(f"{path} has {unknown[0]}, which no Llama 1 to 3 has that this program knows")
     try:
         dim, vocab_size = params["dim"], params.get("vocab_size", -1)
         if vocab_size == -1:  # Llama 1 and 2 leave it to the tokenizer
@@ -76,7 +76,7 @@ def meta_config(path: Path, params: dict[str, Any], state: State) -> LlamaConfig
         theta = params.get("rope_theta", 10000.0)
         context = 8192 if theta > 10000.0 else 2048 if params.get("norm_eps") == 1e-6 else 4096
         scaling = None
-        if params.get("use_scaled_rope"):  # Llama 3.1; the small models of 3.2 have another factor, not in their files
+        if params.get("use_scaled_rope"):  # Llama 3.1 and 3.2; the small 3.2 models' factor is not in their files
             factor = params.get("rope_scaling_factor", 32.0 if dim < 4096 else 8.0)
             scaling = RopeScaling(factor, high_freq_factor=params.get("rope_high_freq_factor", 4.0))
             context = 131072

@@ -1,4 +1,4 @@
-"""Names of files, and defaults for missing fields. Imports no torch, so that `--help` stays instant."""
+"""File names, and defaults for missing fields. Does not import torch, so that `--help` stays instant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 COURSE_TEMPLATE = "{sentence} Is this movie {labels}? This movie is "
 
-RUNS = "runs"  # the folder of the runs' folders
+RUNS = "runs"  # the parent of all run folders
 RUN_FILES = ("options.json", "metrics.jsonl", "log.txt", "last.pt", "last.json", "best.pt", "lock")
 
 # Suffixes that `without_ending` removes.
@@ -14,13 +14,13 @@ ENDINGS = "safetensors pt pth bin ckpt gguf model tokens txt tsv csv json jsonl 
 
 
 def without_ending(path: str | Path) -> str:
-    """A path without its suffix, if that is one of `ENDINGS`: "run-0.pt" becomes "run-0", "run-0.1" stays."""
+    """A path without its suffix if this is one of `ENDINGS`: "run-0.pt" becomes "run-0", "run-0.1" stays."""
     path = Path(path)
     return str(path.with_suffix("") if path.suffix.lower().removeprefix(".") in ENDINGS else path)
 
 
 def tokenizer_beside(model: str) -> str:
-    """The first place for the tokenizer of a checkpoint: beside it, under its name."""
+    """The path to look for a checkpoint's tokenizer first: beside it, with its name."""
     return f"{without_ending(model)}.model"
 
 
@@ -30,5 +30,5 @@ def path_and_fold(text: str) -> tuple[str, str | None]:
     if not sign or Path(text).exists():
         return text, None
     if not path or not pattern:
-        raise ValueError(f'{text!r} names no file and fold; give them as in "reviews.tsv#fold=cv9*"')
+        raise ValueError(f'{text!r} lacks a file or a fold; give both, as in "reviews.tsv#fold=cv9*"')
     return path, pattern

@@ -1,7 +1,7 @@
-"""Hugging Face's tokenizer files, tokenizer.json and those beside it, written without Hugging Face's libraries.
+"""Hugging Face's tokenizer files: writes tokenizer.json and the files beside it, without Hugging Face's libraries.
 
 Sources of the formats: sentencepiece_model.proto (github.com/google/sentencepiece), the documentation of the tokenizers
-library (huggingface.co/docs/tokenizers), and Llama 3's tokenizer.json, for the parts of a tokenizer by ranks.
+library (huggingface.co/docs/tokenizers), and for byte pair encoding by ranks, Llama 3's tokenizer.json.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ NORMAL, UNKNOWN, USER_DEFINED, UNUSED = 1, 2, 4, 5  # types of a piece
 MODEL_TYPE, SPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35  # of the trainer
 BPE = 2  # a model type
 CHARACTER_MAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPED_SPACES = 2, 3, 4, 5  # of the normalizer; all flags default to true
-ALL = 1 << 30  # more spaces than any text has
+ALL = 1 << 30  # more spaces than in any text
 Token = TypeVar("Token", str, bytes)
 
 
 def write_huggingface_tokenizer(tokenizer: Any, folder: str | PathLike[str]) -> None:
-    """Writes the tokenizer for transformers.AutoTokenizer.from_pretrained(folder): tokenizer.json,
-    tokenizer_config.json, and for SentencePiece tokenizer.model. bos is added to a text if this tokenizer adds it.
+    """Writes the tokenizer for transformers.AutoTokenizer.from_pretrained(folder), each file atomically.
 
-    Hugging Face's libraries differ: encode finds special tokens in a text; decode gives one U+FFFD for each byte of a
-    run that is not UTF-8, and nothing for SentencePiece's unknown piece. A tokenizer.json that was read is copied.
-    Each file is written atomically. Raises ValueError for a tokenizer that these files cannot describe.
+    The files are tokenizer.json, tokenizer_config.json, and for SentencePiece tokenizer.model. bos is added to a text
+    if this tokenizer adds it. A tokenizer.json that was read is copied. Raises ValueError for a tokenizer that these
+    files cannot describe.
+
+    Hugging Face's libraries behave differently in three cases: encode finds special tokens in a text, and decode gives
+    one U+FFFD for each byte of invalid UTF-8, and nothing for SentencePiece's unknown piece.
     """
     model, folder = tokenizer.model, Path(folder)
     names = {i: name for name, i in tokenizer.special_ids.items()}
@@ -70,7 +72,7 @@ def _json_bytes(content: dict[str, Any]) -> bytes:
 
 
 def _tokenizer_json(tokenizer: Any, names: dict[int, str], parts: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json, from the parts in which the kinds differ: normalizer, pre_tokenizer, decoder, model."""
+    """A tokenizer.json. parts: the entries that differ by kind: normalizer, pre_tokenizer, decoder, model."""
     bos = names[tokenizer.bos_id]
 
     def marked(text: str, number: int) -> list[dict[str, Any]]:
@@ -102,11 +104,11 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]], **options: Any) -> dict
 
 
 def _merges(preference: dict[Token, float]) -> list[list[Token]]:
-    """All pairs of tokens that make up a third, ordered as the merges of BPE.
+    """All pairs of tokens that form a third token, in the order of BPE's merges.
 
-    BPE by preference merges the neighbours that make the most preferred token, the leftmost of several. BPE by merges
-    uses the first pair of the list. To be equal where preferences tie (as for Llama 2's runs of spaces), longer tokens
-    come first, and of these the one with the longer left part: leftmost merging lets the longest token grow.
+    BPE by preference merges the neighbours that form the most preferred token, the leftmost if there are several. BPE
+    by merges uses the first pair of the list. To agree where preferences tie (Llama 2's runs of spaces), longer tokens
+    come first, then longer left parts: leftmost merging extends the longest token.
     """
     ordered = sorted(preference, key=lambda token: (-preference[token], -len(token)))
     splits = ((token[:at], token[at:]) for token in ordered for at in range(len(token) - 1, 0, -1))
@@ -114,7 +116,7 @@ def _merges(preference: dict[Token, float]) -> list[list[Token]]:
 
 
 def byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
-    """The parts of a tokenizer.json that tokenize as tiktoken does with the ranks."""
+    """The parts of a tokenizer.json that tokenizes as tiktoken does with the ranks."""
     letters = {token: "".join(BYTE_LETTERS[byte] for byte in token) for token in model.ranks}
     merges = [[letters[left], letters[right]] for left, right in _merges({t: -rank for t, rank in model.ranks.items()})]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -129,7 +131,7 @@ def byte_pair_parts(model: BytePairModel) -> dict[str, Any]:
 
 
 def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
-    """The parts that tokenize as a SentencePiece proto does. Raises ValueError where they cannot."""
+    """The parts of a tokenizer.json that tokenizes as a SentencePiece proto does. Raises ValueError if none does."""
     messages = list(_fields(proto))
     pieces = [dict(_fields(value)) for number, value in messages if number == PIECES]
     trainer, normalizer, denormalizer = (
@@ -138,7 +140,7 @@ def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     )
     texts = [piece[PIECE].decode() for piece in pieces]
     types = [piece.get(TYPE, NORMAL) for piece in pieces]
-    # Scores of ordinary pieces: those for bytes, and special ones, are never results of merges.
+    # Scores of ordinary pieces only: merges never result in special pieces or those for bytes.
     scores = {
         text: struct.unpack("<f", piece.get(SCORE, b"\0\0\0\0"))[0]
         for text, piece, kind in zip(texts, pieces, types, strict=True)
@@ -146,18 +148,18 @@ def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
     }
     odd = sorted({letter for text in scores for letter in text} - scores.keys())
     reasons = {
-        "it is no BPE model": trainer.get(MODEL_TYPE) != BPE,
+        "it is not a BPE model": trainer.get(MODEL_TYPE) != BPE,
         "it has no pieces for bytes": not trainer.get(BYTE_FALLBACK),
         "it normalizes characters": normalizer.get(CHARACTER_MAP) or denormalizer.get(CHARACTER_MAP),
-        "it puts spaces behind words": trainer.get(SPACE_AS_SUFFIX),
-        "it leaves spaces as they are": not normalizer.get(ESCAPED_SPACES, True),
-        "it has pieces of the user's own": USER_DEFINED in types,
-        "it has pieces out of use": UNUSED in types,
-        f"it has no piece for {''.join(odd[:1])!r}, but for what holds it": odd,
+        "it puts spaces after words": trainer.get(SPACE_AS_SUFFIX),
+        "it does not escape spaces": not normalizer.get(ESCAPED_SPACES, True),
+        "it has user-defined pieces": USER_DEFINED in types,
+        "it has unused pieces": UNUSED in types,
+        f"it has no piece for {''.join(odd[:1])!r}, but longer pieces with it": odd,
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"{path} cannot be written for other programs: {reason}, which their files cannot say")
+            raise ValueError(f"{path} cannot be written for other programs: {reason}, which their files do not support")
     strips, prefixes = space_flags(proto)
     steps, decoders = [], [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if strips:
@@ -165,7 +167,7 @@ def sentencepiece_parts(path: Path, proto: bytes) -> dict[str, Any]:
         steps += [_replace({"Regex": pattern}, content) for pattern, content in patterns.items()]
     if prefixes:
         steps.append({"type": "Prepend", "prepend": SPACE})
-    if strips or prefixes:  # stripped text begins with no spaces; otherwise one is the prefix
+    if strips or prefixes:  # strips: a text begins with no space, so all are removed; else one, the prefix
         decoders.append({"type": "Strip", "content": " ", "start": ALL if strips else 1, "stop": 0})
     vocab = {text: i for i, text in enumerate(texts)}
     options = {"unk_token": texts[types.index(UNKNOWN)], "fuse_unk": True, "byte_fallback": True}

@@ -1,4 +1,4 @@
-"""The kinds of tokenizers: Llama 2's, Llama 3's, GPT-2's and Hugging Face's, detected from the content of their files.
+"""The kinds of tokenizers (Llama 2's, Llama 3's, GPT-2's, Hugging Face's), detected from the content of their files.
 
   kind           content of the file                                      package
   sentencepiece  a SentencePiece proto: Llama 2's, llama2.c's, our own    sentencepiece
@@ -41,24 +41,24 @@ LLAMA3_SPECIAL = (
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_END = "<|endoftext|>"
-# GPT-2 writes a byte as a letter: a printable one as itself, others as letters from U+0100 on. In order of their ids.
+# GPT-2 writes a byte as a letter: a printable byte as itself, others as letters from U+0100 on. The order is by id.
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 OTHERS = tuple(byte for byte in range(0x100) if byte not in PRINTABLE)
 BYTE_LETTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(0x100 + n) for n, byte in enumerate(OTHERS)}
 LETTER_BYTES = {letter: byte for byte, letter in BYTE_LETTERS.items()}
-# The marks of a tokenizer.json, where no file beside it names them.
+# bos and eos of a tokenizer.json, if no file beside it names them.
 KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", GPT2_END)
 KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", GPT2_END)
 
-# tiktoken's regex overflows its stack in a longer run of spaces, or of other characters. Meta's program cuts there too.
+# tiktoken's regex overflows its stack in longer runs of spaces, or of other characters. Meta's program cuts them too.
 LONGEST_RUN = 25_000
 
 
-# Each kind has: kind, n_words, bos_id, eos_id, pad_id, special_ids, adds_bos, and holes, the ids without a piece.
+# Each class has kind, n_words, bos_id, eos_id, pad_id, special_ids, adds_bos, and holes (ids without a piece).
 
 
 class SentencePieceModel:
-    """A SentencePiece proto, through SentencePiece."""
+    """A tokenizer from a SentencePiece proto."""
 
     kind = "sentencepiece"
 
@@ -71,11 +71,13 @@ class SentencePieceModel:
             self.processor = SentencePieceProcessor(model_proto=content)
             self.processor.id_to_piece(list(range(self.processor.vocab_size())))  # each is UTF-8
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no tokenizer; --tokenizer takes one such as data/tokenizer.model") from error
+            raise ValueError(
+                f"{path} is not a tokenizer; --tokenizer takes one such as data/tokenizer.model"
+            ) from error
         self.n_words: int = self.processor.vocab_size()
         self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
-        self.pad_id: int = self.processor.piece_to_id("<0x00>")  # the unknown piece, where bytes have no pieces
+        self.pad_id: int = self.processor.piece_to_id("<0x00>")  # the unknown piece, if bytes have no pieces
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path} has no pieces for beginning and end (bos, eos); train it with both")
         self.holes: frozenset[int] = frozenset()
@@ -101,10 +103,9 @@ class SentencePieceModel:
 
 
 class BytePairModel:
-    """Byte pair encoding by rank, through tiktoken: Llama 3's and GPT-2's. The first special token is bos.
+    """Byte pair encoding by rank with tiktoken: Llama 3's and GPT-2's. The first special token is bos.
 
-    pattern: a regex for the pieces of text that are merged separately. ranks: the id of each token; lower ids are
-    merged first.
+    pattern: a regex for the pieces of text that are merged separately. ranks: token to id; lower ids are merged first.
     """
 
     def __init__(self, path: Path, kind: str, pattern: str, ranks: dict[bytes, int], special: Sequence[str], eos: str):
@@ -112,7 +113,7 @@ class BytePairModel:
         self.pattern = pattern
         self.ranks = ranks
         self.special_ids = {name: len(ranks) + n for n, name in enumerate(special)}
-        with optional_package("tiktoken", f"{path} ({kind}) is read through another package"):
+        with optional_package("tiktoken", f"{path} ({kind}) needs another package"):
             import tiktoken
 
             self.processor = tiktoken.Encoding(
@@ -149,12 +150,12 @@ class BytePairModel:
 
 
 class HuggingFaceModel:
-    """A tokenizer.json, through tokenizers. bos and eos: named by the files beside it, else by their usual names."""
+    """A tokenizer.json, read by tokenizers. The files beside it name bos and eos; else the usual names are tried."""
 
     kind = "huggingface"
 
     def __init__(self, path: Path, content: str) -> None:
-        purpose = f"{path} is read through another package"
+        purpose = f"{path} needs another package"
         with optional_package("tokenizers", purpose):
             import tokenizers
 
@@ -162,15 +163,15 @@ class HuggingFaceModel:
             read(SMALLEST_TOKENIZER)  # fails here if the package is broken
         try:
             self.processor = read(content)
-        except BaseException as error:  # bare Exceptions, and panics of Rust, which are no Exceptions
+        except BaseException as error:  # plain Exceptions, and Rust panics, which are only BaseExceptions
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{path} is no tokenizer.json that can be read: {str(error)[:200]!r}") from error
+            raise ValueError(f"{path} is not a tokenizer.json that can be read: {str(error)[:200]!r}") from error
         with optional_package("tokenizers", purpose, passes=(ValueError,)):
             self._find_marks(path, content)
 
     def _find_marks(self, path: Path, content: str) -> None:
-        """Sets marks and sizes from the tokenizer. Raises ValueError if no eos is named."""
+        """Sets bos, eos and sizes from the tokenizer. Raises ValueError if no eos is named."""
         self.processor.no_truncation()
         self.processor.no_padding()
         added = {token.content: i for i, token in self.processor.get_added_tokens_decoder().items()}
@@ -189,10 +190,10 @@ class HuggingFaceModel:
         used = self.processor.get_vocab().values()
         self.n_words = 1 + max(used)
         self.holes = frozenset(range(self.n_words)) - frozenset(used)
-        # The post-processor decides, not tokenizer_config.json, as in transformers.
+        # As in transformers, the post-processor decides and not tokenizer_config.json.
         marks = self.processor.encode("").ids
         self.adds_bos = marks[:1] == [self.bos_id]
-        if marks == [self.bos_id] == [self.eos_id]:  # one mark, before a text or after it
+        if marks == [self.bos_id] == [self.eos_id]:  # bos and eos are equal: is it before a text or after it?
             self.adds_bos = _puts_first(json.loads(content).get("post_processor"), self.bos_id)
         pad = _first_id(self.processor, "<0x00>", [BYTE_LETTERS[0]])
         self.pad_id: int = self.eos_id if pad is None else pad
@@ -203,14 +204,14 @@ class HuggingFaceModel:
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         try:
             return [done.ids for done in self.processor.encode_batch(texts, add_special_tokens=False)]
-        except Exception as error:  # a bare one, for an unknown word without an unknown token
+        except Exception as error:  # the library's plain Exception for an unknown word without an unknown token
             raise ValueError(f"the tokenizer has no ids for a text: {str(error)[:200]!r}") from error
 
     def keep_out_of_text(self, ids: Sequence[int]) -> bool:
         added = self.processor.get_added_tokens_decoder()
         if not all(i in added for i in ids):
             return False
-        self.processor.add_special_tokens([added[i].content for i in ids])  # special tokens are not found in text
+        self.processor.add_special_tokens([added[i].content for i in ids])  # encode does not find them in text
         return True
 
     def bytes_of_first(self, text: str) -> int:
@@ -220,7 +221,7 @@ class HuggingFaceModel:
         (_, end), following = found.offsets[0], found.offsets[1:2]
         if not following or following[0][0] >= end:
             return len(text[:end].encode())
-        # Part of a character, as bytes or letters; or a space that the tokenizer itself puts first.
+        # Part of a character (a byte piece or letters for bytes), or a space that the tokenizer adds at the start.
         piece, alone = found.tokens[0], self.decode(found.ids[:1])
         return len(alone.encode()) if "\ufffd" not in alone else 1 if piece.startswith("<0x") else len(piece)
 
@@ -229,13 +230,13 @@ class HuggingFaceModel:
 
 
 def _first_id(processor: Any, named: str | None, known: Sequence[str]) -> int | None:
-    """The id of the first name that is in the vocabulary."""
+    """The id of the first name in the vocabulary: `named`, then `known`; None without one."""
     ids = (processor.token_to_id(name) for name in (named, *known) if name is not None)
     return next((i for i in ids if i is not None), None)
 
 
 def _named_marks(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of the files beside a tokenizer.json."""
+    """bos_token and eos_token in the files beside a tokenizer.json."""
     marks: dict[str, str] = {}
     for beside in (path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json")):
         content = read_json(beside) if beside.is_file() else {}
@@ -248,11 +249,11 @@ def _named_marks(path: Path) -> dict[str, str]:
 
 
 def _files_add_bos(path: Path, bos_id: int) -> bool:
-    """Whether Hugging Face's files beside a tokenizer.model add bos before a text; True without such files."""
+    """Whether Hugging Face's files beside a tokenizer.model add bos to a text; True without such files."""
     fast, slow = path.with_name("tokenizer.json"), path.with_name("tokenizer_config.json")
     if path.name != "tokenizer.model":
         return True
-    if fast.is_file():  # the other file is ignored then, as in transformers
+    if fast.is_file():  # takes precedence, as in transformers
         return _puts_first(read_json(fast).get("post_processor"), bos_id)
     return not slow.is_file() or read_json(slow).get("add_bos_token") is not False
 
@@ -268,9 +269,6 @@ def _puts_first(processor: Any, bos_id: int) -> bool:
     if [bos_id] in first or bos_id in processor.get("cls", [])[1:]:
         return True
     return any(_puts_first(part, bos_id) for part in parts)
-
-
-# Files
 
 
 def find_tokenizer_file(path: Path) -> Path:
@@ -290,7 +288,7 @@ def find_tokenizer_file(path: Path) -> Path:
 def open_tokenizer(path: Path) -> SentencePieceModel | BytePairModel | HuggingFaceModel:
     """The tokenizer in a file, its kind detected from the content. Raises ValueError for anything else."""
     if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes, no tokenizer more than {LARGEST:,}; is it a checkpoint?")
+        raise ValueError(f"{path} has {size:,} bytes, more than any tokenizer ({LARGEST:,}); is it a checkpoint?")
     content = path.read_bytes()
     if content.startswith(b"#version"):
         return _gpt2_model(path, _merged_ranks(path))
@@ -313,18 +311,18 @@ def _llama3_model(path: Path, content: bytes) -> BytePairModel:
             what = f"line {number} is {shown(line)}, not `base64 rank`"
             raise ValueError(f"{path} is damaged: {what}; fetch or copy it again") from error
     if len(pairs) != LLAMA3_RANKS:
-        raise ValueError(f"{path} has {len(pairs):,} ranks, but Llama 3's {LLAMA3_RANKS:,}; fetch or copy it again")
+        raise ValueError(f"{path} has {len(pairs):,} ranks instead of {LLAMA3_RANKS:,}; fetch or copy it again")
     special = [f"<|{name}|>" for name in LLAMA3_SPECIAL]
     return BytePairModel(path, "llama3", LLAMA3_PATTERN, _checked_ranks(path, pairs), special, eos=special[1])
 
 
 def _gpt2_model(path: Path, ranks: dict[bytes, int]) -> BytePairModel:
-    """The tokenizer of GPT-2's two files. Each holds all of it; if both exist, they must agree."""
+    """The tokenizer of GPT-2's two files. One is enough; if both exist, they must agree."""
     for encoder, merges in GPT2_PAIRS.items():
         one, other = path.with_name(encoder), path.with_name(merges)
         both = path.name in (encoder, merges) and one.is_file() and other.is_file()
         if both and _encoder_ranks(one) != _merged_ranks(other):
-            raise ValueError(f"{one} and {other} are not of one tokenizer, or one is cut short; fetch both again")
+            raise ValueError(f"{one} and {other} belong to two tokenizers, or one is cut short; fetch both again")
     return BytePairModel(path, "gpt2", GPT2_PATTERN, ranks, [GPT2_END], eos=GPT2_END)
 
 
@@ -334,29 +332,29 @@ def _encoder_ranks(path: Path) -> dict[bytes, int]:
     ordinary = {token: i for token, i in tokens.items() if token != GPT2_END}
     sound = {type(i) for i in ordinary.values()} == {int} and set("".join(ordinary)) <= LETTER_BYTES.keys()
     if not sound or tokens.get(GPT2_END) != len(ordinary):
-        raise ValueError(f"{path} is JSON, but no tokenizer.json and no encoder.json of GPT-2")
+        raise ValueError(f"{path} is JSON, but neither a tokenizer.json nor GPT-2's encoder.json")
     pairs = [(bytes(LETTER_BYTES[letter] for letter in token), i) for token, i in ordinary.items()]
     return _checked_ranks(path, pairs)
 
 
 def _merged_ranks(path: Path) -> dict[bytes, int]:
-    """The ranks in GPT-2's merges: first the bytes, then for each line the token that it makes of two others."""
+    """The ranks in GPT-2's merges: first the bytes, then for each line the token formed from its two parts."""
     tokens = dict.fromkeys(LETTER_BYTES)  # keeps order
     for number, line in enumerate(path.read_text("utf-8", "replace").split("\n")[1:], start=2):
         if not line:
             continue
         parts = line.split(" ")
         if len(parts) != 2 or not all(part in tokens for part in parts) or "".join(parts) in tokens:
-            what = f"line {number} is {shown(line)}, which makes no new token of two"
+            what = f"line {number} is {shown(line)}, which does not form a new token from two"
             raise ValueError(f"{path} is damaged: {what}; fetch it again")
         tokens["".join(parts)] = None
     return {bytes(LETTER_BYTES[letter] for letter in token): rank for rank, token in enumerate(tokens)}
 
 
 def _checked_ranks(path: Path, pairs: list[tuple[bytes, int]]) -> dict[bytes, int]:
-    """Ranks by token. Raises ValueError unless every byte has a rank, and each rank from 0 on has one token."""
+    """Ranks by token. Raises ValueError unless every byte has a rank, and ranks are 0, 1, ..., each once."""
     ranks = dict(pairs)
     lacks = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if len(ranks) != len(pairs) or sorted(ranks.values()) != list(range(len(ranks))) or lacks:
-        raise ValueError(f"{path} is damaged: a token or a rank is there twice, or missing; fetch or copy it again")
+        raise ValueError(f"{path} is damaged: a token or rank occurs twice or is missing; fetch or copy it again")
     return ranks

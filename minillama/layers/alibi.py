@@ -1,7 +1,7 @@
 """Attention with linear biases (ALiBi, arXiv 2108.12409): positions without a rotary table.
 
-Each head subtracts slope * distance from the score of a query and a key, with a slope of its own, so that distant keys
-count less. The distance is that of their columns, which padding on the left does not change.
+Each head subtracts its slope times the distance from the score of a query and a key, so that distant keys count less.
+The distance is measured in columns, so padding on the left does not change it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8 k / n) for the heads k = 1 to n, if n is a power of two. If not, as in the paper: the slopes of the next
-    lower power of two, then every second slope of twice that power.
+    """2^(-8 k / n) for heads k = 1 to n, a power of two; else the slopes for the next lower power of two, followed by
+    every second slope for twice that power, as in the paper.
     """
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * k / power) for k in range(1, power + 1)]
@@ -28,8 +28,8 @@ def alibi_mask(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The biases of the queries at positions `start` to `end` - 1 over the keys before `end`: -slope * distance, or
-    -inf where the mask hides a key; float (B or 1, H, T, S), to be added to the scores.
+    """The float mask (B or 1, H, T, S) for queries `start` to `end` - 1 and keys 0 to `end` - 1, added to the scores:
+    -slope * distance, or -inf where `mask` hides a key.
 
     mask: bool (B or 1, 1, T, S), True = attend; None: causal. Raises ValueError beyond max_seq_len.
     """

@@ -2,11 +2,12 @@
 
     (softmax(Q1 K1^T / sqrt(hd)) - l softmax(Q2 K2^T / sqrt(hd))) V,   l = exp(lq1 . lk1) - exp(lq2 . lk2) + l0,
 
-so that noise common to both maps cancels; then RMSNorm within each head, times 1 - l0, l0 = 0.8 - 0.6 exp(-0.3 depth).
+so that noise common to both maps cancels. Each head's result passes through RMSNorm and is multiplied by 1 - l0, where
+l0 = 0.8 - 0.6 exp(-0.3 depth).
 
-Two query heads of the config form one head, and two key/value heads form one with values twice as wide, so that the
-projections keep their sizes. The first half of the H query heads are Q1, the second half Q2; likewise the keys. All
-heads of a layer share the vectors of l.
+The projections keep their sizes: two query heads of the config form one head, and two key/value heads form one with
+values twice as wide. The first half of the H query heads are Q1, the second half Q2; likewise the keys. All heads of a
+layer share the vectors of l.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from config import LlamaConfig
 from minillama.layers.precision import at_least_float32
 
-# The initial gain of the norm; the authors' program has 1. Attention is at first a flat mean over the context, which
-# the norm scales to full size: with a gain of 1 it drowns the embeddings of a small model (docs/results.md).
+# The initial gain of the norm; the authors' is 1. Untrained attention is a flat mean over the context, and the norm
+# scales it to full size. With a gain of 1 it drowns out a small model's embeddings (docs/results.md).
 FIRST_GAIN = 0.1
 
 
 def add_differential_parameters(attention: Any, head_norm: Any, config: LlamaConfig, depth: int) -> None:
-    """Adds the four vectors of l, N(0, 0.1), and the norm of a head to an `Attention`. depth: the layer, from 0."""
+    """Adds the four vectors of l, from N(0, 0.1), and the heads' norm to an `Attention`. depth: layer index from 0."""
     attention.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
     for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
         setattr(attention, name, nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)))

@@ -1,6 +1,4 @@
-"""Faster ways to compute `Attention.compute_query_key_value_scores`, and the product of a Linear: dense, packed, or
-with int8 weights. Shapes as in llama.py.
-"""
+"""Faster kernels for attention and for the product of a Linear: dense, packed or int8. Shapes as in llama.py."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
-FEW_ROWS = 4  # up to here int8 weights are multiplied directly; for more rows they are converted to bfloat16 first
-INT8_WIDTH = 16  # torch's int8 kernel reads past the end of rows that are no multiple of it
+FEW_ROWS = 4  # most rows for torch's int8 kernel; for more rows, weights are first converted to bfloat16
+INT8_WIDTH = 16  # torch's int8 kernel reads past the end of a row if its length is not a multiple of this
 
 
 def kernel_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -24,8 +22,9 @@ def kernel_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, dropout: float = 0.0
 ) -> Tensor:
-    """torch's fused kernel: query (B, H, T, hd), key and value (B, H or K, S, hd) -> (B, H, T, hd). causal: if mask is
-    None, whether attention is causal.
+    """torch's fused attention: query (B, H, T, hd), key and value (B, H or K, S, hd) -> (B, H, T, hd).
+
+    causal: whether attention is causal if `mask` is None.
     """
     return F.scaled_dot_product_attention(
         query,
@@ -45,7 +44,7 @@ def attention_in_pieces(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """compute(query, key, value, mask) for a few rows at a time, so that their scores fit the processor's cache."""
+    """compute(query, key, value, mask) for a few rows at a time, whose scores fit into the processor's cache."""
     B, H, T, _ = query.shape
     at_once = max(1, SCORES_AT_ONCE // (H * T * key.shape[-2]))
     if mask is not None:
@@ -59,8 +58,9 @@ def attention_in_pieces(
 
 
 def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention for one new token: query (B, H, 1, hd), key and value (B, K, S, hd) -> (B, H, 1, hd). The heads of a
-    group are rows of one product, so that each key is read once. mask: see `masks.build_mask`.
+    """Attention for one new token: query (B, H, 1, hd), key and value (B, K, S, hd) -> (B, H, 1, hd).
+
+    The heads of a group are rows of one product, so each key is read once. mask: see `masks.build_mask`.
     """
     B, K = key.shape[:2]
     grouped = query.reshape(B, K, -1, query.shape[-1])  # (B, K, H / K, hd)
@@ -79,8 +79,9 @@ def dense_product(weight: Tensor) -> Product:
 
 
 def packed_product(weight: Tensor) -> Product:
-    """x W^T on the CPU with W in the blocked layout of oneDNN, by the kernels that torch.compile uses. For few rows it
-    takes half the time of torch's own product (docs/performance.md).
+    """x W^T on the CPU with W in oneDNN's blocked layout, by the kernels of torch.compile.
+
+    For few rows it takes half the time of torch's usual product (docs/performance.md).
     """
     width, dtype = weight.shape[1], weight.dtype
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # a layout for about 16 rows
@@ -90,16 +91,14 @@ def packed_product(weight: Tensor) -> Product:
         x = x.to(dtype)
         if x.numel() > width:
             return linear(x, packed, None, "none", [], "")
-        # Four rows, since that kernel reads the weights a fifth faster than the kernel for one row.
+        # One row is repeated to four, because that kernel reads weights a fifth faster than the kernel for one row.
         return linear(x.view(1, width).expand(4, -1), packed, None, "none", [], "")[:1].view(*x.shape[:-1], -1)
 
     return product
 
 
 def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (out, in) as int8 from -127 to 127, times a scale for each output (out,): the row's largest weight / 127,
-    rounded to bfloat16 before the weights are divided by it.
-    """
+    """W (out, in) as int8 from -127 to 127, and the bfloat16 scale of each row (out,): its largest weight / 127."""
     wide = weight.float()
     scale = (wide.abs().amax(1).clamp(min=1e-30) / 127).to(torch.bfloat16)
     return (wide / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
@@ -122,13 +121,13 @@ def int8_product(weight: Tensor) -> Product:
 
 
 def product_of(weight: Tensor, quantize: str | None) -> Product:
-    """The fastest product for a weight on its device."""
+    """The fastest product for a weight on its device. quantize: "int8" or None."""
     if quantize == "int8":
         return int8_product(weight)
-    return packed_product(weight) if packs(weight) else dense_product(weight)
+    return packed_product(weight) if can_pack(weight) else dense_product(weight)
 
 
-def packs(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Whether torch has a oneDNN layout for the weight on this processor."""
     if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False

@@ -9,11 +9,10 @@ from config import LlamaConfig
 
 
 class KVCache:
-    """The keys and values of all earlier tokens, so that only new tokens have to be computed.
+    """The keys and values of all earlier tokens, so that only new tokens are computed.
 
-    For each layer two tensors (B, K, capacity, hd), of which `length` columns are filled; each key/value head is stored
-    once. Memory is allocated with the first tokens, in their dtype and on their device. A sliding window saves no
-    memory, since `keep` may bring old positions back into the window.
+    Each layer has two tensors (B, K, capacity, hd); `length` columns are filled. The first tokens determine dtype and
+    device. A sliding window saves no memory, because `keep` may bring old positions back into it.
 
     Raises ValueError for a bidirectional model, where each new token changes the earlier ones.
     """
@@ -28,8 +27,8 @@ class KVCache:
         self.values: list[Tensor | None] = [None] * config.n_layers
         self.real: Tensor | None = None  # bool (B, capacity), False for padding; None: no padding
 
-    def room_for(self, tokens: int) -> None:
-        """Raises ValueError if there is no room for `tokens` more tokens."""
+    def check_room(self, tokens: int) -> None:
+        """Raises ValueError if `tokens` more tokens do not fit."""
         if self.length + tokens > self.capacity:
             raise ValueError(
                 f"{self.length} tokens are cached and {tokens} more do not fit into {self.capacity}; "
@@ -37,7 +36,7 @@ class KVCache:
             )
 
     def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's keys and values of T new tokens, (B, K, T, hd) each; returns views of all, (B, K, S, hd)."""
+        """Stores a layer's keys and values of new tokens, (B, K, T, hd) each; returns views of all, (B, K, S, hd)."""
         both = []
         for stored, new in ((self.keys, key), (self.values, value)):
             kept = stored[layer_id]
@@ -49,13 +48,13 @@ class KVCache:
         return both[0], both[1]
 
     def keep(self, length: int) -> None:
-        """Forgets the tokens after the first `length`."""
+        """Keeps only the first `length` tokens."""
         self.length = min(self.length, length)
         if self.real is not None:
             self.real[:, self.length :] = True
 
     def take(self, rows: Tensor) -> None:
-        """Replaces the batch by its rows (R,), in this order; a row may occur several times."""
+        """Replaces the batch by the given rows (R,), in this order; a row may occur several times."""
         for stored in (self.keys, self.values):
             for layer_id, kept in enumerate(stored):
                 if kept is not None:
@@ -66,7 +65,7 @@ class KVCache:
             self.real = self.real[rows]
 
     def note_padding(self, attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-        """Stores which new tokens are real: bool (B, T), None: all. Returns the same for all tokens, (B, S) or None."""
+        """Stores the mask of new tokens, bool (B, T) or None; returns that of all tokens, (B, S) or None (all real)."""
         end = self.length + tokens
         if attention_mask is not None:
             if self.real is None:

@@ -15,18 +15,18 @@ from minillama.layers.kv_cache import KVCache
 def build_mask(
     tokens: Tensor, attention_mask: Tensor | None, cache: KVCache | None, config: LlamaConfig, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask of tokens (B, T) over all keys, the cached ones first. None: every key, or with a causal config and no
-    cached tokens the plain causal mask.
+    """The mask of tokens (B, T) over all keys, with the cached keys first.
 
-    bool (B or 1, 1, T, S), True = attend; with ALiBi float (B or 1, H, T, S), in `dtype` or float32, to be added to the
-    scores. Raises ValueError if the tokens do not fit into the cache.
+    bool (B or 1, 1, T, S), True = attend. With ALiBi it is float (B or 1, H, T, S), at least float32, added to the
+    scores. None: the plain causal mask if the config is causal and nothing is cached, else attention to all keys.
+    Raises ValueError if the tokens do not fit into the cache.
     """
     B, T = tokens.shape
     start, window = 0 if cache is None else cache.length, config.sliding_window
     end = start + T
     real = None if attention_mask is None else attention_mask.to(torch.bool)
     if cache is not None:
-        cache.room_for(T)
+        cache.check_room(T)
         real = cache.note_padding(real, B, T)
     windowed = window is not None and end > window
     if real is None and not windowed and (start == 0 or T == 1):
@@ -39,7 +39,7 @@ def build_mask(
 
 
 def default_mask(T: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The mask that the config gives a sequence of T tokens without padding or cache."""
+    """The config's mask for a sequence of T tokens without padding or cache."""
     mask = position_mask(None, T, config.causal, device, config.sliding_window)
     return with_alibi(mask, 0, T, config, dtype, device)
 
@@ -52,12 +52,11 @@ def position_mask(
     window: int | None = None,
     start: int = 0,
 ) -> Tensor | None:
-    """The mask of the queries `start` to `end` - 1 over the keys before `end`: bool (B or 1, 1, T, S), True = attend.
-    None: every query attends to every key.
+    """The mask for queries `start` to `end` - 1 and keys 0 to `end` - 1: bool (B or 1, 1, T, S), True = attend.
 
-    attention_mask: bool (B, S), True for real tokens; or (B, T, S), True where a query may attend to a key. A position
-    always attends to itself: an empty row of the softmax is NaN, and NaN times zero reaches the gradients of other
-    rows. window: see `LlamaConfig.sliding_window`.
+    None: every query attends to every key. attention_mask: bool (B, S), True for real tokens; or (B, T, S), True where
+    a query may attend to a key. A position always attends to itself: the softmax of an empty row is NaN, which would
+    reach the gradients of other rows. window: see `LlamaConfig.sliding_window`.
     """
     mask = causal_mask(start, end, device, window) if causal else None
     if attention_mask is not None:
@@ -69,7 +68,7 @@ def position_mask(
 
 @lru_cache(maxsize=2)
 def causal_mask(start: int, end: int, device: torch.device, window: int | None = None) -> Tensor:
-    """bool (1, 1, T, S): a query attends to itself and the tokens before it, `window` tokens in all."""
+    """The causal mask, bool (1, 1, T, S): a query attends to itself and earlier tokens, to `window` tokens in all."""
     with torch.inference_mode(False):  # a mask made under inference_mode could not be used in training
         mask = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
         return (mask if window is None else mask.triu(start + 1 - window))[None, None]
@@ -78,7 +77,7 @@ def causal_mask(start: int, end: int, device: torch.device, window: int | None =
 def with_alibi(
     mask: Tensor | None, start: int, end: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """The mask, with the biases of ALiBi added if the config asks for them (see `alibi.alibi_mask`)."""
+    """The mask, with ALiBi's biases if the config has them (see `alibi.alibi_mask`)."""
     if config.position_embedding_type != "alibi":
         return mask
     slopes = alibi_slopes(config.n_heads)

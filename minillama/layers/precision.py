@@ -1,4 +1,4 @@
-"""Precision of the matrix products: what runs in half precision under autocast, and what stays in float32."""
+"""Precision: the operations that run in half precision under autocast, and those that stay in float32."""
 
 from __future__ import annotations
 
@@ -12,34 +12,32 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to `dtype` if it is not float32: matrix products in dtype; norms, softmax and losses in float32."""
+    """Autocast unless `dtype` is float32: matrix products run in `dtype`; norms, softmax and losses in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products: AMX or AVX512-BF16 on x86, the bf16 extension on Arm,
-    compute capability 8.0 on CUDA. Without them bfloat16 is slower than float32.
-    """
+    """Whether the device has instructions for bfloat16 products. Without them bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Public from torch 2.13 on; in older versions the answer is no.
+    # torch has get_capabilities from version 2.13 on; with older versions the result is False.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or unchanged if it is wider (tests run references in float64)."""
+    """x in float32, or unchanged if its dtype is wider (tests use float64)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def downcast_under_autocast(x: Tensor) -> Tensor:
-    """x in the dtype of autocast if that is on: cast once here instead of once in each product."""
+    """x in the dtype of autocast if that is enabled, so that x is cast once and not in each product."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def upcast_under_autocast(x: Tensor) -> Tensor:
-    """x in float32 if autocast is on, so that the residual stream is float32 for weights of any dtype."""
+    """x in float32 if autocast is enabled, so that the residual stream is float32 for weights of any dtype."""
     return at_least_float32(x) if torch.is_autocast_enabled(x.device.type) else x
 
 

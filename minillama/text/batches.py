@@ -1,4 +1,4 @@
-"""Rows tokenized, with prompts around them, and the batches of an epoch."""
+"""Tokenized rows, with prompts around them, and the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tokenizer import Tokenizer
 
 
 class Tokenized(Protocol):
-    """Anything with token ids: a `Row` or an `Example`."""
+    """An object with token ids: a `Row` or an `Example`."""
 
     @property
     def ids(self) -> Sequence[int]: ...
 
 
 class Batch(NamedTuple):
-    """ids int64 (B, T); mask bool (B, T), True for real tokens, None without padding; labels int64 (B,)."""
+    """A batch: ids int64 (B, T); mask bool (B, T), True for real tokens, None without padding; labels int64 (B,)."""
 
     ids: Tensor
     mask: Tensor | None
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
 
 def listed(words: Sequence[str]) -> str:
-    """Words as a list in English: `bad, average, or good`."""
+    """Words joined as an English list: `bad, average, or good`."""
     *first, last = words
     return f"{first[0]} or {last}" if len(first) == 1 else f"{', '.join(first)}, or {last}"
 
@@ -38,8 +38,8 @@ def listed(words: Sequence[str]) -> str:
 def prompt_parts(template: str, words: Sequence[str], pooling: str = "last_token") -> tuple[str, str]:
     """The parts of a template before and after the sentence, with `words` instead of {labels}.
 
-    The prompt ends without a space: the word that follows brings its own. With pooling "last_column", as in the
-    course, the space stays.
+    The prompt ends without a space, because the next word includes one. Pooling "last_column" keeps the space, as the
+    course does.
     """
     before, _, behind = (part.replace("{labels}", listed(words)) for part in template.partition("{sentence}"))
     return before, behind if pooling == "last_column" else behind.rstrip(" ")
@@ -61,9 +61,9 @@ def tokenize_rows(
 ) -> tuple[list[Row], int]:
     """The rows with their ids, and the number of sentences cut to fit `context`.
 
-    Without a question a row is <s> sentence </s>. With one it is <s> before sentence question, to be continued. Only
-    the sentence is cut, at its end: first to `max_sentence_len`, then to the context. <s> is left out if the tokenizer
-    adds none. Raises ValueError if a long row has no room for its sentence.
+    A row is <s> sentence </s>, or with a question <s> before sentence question. Only the sentence is cut, at its end:
+    first to `max_sentence_len`, then to the context. <s> is left out if the tokenizer does not add it. Raises
+    ValueError if a row has no room for its sentence.
     """
 
     def encode(text: str) -> list[int]:
@@ -73,12 +73,12 @@ def tokenize_rows(
     behind = question or ""
     done, cut = [], 0
     for row in rows:
-        # An empty sentence leaves one space between its neighbours, and none at the beginning.
+        # With an empty sentence there is one space between its neighbours, and none at the beginning.
         text = before + row.sentence + behind if row.sentence else (before.rstrip(" ") + behind).lstrip(" ")
         ids = encode(text)
         begin = beginning(tokenizer, ids)
-        # The whole text is tokenized at once: the ids of a part depend on the text before it. A piece may belong to
-        # the sentence and the question; it counts as the question's and is never cut.
+        # The whole text is tokenized at once, because ids depend on the text before them. A piece that overlaps the
+        # sentence and the question counts as the question's and is never cut.
         if max_sentence_len is not None or len(begin) + len(ids) + len(end) > context:
             start = _shared_length(ids, encode(before)) if before else 0
             stop = _shared_length(ids, encode(before + row.sentence)) if behind else len(ids)
@@ -100,9 +100,9 @@ def _shared_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def word_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text that follows another word, with the space between them.
+    """The ids of a text that follows another word, including the space between them.
 
-    Pieces of Llama's vocabularies begin with the space, and none ends with one: a prompt has the same ids with and
+    In Llama's vocabularies pieces may begin with a space but not end with one. So a prompt has the same ids with and
     without a text after it. Raises ValueError for a vocabulary without this property.
     """
     if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":  # adds the space to any text
@@ -145,11 +145,11 @@ def by_length(rows: Sequence[Tokenized]) -> list[int]:
 def shuffled_batches(
     rows: Sequence[Tokenized], batch_size: int, seed: int, epoch: int, bucketed: bool = True
 ) -> list[list[int]]:
-    """The batches of one epoch, a function of seed and epoch; each row is in one batch.
+    """The batches of one epoch, determined by seed and epoch; each row is in one batch.
 
-    Bucketed: rows are drawn into pools of up to 32 batches (at most half of all), and in a pool rows of similar length
-    share a batch. About a twentieth of a batch is padding then, instead of half. The longest batch comes first: a lack
-    of memory shows at once.
+    bucketed: draw rows into pools of up to 32 batches (at most half of all rows) and batch rows of similar length.
+    Padding is then about a twentieth of a batch instead of half. The longest batch comes first, so that a lack of
+    memory shows at once.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     order = torch.randperm(len(rows), generator=generator).tolist()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from minillama.text.documents import DOCUMENT_END, Tokens
 
-MOST_WINDOWS = 1 << 28  # of one text in a pass, whose order is in memory
+MOST_WINDOWS = 1 << 28  # of one text in one pass; their order is in memory
 
 
 class Stretch:
-    """The tokens of several files, end to end, as windows of `length` inputs and the token after each."""
+    """The concatenated tokens of several files, in windows of `length` inputs and one more token, the last target."""
 
     def __init__(self, parts: Sequence[np.ndarray], length: int) -> None:
         self.length = length
@@ -25,14 +25,13 @@ class Stretch:
 
     @property
     def size(self) -> int:
-        """Number of tokens."""
         return int(self._ends[-1])
 
     def __len__(self) -> int:
         return max(0, (self.size - 1) // self.length)
 
     def window(self, i: int) -> np.ndarray:
-        """Window i (length + 1,); its last token is the first of the next window."""
+        """Window i (length + 1,); the next window begins with its last token."""
         start, missing = i * self.length, self.length + 1
         k = int(np.searchsorted(self._ends, start, side="right"))
         found = [self._parts[k][start - int(self._ends[k]) + len(self._parts[k]) :][:missing]]
@@ -43,7 +42,7 @@ class Stretch:
 
 
 def held_out_count(held_out: float, documents: int) -> int:
-    """The number of held-out documents, from a number or a share below 1. Raises ValueError for a number like 1.5."""
+    """The number of held-out documents, from a number or a share below 1. Raises ValueError for others, such as 1.5."""
     if held_out >= 1 and held_out != int(held_out):
         raise ValueError(f"--held_out is {held_out:g}; it must be a share below 1, or a whole number of documents")
     if held_out >= 1 or not held_out:
@@ -52,17 +51,15 @@ def held_out_count(held_out: float, documents: int) -> int:
 
 
 class Text:
-    """A text as windows to train on, and windows of its last, held-out documents. Raises ValueError if too short."""
+    """The training windows of a text, and those of its last, held-out documents. Raises ValueError if too short."""
 
     def __init__(self, name: str, files: Sequence[Tokens], length: int, held_out: float, weight: float = 1.0) -> None:
         self.name, self.weight = name, weight
         documents = sum(len(tokens.text_bytes) for tokens in files)
         kept_out = held_out_count(held_out, documents)
         if kept_out >= documents:
-            raise ValueError(
-                f"{name} has {documents} documents, and {kept_out} of them would be held out; "
-                f"part documents by {DOCUMENT_END}, or give a smaller --held_out"
-            )
+            remedy = f"separate documents by {DOCUMENT_END}, or give a smaller --held_out"
+            raise ValueError(f"{name} has {documents} documents, and {kept_out} of them would be held out; {remedy}")
         train, out = [], []
         self.held_out_bytes = 0
         left = documents - kept_out  # documents to train on in this file and the next ones
@@ -78,8 +75,8 @@ class Text:
         self.held_out_tokens = self.held_out.size
         self.training_windows, self.held_out_windows = len(self.train), len(self.held_out)
         if self.training_windows * weight > MOST_WINDOWS:
-            makes = f"a weight of {weight:g} makes {self.training_windows * weight:.3g} windows of one pass"
-            raise ValueError(f"{name}: {makes}, more than {MOST_WINDOWS:,}; give a smaller one, and more --epochs")
+            makes = f"a weight of {weight:g} makes {self.training_windows * weight:.3g} windows in a pass"
+            raise ValueError(f"{name}: {makes}, more than {MOST_WINDOWS:,}; give a smaller weight and more --epochs")
         if not self.training_windows or (kept_out and not self.held_out_windows):
             remedy = "give more text, a shorter --window, or another --held_out"
             raise ValueError(f"{name} is too short for windows of {length} tokens; {remedy}")
@@ -88,7 +85,7 @@ class Text:
 class Corpus:
     """Texts mixed by weight: in one pass, each window of a text occurs `weight` times.
 
-    With a weight of 0.3, a pass has three of ten windows (at least one), and the next pass has others.
+    With a weight of 0.3, a pass has three in ten windows (at least one), and the next pass has different ones.
     """
 
     def __init__(self, texts: Sequence[Text], seed: int) -> None:
@@ -107,7 +104,7 @@ class Corpus:
         return sum(map(_windows_in_pass, self.texts))
 
     def order(self, number: int) -> np.ndarray:
-        """The shuffled windows of a pass: a function of the seed and the number of the pass."""
+        """The shuffled windows of pass `number`, determined by the seed."""
         if self._pass[0] != number:
             parts, first = [], 0
             for text in self.texts:
@@ -122,7 +119,7 @@ class Corpus:
         return self._pass[1]
 
     def batch(self, step: int, batch_size: int) -> list[int]:
-        """The windows of optimizer step 0, 1, ...; a batch may end one pass and begin the next."""
+        """The windows of optimizer step 0, 1, ...; a batch may contain the end of a pass and the start of the next."""
         places = range(step * batch_size, (step + 1) * batch_size)
         return [int(self.order(place // self.pass_length)[place % self.pass_length]) for place in places]
 

@@ -1,13 +1,13 @@
-"""Documents to pretrain on: read from text files, tokenized into memory-mapped files; and a tokenizer trained on them.
+"""Documents for pretraining: reads text files, tokenizes them into memory-mapped files, and trains a tokenizer.
 
-A text is a UTF-8 file, or a folder of `.txt` files. `<|endoftext|>` or the end of a file ends a document. Each file is
-tokenized once into a file of its own, as a sequence of `<s> document </s>`:
+A text is a UTF-8 file, or a folder of `.txt` files. A document ends at `<|endoftext|>` or at the end of a file. Each
+file is tokenized once into its own file of tokens, a sequence of `<s> document </s>`:
 
     bytes 0 to 4095     magic, and a JSON header: dtype, counts, checksums of the text and of the tokenizer
     tokens              uint16, or uint32 for vocabularies above 65,536
     documents           the start of each (uint64, one more for the end), and its length in bytes of text (uint64)
 
-No more than a few megabytes of a text are in memory at a time.
+At most a few megabytes of a text are in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tokenizer import Tokenizer
 
 DOCUMENT_END = "<|endoftext|>"
 LONGEST_PIECE = 1 << 20  # characters; a longer document is read in pieces, cut at the end of a line
-LONGEST_LINE = 1 << 12  # characters; longer lines are cut to train a tokenizer
+LONGEST_LINE = 1 << 12  # characters; for training a tokenizer, longer lines are cut
 AT_ONCE = 1 << 22  # characters that are tokenized together
 MAGIC = b"mini-llama tokens 2\n"
 HEADER_SIZE = 4096
@@ -42,11 +42,10 @@ TOKENS_ENDING = ".tokens"
 
 
 def text_files(path: str | PathLike[str], tell: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """The file itself, or the text files of a folder and its subfolders, sorted; without any, its files of tokens.
+    """The file itself, or the sorted text files in a folder and its subfolders; if there are none, its token files.
 
-    Empty files are left out, and names that begin with a dot: copies that programs keep. Links are followed; a file
-    that is reached twice counts once. tell: called with a line about files left out, if any. Raises FileNotFoundError
-    or ValueError if there is no text.
+    Empty files and names that begin with a dot are left out. Links are followed, and each file counts once. tell: a
+    function that prints a line about files left out. Raises FileNotFoundError or ValueError if there is no text.
     """
     path = Path(path)
     if not path.exists():
@@ -55,7 +54,7 @@ def text_files(path: str | PathLike[str], tell: Callable[[str], None] = lambda l
         return [path]
     files, left_out = _walk(path)
     more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    told = f"left out of {path}: {', '.join(left_out[:3])}{more}"
+    omitted = f"left out of {path}: {', '.join(left_out[:3])}{more}"
     for ending in (TEXT_ENDING, TOKENS_ENDING):
         known: dict[tuple[int, int], Path] = {}  # by device and inode: symbolic and hard links are one file
         for file in sorted(file for file in files if file.suffix.lower() == ending):
@@ -64,9 +63,9 @@ def text_files(path: str | PathLike[str], tell: Callable[[str], None] = lambda l
                 known.setdefault((status.st_dev, status.st_ino), file)
         if known:
             if left_out:
-                tell(f"notice: {told}")
+                tell(f"notice: {omitted}")
             return list(known.values())
-    reason = f" ({told})" if left_out else ""
+    reason = f" ({omitted})" if left_out else ""
     raise ValueError(f"{path} is a folder without a {TEXT_ENDING} file{reason}; give text files, or folders of them")
 
 
@@ -98,13 +97,13 @@ def _walk(path: Path) -> tuple[list[Path], list[str]]:
             elif is_text and file.is_file():
                 files.append(file)
             elif is_text and one in names:
-                left_out.append(f"{file.relative_to(path)} (no file, or a link to nothing)")
+                left_out.append(f"{file.relative_to(path)} (not a file, or a broken link)")
         folders[:] = sorted(one for one in folders if not one.startswith("."))
     return files, left_out
 
 
 def read_documents(path: str | PathLike[str]) -> Iterator[str]:
-    """The documents of one file, without blank ones. Raises ValueError if the file is not UTF-8, or holds tokens."""
+    """The documents of one file, except blank ones. Raises ValueError if the file is not UTF-8 or has tokens."""
     parts: list[str] = []
     for piece, ends in read_pieces(path):
         parts.append(piece)
@@ -114,13 +113,13 @@ def read_documents(path: str | PathLike[str]) -> Iterator[str]:
 
 
 def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
-    """(text, whether it ends a document) for each piece of one file; only a long document has several pieces."""
+    """Pieces of one file, (text, whether it ends a document); only a long document has several pieces."""
     if is_tokens(Path(path)):
         raise ValueError(f"{path} holds tokens, not text; give the text they were made from")
     parts: list[str] = []
     length = 0
     begun = False  # whether a piece of this document was yielded
-    behind = ""  # the end of a partly read line, which may be the beginning of a mark
+    behind = ""  # the end of an unfinished line, which may be the start of DOCUMENT_END
     try:
         with open(path, encoding="utf-8-sig") as file:
             while line := file.readline(LONGEST_PIECE):
@@ -135,7 +134,7 @@ def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
                 length += len(rest)
                 if length >= LONGEST_PIECE:
                     text = "".join(parts)
-                    kept = text.rstrip("\n")  # line ends go with the next piece: they may be the document's last
+                    kept = text.rstrip("\n")  # line ends go to the next piece: the document may end after them
                     for found in _piece([kept], begun, ends=False):
                         yield found
                         begun = True
@@ -146,7 +145,7 @@ def read_pieces(path: str | PathLike[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
-    """The piece made of `parts`, without empty lines at the ends of its document; none if blank and not needed."""
+    """The piece made of `parts`, in a list, without empty lines at the document's ends; [] if blank and not needed."""
     text = "".join(parts)
     text = text if begun else text.lstrip("\n")
     text = text.rstrip("\n") if ends else text
@@ -156,7 +155,10 @@ def _piece(parts: list[str], begun: bool, ends: bool) -> list[tuple[str, bool]]:
 def train_tokenizer(
     paths: Sequence[str], vocab_size: int, model_path: str, seed: int, tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Trains a SentencePiece BPE like Llama 2's on at most a million lines, and writes it. Raises ValueError."""
+    """Trains a SentencePiece BPE like Llama 2's on at most a million lines, and writes it.
+
+    Raises ValueError if the text does not suffice.
+    """
     import sentencepiece
 
     sentencepiece.set_random_generator_seed(seed % (1 << 32))
@@ -194,7 +196,7 @@ def train_tokenizer(
     except RuntimeError as error:
         reason = str(error).strip().rpartition("] ")[2].partition(". Increase")[0].rstrip(".")
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces can be made from {', '.join(paths)}: {reason}; give another "
+            f"cannot make a tokenizer of {vocab_size} pieces from {', '.join(paths)}: {reason}; give another "
             "--vocab_size (at least 260 and one for each letter), or more text"
         ) from error
     with atomic_file(model_path, "wb") as file:
@@ -203,9 +205,7 @@ def train_tokenizer(
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one file, memory-mapped: `ids` (N,); document d is ids[starts[d] : starts[d + 1]], made from
-    text_bytes[d] bytes.
-    """
+    """The tokens of one file, memory-mapped: document d is ids[starts[d] : starts[d + 1]], of text_bytes[d] bytes."""
 
     path: Path
     ids: np.ndarray
@@ -215,19 +215,19 @@ class Tokens:
 
 
 def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Writes the tokens of a text into `folder`, unless they are there and up to date; returns their file."""
+    """Writes the tokens of a text into `folder`, unless they exist and are up to date; returns their file."""
     if is_tokens(path):
         return path
     text_crc = _file_crc(path)
     tokenizer_sha256 = file_sha256(tokenizer.path)
-    origin = f"{path.resolve()}\n{tokenizer_sha256}"  # texts may share a name, tokenizers a text
+    origin = f"{path.resolve()}\n{tokenizer_sha256}"  # two texts may have one name, and one text two tokenizers
     target = folder / f"{without_ending(path.name)}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
     if target.exists() and read_header(target)["text_crc32"] == text_crc:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--tokens_dir {folder} cannot be made: {error.strerror}; give another folder") from error
+        raise ValueError(f"--tokens_dir {folder} cannot be created: {error.strerror}; give another folder") from error
     dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
     starts, text_bytes = array("Q", [0]), array("Q")
     settings: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
@@ -247,7 +247,7 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
                     text_bytes.append(size)
                     size = 0
         if not text_bytes:
-            raise ValueError(f"{path} holds no text; give a file with some")
+            raise ValueError(f"{path} has no text; give another file")
         file.write(bytes(-dtype.itemsize * starts[-1] % 8))  # aligns the rest to 8 bytes
         file.write(np.array(starts, "<u8").tobytes() + np.array(text_bytes, "<u8").tobytes())
         header = {
@@ -305,12 +305,12 @@ def read_header(path: Path) -> dict[str, Any]:
         if missing := {"vocab_size", "tokenizer_sha256", "text_crc32"} - header.keys():
             raise KeyError(missing)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or cut short; remove it, and it is made again from its text") from error
+        raise ValueError(f"{path} is damaged or cut short; remove it, and it is created again from its text") from error
     return header
 
 
 def open_tokens(path: Path, tokenizer: Tokenizer) -> Tokens:
-    """Memory-maps a file of tokens. Raises ValueError if it is damaged or another tokenizer's."""
+    """Memory-maps a file of tokens. Raises ValueError if it is damaged or made with another tokenizer."""
     header = read_header(path)
     if header["tokenizer_sha256"] != file_sha256(tokenizer.path):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Prompts with answers: read from JSON lines, tokenized and packed into rows; predicted answers written."""
+"""Prompts with answers: reads JSON lines, tokenizes them, packs them into rows, and writes predicted answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Example:
     answer: str
     ids: tuple[int, ...] = ()
     prompt_length: int = 0
-    line: int = field(default=0, compare=False)  # its number in the file, for messages; 0: unknown
+    line: int = field(default=0, compare=False)  # the number of its line, for messages; 0: unknown
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """Number of tokens to learn: the answer's and the end mark."""
+        """Number of tokens to learn: those of the answer, and </s>."""
         return len(self.ids) - self.prompt_length
 
 
@@ -50,9 +50,9 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: no JSON ({error}); a line is {EXAMPLE_LINE}") from error
+            raise ValueError(f"{where}: not JSON ({error}); a line is {EXAMPLE_LINE}") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{where}: {shown(fields)} is no JSON object; a line is {EXAMPLE_LINE}")
+            raise ValueError(f"{where}: {shown(fields)} is not a JSON object; a line is {EXAMPLE_LINE}")
         for name in ("prompt", "answer"):
             if name not in fields:
                 raise ValueError(f'{where}: there is no "{name}"; a line is {EXAMPLE_LINE}')
@@ -67,9 +67,9 @@ def tokenize_examples(
 ) -> tuple[list[Example], int]:
     """The examples of a file with their ids, and the number of prompts that were cut.
 
-    Spaces at the end of a prompt are left out: the answer brings its own. <s> is left out if the tokenizer adds none. A
-    prompt loses its beginning (after <s>) if `window` tokens have no room for the answer, or for `new_tokens` instead
-    of it. Raises ValueError, naming file and line, if an answer leaves no room for a prompt.
+    A prompt loses spaces at its end, because the answer includes one. <s> is left out if the tokenizer does not add
+    it. A prompt is cut at its beginning (after <s>), so that `window` tokens have room for it and the answer, or for
+    it and `new_tokens`. Raises ValueError, naming file and line, if an answer leaves no room for a prompt.
     """
     done, cut = [], 0
     for number, example in enumerate(examples, start=1):
@@ -90,17 +90,15 @@ def tokenize_examples(
 
 
 class Packed(NamedTuple):
-    """Examples end to end, int64 (rows, T). targets: the next id to learn, or NO_TARGET. segments: the number of the
-    example, from 1 on; 0 for padding.
-    """
+    """Examples packed into rows, int64 (rows, T). targets: the next id, or NO_TARGET. segments: the example, from 1."""
 
     ids: Tensor
     targets: Tensor
-    segments: Tensor
+    segments: Tensor  # 0 for padding
 
 
 def shared_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The sequences that share each row of `room` tokens: the longest first, each in the first row with room."""
+    """The sequences in each row of `room` tokens. The longest is placed first, and each in the first row with room."""
     rows: list[list[int]] = []
     left: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
@@ -114,7 +112,7 @@ def shared_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], window: int) -> Packed:
-    """The examples in rows of at most `window` tokens; the last token of each is left out, as it predicts nothing."""
+    """The examples in rows of at most `window` tokens. The last token of each is left out: it only is a target."""
     rows = shared_rows([len(example.ids) - 1 for example in examples], window)
     longest = max(sum(len(examples[i].ids) - 1 for i in row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)

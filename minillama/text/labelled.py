@@ -1,4 +1,4 @@
-"""Files of labelled sentences, read into rows; prediction files, written."""
+"""Labelled sentences: reads data files and label files, and writes prediction files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenizer import Tokenizer
 
 SEPARATOR = " ||| "
 HEADS = ("label", "class", "class index")  # first cells of a line of column names
-LINE_END = re.compile(r"\r{0,2}\n|\r")  # str.splitlines would also break sentences, at U+0085 or U+2028
+LINE_END = re.compile(r"\r{0,2}\n|\r")  # str.splitlines would also split sentences at U+0085 or U+2028
 Labels = Sequence[str] | Mapping[str, str | None]  # names of the labels 0, 1, ..., or the class of each label
 
 
@@ -34,7 +34,7 @@ class Row:
 
 
 def read_text(path: str | PathLike[str], what: str) -> str:
-    """The text of a UTF-8 file. Raises FileNotFoundError or ValueError, with `what` it should be."""
+    """The text of a UTF-8 file. Raises FileNotFoundError or ValueError. what: the expected content, for messages."""
     path = Path(path)
     if not path.exists():
         brings = ", or `python fetch_data.py` brings the course's" if path.name.startswith(("sst-", "cfimdb-")) else ""
@@ -45,7 +45,7 @@ def read_text(path: str | PathLike[str], what: str) -> str:
 
 
 def decoded_text(content: bytes, name: str, what: str) -> str:
-    """UTF-8 bytes as text. Raises ValueError, with the source's `name` and `what` it should be, if broken or blank."""
+    """UTF-8 bytes as text. Raises ValueError if they are invalid or blank. name, what: for messages."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -57,10 +57,10 @@ def decoded_text(content: bytes, name: str, what: str) -> str:
 
 
 def read_labels(path: str | PathLike[str]) -> dict[str, str | None]:
-    """The class of each label in the data files, None for a label whose rows are left out.
+    """The class of each label in the data files; None for a label whose rows are left out.
 
-    The file holds this as a JSON object, or a JSON list with the names of the labels 0, 1, ... Raises ValueError for
-    fewer than two classes, a name twice in a list, or a label twice in an object.
+    The file has this as a JSON object, or as a JSON list with the names of the labels 0, 1, ... Raises ValueError for
+    fewer than two classes, for a name twice in a list, or for a label twice in an object.
     """
     wanted = 'a JSON list of names such as ["bad", "good"], or an object such as {"neg": "bad", "pos": "good"}'
     text = read_text(path, "label file (a JSON list of class names, or an object from label to name)")
@@ -83,12 +83,12 @@ def read_labels(path: str | PathLike[str]) -> dict[str, str | None]:
 
 
 def class_names(labels: Mapping[str, str | None]) -> list[str]:
-    """The classes in the order of their ids: the order in which the labels first name them."""
+    """The classes in the order of their ids, which is the order of their first labels."""
     return list(dict.fromkeys(name for name in labels.values() if name is not None))
 
 
 class Record(NamedTuple):
-    """One row of a data file as text; fold: a further mark, by which rows can be selected."""
+    """One row of a data file as text. fold: a further column, by which rows can be selected."""
 
     line: int
     label: str
@@ -97,12 +97,12 @@ class Record(NamedTuple):
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text that are not blank, with their numbers."""
+    """The non-blank lines of a text, with their numbers."""
     return ((number, line) for number, line in enumerate(LINE_END.split(text), start=1) if line.strip())
 
 
 def _separated_records(path: Path, text: str) -> Iterator[Record]:
-    """Lines of `label ||| text`."""
+    """Records from lines of `label ||| text`."""
     for number, line in numbered_lines(text):
         label, separator, sentence = line.partition(SEPARATOR.rstrip())
         if not separator or not f"{sentence} ".startswith(" "):
@@ -113,11 +113,11 @@ def _separated_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Record]:
-    """Records of `"label","title","description"`, as the sets of arXiv 1509.01626 are published. The cells after the
-    label are the text, joined by spaces; line breaks become spaces.
+    """Records of `"label","title","description"`, the format of the data sets of arXiv 1509.01626.
 
-    Quotes inside a field are doubled, or else escaped by a backslash. Other backslashes mean a line break in AG News,
-    and begin `\\n` and `\\"` in the Yelp and Amazon sets: the latter if most of a file's backslashes precede n or ".
+    The text is the cells after the label, joined by spaces; line breaks become spaces. Quotes inside a field are
+    doubled, or else escaped by a backslash. If most backslashes in a file precede n or ", they are escapes, as in the
+    Yelp and Amazon sets. Otherwise each means a line break, as in AG News.
     """
     try:
         records = list(_cells(path, text))
@@ -138,7 +138,7 @@ def _csv_records(path: Path, text: str) -> Iterator[Record]:
 
 
 def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV that are not blank, each with the number of its first line."""
+    """The non-blank records of a CSV, each with the number of its first line."""
     lines = csv.reader(io.StringIO(LINE_END.sub("\n", text), newline=""), strict=True)
     width, number = 0, 1
     try:
@@ -151,12 +151,13 @@ def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
                 yield number, cells
             number = lines.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {number}: no CSV ({error}); fields are in double quotes") from error
+        raise ValueError(f"{path}, line {number}: not CSV ({error}); fields are in double quotes") from error
 
 
 def _tab_records(path: Path, text: str) -> Iterator[Record]:
-    """Lines of label, tab, text, and maybe more columns. The text is the column with the most characters in the whole
-    file; the first of the other columns is the fold.
+    """Records from lines of label, tab, text, and possibly more columns.
+
+    The text is the column with the most characters in the whole file. The first of the other columns is the fold.
     """
     lines = [(number, line.split("\t")) for number, line in numbered_lines(text)]
     width = len(lines[0][1])
@@ -184,10 +185,9 @@ KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
 def read_rows(path: str | PathLike[str], label_names: Labels) -> list[Row]:
     """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv.
 
-    `#fold=PATTERN` after the path selects the rows whose fold matches, as file names do in a shell. Blank lines are
-    left out, and a first line that begins with one of `HEADS`. A row's label is the position of its class in
-    `class_names`. Raises ValueError, naming file and line, for a line without separator or sentence or with another
-    label, and if no row is left.
+    `#fold=PATTERN` after the path selects rows whose fold matches the shell pattern. Blank lines are left out, and a
+    first line that begins with one of `HEADS`. A row's label is the position of its class in `class_names`. Raises
+    ValueError, naming file and line, for a missing separator or sentence, or an unknown label; and if no row is left.
     """
     name, pattern = path_and_fold(str(path))
     file = Path(name)
@@ -215,8 +215,8 @@ def read_rows(path: str | PathLike[str], label_names: Labels) -> list[Row]:
             raise ValueError(f"{where}: the sentence is empty; write one, or remove the line")
         rows.append(Row(ids[found], sentence.strip()))
     if not rows:
-        some = f"; its folds are such as {', '.join(sorted(folds)[:5])}" if folds else ""
-        raise ValueError(f"{path}: no row is left of it{some}")
+        some = f"; its folds include {', '.join(sorted(folds)[:5])}" if folds else ""
+        raise ValueError(f"{path}: no rows are left{some}")
     return rows
 
 
@@ -225,7 +225,7 @@ def _as_mapping(labels: Labels) -> Mapping[str, str | None]:
 
 
 def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str | None:
-    """The class of a label, of a class's name, or of 00 for 0; None if left out. Raises ValueError if unknown."""
+    """The class of a label or a class's own name (00 counts as 0); None if left out. Raises ValueError if unknown."""
     if label in labels:
         return labels[label]
     if label in labels.values():
@@ -245,12 +245,12 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
 
 
 def has_gold_labels(rows: Sequence[Row]) -> bool:
-    """Whether the labels are real: a column with one value (CFIMDB's test set: all 0) is a placeholder."""
+    """Whether the labels are real. A column with a single value is a placeholder, as in CFIMDB's test set."""
     return len({row.label for row in rows}) > 1
 
 
 def class_labels(labels: Labels) -> list[str]:
-    """The label of each class in a data file, in the order of the class ids; of several labels the first."""
+    """The first label of each class in a data file, in the order of the class ids."""
     first: dict[str, str] = {}
     for label, name in _as_mapping(labels).items():
         if name is not None:
@@ -259,7 +259,7 @@ def class_labels(labels: Labels) -> list[str]:
 
 
 def missing_classes(path: str | PathLike[str], rows: Sequence[Row], label_names: Sequence[str]) -> list[str]:
-    """The class names without a training row. Raises ValueError if the last name is one: it is of another data set."""
+    """The class names without a training row. Raises ValueError if the last is one: it belongs to another data set."""
     found = {row.label for row in rows}
     if max(found) + 1 < len(label_names):
         raise ValueError(
@@ -277,7 +277,7 @@ def beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 def write_predictions(
     path: str | PathLike[str], predictions: Sequence[int], rows: Sequence[Row], labels: Labels | None = None
 ) -> None:
-    """Writes `{label} ||| {sentence}` lines, atomically. predictions: class ids, written as such without `labels`."""
+    """Writes `{label} ||| {sentence}` lines atomically. predictions: class ids; written as numbers without `labels`."""
     written = None if labels is None else class_labels(labels)
     with atomic_file(path) as file:
         for number, row in zip(predictions, rows, strict=True):

@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,11 @@ from tokenizer import Tokenizer
 
 @dataclass
 class Instruction:
-    """Answering prompts, for a causal `Llama`. The loss is on the tokens of the answer and the end token, given the
-    prompt. Judged by the token F1 of greedy answers on dev, or, with answer_rows = 0, by the loss.
+    """Answering prompts, for a causal `Llama`. The loss is on the tokens of the answer and </s>, given the prompt.
 
-    A batch is a number of examples, packed into fewer rows. Attention stays inside an example, and rotary scores depend
-    on the distance of two tokens only, so an example has the same loss in a shared row and alone.
+    The score is the token F1 of greedy answers on dev, or the negative loss if answer_rows is 0. A batch packs several
+    examples into each row. Attention stays inside an example, and rotary scores depend only on the distance of two
+    tokens, so an example's loss is the same as in its own row.
     """
 
     examples: Sequence[Example]
@@ -34,7 +35,7 @@ class Instruction:
     tokenizer: Tokenizer
     epochs: int
     batch_size: int
-    window: int  # tokens of a row at most
+    window: int  # the most tokens in a row
     seed: int = 0
     max_new_tokens: int = 32  # of an answer
     answer_rows: int = 200  # rows of dev to answer, evenly spread; 0: none
@@ -51,8 +52,8 @@ class Instruction:
         return self.epochs * -(-len(self.examples) // self.batch_size)
 
     def checksum(self) -> int:
-        both = [[(one.ids, one.prompt_length) for one in split] for split in (self.examples, self.dev_examples)]
-        return zlib.crc32(repr(both).encode())
+        splits = [[(one.ids, one.prompt_length) for one in split] for split in (self.examples, self.dev_examples)]
+        return zlib.crc32(repr(splits).encode())
 
     def plan(self, epoch: int) -> list[list[int]]:
         return shuffled_batches(self.examples, self.batch_size, self.seed, epoch, bucketed=False)
@@ -76,16 +77,15 @@ class Instruction:
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
         )
         right = (logits.argmax(-1) == targets).flatten().long()  # no token is NO_TARGET
-        sums = [
-            each.new_zeros(len(examples) + 1).index_add(0, segments.flatten(), each)[1:] for each in (losses, right)
-        ]
-        return sums[0], sums[1]
+        shape, segments = len(examples) + 1, segments.flatten()
+        loss_sums = losses.new_zeros(shape).index_add(0, segments, losses)[1:]  # [0]: padding
+        return loss_sums, right.new_zeros(shape).index_add(0, segments, right)[1:]
 
     @torch.no_grad()
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        """The loss on dev, and exact match and token F1 of the model's own answers."""
+        """The loss on dev, and the exact match and token F1 of the model's answers."""
         model.eval()
         dev = self.dev_examples
 
@@ -98,18 +98,9 @@ class Instruction:
         text, quality = f"dev loss {nats:.4f}", -nats
         if self.answer_rows:
             judged = dev[:: math.ceil(len(dev) / self.answer_rows)]
-            answers = answer_prompts(
-                model,
-                judged,
-                self.tokenizer,
-                self.batch_size,
-                self.max_new_tokens,
-                dtype=dtype,
-                processes=processes,
-                check=check,
-                name=f"dev, {name}",
-            )
-            found = answer_scores(answers, judged)
+            settings: dict[str, Any] = {"dtype": dtype, "processes": processes, "check": check, "name": f"dev, {name}"}
+            limits = (self.batch_size, self.max_new_tokens)
+            found = answer_scores(answer_prompts(model, judged, self.tokenizer, *limits, **settings), judged)
             metrics |= {f"dev_{name}": value for name, value in found.items()}
             quality = found["f1"]
             text += f", exact match {found['exact_match']:.3f}, F1 {found['f1']:.3f}"

@@ -1,4 +1,4 @@
-"""The task of rows with labels."""
+"""The task of classifying rows with labels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from minillama.training.task import Score
 
 
 def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy of each row (B,) with label smoothing: the target is 1 - smoothing on the label, plus smoothing
-    spread evenly over all classes (arXiv 1512.00567, section 7).
+    """Cross-entropy of each row (B,) with label smoothing (arXiv 1512.00567, section 7).
+
+    The target is 1 - smoothing on the label, plus smoothing / classes on every class.
     """
     losses = F.nll_loss(log_probs, labels, reduction="none")
     return losses if smoothing == 0 else (1 - smoothing) * losses - smoothing * log_probs.mean(-1)
@@ -28,7 +29,7 @@ def row_losses(log_probs: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 @dataclass
 class Classification:
-    """Rows with labels, for any model that maps (ids, mask) to log-probabilities; judged by accuracy on dev."""
+    """Classification of rows, for any model from (ids, mask) to log-probabilities; the score is accuracy on dev."""
 
     rows: Sequence[Row]
     dev_rows: Sequence[Row]
@@ -36,7 +37,7 @@ class Classification:
     batch_size: int
     seed: int
     pad_id: int = 0
-    bucketed: bool = True  # rows of similar length share a batch; else random batches, and evaluation in file order
+    bucketed: bool = True  # batch rows of similar length; else batches are random, and evaluation is in file order
     label_smoothing: float = 0.0
     evaluate_train: bool = False  # score the whole training set after each epoch
     smart: Smart | None = None
@@ -71,7 +72,7 @@ class Classification:
         log_probs = forward(model, batch.ids, batch.mask, dtype)
         labels = batch.labels.to(log_probs.device)
         losses, right = row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
-        bare = unwrapped(model)  # further passes go past DDP, which expects one a step
+        bare = unwrapped(model)  # further passes bypass DDP, which expects one pass per step
         if self.r_drop:
             second = forward(bare, batch.ids, batch.mask, dtype)
             losses = losses + row_losses(second, labels, self.label_smoothing)
@@ -92,23 +93,14 @@ class Classification:
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        splits = {"train": self.rows} if self.evaluate_train else {}
+        splits = ({"train": self.rows} if self.evaluate_train else {}) | {"dev": self.dev_rows}
+        settings = dict(pad_id=self.pad_id, dtype=dtype, bucketed=self.bucketed, processes=processes)
         found = {
-            split: evaluate(
-                model,
-                rows,
-                self.batch_size,
-                pad_id=self.pad_id,
-                dtype=dtype,
-                bucketed=self.bucketed,
-                processes=processes,
-                check=check,
-                name=f"{split}, {name}",
-            )
-            for split, rows in (splits | {"dev": self.dev_rows}).items()
+            split: evaluate(model, rows, self.batch_size, check=check, name=f"{split}, {name}", **settings)
+            for split, rows in splits.items()
         }
         metrics: dict[str, float | None] = {f"{split}_accuracy": one.accuracy for split, one in found.items()}
         metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
-        metrics["dev_loss"] = found["dev"].loss  # "train_loss" is the epoch's running mean, under dropout
+        metrics["dev_loss"] = found["dev"].loss  # the name train_loss is used for the epoch's running mean
         text = ", ".join(f"{split} {describe(one, with_loss=True)}" for split, one in found.items())
         return Score(found["dev"].accuracy, text, metrics)

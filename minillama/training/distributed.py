@@ -1,4 +1,4 @@
-"""One process among several that torchrun started, or a process alone, behind the same few methods."""
+"""Distributed training: the same methods for several processes, started by torchrun, and for a single one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minillama.environment import this_process
 
 @dataclass(frozen=True)
 class Processes:
-    """The number of this process, how many there are, and whether each keeps a shard of the model (FSDP)."""
+    """The rank of this process, the number of processes, and whether each has a shard of the model (FSDP)."""
 
     rank: int = 0
     world: int = 1
@@ -25,14 +25,13 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and prints."""
-        return self.rank == 0
+        return self.rank == 0  # the process that writes files and prints
 
     def share(self, positions: list[int], at_once: int | None = None) -> list[tuple[list[int], int]]:
-        """The rows of a batch for this process, in pieces of at most `at_once`: (positions, how many of them count).
+        """This process's rows of a batch, in pieces of at most `at_once`: (positions, how many of them count).
 
-        Every process gets the same number of pieces, since the processes exchange gradients in each. A process without
-        a row left gets the first row of the batch, which does not count.
+        Every process gets the same number of pieces, because they exchange gradients in each. A process that has no
+        rows left gets the first row of the batch, which does not count.
         """
         longest = -(-len(positions) // self.world)
         at_once = min(at_once or longest, longest)
@@ -50,7 +49,7 @@ class Processes:
         return total.tolist()
 
     def gather(self, what: Any) -> list[Any]:
-        """The value of each process, in the order of their ranks, on all of them."""
+        """The values of all processes, in the order of their ranks; every process gets them."""
         if self.world == 1:
             return [what]
         everything = [None] * self.world
@@ -58,12 +57,12 @@ class Processes:
         return everything
 
     def wait(self) -> None:
-        """Waits until every process has come here."""
+        """Waits until every process has called this."""
         if self.world > 1:
             dist.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model for training with the other processes: replicated (DDP), or sharded layer by layer (FSDP2)."""
+        """Wraps the model for distributed training: replicated (DDP), or sharded layer by layer (FSDP2)."""
         if self.world == 1:
             return model
         if self.fsdp:
@@ -76,7 +75,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(model)
 
     def gradients(self, model: nn.Module, *, in_step: bool) -> AbstractContextManager[Any]:
-        """The context of a forward and backward pass: with `in_step` it averages the gradients over the processes."""
+        """The context of a forward and backward pass. in_step: average the gradients over the processes."""
         if self.fsdp:
             model.set_requires_gradient_sync(in_step)  # type: ignore[operator]
         keeps_its_own = self.world > 1 and not self.fsdp and not in_step
@@ -84,15 +83,15 @@ class Processes:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel; any other model as it is."""
+    """The model inside DistributedDataParallel; any other model unchanged."""
     return getattr(model, "module", model)
 
 
 @contextmanager
 def process_group(device: torch.device, fsdp: bool) -> Iterator[Processes]:
-    """Connects the processes that torchrun started, by gloo on the CPU and NCCL on CUDA; without torchrun, one process.
+    """Connects torchrun's processes, with gloo on the CPU and NCCL on CUDA; without torchrun there is one process.
 
-    Raises ValueError for FSDP with one process, and if the processes cannot meet.
+    Raises ValueError for FSDP with one process, and if the processes cannot connect.
     """
     if this_process().world == 1:
         if fsdp:
@@ -101,13 +100,13 @@ def process_group(device: torch.device, fsdp: bool) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Long, since the others wait while one tokenizes; torchrun itself notices a dead process.
+    # The timeout is long, because the others wait while one process tokenizes. torchrun detects dead processes itself.
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     except ValueError as error:  # for example MASTER_ADDR is missing
         raise ValueError(
-            f"the processes cannot meet ({error}); start them with torchrun, or type `unset RANK WORLD_SIZE` for one"
+            f"the processes cannot connect ({error}); use torchrun, or type `unset RANK WORLD_SIZE` for one process"
         ) from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), fsdp)

@@ -26,10 +26,10 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted class ids in the order of the rows, and the scores; these are None without gold labels.
+    """Predicted class ids in the order of the rows, and the scores, which are None without gold labels.
 
-    loss: the mean negative log-likelihood of the gold labels. confusion: for each true class a row, how often each
-    class was predicted.
+    loss: the mean negative log-likelihood of the gold labels. confusion: a row of counts for each true class, with a
+    column for each predicted class.
     """
 
     predictions: list[int]
@@ -39,12 +39,12 @@ class Evaluation:
     confusion: list[list[int]] | None = None
 
     def scores(self, split: str) -> dict[str, Any]:
-        """The scores under the names that they have in a run's metrics."""
+        """The scores by their names in a run's metrics."""
         return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss", "confusion")}
 
 
 def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The model's log-probabilities (B, labels) for a batch from the CPU, on the model's own device, in `dtype`."""
+    """The model's log-probabilities (B, labels) for a batch, on the model's device. dtype: of the products."""
     device = next(model.parameters()).device
     mask = None if mask is None else mask.to(device)
     with autocast(device, dtype):
@@ -61,9 +61,9 @@ def shared_batches(
     name: str,
     divided: bool = True,
 ) -> Iterator[tuple[list[int], int]]:
-    """This process's part of each batch, as `Processes.share` gives it, or the whole batch unless `divided`.
+    """Yields this process's part of each batch (see `Processes.share`), or without `divided` the whole batch.
 
-    Meanwhile the model is in evaluation mode, and a progress bar runs. check() is called before each batch.
+    The model is in evaluation mode during the iteration. check() is called before each batch.
     """
     was_training = model.training
     model.eval()
@@ -77,13 +77,9 @@ def shared_batches(
 
 
 def summed_loss(
-    count: int,
-    batch_size: int,
-    processes: Processes,
-    check: Callable[[], None],
-    losses: Callable[[list[int]], Tensor],
+    count: int, batch_size: int, processes: Processes, check: Callable[[], None], losses: Callable[[list[int]], Tensor]
 ) -> float:
-    """The summed loss of `count` rows, which the processes share. losses(positions): the loss of each row (B,)."""
+    """The summed loss of `count` rows, divided among the processes. losses(positions): the loss of each row (B,)."""
     total = 0.0
     for positions in cut_in_batches(range(count), batch_size):
         check()
@@ -107,8 +103,8 @@ def class_log_probs(
 ) -> Tensor:
     """The log-probability of each class for every row: (rows, classes), float64.
 
-    bucketed: rows of similar length share a batch, which saves padding; else batches follow the order of the rows, for
-    the course's reading, whose answers depend on it. check() is called before each batch.
+    bucketed: batch rows of similar length, which saves padding. Otherwise batches follow the order of the rows, on
+    which predictions with pooling "last_column" depend. check() is called before each batch.
     """
     processes = processes or Processes()
     order = by_length(rows) if bucketed else range(len(rows))
@@ -129,14 +125,14 @@ def class_log_probs(
 def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings: Any) -> Evaluation:
     """Predicts the class with the highest log-probability for every row, and scores the predictions.
 
-    settings: those of `class_log_probs`. Macro-F1 is the mean over all classes of the model: a class that no row has,
-    or that is never predicted, counts as 0.
+    settings: those of `class_log_probs`. Macro-F1 is the mean over all classes of the model. A class without rows or
+    without predictions counts as 0.
     """
     log_probs = class_log_probs(model, rows, batch_size, **settings)
     predictions, classes = log_probs.argmax(-1).tolist(), list(range(log_probs.shape[-1]))
     if not has_gold_labels(rows):
         return Evaluation(predictions, None, None)
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # here: the import takes a second
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # the import takes a second
 
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, labels=classes, average="macro", zero_division=0)
@@ -158,27 +154,21 @@ def answer_prompts(
     check: Callable[[], None] = lambda: None,
     name: str = "answering",
 ) -> list[str]:
-    """The greedy answer to every prompt, up to an end token or max_new_tokens. check() is called before each batch."""
+    """Greedy answers to all prompts, up to an end token or max_new_tokens. check() is called before each batch."""
     processes = processes or Processes()
     llama: Any = unwrapped(model)
     device = next(llama.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_length, reverse=True)
-    divided = not processes.fsdp  # all processes take part in each pass of a sharded model, so each answers all prompts
+    divided = not processes.fsdp  # a pass of a sharded model needs all processes, so each answers all prompts
     found: dict[int, str] = {}
     for mine, counted in shared_batches(
         model, order, batch_size, processes=processes, check=check, name=name, divided=divided
     ):
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
+        settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
+        mask = None if mask is None else mask.to(device)
         with autocast(device, dtype):
-            made = sampling.generate(
-                llama,
-                ids.to(device),
-                max_new_tokens,
-                temperature=0.0,
-                attention_mask=None if mask is None else mask.to(device),
-                eos_ids=tokenizer.stop_ids,
-                banned_ids=tokenizer.unused_ids,
-            )
+            made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)
         for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
             answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, row)
             found[i] = tokenizer.decode(list(answer)).strip()
@@ -188,7 +178,7 @@ def answer_prompts(
 
 
 def normalised(answer: str) -> list[str]:
-    """The words of an answer, as SQuAD compares them (arXiv 1606.05250): lower case, no punctuation, no articles."""
+    """The words of an answer in SQuAD's comparison (arXiv 1606.05250): lower case, no punctuation, no articles."""
     plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
@@ -199,9 +189,7 @@ def exact_match(predicted: str, gold: str) -> float:
 
 
 def token_f1(predicted: str, gold: str) -> float:
-    """The harmonic mean of precision and recall of the normalised words; 1 for two answers without words, as in SQuAD
-    2.0 (arXiv 1806.03822).
-    """
+    """F1 of the normalised words; 1 for two answers without words, as in SQuAD 2.0 (arXiv 1806.03822)."""
     ours, theirs = Counter(normalised(predicted)), Counter(normalised(gold))
     if not ours or not theirs:
         return float(ours == theirs)
@@ -233,12 +221,11 @@ def score_documents(
     tokens_at_once: int = 8192,
     device: torch.device | None = None,
 ) -> tuple[float, int]:
-    """The summed loss of a causal language model on documents (lists of ids), in nats, and the number of tokens scored.
+    """The summed loss of a causal language model on documents (lists of ids), in nats, and the number of scored tokens.
 
-    The first token of each document, which may be <s>, is not scored.
-
-    A document longer than `window` is read in windows that start `stride` tokens apart. Each window scores the tokens
-    that the window before it did not reach, with at least window - stride tokens of context.
+    The first token of each document, which may be <s>, is not scored. A document longer than `window` is read in
+    windows that start `stride` tokens apart. Each window scores the tokens after the end of the one before, with at
+    least window - stride tokens of context.
     """
     device = device or torch.device("cpu")
     windows: list[tuple[Sequence[int], int]] = []  # (ids, how many of the last ones are scored)
@@ -270,12 +257,13 @@ def score_documents(
 
 
 def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[str, float | None]:
-    """A baseline: logistic regression on TF-IDF of 1- to n-grams, trained on rows["train"], with C = 1, 10 or 100,
-    whichever is best on dev. Returns C, and the accuracy on dev and test, None without gold labels.
+    """A baseline, logistic regression on TF-IDF of 1- to n-grams: its C, and its accuracy on dev and test.
+
+    C is 1, 10 or 100, the best on dev. An accuracy is None without gold labels.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn; threads slow down so small a problem
+    from threadpoolctl import threadpool_limits  # a dependency of scikit-learn; threads slow down a small problem
 
     vectorizer = TfidfVectorizer(ngram_range=(1, ngrams)).fit([row.sentence for row in rows["train"]])
     inputs = {split: vectorizer.transform([row.sentence for row in rows[split]]) for split in rows}
@@ -290,7 +278,7 @@ def counting_words(rows: Mapping[str, Sequence[Row]], ngrams: int = 2) -> dict[s
 
 
 def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
-    """The scores in words. with_loss: for a model whose log-probabilities are normalised over the labels."""
+    """The scores in words. with_loss: include the loss, for log-probabilities normalised over the labels."""
     if evaluation.accuracy is None:
         return "has no gold labels (one value in the whole label column): no accuracy"
     loss = f", loss {evaluation.loss:.4f}" if with_loss and evaluation.loss is not None else ""
@@ -299,16 +287,14 @@ def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of an accuracy of right / count: Wilson's score interval."""
-    from scipy.stats import binomtest  # comes with scikit-learn; slow to import
+    from scipy.stats import binomtest  # a dependency of scikit-learn; slow to import
 
     interval = binomtest(right, count).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
-    """The confidence interval of the accuracy, the accuracy of guessing, and that of always naming the commonest class;
-    "" without gold labels.
-    """
+    """The accuracy's confidence interval, and those of chance and of the commonest class; "" without gold labels."""
     if evaluation.accuracy is None:
         return ""
     gold = [row.label for row in rows]

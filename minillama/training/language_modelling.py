@@ -24,9 +24,9 @@ from tokenizer import Tokenizer
 
 @dataclass
 class LanguageModelling:
-    """Predicting each next token of a corpus, for a `Llama`; judged by bits per byte of the held-out documents.
+    """Predicting each next token of a corpus, for a `Llama`; the score is bits per byte of the held-out documents.
 
-    An epoch here is `eval_every` steps, wherever a pass over the corpus ends.
+    An epoch here is `eval_every` steps, independent of passes over the corpus.
     """
 
     corpus: Corpus
@@ -69,7 +69,7 @@ class LanguageModelling:
         return self._losses(model, to_tensor([self.corpus.window(i) for i in positions]), dtype)
 
     def _losses(self, model: nn.Module, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The losses of windows (B, length + 1): every token but the first is a target."""
+        """The losses of windows (B, length + 1), in which every token except the first is a target."""
         device = next(model.parameters()).device
         inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
         with autocast(device, dtype):
@@ -81,7 +81,7 @@ class LanguageModelling:
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        """Bits per byte and perplexity of evenly spread held-out windows, for each text; and a sample."""
+        """Bits per byte and perplexity of each text's evenly spread held-out windows, and a sample."""
         model.eval()
         bits, perplexity = {}, {}
         judged = [text for text in self.corpus.texts if text.held_out_windows]
@@ -92,7 +92,7 @@ class LanguageModelling:
         sample = self._sample(model, dtype)
         model.train()
         if not judged:
-            return Score(None, "nothing held out to judge by", {}, sample)
+            return Score(None, "no held-out documents, so no score", {}, sample)
         mean = sum(bits.values()) / len(bits)
         each = "; ".join(f"{name} {bits[name]:.3f} (perplexity {perplexity[name]:.1f})" for name in bits)
         metrics: dict[str, Any] = {"bits_per_byte": mean}
@@ -102,7 +102,7 @@ class LanguageModelling:
     def _held_out_loss(
         self, model: nn.Module, text: Text, dtype: torch.dtype, processes: Processes, check: Callable[[], None]
     ) -> float:
-        """The mean loss of a token, in nats, over evenly spread held-out windows of a text."""
+        """The mean loss per token, in nats, over evenly spread held-out windows of a text."""
         windows = to_tensor(evenly(text.held_out, self.eval_windows))
 
         def losses(positions: list[int]) -> Tensor:
@@ -114,16 +114,9 @@ class LanguageModelling:
         llama: Any = unwrapped(model)
         device = next(llama.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
+        special = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
+        draws = {"temperature": 0.8, "epsilon": 0.01, "generator": torch.Generator(device).manual_seed(self.seed)}
         with autocast(device, dtype):
-            ids = sampling.generate(
-                llama,
-                prompt,
-                self.sample_tokens,
-                temperature=0.8,
-                epsilon=0.01,
-                eos_ids=self.tokenizer.stop_ids,
-                banned_ids=self.tokenizer.unused_ids,
-                generator=torch.Generator(device).manual_seed(self.seed),
-            )
+            ids = sampling.generate(llama, prompt, self.sample_tokens, **special, **draws)
         new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
         return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())

@@ -1,4 +1,4 @@
-"""Metrics for other programs: TensorBoard's events beside a run's own metrics."""
+"""Loggers: TensorBoard's events, written beside a run's own metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minillama.environment import PackageError, optional_package
 
 
 class TensorBoard:
-    """The events of a run, where the package is installed. A broken package is reported once."""
+    """The events of a run, if the package is installed. A broken package is reported once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -18,7 +18,7 @@ class TensorBoard:
         self.works = True
 
     def metric(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds the numbers of a step. The first call drops older events from its step on."""
+        """Adds the numbers of a step. The first call removes older events of this step and later ones."""
         if not self.works:
             return
         try:

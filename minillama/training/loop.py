@@ -1,7 +1,7 @@
-"""The training loop of every mode. A `Task` (task.py) gives the batches, the loss and the score.
+"""The training loop of every mode. A `Task` (task.py) provides the batches, the loss and the score.
 
-A run can stop at any moment and later go on to the same weights, bit for bit: each step depends only on the state that
-`Training.state` lists, and on rows and settings that must be the same.
+A run can stop at any moment and resume to the same weights, bit for bit. Each step depends only on the state in
+`Training.state`, and on rows and settings, which must be the same.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from optimizer import AdamW, decay_groups, local, set_learning_rate
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of training that belong to no task."""
+    """Training settings that do not depend on the task."""
 
     lr: float
     dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
     betas: tuple[float, float] = (0.9, 0.999)
-    micro_batch_size: int | None = None  # rows of a batch computed at once; their gradients add up
+    micro_batch_size: int | None = None  # rows of a batch computed at once; gradients are accumulated
     schedule: str = "constant"  # or "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
@@ -54,7 +54,7 @@ class Settings:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run; the message says how to go on."""
+    """Stop of a run by a signal; the message says how to resume."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM is only noted, in `number`; a second one has its usual effect."""
+    """A context in which the first SIGINT or SIGTERM only sets `number`; a second one has its usual effect."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -80,7 +80,7 @@ class Interrupts:
         self.number = number
         self.__exit__()
         with suppress(OSError):  # stderr may be closed; print is not safe in a signal handler
-            os.write(2, b"\nstopping after this step; a second signal stops at once, and loses unsaved steps\n")
+            os.write(2, b"\nstopping after this step; a second signal stops at once and loses unsaved steps\n")
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Progress:
     epoch: int = 1
     batch: int = 0  # batches of this epoch that are done
     step: int = 0  # optimizer steps of the whole run
-    loss_sum: float = 0.0  # over the targets of this epoch so far, as the next two
+    loss_sum: float = 0.0  # this and the next two: over the targets of this epoch so far
     correct: int = 0
     seen: int = 0
     best_epoch: int = 0
@@ -108,14 +108,14 @@ def train(
     write_best: Callable[[dict[str, Tensor], int, Score], None] = lambda state, epoch, score: None,
     log: Callable[[str], None] = print,
 ) -> nn.Module:
-    """Trains the parameters of `model` that require gradients, scores the model after each epoch, and restores the
-    weights of the best one (of equal epochs the earlier; without scores the last).
+    """Trains the parameters of `model` that require gradients, and restores the weights of the best epoch.
 
-    Goes on from the state in `run`, if there is one. write_best(state dict, epoch, score) is called in the main process
-    for each epoch that is the best so far. Returns the model, wrapped if there are several processes.
+    The model is scored after each epoch. Of equal epochs the first is best; without scores, the last. Training resumes
+    from the state in `run`, if any. write_best(state dict, epoch, score) is called in the main process for each epoch
+    that is the best so far. Returns the model, wrapped if there are several processes.
 
-    Raises ValueError if the loss is NaN or infinite, the memory of the device is too small, or the saved state belongs
-    to other weights or rows; OSError if the disk is full; Stopped after SIGINT or SIGTERM, with the state saved.
+    Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state belongs to
+    other weights or rows. Raises OSError if the disk is full, and Stopped after SIGINT or SIGTERM, with a saved state.
     """
     training = Training(model, task, settings, run, processes or Processes(), log)
     training.restore()
@@ -127,9 +127,8 @@ def train(
                 training.end_epoch(write_best)
             training.check_interrupts()  # a signal after the last step
         except OSError as error:
-            raise OSError(
-                f"{error}; {training.last_good()}; make room and add --resume --run_dir {run.path}"
-            ) from error
+            remedy = f"free disk space and add --resume --run_dir {run.path}"
+            raise OSError(f"{error}; {training.last_good()}; {remedy}") from error
         except torch.OutOfMemoryError as error:
             rows = settings.micro_batch_size or task.batch_size
             raise ValueError(
@@ -169,7 +168,7 @@ class Training:
         self.saved_at = (0, 0)  # (epoch, step)
 
     def _checksum(self, model: nn.Module) -> int:
-        """A checksum of what a resumed run needs unchanged: the data, the shapes of the weights, the frozen weights."""
+        """A checksum of the data, the weights' shapes and the frozen weights, which a resumed run must not change."""
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
         total = zlib.crc32(repr(shapes).encode(), self.task.checksum())
         for parameter in model.parameters():
@@ -180,16 +179,16 @@ class Training:
     # Saving and restoring
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on. The order of the rows is a function of seed and epoch."""
+        """Everything that the next step depends on, except the order of the rows, set by seed and epoch."""
         mine = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             mine["cuda"] = torch.cuda.get_rng_state(self.device)
-        # The model first: this shards the weights again that an evaluation has gathered.
+        # The model comes first: this shards the weights again after an evaluation has gathered them.
         model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
         updated = bool(self.optimizer.state)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         if not updated:
-            self.optimizer.state.clear()  # torch took a step of size 0 to create the state, and counted it
+            self.optimizer.state.clear()  # to create the state, torch took a step of size 0 and counted it
         average = {} if self.task.average is None else {"average": self.task.average.state()}
         return average | {
             "model": model,
@@ -202,7 +201,7 @@ class Training:
         }
 
     def save(self) -> None:
-        """Saves the state, unless this one is saved already."""
+        """Saves the state, unless it is already saved."""
         at = (self.progress.epoch, self.progress.step)
         if at == self.saved_at:
             return
@@ -215,7 +214,7 @@ class Training:
         self.saved_at = at
 
     def restore(self) -> None:
-        """Goes back to the state last saved in the run's folder, if there is one."""
+        """Restores the last state saved in the run's folder, if any."""
         begun = self.run.metrics_path.exists()
         if self.processes.fsdp:
             folder = self.run.shards()
@@ -225,12 +224,12 @@ class Training:
         self.processes.wait()
         if state is None:
             if begun:
-                self.log(f"{self.run.path} has no saved state yet: it starts from the beginning")
+                self.log(f"{self.run.path} has no saved state yet; training starts from the beginning")
             return
         if state["base"] != self.base:
             raise ValueError(
-                f"{self.run.path} was started from another model, or other training or dev {self.task.unit}s; restore "
-                "those, or start a new run"
+                f"{self.run.path} was started with another model, or other training or dev {self.task.unit}s; restore "
+                "them, or start a new run"
             )
         if state["progress"]["best_epoch"] and not self.run.best_path.exists():
             raise ValueError(f"{self.run.best_path}, the run's best model, is missing; restore it, or start a new run")
@@ -247,7 +246,7 @@ class Training:
         if "cuda" in mine:
             torch.cuda.set_rng_state(mine["cuda"], self.device)
         self.saved_at = (self.progress.epoch, self.progress.step)
-        done = "; all of it is done" if self.progress.finished else ""
+        done = "; the run is finished" if self.progress.finished else ""
         self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}{done}")
 
     def check_weights(self) -> None:
@@ -261,17 +260,17 @@ class Training:
             )
 
     def check_interrupts(self) -> None:
-        """Saves and raises Stopped if a signal has come to any of the processes."""
+        """Saves the state and raises Stopped if any process has received a signal."""
         number = int(max(self.processes.gather(self.interrupts.number)))
         if number:
             self.save()
             name = signal.Signals(number).name
-            raise Stopped(number, f"stopped by {name}; go on with --resume --run_dir {self.run.path}")
+            raise Stopped(number, f"stopped by {name}; resume with --resume --run_dir {self.run.path}")
 
     # An epoch
 
     def epoch(self) -> None:
-        """Trains on the rest of this epoch's batches."""
+        """Trains on the remaining batches of this epoch."""
         self.model.train()
         progress, settings, task = self.progress, self.settings, self.task
         plan = task.plan(progress.epoch)
@@ -310,10 +309,10 @@ class Training:
                     self.save()
 
     def step(self, positions: list[int], lr: float) -> tuple[float, int]:
-        """One update from the rows at `positions`: (mean loss, how many targets were predicted correctly).
+        """Updates the weights from the rows at `positions`: (mean loss, number of correctly predicted targets).
 
-        The gradient is that of the mean over all targets of the batch, however it is cut into pieces and shared among
-        processes: the summed loss of each piece is divided by the number of targets of the whole batch.
+        The summed loss of each piece is divided by the number of targets in the whole batch. So the gradient is that of
+        the mean over all targets, for any division into pieces and processes.
         """
         settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
@@ -323,7 +322,7 @@ class Training:
             with self.processes.gradients(self.model, in_step=number == len(pieces)):
                 losses, hits = self.task.losses(self.model, mine, settings.dtype)
                 loss = losses.sum() * (counted / len(mine))
-                # Times world, since torch averages the gradients over the processes, and the sum is needed.
+                # Times world: torch averages the gradients over the processes, but the sum is needed.
                 self.scaler.scale(loss * (world / targets)).backward()
             loss_sum += loss.item()
             correct += int(hits[:counted].sum())
@@ -344,9 +343,9 @@ class Training:
         return loss_sum / targets, int(right)
 
     def last_good(self) -> str:
-        """A phrase that names the last checkpoint."""
+        """A phrase about the last saved checkpoint."""
         if self.saved_at == (0, 0):
-            return "nothing was saved yet"
+            return "no checkpoint was saved yet"
         path = self.run.shards_path if self.processes.fsdp else self.run.last_path
         return f"the last good checkpoint is {path}, of step {self.saved_at[1]}"
 

@@ -1,10 +1,10 @@
-"""Regularizers of fine-tuning, which keep the prediction for a row stable.
+"""Regularizers for fine-tuning, which keep the prediction for a row stable.
 
 Each is a symmetric KL divergence between the class distributions of two passes:
     SMART (arXiv 1911.03437, section 3.1)    at the embeddings x, and at the worst x~ with |x~ - x|_inf <= eps
     Bregman (the same paper, section 3.2)    of the model, and of a moving average of its weights
     R-Drop (arXiv 2106.14448)                under two dropout masks (in classification.py)
-The value of a row does not depend on other rows. All but R-Drop compare passes under the same dropout mask.
+A row's value does not depend on other rows. SMART and Bregman use the same dropout mask in both passes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Smart:
-    """Smoothness: `weight` times the divergence at the worst embeddings nearby.
+    """SMART's smoothness penalty: `weight` times the divergence at the worst nearby embeddings.
 
-    One step of gradient ascent finds them: exactly for two classes where KL is quadratic, else approximately. The
-    published step is step * gradient, and the gradient vanishes with the noise. Here the gradient is divided by its
-    largest entry in the row, so that the constants do not depend on the scale of the model or the size of the batch.
+    One step of gradient ascent finds them. (For two classes and quadratic KL it is exact, else approximate.) The
+    published step is step * gradient, which vanishes with the noise. Here the gradient is divided by its largest entry
+    in the row, so that the constants do not depend on the model's scale or the batch size.
 
     The published eps, step and noise are 1e-5, 1e-3 and 1e-5. The authors' program (namisan/mt-dnn at 0d6201e,
-    perturbation.py) ignores that eps: it moves the largest entry of each token's embedding by the step, 1e-3. The
-    defaults are of this size, since 1e-5 has no effect where embeddings have a standard deviation of 0.07
-    (docs/results.md).
+    perturbation.py) ignores that eps and moves the largest entry of each token's embedding by the step, 1e-3. Our
+    defaults have this size: 1e-5 has no effect on embeddings with a standard deviation of 0.07 (docs/results.md).
     """
 
     weight: float
@@ -43,8 +42,9 @@ class Smart:
     noise: float = 1e-3  # standard deviation of the start of the ascent
 
     def penalty(self, model: nn.Module, shape: torch.Size, again: Callable[[], Tensor], log_probs: Tensor) -> Tensor:
-        """weight * divergence (B,). shape: (B, T) of the ids. again(): another pass of the model over the same rows, to
-        compare with `log_probs`; both at least float32, since in half precision rounding exceeds the perturbation.
+        """weight * divergence (B,). shape: (B, T) of the ids. again(): another pass of the model over the same rows.
+
+        log_probs and again() need at least float32: rounding in half precision exceeds the perturbation.
         """
         embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
         weight = embedding.weight
@@ -61,7 +61,7 @@ class Smart:
 
 @contextmanager
 def shifted(embedding: nn.Embedding, by: Tensor) -> Iterator[None]:
-    """While entered, `by` is added to the output of the embedding (B, T, D)."""
+    """A context in which `by` is added to the embedding's output (B, T, D)."""
     hook = embedding.register_forward_hook(lambda module, inputs, output: output + by)
     try:
         yield
@@ -70,10 +70,10 @@ def shifted(embedding: nn.Embedding, by: Tensor) -> Iterator[None]:
 
 
 class MovingAverage:
-    """The exponential moving average of a model's trained weights, from the initial weights on, with
-    beta * average + (1 - beta) * weights after each step; and the Bregman penalty, which keeps the model near it.
+    """A moving average of a model's trained weights, and the Bregman penalty, which keeps the model near it.
 
-    beta None: as published, 0.99 in the first tenth of the steps, then 0.999.
+    The average starts at the initial weights; each step makes it beta * average + (1 - beta) * weights. beta None: as
+    published, 0.99 in the first tenth of the steps, then 0.999.
     """
 
     def __init__(self, weight: float, beta: float | None = None) -> None:
@@ -88,7 +88,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, steps: int) -> None:
-        """Updates the average after the optimizer's step number `step`, from 1 to `steps`."""
+        """Updates the average after optimizer step `step`, from 1 to `steps`."""
         beta = self.beta if self.beta is not None else 0.99 if step <= 0.1 * steps else 0.999
         weights = dict(model.named_parameters())
         for name, average in self.state().items():
@@ -103,7 +103,7 @@ class MovingAverage:
             average.copy_(state[name])
 
     def penalty(self, model: nn.Module, run: Callable[[nn.Module], Tensor], log_probs: Tensor) -> Tensor:
-        """weight * divergence (B,); run(model): its pass over the rows."""
+        """weight * divergence (B,). run(model): a pass of that model over the rows."""
         self.model.train(model.training)
         with torch.no_grad():
             average = run(self.model)
@@ -111,13 +111,13 @@ class MovingAverage:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The states of the random generators that a pass on this device uses."""
+    """The states of the random generators for a pass on this device."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager
 def replayed(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Random draws from `state` on; afterwards the generators continue as before."""
+    """A context in which random draws repeat from `state`; afterwards the generators continue as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if device.type == "cuda":

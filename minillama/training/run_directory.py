@@ -1,15 +1,15 @@
-"""A run's folder: options, metrics, log, the state to go on from, and a lock.
+"""A run's folder: options, metrics, log, the state to resume from, and a lock.
 
     options.json     the resolved options, and the versions of Python, torch and the project
     metrics.jsonl    a line for each step and each epoch, and a last line with the scores of dev and test
     log.txt          the messages of the run
-    last.pt          everything that training needs to go on (under FSDP a folder of shards, named in last.json)
+    last.pt          everything that training needs to resume (with FSDP a folder of shards, named in last.json)
     best.pt          the best model so far
-    lock             holds the number of the process that trains the run, and is locked by it
-    events.*         the same metrics for TensorBoard, if that is installed
+    lock             the id of the process that trains the run, which locks this file
+    events.*         the same metrics for TensorBoard, if it is installed
 
-`last` and `best` are replaced atomically: a crash at any moment leaves the version before. The lock ends with its
-process, even if that is killed.
+`last` and `best` are replaced atomically, so a crash leaves the version before. The lock ends with its process, even
+if this is killed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from minillama.formats.files import atomic_file, read_torch, write_json, write_t
 from minillama.formats.names import RUN_FILES
 from minillama.training.loggers import TensorBoard
 
-_locked: set[Path] = set()  # the lock files that this process has locked
+_locked: set[Path] = set()  # lock files locked by this process
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks a run's folder. Raises ValueError if another process has locked it, or it cannot be locked."""
+    """Locks a run's folder. Raises ValueError if another process has locked it, or if locking fails."""
     path = folder.resolve() / "lock"
     with _open_lock(folder / "lock") as file:
         file.truncate(0)
@@ -63,21 +63,21 @@ def _open_lock(path: Path) -> IO[str]:
         if is_ours and is_still_at(path, file):
             if owner and not owner.isdigit():
                 file.close()
-                raise ValueError(f"{path} exists already and is not the lock of a run; give another --run_dir")
+                raise ValueError(f"{path} already exists and is not the lock of a run; give another --run_dir")
             return file
         file.close()
         if not is_ours:
             who = f"process {owner}" if owner.isdigit() else "another process"
             raise ValueError(f"{path.parent} is still being trained by {who}; wait until it ends, or stop it")
-        # Else its owner has removed the file meanwhile: try again.
+        # Otherwise the owner has just removed the file, so the loop tries again.
 
 
 @contextmanager
 def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
-    """Creates and locks the folder of a new run: `named`, or one under `parent` named by the time and the option.
-    If the block ends without a run in it (no options.json), everything created is removed.
+    """Creates and locks the folder of a new run: `named`, or under `parent` with a name from the time and the option.
 
-    Raises ValueError if the folder is taken, is locked by another process, or cannot be created.
+    If the block ends without options.json in the folder, everything created is removed. Raises ValueError if the folder
+    holds a run, is locked by another process, or cannot be created.
     """
     stem = f"{datetime.now():%Y-%m-%d-%H%M%S}-{option}"
     for i in count(1):
@@ -104,8 +104,9 @@ def new_run(named: str | None, parent: Path, option: str) -> Iterator[Path]:
 
 
 def _make_folders(path: Path, tries: int = 20) -> list[Path]:
-    """Creates a folder and its missing parents; returns the created ones, the deepest first. Raises ValueError, and
-    leaves none of them, if it cannot.
+    """Creates a folder and its missing parents; returns the created ones, the deepest first.
+
+    Raises ValueError, and removes what it created, if this fails.
     """
     made: list[Path] = []
     for folder in (*reversed(path.parents), path):
@@ -131,15 +132,16 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def latest_run_path(parent: Path) -> Path:
-    """The folder of the last active run under `parent`; if that is still going, the last one that stopped before its
-    end, if any. Raises FileNotFoundError if there is no run.
+    """The folder of the last active run under `parent`. Raises FileNotFoundError without any run.
+
+    If that run is still being trained, it is the last run that stopped before its end, if any.
     """
     runs = [path.parent for path in parent.glob("*/options.json")]
     if not runs:
         raise FileNotFoundError(f"there is no run under {parent} to resume; name its folder with --run_dir")
 
     def active(run: Path) -> float:
-        """The time of its last change, without the lock, which also a command changes that refuses to resume."""
+        """The time of its last change, except in the lock: a command that refuses to resume changes the lock too."""
         files = (run / name for name in RUN_FILES if name != "lock")
         return max(file.stat().st_mtime for file in files if file.exists())
 
@@ -159,14 +161,14 @@ def is_locked(run: Path) -> bool:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the last line of a run's metrics is there."""
+    """Whether a run's metrics have their last line, the final scores."""
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines()[-1:] if path.exists() else []
     return any(b'"final": true' in line for line in lines)
 
 
 class RunDirectory:
-    """One run's folder. Only the process with `writes` changes it; the others may read."""
+    """One run's folder. Only the process with `writes` changes it; the others only read it."""
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         self.path = Path(path)
@@ -180,25 +182,22 @@ class RunDirectory:
     def check_free(self) -> None:
         """Raises ValueError if the folder holds a run, or a part of one."""
         if (self.path / "options.json").exists():
-            raise ValueError(f"{self.path} holds a run; add --resume to go on with it, or give another --run_dir")
+            raise ValueError(f"{self.path} holds a run; add --resume to resume it, or give another --run_dir")
         for path in (self.last_path, self.shards_path, self.best_path, self.metrics_path):
             if path.exists():
-                raise ValueError(f"{path} exists already, but no options.json; give another --run_dir, new or empty")
+                raise ValueError(f"{path} already exists, but no options.json; give another --run_dir, new or empty")
 
     def create(self, options: dict[str, Any]) -> None:
         """Writes the options into the folder, which exists (see `new_run`)."""
         if not self.writes:
             return
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-            "commit": project_commit(),
-        }
-        write_json(self.path / "options.json", {"options": options, "versions": versions})
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()}
+        write_json(
+            self.path / "options.json", {"options": options, "versions": {**versions, "commit": project_commit()}}
+        )
 
     def options(self) -> dict[str, Any]:
-        """The options of the run. Raises FileNotFoundError or ValueError if there are none."""
+        """The options of the run. Raises FileNotFoundError or ValueError if they are missing or damaged."""
         path = self.path / "options.json"
         try:
             options = json.loads(path.read_text(encoding="utf-8"))["options"]
@@ -233,24 +232,25 @@ class RunDirectory:
                 file.write(line + "\n")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces last.pt by `state`, with the present size of the metrics."""
+        """Replaces last.pt by `state` and the current size of the metrics."""
         if not self.writes:
             return
         self._settle_metrics()
         write_torch(self.last_path, state | {"metrics_bytes": self._metrics_bytes()})
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, or None; cuts the metrics back to it. Raises ValueError if the file is damaged."""
+        """The last saved state, or None; cuts the metrics back to that step. Raises ValueError if it is damaged."""
         state = read_torch(self.last_path) if self.last_path.exists() else None
         if state is not None and not (isinstance(state, dict) and "base" in state and "metrics_bytes" in state):
-            raise ValueError(f"{self.last_path} holds no state of a run; restore it, or start a new run")
+            raise ValueError(f"{self.last_path} is not the state of a run; restore it, or start a new run")
         self.rewind_metrics(state["metrics_bytes"] if state else 0)
         return state
 
     def rewind_metrics(self, size: int) -> None:
-        """Cuts the metrics to `size` bytes, since later steps will be repeated, and removes half-written files of a
-        killed save; under the lock, if this process writes. Raises ValueError if lines are missing, or another process
-        has the lock.
+        """Cuts the metrics to `size` bytes, because later steps will be repeated, and removes half-written files.
+
+        This happens under the lock, and only if this process writes. Raises ValueError if lines are missing, or if
+        another process has the lock.
         """
         found = self._metrics_bytes()
         if found < size:
@@ -268,17 +268,17 @@ class RunDirectory:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def _settle_metrics(self) -> None:
-        """Waits until the metrics are on the disk, before a state refers to them."""
+        """Waits until the metrics are on disk, before a state refers to them."""
         if self.metrics_path.exists():
             with self.metrics_path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    # Sharded states: a folder for each save, and a file that names it, replaced last
+    # Sharded states: a new folder for each save, and a file with its name, which is replaced last
 
     def save_shards(self, name: str, state: dict[str, Any], wait: Callable[[], None]) -> None:
-        """Saves the shards of every process in a new folder; `wait` waits for all processes. Every process calls this.
+        """Saves the shards of all processes in a new folder; every process calls this. wait: waits for all processes.
 
-        Raises OSError if a shard cannot be written, and leaves the last good folder.
+        Raises OSError, and keeps the last good folder, if a shard cannot be written.
         """
         from torch.distributed import checkpoint
 
@@ -292,7 +292,7 @@ class RunDirectory:
         except BaseException as error:
             if self.writes:
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, checkpoint.CheckpointException):  # gathers the failures of all processes
+            if isinstance(error, checkpoint.CheckpointException):  # has the failures of all processes
                 causes = [failure for failure, _ in error.failures.values()]
                 full_disk = [failure for failure in causes if isinstance(failure, OSError)]
                 reasons = "; ".join(dict.fromkeys(map(str, full_disk or causes)))

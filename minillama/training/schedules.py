@@ -8,8 +8,9 @@ import math
 def learning_rate(
     step: int, total_steps: int, peak: float, schedule: str = "constant", warmup_steps: int = 0, minimum: float = 0.0
 ) -> float:
-    """The learning rate of a step from 0 to total_steps - 1: a linear warm-up from above zero, then "constant", or
-    "cosine", which falls from `peak` to `minimum` at total_steps.
+    """The learning rate of a step from 0 to total_steps - 1: linear warm-up, then "constant" or "cosine".
+
+    "cosine" falls from `peak` to `minimum` at total_steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

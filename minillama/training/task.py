@@ -15,7 +15,7 @@ from minillama.training.regularizers import MovingAverage
 
 @dataclass(frozen=True)
 class Score:
-    """How good a model is: the larger `quality` the better; None where there is nothing to judge by."""
+    """The score of a model: larger `quality` is better; None without data to compute it."""
 
     quality: float | None
     text: str
@@ -24,7 +24,7 @@ class Score:
 
 
 class Task(Protocol):
-    """The interface of the training loop. A position is the index of a row; the loss is a mean over targets."""
+    """The training loop's interface to a task. A position is the index of a row; the loss is a mean over targets."""
 
     unit: str  # of targets, for the progress bar
     judged_by: str
@@ -46,13 +46,13 @@ class Task(Protocol):
         """A checksum of all data; a resumed run needs the same."""
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The batches of an epoch; a function of seed and epoch."""
+        """The batches of an epoch, determined by seed and epoch."""
 
     def targets(self, positions: list[int]) -> int:
-        """How many targets these rows have."""
+        """Number of targets in these rows."""
 
     def tokens(self, positions: list[int]) -> int:
-        """How many tokens these rows have."""
+        """Number of tokens in these rows."""
 
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The summed loss of each row (B,), and the number of its correctly predicted targets (B,)."""
@@ -60,4 +60,4 @@ class Task(Protocol):
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
-        """The score of the model. Every process calls this, and this calls check() now and then."""
+        """The score of the model. Every process calls this. It calls check() regularly, which may stop the run."""

@@ -303,7 +303,7 @@ def test_a_damaged_tokenizer_gives_way_to_a_sound_one(model_folder):
     args = SimpleNamespace(tokenizer=None, pretrained_model_path=str(folder))
     assert load_tokenizer(args).path.name == "tokenizer.json"
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.model is no tokenizer;"):
+    with pytest.raises(ValueError, match="tokenizer.model is not a tokenizer;"):
         load_tokenizer(args)
 
 

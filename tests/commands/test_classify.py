@@ -234,7 +234,7 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
         (["--prompt", "x", "--template", "{sentence} it"], "--template belongs to --option prompt"),
         (["--prompt", "x", "--adapter", "a.pt"], "--adapter is for commands that run or convert a model"),
         (["--prompt", "x", "--finetuned", ""], "--option classify needs --finetuned"),
-        (["--prompt", "x", "--finetuned", "model.pt"], "model.pt holds no fine-tuned classifier"),
+        (["--prompt", "x", "--finetuned", "model.pt"], "model.pt is not a fine-tuned classifier"),
     ],
 )
 def test_what_cannot_be_classified_is_refused_in_one_line(command, more, message):

@@ -132,7 +132,7 @@ def test_how_a_new_model_attends_is_in_its_checkpoint_for_every_other_option(com
     code, _, err = command.pretrain(*path, new=False, out="more.safetensors", run_dir="more")
     assert code == 0 and words in err
     code, _, err = command("--option", "convert", *path, "--to", "huggingface", "--model_out", "hf")
-    assert code == 2 and "a Hugging Face Llama holds no model with" in err and not os.path.exists("hf")
+    assert code == 2 and "a Hugging Face Llama supports no" in err and not os.path.exists("hf")
 
 
 def test_training_goes_on_from_its_own_output(command):

@@ -73,7 +73,7 @@ def test_a_run_does_not_go_on_with_another_text(command, document):
     changed[document] = changed[document].replace("the", "one", 1)
     (command.folder / "stories.txt").write_text(MARK.join(changed), encoding="utf-8")
     code, _, err = command("--resume", "--run_dir", "run")
-    assert code == 2 and "run was started from another model, or other training or dev tokens" in err
+    assert code == 2 and "run was started with another model, or other training or dev tokens" in err
 
 
 @pytest.mark.slow

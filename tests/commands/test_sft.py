@@ -238,13 +238,13 @@ BAD = [
       for name in ("train", "dev", "test")),
     *((f"a line with {what}", [], text("dev.jsonl", GOOD + line), f"dev.jsonl, line 2: {message}")
       for what, line, message in (
-          ("no JSON", "the cat", "no JSON (Expecting value"),
-          ("a list", '["the cat", "a dog"]', "['the cat', 'a dog'] is no JSON object"),
+          ("no JSON", "the cat", "not JSON (Expecting value"),
+          ("a list", '["the cat", "a dog"]', "['the cat', 'a dog'] is not a JSON object"),
           ("no prompt", '{"answer": "a dog"}', 'there is no "prompt"; a line is {"prompt": "...", "answer": "..."}'),
           ("no answer", '{"prompt": "the cat"}', 'there is no "answer"'),
           ("a number", '{"prompt": "the cat", "answer": 3}', '"answer" is 3; it must be a text'),
           ("an empty prompt", '{"prompt": " ", "answer": "a dog"}', "\"prompt\" is ' '; it must be a text"),
-          ("half a character", '{"prompt": "the \\ud83d", "answer": "a dog"}', "'the \\ud83d' is no UTF-8 text"),
+          ("half a character", '{"prompt": "the \\ud83d", "answer": "a dog"}', "'the \\ud83d' is not UTF-8 text"),
           ("a long answer", GOOD.replace("a dog", "dog " * 99), "an answer of 297 tokens, or --max"),
       )),
     ("an empty file", [], text("train.jsonl", "\n"), "train.jsonl is empty"),
@@ -292,4 +292,4 @@ def test_a_run_does_not_go_on_with_another_answer(command):
     lines[0]["answer"] = "none"
     (command.folder / "dev.jsonl").write_text(jsonl(lines), encoding="utf-8")
     code, _, err = command("--resume", "--run_dir", "run")
-    assert code == 2 and "was started from another model, or other training or dev tokens" in err
+    assert code == 2 and "was started with another model, or other training or dev tokens" in err

@@ -13,7 +13,7 @@ from minillama.decoding.fast_llama import InferenceLlama
 from minillama.decoding.lookup import lookup_decoding
 from minillama.decoding.sampling import generate
 from minillama.layers import kernels
-from minillama.layers.kernels import dense_product, int8_product, int8_weights, packed_product, packs, product_of
+from minillama.layers.kernels import can_pack, dense_product, int8_product, int8_weights, packed_product, product_of
 from models import tiny_llama
 
 IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -209,5 +209,5 @@ def test_every_product_is_of_8_bits_the_output_too(monkeypatch):
 def test_bfloat16_is_packed_where_the_processor_can(monkeypatch):
     weight = torch.randn(16, 16, dtype=torch.bfloat16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert not packs(weight) and packs(weight.float()) and not packs(weight.half())
+    assert not can_pack(weight) and can_pack(weight.float()) and not can_pack(weight.half())
     assert product_of(weight, None)(torch.ones(1, 16)).shape == (1, 16)

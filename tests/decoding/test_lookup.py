@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minillama.decoding.lookup import guessed, lookup_decoding
+from minillama.decoding.lookup import find_draft, lookup_decoding
 from minillama.decoding.sampling import generate
 from models import PROMPTS, CountingModel, seeded, tiny_llama
 
@@ -30,7 +30,7 @@ def test_guessing_from_the_text_changes_no_greedy_token_and_saves_passes(max_seq
 
 
 def test_guessing_draws_from_the_same_distribution():
-    """Of three tokens, of which the first two are guessed right now and then."""
+    """Of three tokens, of which the first two are find_draft right now and then."""
     model = tiny_llama(causal=True, vocab_size=4, n_layers=1)
     prompt, draws = torch.tensor([[1, 2, 3, 1, 2]]), 4000
     generator = seeded(5)
@@ -67,7 +67,7 @@ class CachedCounter(CountingModel):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nothing_is_taken_of_a_guess_behind_the_end(temperature):
-    prompt = torch.tensor([[0, 1, 2, 3, 0, 1]])  # guessed: 2, 3, 0, 1, all of it right
+    prompt = torch.tensor([[0, 1, 2, 3, 0, 1]])  # find_draft: 2, 3, 0, 1, all of it right
     model = CachedCounter(vocab_size=4, max_seq_len=32)
     assert lookup_decoding(model, prompt, 9, temperature=temperature)[6:].tolist() == [2, 3, 0, 1, 2, 3, 0, 1, 2]
     assert lookup_decoding(model, prompt, 9, temperature=temperature, eos_ids=(3,))[6:].tolist() == [2, 3]
@@ -85,7 +85,7 @@ def test_nothing_is_taken_of_a_guess_behind_the_end(temperature):
     ],
 )
 def test_a_guess_follows_the_last_and_longest_match(text, wanted):
-    assert guessed(text, 3) == wanted
+    assert find_draft(text, 3) == wanted
 
 
 def test_guessing_needs_a_cache():

@@ -190,8 +190,8 @@ def peft_folder(folder: Path, **changes: object) -> Path:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is .'lm_head'."),
         ({"r": 0}, "r is 0 and lora_alpha 7.0; both must be numbers above 0"),
         ({"lora_alpha": "big"}, "lora_alpha 'big'"),
-        ({"r": 5}, r"lora_A has shape \(3, 32\), which is none of rank 5"),
-        ({"r": 10**15}, "which is none of rank 1000000000000000"),
+        ({"r": 5}, r"lora_A has shape \(3, 32\), which does not fit rank 5"),
+        ({"r": 10**15}, "which does not fit rank 1000000000000000"),
         ({"lora_alpha": 10**400}, "both must be numbers above 0"),
         ({"lora_alpha": True}, "both must be numbers above 0"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; this program applies True only"),
@@ -209,7 +209,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path):
     folder, config = peft_folder(tmp_path / "adapter"), tiny_llama(norm="rmsnorm", causal=True).config
     with pytest.raises(FileNotFoundError, match="no such adapter; --adapter takes a peft folder"):
         read_adapter(tmp_path / "gone", config)
-    with pytest.raises(ValueError, match="no LoRA matrix of a Llama of this size"):
+    with pytest.raises(ValueError, match="not a LoRA matrix of a Llama of this size"):
         read_adapter(folder, tiny_llama(n_layers=1, norm="rmsnorm", causal=True).config)
     with pytest.raises(ValueError, match="has 32 rows, the model 64|has 16 rows, the model 32"):
         read_adapter(folder, tiny_llama(dim=64, norm="rmsnorm", causal=True).config)
@@ -218,7 +218,7 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path):
         read_adapter(folder, config)
     model = tiny_llama()
     write_checkpoint(tmp_path / "model.pt", model.state_dict(), model.config)
-    with pytest.raises(ValueError, match="is no file of --option lora"):
+    with pytest.raises(ValueError, match="is not a file of --option lora"):
         read_adapter(tmp_path / "model.pt", config)
     options = {"lora_rank": 4, "lora_alpha": 1.0}
     write_checkpoint(tmp_path / "tuned.pt", model.state_dict(), model.config, kind="classifier", options=options)

@@ -140,10 +140,10 @@ def asking_for_more_than_any_memory(content):
         (with_a_cut_matrix, r"w2.weight has shape \(32, 95\), its model_args ask for \(32, 96\)"),
         (with_nan, "layers.0.feed_forward.w1.weight holds NaN or infinity"),
         (with_infinity, "norm.weight holds NaN or infinity"),
-        (with_an_integer_tensor, "wrong.pt holds 'norm.weight', which is no tensor of weights"),
-        (with_a_list, "wrong.pt holds 'norm.weight', which is no tensor of weights"),
-        (without_model, 'holds no "model"; a course checkpoint is'),
-        (without_arguments, 'holds no "model_args"'),
+        (with_an_integer_tensor, "wrong.pt holds 'norm.weight', which is not a tensor of weights"),
+        (with_a_list, "wrong.pt holds 'norm.weight', which is not a tensor of weights"),
+        (without_model, 'has no "model"; a course checkpoint is'),
+        (without_arguments, 'has no "model_args"'),
         (with_an_unknown_field, "fields that this program does not know: colour"),
         (with_a_size_of_zero, "n_heads is 0; it must be a whole number of 1 or more"),
         (with_a_text_for_eps, "wrong.pt: layer_norm_eps is 'small'; it must be a number above 0"),
@@ -176,7 +176,7 @@ def test_content_that_does_not_fit_raises_with_the_name(tmp_path, damage, messag
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {}, {"model": torch.zeros(3)}, None, "text"])
 def test_a_torch_file_of_something_else_raises(tmp_path, content):
-    with pytest.raises(ValueError, match='other.pt holds no "model"'):
+    with pytest.raises(ValueError, match='other.pt has no "model"'):
         read_checkpoint(saved(tmp_path / "other.pt", content))
 
 
@@ -197,11 +197,11 @@ def test_a_folder_of_something_else_raises(tmp_path):
     ("content", "message"),
     [
         (b"", "bad.pt is empty"),
-        (b"\n", "bad.pt is no checkpoint this program knows"),
-        (b"24k", "bad.pt is no checkpoint this program knows"),
-        (b"not a checkpoint, but a text of some length\n" * 20, "bad.pt is no checkpoint this program knows"),
-        (b"\0" * 1000, "bad.pt is no checkpoint this program knows"),
-        (b"\xff" * 1000, "bad.pt is no checkpoint this program knows"),
+        (b"\n", "bad.pt is not a checkpoint this program knows"),
+        (b"24k", "bad.pt is not a checkpoint this program knows"),
+        (b"not a checkpoint, but a text of some length\n" * 20, "bad.pt is not a checkpoint this program knows"),
+        (b"\0" * 1000, "bad.pt is not a checkpoint this program knows"),
+        (b"\xff" * 1000, "bad.pt is not a checkpoint this program knows"),
     ],
     ids=["empty", "newline", "three bytes", "text", "zeros", "ones"],
 )
@@ -255,7 +255,7 @@ def infinite_eps(content):
         (without_data, "'norm.weight', which is sparse or has no data"),
         (of_one_value, "'norm.weight', which is sparse or has no data"),
         (nested, "'norm.weight', which is sparse or has no data"),
-        (eight_bits, "'norm.weight', which is no tensor of weights"),
+        (eight_bits, "'norm.weight', which is not a tensor of weights"),
         (infinite_eps, "layer_norm_eps is inf"),
     ],
 )

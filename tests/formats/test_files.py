@@ -92,7 +92,7 @@ def test_check_writable_touches_nothing(tmp_path):
 def test_check_writable_names_the_path_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "gone" / "out.txt", tmp_path / "file" / "out.txt"):
-        with pytest.raises(FileNotFoundError, match=f"{path}: there is no folder {path.parent}; make it first"):
+        with pytest.raises(FileNotFoundError, match=f"{path}: there is no folder {path.parent}; create it first"):
             check_writable(tmp_path / "fine.txt", path)
     with pytest.raises(IsADirectoryError, match=f"{re.escape(str(tmp_path))} is a folder; give the name of a file"):
         check_writable(tmp_path)

@@ -123,7 +123,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, way):
 def test_a_pickle_of_an_old_protocol_is_not_even_opened(tmp_path, protocol):
     marker, path = tmp_path / "ran", tmp_path / "hostile.pt"
     path.write_bytes(pickle.dumps(RunsCode(marker), protocol=protocol))
-    with pytest.raises(ValueError, match="hostile.pt is no checkpoint this program knows"):
+    with pytest.raises(ValueError, match="hostile.pt is not a checkpoint this program knows"):
         load_pretrained(path)
     assert not marker.exists()
 

@@ -96,7 +96,7 @@ def test_our_folders_load_in_transformers(tmp_path, monkeypatch, dtype, tied, sc
         ({"head_dim": 64}, "head_dim is 64; this program computes hidden_size / heads = 8 only"),
         ({"hidden_size": "left out"}, "has no 'hidden_size'"),
         ({"hidden_size": -1}, "dim is -1; it must be a whole number"),
-        ({"hidden_size": 1 << 50, "head_dim": None}, "its model_args ask for|which is no"),
+        ({"hidden_size": 1 << 50, "head_dim": None}, "its model_args ask for|which is not"),
         ({"num_hidden_layers": 10**9}, "too few for 1,000,000,000 layers"),
         ({"num_attention_heads": 3}, "dim 32 is not a multiple of n_heads 3"),
         ({"intermediate_size": 97}, r"w1.weight has shape \(96, 32\), its model_args ask for \(97, 32\)"),
@@ -139,7 +139,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks model-00001-of-00002.safetensors, which its index names"):
+    with pytest.raises(ValueError, match="has no model-00001-of-00002.safetensors, which its index lists"):
         load_pretrained(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors; fetch it"):
@@ -151,13 +151,13 @@ def test_a_tensor_of_another_name_is_refused(tmp_path):
     folder = huggingface_folder(tmp_path / "model")
     model = foreign_llama()
     write_safetensors(folder / "model.safetensors", model.state_dict(), model.config)
-    with pytest.raises(ValueError, match="which is no tensor of a Hugging Face Llama"):
+    with pytest.raises(ValueError, match="which is not a tensor of a Hugging Face Llama"):
         load_pretrained(folder)
 
 
 def test_layernorm_does_not_go_into_a_llama_folder(tmp_path):
     model = tiny_llama(causal=True)
-    with pytest.raises(ValueError, match="a Hugging Face Llama holds RMSNorm models only, and this one has LayerNorm"):
+    with pytest.raises(ValueError, match="a Hugging Face Llama supports only RMSNorm, and this model has LayerNorm"):
         write_huggingface(tmp_path, model.config, model.state_dict(), 1, 2)
     assert not list(tmp_path.iterdir())
 
@@ -238,5 +238,5 @@ def test_a_tensor_in_two_files_of_a_folder_is_refused(tmp_path):
     (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="b.safetensors holds .* again, which another file of"):
+    with pytest.raises(ValueError, match="b.safetensors holds .*, and so does another file of"):
         read_checkpoint(folder)

@@ -78,7 +78,7 @@ def test_a_llama2c_file_cut_inside_its_header_says_so(tmp_path, length):
 def test_a_llama2c_file_with_bytes_too_many_raises(tmp_path, version, more):
     path = tmp_path / "long.bin"
     path.write_bytes({"v0": v0_bytes, "v1": v1_bytes}[version](**llama2c_arrays()) + b"\0" * more)
-    message = {"v0": "long.bin is no checkpoint", "v1": r"long.bin has [\d,]+ bytes, its header asks for [\d,]+"}
+    message = {"v0": "long.bin is not a checkpoint", "v1": r"long.bin has [\d,]+ bytes, its header asks for [\d,]+"}
     with pytest.raises(ValueError, match=message[version]):
         read_checkpoint(path)
 
@@ -191,11 +191,11 @@ def test_int8_files_are_written_and_read_as_llama2c_has_them(tmp_path, tied):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "layernorm"}, "llama2.c holds RMSNorm models only, and this one has LayerNorm"),
-        ({"causal": False}, "llama2.c holds causal models only, and this one's attention is bidirectional"),
-        ({"rope_theta": 500000.0}, "rope_theta 10000.0 only, and this model has 500000.0"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-05 only, and this model has 1e-06"),
-        ({"rope_scaling": RopeScaling(8.0)}, "rope_scaling None only"),
+        ({"norm": "layernorm"}, "llama2.c supports only RMSNorm, and this model has LayerNorm"),
+        ({"causal": False}, "llama2.c supports only causal attention, and this model's is bidirectional"),
+        ({"rope_theta": 500000.0}, "only rope_theta 10000.0, and this model has 500000.0"),
+        ({"layer_norm_eps": 1e-6}, "only layer_norm_eps 1e-05, and this model has 1e-06"),
+        ({"rope_scaling": RopeScaling(8.0)}, "only rope_scaling None"),
     ],
 )
 def test_what_a_llama2c_file_cannot_hold_is_refused(tmp_path, changes, message):

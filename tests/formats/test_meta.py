@@ -13,7 +13,7 @@ from models import all_logits, foreign_llama, meta_folder
 
 def test_params_alone_are_no_model(tmp_path):
     (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match="lacks one of its consolidated.NN.pth"):
+    with pytest.raises(ValueError, match="lacks a consolidated.NN.pth"):
         load_pretrained(tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_parts_of_meta_folders_that_do_not_belong_together_are_refused(tmp_path)
     params = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": -1, "multiple_of": 32, "norm_eps": 1e-5}
     folder = meta_folder(tmp_path / "model", model, 2, False, params)
     (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
-    with pytest.raises(ValueError, match="lacks one of its consolidated.NN.pth"):
+    with pytest.raises(ValueError, match="lacks a consolidated.NN.pth"):
         load_pretrained(folder)
     (folder / "consolidated.02.pth").unlink()
     with pytest.raises(ValueError, match=r"tok_embeddings.weight has shape \(64, 32\), its model_args ask for"):
@@ -83,7 +83,7 @@ def test_parts_of_meta_folders_that_do_not_belong_together_are_refused(tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moe": {"experts": 8}}, "has moe, which belongs to no Llama 1 to 3"),
+        ({"moe": {"experts": 8}}, "has moe, which no Llama 1 to 3 has"),
         ({"n_layers": None}, "n_layers is None; it must be a whole number"),
         ({"dim": "64"}, "params.json: "),
         ({"ffn_dim_multiplier": 1e308}, "params.json: "),

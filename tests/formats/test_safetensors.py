@@ -84,9 +84,9 @@ def test_safetensors_whose_length_begins_like_a_pickle_are_read(tmp_path):
 @pytest.mark.parametrize(
     "metadata, message",
     [
-        (None, 'holds no "model_args", so the model\'s sizes are unknown'),
-        ({"format": "pt"}, 'holds no "model_args"'),
-        (described(model_args=None), 'holds no "model_args"'),
+        (None, 'has no "model_args", so the model\'s sizes are unknown'),
+        ({"format": "pt"}, 'has no "model_args"'),
+        (described(model_args=None), 'has no "model_args"'),
         ({METADATA_KEY: "{"}, "is damaged or cut short"),
         ({METADATA_KEY: "[1]"}, "is damaged or cut short"),
         ({METADATA_KEY: "5"}, "is damaged or cut short"),
@@ -107,7 +107,7 @@ def test_safetensors_with_ours_in_the_metadata_are_read(tmp_path):
     assert same(model.state_dict(), tiny_llama().state_dict())
     with pytest.raises(ValueError, match="norm.weight holds NaN"):
         load_pretrained(safetensors_file(tmp_path / "b", described(), **{"norm.weight": torch.full((32,), torch.nan)}))
-    with pytest.raises(ValueError, match="'norm.weight', which is no tensor of weights"):
+    with pytest.raises(ValueError, match="'norm.weight', which is not a tensor of weights"):
         load_pretrained(safetensors_file(tmp_path / "c", described(), **{"norm.weight": torch.ones(32).to(torch.int8)}))
 
 

@@ -131,11 +131,11 @@ def test_spaces_are_kept_added_and_removed_as_the_proto_says(tmp_path, prefix, s
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model_type": "unigram", "hard_vocab_limit": False}, "it is no BPE model"),
+        ({"model_type": "unigram", "hard_vocab_limit": False}, "it is not a BPE model"),
         ({"byte_fallback": False, "vocab_size": 40}, "it has no pieces for bytes"),
         ({"normalization_rule_name": "nmt_nfkc"}, "it normalizes characters"),
-        ({"treat_whitespace_as_suffix": True}, "it puts spaces behind words"),
-        ({"user_defined_symbols": "<turn>"}, "it has pieces of the user's own"),
+        ({"treat_whitespace_as_suffix": True}, "it puts spaces after words"),
+        ({"user_defined_symbols": "<turn>"}, "it has user-defined pieces"),
     ],
 )
 def test_what_cannot_be_said_is_refused_with_the_reason(tmp_path, options, reason):
@@ -153,7 +153,7 @@ def test_a_character_without_a_piece_is_refused(tmp_path):
     path.write_bytes(
         path.read_bytes().replace(b"\x0a\x01g\x15", b"\x0a\x01Q\x15")
     )  # the piece g, not those that hold it
-    with pytest.raises(ValueError, match="it has no piece for 'g', but for what holds it"):
+    with pytest.raises(ValueError, match="it has no piece for 'g', but longer pieces with it"):
         write_huggingface_tokenizer(Tokenizer(tokenizer_model=tokenizer.path), tmp_path / "out")
 
 

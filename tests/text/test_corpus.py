@@ -72,7 +72,11 @@ def test_windows_as_a_tensor_are_wide_enough_for_every_id():
 @pytest.mark.parametrize(
     "lengths, held_out, message",
     [
-        ([9, 9], 2, "t has 2 documents, and 2 of them would be held out; part documents by <|endoftext|>, or give a"),
+        (
+            [9, 9],
+            2,
+            "t has 2 documents, and 2 of them would be held out; separate documents by <|endoftext|>",
+        ),
         ([9, 9], 50, "t has 2 documents, and 50 of them"),
         ([4, 9], 1, "t is too short for windows of 4 tokens"),
         ([9, 4], 1, "t is too short for windows of 4 tokens"),
@@ -164,7 +168,7 @@ def test_windows_to_judge_by_are_spread_evenly():
 
 
 def test_a_weight_beyond_memory_is_refused():
-    with pytest.raises(ValueError, match=r"t: a weight of 1e\+12 makes 1e\+13 windows of one pass, more than"):
+    with pytest.raises(ValueError, match=r"t: a weight of 1e\+12 makes 1e\+13 windows in a pass, more than"):
         Text("t", [counting_tokens([41])], 4, 0, 1e12)
 
 

@@ -176,9 +176,9 @@ def test_no_piece_has_two_digits(tmp_path):
 @pytest.mark.parametrize(
     "content, vocab_size, message",
     [
-        ("a b c", 100_000, "no tokenizer of 100000 pieces .*another --vocab_size .*, or more text"),
-        ("a b c", 10, "no tokenizer of 10 pieces .*a.txt"),
-        (" \n", 300, "no tokenizer of 300 pieces .*a.txt.*more text"),
+        ("a b c", 100_000, "cannot make a tokenizer of 100000 pieces .*another --vocab_size .*, or more text"),
+        ("a b c", 10, "cannot make a tokenizer of 10 pieces .*a.txt"),
+        (" \n", 300, "cannot make a tokenizer of 300 pieces .*a.txt.*more text"),
         (b"\xff", 300, r"a\.txt is not UTF-8"),
         (None, 300, "a.txt: no such text"),
     ],
@@ -253,6 +253,6 @@ def test_links_are_followed_and_each_file_counts_once(tmp_path):
     assert sorted(file.name for file in files) == ["a.txt", "b.txt", "c.txt"]
     above, nothing = (
         f"{os.path.join('sub', 'up')} (a link to a folder above)",
-        "nothing.txt (no file, or a link to nothing)",
+        "nothing.txt (not a file, or a broken link)",
     )
     assert told == [f"notice: left out of {folder}: {nothing}, {above}"]

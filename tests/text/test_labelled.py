@@ -196,7 +196,7 @@ def test_class_ids_go_by_first_mention_and_null_leaves_rows_out(tmp_path):
     assert mapping(tmp_path, ["bad", "good"]) == {"0": "bad", "1": "good"}
     one = named(tmp_path, "b.txt", "03 ||| a\n1 ||| b")
     assert read_rows(one, mapping(tmp_path, {"3": "x", "1": "y"})) == [Row(0, "a"), Row(1, "b")]
-    with pytest.raises(ValueError, match="b.txt: no row is left"):
+    with pytest.raises(ValueError, match="b.txt: no rows are left"):
         read_rows(one, {"3": None, "1": None, "2": "x", "4": "y"})
 
 
@@ -210,8 +210,8 @@ def test_a_csv_field_may_hold_quotes_commas_and_line_breaks(tmp_path):
     [
         ("a.csv", "1,a\n2,b,c\n", "a.csv, line 2: 3 columns, not 2 as above"),
         ("a.csv", '1,"a\nb"\n2,b\n3,c', r"a.csv, line 4: label '3' is none of 1 \(bad\), 2 \(good\)"),
-        ("a.csv", '1,a\n2,"b\n', "a.csv, line 2: no CSV"),
-        ("a.csv", '1,a\n2,"b"c\n', "a.csv, line 2: no CSV"),
+        ("a.csv", '1,a\n2,"b\n', "a.csv, line 2: not CSV"),
+        ("a.csv", '1,a\n2,"b"c\n', "a.csv, line 2: not CSV"),
         ("a.csv", "1,a\n\n3,c\n", r"a.csv, line 3: label '3' is none of 1"),
         ("a.tsv", "1\ta\n\n3\tc\n", r"a.tsv, line 3: label '3' is none of 1"),
         ("a.csv", "1 a\n", "a.csv, line 1: 1 column; a record is `label,text`"),
@@ -221,8 +221,8 @@ def test_a_csv_field_may_hold_quotes_commas_and_line_breaks(tmp_path):
         ("a.tsv", "1\ta\nx\tb\n", "a.tsv, line 2: label 'x' is none of 1"),
         ("a.tsv", "1 ||| a\n", "a.tsv, line 1: 1 column; a line is `label TAB text`"),
         ("a.tsv#fold=1", "1\ta\n", "a.tsv has no column beside label and text; leave out #fold=1"),
-        ("a.tsv#fold=d*", "1\tc0\ta good film\n", r"a.tsv#fold=d\*: no row is left of it; its folds are such as c0"),
-        ("a.tsv#fold=", "1\ta\n", "names no file and fold"),
+        ("a.tsv#fold=d*", "1\tc0\ta good film\n", r"a.tsv#fold=d\*: no rows are left; its folds include c0"),
+        ("a.tsv#fold=", "1\ta\n", "lacks a file or a fold"),
         ("b.tsv#fold=1", "1\ta\n", "b.tsv: no such data file"),
     ],
 )
@@ -341,7 +341,7 @@ def test_what_a_backslash_is_in_a_csv_is_decided_by_the_file(tmp_path, text, sen
 
 def test_a_csv_with_escapes_that_is_broken_otherwise_is_told_as_it_stands(tmp_path):
     path = named(tmp_path, "a.csv", '"1","he said \\"hi\\""\n"2","b" c\n')
-    with pytest.raises(ValueError, match=r"a.csv, line 1: no CSV"):
+    with pytest.raises(ValueError, match=r"a.csv, line 1: not CSV"):
         read_rows(path, {"1": "bad", "2": "good"})
 
 

@@ -148,7 +148,7 @@ def test_damaged_tokens_are_refused(tmp_path, tokenizer, damage):
     path = tokenized(tmp_path, tokenizer, ["one fox", "two"]).path
     path.write_bytes(damage(path.read_bytes()))
     for read in (read_header, lambda p: open_tokens(p, tokenizer)):
-        with pytest.raises(ValueError, match=r"a-\w+\.tokens is damaged or cut short; remove it, and it is made again"):
+        with pytest.raises(ValueError, match=r"a-\w+\.tokens is damaged or cut short; remove it, and it is created"):
             read(path)
     with pytest.raises(ValueError, match="is damaged or cut short; remove it"):
         tokenize_text(tmp_path / "a.txt", tokenizer, tmp_path / "tokens")
@@ -173,7 +173,7 @@ def test_tokenizing_that_is_interrupted_leaves_nothing(tmp_path, tokenizer, monk
 @pytest.mark.parametrize("content", ["", " \n\n", f"\n{DOCUMENT_END}\n"])
 def test_an_empty_text_is_refused_and_leaves_nothing(tmp_path, tokenizer, content):
     text = written(tmp_path / "a.txt", content)
-    with pytest.raises(ValueError, match=r"a\.txt holds no text; give a file with some"):
+    with pytest.raises(ValueError, match=r"a\.txt has no text; give another file"):
         tokenize_text(text, tokenizer, tmp_path / "tokens")
     assert not list(tmp_path.rglob("*tokens*/*"))
 

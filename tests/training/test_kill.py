@@ -155,7 +155,7 @@ def test_terminated_it_saves_first(runs, whole):
             time.sleep(0.001)
         process.terminate()
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 143 and "stopped by SIGTERM; go on with --resume" in err
+        assert process.returncode == 143 and "stopped by SIGTERM; resume with --resume" in err
         last = torch.load(runs.folder / "terminated" / "last.pt", weights_only=True)
         steps = [line for line in runs.metrics("terminated") if "loss" in line]
         assert last["progress"]["step"] == len(steps)  # nothing is lost

@@ -106,7 +106,7 @@ def test_many_windows_are_judged_by_some_evenly_spread(tokenizer):
 
 def test_with_nothing_held_out_there_is_no_quality_but_a_sample(tokenizer):
     score = judged(a_task(tokenizer, held_out=0), a_llama())
-    assert score.quality is None and score.metrics == {} and score.text == "nothing held out to judge by"
+    assert score.quality is None and score.metrics == {} and score.text == "no held-out documents, so no score"
     assert score.sample
 
 
@@ -120,7 +120,7 @@ def test_the_sample_continues_the_prompt_alike_each_time(tokenizer):
 
 
 def test_a_sample_prompt_that_is_no_text_is_refused_before_the_first_step(tokenizer):
-    with pytest.raises(ValueError, match="is no UTF-8 text"):
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
         a_task(tokenizer, sample_prompt="caf\udce9")
 
 

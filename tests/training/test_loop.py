@@ -184,7 +184,7 @@ def test_a_signal_in_the_last_moments_still_stops_the_run(fit, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(RunDirectory, "save", and_a_signal)
-    with pytest.raises(Stopped, match="stopped by SIGTERM; go on with --resume") as stopped:
+    with pytest.raises(Stopped, match="stopped by SIGTERM; resume with --resume") as stopped:
         fit(Bag(), some_rows(), some_rows(), settings())
     assert stopped.value.number == signal.SIGTERM
 

@@ -93,7 +93,7 @@ def test_a_signal_saves_where_the_run_is(fit, monkeypatch, number, call):
         monkeypatch.setattr(
             training.Interrupts, "__enter__", lambda self: (setattr(self, "number", int(number)), self)[1]
         )
-    with pytest.raises(Stopped, match=f"stopped by {number.name}; go on with --resume --run_dir .*a") as stopped:
+    with pytest.raises(Stopped, match=f"stopped by {number.name}; resume with --resume --run_dir .*a") as stopped:
         fit(model, rows, rows, chosen, name="a")
     assert stopped.value.number == number and signal.getsignal(number) is before
     assert torch.equal(state_of(fit.run("a"))["model"]["table"], model.table)
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_last_good_state(fit, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        OSError, match=r"No space left on device; the last good checkpoint is .*; make room and add --resume"
+        OSError, match=r"No space left on device; the last good checkpoint is .*; free disk space and add --resume"
     ):
         fit(Bag(), rows, rows, chosen, name="a")
     run = fit.run("a")
@@ -164,7 +164,7 @@ def test_a_run_goes_on_with_its_own_rows_and_weights_only(fit, change):
     else:
         with torch.no_grad():
             model.frozen += 1
-    with pytest.raises(ValueError, match="a was started from another model, or other training or dev rows"):
+    with pytest.raises(ValueError, match="a was started with another model, or other training or dev rows"):
         fit(model, rows, dev, settings(), name="a")
 
 
@@ -174,8 +174,8 @@ def test_a_damaged_run_is_told_in_one_line(fit):
     for damage, message in (
         (lambda: run.metrics_path.write_text("{}"), "metrics.jsonl has 2 of"),
         (lambda: run.best_path.unlink(), "best.pt, the run's best model, is missing"),
-        (lambda: torch.save([1], run.last_path), "last.pt holds no state of a run"),
-        (lambda: torch.save({"base": 0}, run.last_path), "last.pt holds no state of a run"),
+        (lambda: torch.save([1], run.last_path), "last.pt is not the state of a run"),
+        (lambda: torch.save({"base": 0}, run.last_path), "last.pt is not the state of a run"),
     ):
         kept = {path: path.read_bytes() for path in (run.metrics_path, run.best_path, run.last_path)}
         damage()

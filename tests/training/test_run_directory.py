@@ -170,7 +170,7 @@ def test_of_many_that_start_with_one_new_name_one_does(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(a_run, range(8)))
     assert outcomes.count("ran") == 1
-    refusals = {"wait until it ends, or stop it", "add --resume to go on with it, or give another --run_dir"}
+    refusals = {"wait until it ends, or stop it", "add --resume to resume it, or give another --run_dir"}
     assert len(outcomes) == 8 and set(outcomes) <= refusals | {"ran"}
 
 
@@ -209,7 +209,7 @@ def test_where_nothing_can_be_locked_a_run_goes_on_without(tmp_path, monkeypatch
 @pytest.mark.parametrize("text", [b"my notes", b"\xff\xfe"])
 def test_a_file_named_lock_that_is_none_stays(tmp_path, text):
     (tmp_path / "lock").write_bytes(text)
-    with pytest.raises(ValueError, match="lock exists already and is not the lock of a run"), locked(tmp_path):
+    with pytest.raises(ValueError, match="lock already exists and is not the lock of a run"), locked(tmp_path):
         pass
     assert (tmp_path / "lock").read_bytes() == text
 

@@ -56,7 +56,7 @@ def test_counters_are_not_mixed():
 
 def test_models_that_do_not_fit_are_refused():
     one = {"a": torch.zeros(2), "b": torch.zeros(3)}
-    with pytest.raises(ValueError, match="b is in one of the two models only"):
+    with pytest.raises(ValueError, match="b is in only one of the two models"):
         interpolate(one, {"a": torch.zeros(2)}, 0.5)
     with pytest.raises(ValueError, match=r"b has shape \(3,\) in one model, \(4,\) in the other"):
         interpolate(one, one | {"b": torch.zeros(4)}, 0.5)
