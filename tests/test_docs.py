@@ -175,7 +175,7 @@ def test_the_architecture_page_has_the_sizes_and_names_of_the_model():
     total = sum(parameter.numel() for parameter in model.parameters())
     assert f"{total / 1e6:.1f} million parameters" in page
     assert f"feed-forward width {model.layers[0].feed_forward.w1.out_features}" in page
-    names = set(re.findall(r"`(\w+)`", page[page.index("## One block") : page.index("## The walk of a prompt")]))
+    names = set(re.findall(r"`(\w+)`", page[page.index("## One block") : page.index("## The path of a prompt")]))
     files = ["llama.py", "rope.py", "config.py", "minillama/layers/kernels.py"]
     source = "".join(text_of(ROOT / name) for name in files)
     assert not {name for name in names if name not in source}

@@ -71,7 +71,7 @@ def course_folder(asset, tmp_path, monkeypatch):
         (tmp_path / "data" / f"demo-qa-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setattr("minillama.cli.bundled.HERE", tmp_path)  # which finds data/ beside the program
     (tmp_path / "data" / "stories260K").mkdir()
-    for name in ("stories260K/stories260K_v1.bin", "stories260K/tok512.model"):
+    for name in ("stories260K/stories260K_v0.bin", "stories260K/tok512.model"):
         shutil.copy(asset(name), tmp_path / "data" / name)
     model = Llama(LlamaConfig(vocab_size=32000, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=256))
     write_checkpoint(tmp_path / "stories42M.pt", model.state_dict(), model.config)

@@ -34,6 +34,12 @@ OPTIONS_FROM_FINE_TUNED = ("pretrained_model_path", "tokenizer", "max_sentence_l
 # The options
 
 
+def output_texts(ending: str) -> dict[str, str]:
+    """The defaults of --dev_out and --test_out for `--help`."""
+    how = "demo-... for the demo data); other names must end in the same way"
+    return {f"{split}_out": f"cfimdb-{split}-{ending} ({how}" for split in ("dev", "test")}
+
+
 def check_predictions(options: Options, ending: str) -> None:
     """Raises ValueError unless --dev_out and --test_out end as the course requires and are two files."""
     for split in ("dev", "test"):

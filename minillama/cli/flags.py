@@ -158,7 +158,13 @@ A data file has lines of `label ||| sentence`. Or it is a .csv with a label and 
 Or it is a .tsv with a label and other columns: the longest is the text, the first of the rest the fold, if any.
 PATH#fold=PATTERN reads only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
 TRAIN, DEV, TEST = (
-    Flag(f"--{split} FILE", f"{what} data", str, f"data/cfimdb-{split}.txt")
+    Flag(
+        f"--{split} FILE",
+        f"{what} data",
+        str,
+        f"data/cfimdb-{split}.txt",
+        default_text=f"data/cfimdb-{split}.txt; where default data are missing, the demo data",
+    )
     for split, what in (("train", "training"), ("dev", "development"), ("test", "test"))
 )
 LABEL_NAMES = Flag(

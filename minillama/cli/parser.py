@@ -58,7 +58,9 @@ class OneLineParser(argparse.ArgumentParser):
             flags = [action for action in self._actions if action.option_strings and action.choices]
             words = [(action.option_strings[0], closest(name, action.choices or ())) for action in flags]
             meant = [f"{flag} {word}" for flag, word in words if word]
-        return f"; did you mean {meant[0]}?" if meant else "; flags begin with --"
+        if meant:
+            return f"; did you mean {meant[0]}?"
+        return "; flags begin with --, and a text with spaces needs quotes"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -232,7 +232,7 @@ def command(name: str, summary: str, groups: tuple[Group, ...], examples: str) -
         ),
         run,
         examples,
-        default_texts={f"{split}_out": f"cfimdb-{split}-{ENDINGS[name]}" for split in ("dev", "test")},
+        default_texts=classifiers.output_texts(ENDINGS[name]),
         resolve=partial(use_bundled_rows, ending=ENDINGS[name]),
         check=check,
         inputs=classifiers.row_files,

@@ -100,6 +100,7 @@ python run_llama.py --option prompt --train data/sst-train.txt --dev data/sst-de
     --dev_out sst-dev-prompting-output.txt --test_out sst-test-prompting-output.txt
 """,
     resolve=lambda options: use_bundled_rows(options, ENDING, ("dev", "test", "label_names")),
+    default_texts=classifiers.output_texts(ENDING),
     check=check,
     inputs=classifiers.row_files,
     outputs=lambda options: [options.dev_out, options.test_out],

@@ -121,7 +121,7 @@ class Explanation:
 
     def table(self) -> str:
         """A line for each token: its probability before and after, and some kept and cut candidates."""
-        lines = [f"{'token':14} {'before':>7} {'after':>7}  kept, and | cut"]
+        lines = [f"{'token':14} {'before':>7} {'after':>7}  kept | removed"]
         for step in self.steps:
             kept = ", ".join(f"{shown(one)} {one.before:.3f}" for one in step.kept[:4])
             cut = f"{step.cut_count:,} with {step.cut_mass:.3f}"
@@ -146,7 +146,7 @@ class Explanation:
             f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
             f"<h1>What each token was chosen from</h1>\n<p class=text>{text}</p>\n"
             f"<p>{escape(self.settings)}. Each bar is a candidate's probability: the pale one before the "
-            f"filters, the dark one after them, when what was cut has been shared out among the rest. The {SHOWN} "
+            f"filters, the dark one after them, rescaled to sum to 1. The {SHOWN} "
             f"likeliest of each side; the chosen one in bold.</p>\n{rows}\n</html>\n"
         )
 

@@ -212,7 +212,10 @@ def test_the_page_of_the_examples_names_each():
         (["lora_rank"], "unrecognized arguments: lora_rank; did you mean --lora_rank?; see"),
         (["finetune", "--lr", "1"], "unrecognized arguments: finetune; did you mean --option finetune?; see"),
         (["fine-tune"], "unrecognized arguments: fine-tune; did you mean --option finetune?; see"),
-        (["zzzzzzzz"], "unrecognized arguments: zzzzzzzz; flags begin with --; see"),
+        (
+            ["zzzzzzzz"],
+            "unrecognized arguments: zzzzzzzz; flags begin with --, and a text with spaces needs quotes; see",
+        ),
         (["-option", "lora"], "unrecognized arguments: -option lora; the nearest is --option; see"),
         (
             ["--option", "Fine-Tune"],

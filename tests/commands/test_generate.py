@@ -248,4 +248,4 @@ def test_another_filter_takes_the_place_of_epsilon(command):
 def test_an_explanation_can_stand_in_a_configuration_file(command, value):
     (command.folder / "run.json").write_text(json.dumps({"explain": value, "max_new_tokens": 3}), encoding="utf-8")
     code, out, err = command("--config", "run.json", "--temperature", "1")
-    assert code == 0 and "kept, and | cut" in out and (command.folder / "page.html").exists() == (value is not True)
+    assert code == 0 and "kept | removed" in out and (command.folder / "page.html").exists() == (value is not True)
