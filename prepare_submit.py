@@ -166,7 +166,8 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
     """Writes the zip of `folder` to `out`, the same bytes for the same files. Raises Rejected with all problems."""
-    code = [*folder.glob("[!.]*.py"), *(folder / PACKAGE).rglob("[!.]*.py")]
+    package = [path for path in (folder / PACKAGE).rglob("[!.]*") if path.suffix in (".py", ".css")]
+    code = [*folder.glob("[!.]*.py"), *package]
     wanted = [path.relative_to(folder).as_posix() for path in code]
     wanted += [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
     wanted += [*required_outputs(), "feedback.txt", f"{student}-report.pdf"]

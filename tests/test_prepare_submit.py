@@ -50,13 +50,15 @@ def test_packs_code_predictions_and_options_and_nothing_else(project: Path, tmp_
 def test_the_code_that_is_packed_is_all_that_it_imports(project: Path, tmp_path: Path) -> None:
     for path in project.rglob("*.py"):
         path.unlink()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minillama").rglob("*.py")]:
+    package = [path for path in (ROOT / "minillama").rglob("*.*") if path.suffix in (".py", ".css")]
+    for path in [*ROOT.glob("*.py"), *package]:
         target = project / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     pack("ada", project, tmp_path / "ada.zip")
     with zipfile.ZipFile(tmp_path / "ada.zip") as archive:
         archive.extractall(tmp_path)
+    assert {path.suffix for path in package if (tmp_path / "ada" / path.relative_to(ROOT)).is_file()} == {".py", ".css"}
     program = tmp_path / "ada" / "run_llama.py"
     imports = "import classifier, llama, minillama.commands.generate, minillama.commands.wise_ft"
     for command in ([str(program), "--help"], ["-c", imports]):

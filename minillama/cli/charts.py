@@ -7,72 +7,13 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 Point = tuple[float, float]
 Line = tuple[str, Sequence[Point], str]  # name, points, CSS class
 MOST_POINTS = 150  # per curve; more points are averaged
 COLOURS = 8
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fff; --ink: #1b1b1f; --quiet: #5c5f66; --rule: #d8dae0; --shade: 0, 114, 178;
-  --c0: #0072b2; --c1: #d55e00; --c2: #00845f; --c3: #b04f8f; --c4: #a87400; --c5: #2a8fc4; --c6: #6a3d9a; --c7: #666;
-}
-@media screen and (prefers-color-scheme: dark) { :root {
-  --paper: #17181b; --ink: #e8e8ea; --quiet: #a2a6af; --rule: #3a3d44; --shade: 74, 168, 232;
-  --c0: #4aa8e8; --c1: #ff8f4a; --c2: #35c79b; --c3: #e69bc2; --c4: #f0b840; --c5: #8fd0f5; --c6: #b493e0; --c7: #bbb;
-} }
-* { box-sizing: border-box }
-body {
-  margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere;
-}
-h1 { font-size: 1.6rem; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-p, ul { margin: .3rem 0 }
-ul { padding-left: 1.2rem }
-a { color: inherit }
-section { border-top: 1px solid var(--rule); margin-top: 2rem }
-section > h2 { margin-top: 1rem }
-.quiet { color: var(--quiet); font-size: .875rem }
-.scroll { overflow-x: auto }
-table { overflow-wrap: break-word; border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule) }
-th:first-child, td:first-child { padding-left: 0 }
-th:last-child, td:last-child { padding-right: 0 }
-th { font-weight: 600 }
-td + td { white-space: nowrap }
-.n { text-align: right }
-.grid {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; align-items: start;
-}
-figure { margin: .5rem 0; min-width: 0; break-inside: avoid }
-figcaption { font-weight: 600; font-size: .875rem; margin-bottom: .3rem }
-svg { width: 100%; height: auto; max-width: 34rem; display: block }
-svg text { font-size: 11px; fill: var(--quiet) }
-svg path { stroke: var(--rule) }
-polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round }
-.dashed polyline { stroke-dasharray: 5 3; stroke-width: 1.2 }
-circle { fill: var(--c) }
-.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .8rem }
-.legend i { display: inline-block; width: 1.4em; border-top: 3px solid var(--c); vertical-align: middle }
-.legend i.dashed { border-top-style: dashed }
-.matrix th, .matrix td { padding: .25rem .35rem; text-align: right; border: 0; font-size: .8rem; font-weight: 400 }
-.matrix tbody td {
-  min-width: 2.6rem; background: rgba(var(--shade), calc(var(--share) * .65));
-  -webkit-print-color-adjust: exact; print-color-adjust: exact;
-}
-blockquote { margin: .4rem 0; padding-left: .8rem; border-left: 3px solid var(--rule); font-size: .9rem }
-blockquote b { color: var(--quiet) }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt }
-  .scroll { overflow: visible }
-  h2, h3 { break-after: avoid }
-  tr, blockquote { break-inside: avoid }
-}
-"""
-STYLE += "".join(f".c{i} {{ --c: var(--c{i}) }}\n" for i in range(COLOURS))
+STYLE = Path(__file__).with_name("charts.css")
 
 
 def text(value: object) -> str:
@@ -179,5 +120,5 @@ def document(title: str, body: Iterable[str]) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>{''.join(body)}</body></html>\n"
     )

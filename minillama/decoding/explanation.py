@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from minillama.decoding.filters import Filter, distribution
 from tokenizer import Tokenizer
 
+STYLE = Path(__file__).with_name("explanation.css")
 SHOWN = 8  # candidates shown for each token, both of those kept and of those cut
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # not tab and newline
 
@@ -143,7 +145,7 @@ class Explanation:
         text = escape(without_controls(self.prompt)) + pieces
         return (
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>What each token was chosen from</title>\n<style>{STYLE}</style>\n"
+            f"<title>What each token was chosen from</title>\n<style>{STYLE.read_text(encoding='utf-8')}</style>\n"
             f"<h1>What each token was chosen from</h1>\n<p class=text>{text}</p>\n"
             f"<p>{escape(self.settings)}. Each bar is a candidate's probability: the pale one before the "
             f"filters, the dark one after them, rescaled to sum to 1. The {SHOWN} "
@@ -175,26 +177,3 @@ def bars(candidates: Sequence[Candidate], chosen: Candidate | None) -> str:
         f"<span>{one.before:.3f}</span></div>"
         for one in candidates
     )
-
-
-STYLE = """
-:root { color-scheme: light dark; --pale: #a9c4e8; --dark: #2b5fa8; --cut: #c9c9c9; --line: #8884; }
-@media (prefers-color-scheme: dark) { :root { --pale: #41608a; --dark: #8db8f2; --cut: #666; } }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-.text { font-size: 1.1rem; white-space: pre-wrap; }
-.text span { border-bottom: 2px solid var(--dark); margin-right: 1px; }
-section { border-top: 1px solid var(--line); padding: .4rem 0; }
-h2 { font-size: 1.05rem; margin: .2rem 0; }
-h3 { font-size: .85rem; font-weight: normal; margin: .2rem 0; opacity: .75; }
-small { font-weight: normal; opacity: .75; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem; }
-@media (max-width: 40rem) { .sides { grid-template-columns: 1fr; } }
-.line { display: grid; grid-template-columns: 8rem 1fr 3.2rem; gap: .5rem; align-items: center; }
-.line code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; } .chosen code { font-weight: bold; }
-.line span { text-align: right; font-variant-numeric: tabular-nums; opacity: .75; }
-i { display: block; }
-b, u { display: block; height: 5px; min-width: 1px; }
-b { background: var(--pale); }
-u { background: var(--dark); }
-.cut b { background: var(--cut); } .cut u { visibility: hidden; }
-"""
