@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from minillama.cli.options import Options, all_flags, users
+from minillama.cli.options import Options, all_flags
 from minillama.cli.parser import POSITIVE
 from minillama.formats.names import RUN_FILES, RUNS, tokenizer_beside
 
@@ -24,16 +24,11 @@ def check_options(options: Options) -> None:
     options.command.check(options)
 
 
-def input_files(options: Options) -> list[str]:
-    """The files that the options name as input of the command."""
-    named = [options.config, options.tokenizer, options.adapter, options.prompt_file, *options.command.inputs(options)]
-    return [path for path in named if path]
-
-
 def check_paths(options: Options) -> None:
     """Raises ValueError if an output is also an input, or would be written into a folder that is read."""
     outputs = options.command.outputs(options)
-    inputs = {str(Path(path).resolve()) for path in input_files(options)}
+    read = [options.config, options.tokenizer, options.adapter, options.prompt_file, *options.command.inputs(options)]
+    inputs = {str(Path(path).resolve()) for path in read if path}
     corpora = options.corpus if "corpus" in options.command.keys else []
     inputs |= {str(Path(text_and_weight(text)[0]).resolve()) for text in corpora}
     named = (options.pretrained_model_path, options.adapter, options.tokenizer)
@@ -67,7 +62,8 @@ def check_foreign_flags(options: Options) -> None:
     for key in options.changed(*known):
         flag = known[key]
         if flag.elsewhere and key not in options.command.keys:
-            why = flag.elsewhere.format(users=", ".join(users(options.commands, key)))
+            users = [command.name for command in options.commands if key in command.keys]
+            why = flag.elsewhere.format(users=", ".join(users))
             raise ValueError(f"{flag.name} {why}; leave it out for --option {options.option}")
 
 

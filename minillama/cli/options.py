@@ -155,11 +155,6 @@ def all_flags(commands: Iterable[Command]) -> dict[str, Flag]:
     return {flag.key: flag for group in groups for flag in group.flags}
 
 
-def users(commands: Iterable[Command], key: str) -> list[str]:
-    """The names of the commands that use a flag."""
-    return [command.name for command in commands if key in command.keys]
-
-
 # Reading
 
 

@@ -180,17 +180,7 @@ def settings_of(options: Options, dtype: torch.dtype) -> Settings:
     """The settings of the training loop, from the options."""
     from minillama.training.loop import Settings
 
-    return Settings(
-        lr=options.lr,
-        dtype=dtype,
-        betas=(0.9, options.adam_beta2),
-        micro_batch_size=options.micro_batch_size,
-        schedule=options.schedule,
-        warmup_steps=options.warmup_steps,
-        min_lr=options.min_lr,
-        lr_multipliers={"lora_B": options.lora_plus},
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        patience=options.patience,
-        save_every=options.save_every,
-    )
+    same = ("lr", "micro_batch_size", "schedule", "warmup_steps", "min_lr", "weight_decay", "max_grad_norm", "patience")
+    values = {name: getattr(options, name) for name in (*same, "save_every")}
+    multipliers = {"lora_B": options.lora_plus}
+    return Settings(dtype=dtype, betas=(0.9, options.adam_beta2), lr_multipliers=multipliers, **values)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from config import LlamaConfig
     from minillama.formats.checkpoint import Checkpoint
-    from tokenizer import Tokenizer
 
 FILE_FORMATS = ("safetensors", "llama2c-v0", "llama2c-v1", "llama2c-v2", "gguf")
 FOLDER_FORMATS = ("huggingface", "peft")
@@ -116,7 +115,8 @@ def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor],
     if options.to == "gguf":
         check_rmsnorm(config, "GGUF's llama")
         import_gguf()
-    tokenizer = tokenizer_of(options, config)
+    tokenizer = load_tokenizer(options, for_gguf=options.to == "gguf")
+    fit_tokenizer(options.pretrained_model_path, config, tokenizer)
     if options.to == "gguf":
         write_gguf(path, config, state, tokenizer, Path(without_ending(options.pretrained_model_path)).name)
     elif options.to == "huggingface":
@@ -129,20 +129,10 @@ def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor],
         put_tokenizer_beside(path, tokenizer, content)
 
 
-def tokenizer_of(options: Options, config: LlamaConfig) -> Tokenizer:
-    """The model's tokenizer. Raises ValueError if it does not fit the model."""
-    tokenizer = load_tokenizer(options, for_gguf=options.to == "gguf")
-    fit_tokenizer(options.pretrained_model_path, config, tokenizer)
-    return tokenizer
-
-
 COMMAND = Command(
     "convert",
     "write a checkpoint in the format of another program",
-    (
-        Group("the result", (TO, flags.OUT_DTYPE, flags.MODEL_OUT)),
-        flags.MODEL,
-    ),
+    (Group("the result", (TO, flags.OUT_DTYPE, flags.MODEL_OUT)), flags.MODEL),
     run,
     """
 python run_llama.py --option convert --to llama2c-v2 --pretrained-model-path mine.safetensors --model_out mine.bin

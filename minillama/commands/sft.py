@@ -34,6 +34,14 @@ ANSWER_ROWS = Flag(
     COUNT_OR_ZERO,
     200,
 )
+DATA = Group(
+    "data",
+    (
+        *(flags.TRAIN, flags.DEV, flags.TEST, flags.DEV_OUT, flags.TEST_OUT, flags.WINDOW, flags.MAX_NEW_TOKENS),
+        *(flags.BATCH_SIZE, ANSWER_ROWS, flags.OUT_DTYPE, flags.MODEL_OUT),
+    ),
+    'Lines of {"prompt": "...", "answer": "..."}. Short examples share a row; each attends only to itself.',
+)
 
 
 # The options
@@ -201,30 +209,7 @@ def answer(session: Session, model: nn.Module, data: dict[str, list[Example]], o
 COMMAND = Command(
     "sft",
     "train a language model to answer prompts",
-    (
-        Group(
-            "data",
-            (
-                flags.TRAIN,
-                flags.DEV,
-                flags.TEST,
-                flags.DEV_OUT,
-                flags.TEST_OUT,
-                flags.WINDOW,
-                flags.MAX_NEW_TOKENS,
-                flags.BATCH_SIZE,
-                ANSWER_ROWS,
-                flags.OUT_DTYPE,
-                flags.MODEL_OUT,
-            ),
-            'Lines of {"prompt": "...", "answer": "..."}. Short examples share a row; each attends only to itself.',
-        ),
-        flags.TRAINING,
-        flags.LORA,
-        flags.RUN,
-        flags.TRAINED_MODEL,
-        flags.DEVICE,
-    ),
+    (DATA, flags.TRAINING, flags.LORA, flags.RUN, flags.TRAINED_MODEL, flags.DEVICE),
     run,
     """
 python run_llama.py --option sft --pretrained-model-path data/mini-llama.safetensors --model_out answers.safetensors

@@ -177,7 +177,8 @@ def run(options: Options) -> None:
         for alpha in bar:
             model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
             curve.append([judged(one, alpha) for one in sets])
-            line = "  ".join(f"{one.name} {shown_score(e)}" for one, e in zip(sets, curve[-1], strict=True))
+            shown = ("-" if one.accuracy is None else f"{one.accuracy:.3f}" for one in curve[-1])
+            line = "  ".join(f"{one.name} {score}" for one, score in zip(sets, shown, strict=True))
             bar.write(f"alpha {alpha:<5g} {line}")
     best = max(range(len(curve)), key=lambda i: (curve[i][0].accuracy or 0.0, options.alphas[i]))
     alpha, dev = options.alphas[best], curve[best][0]
@@ -267,7 +268,9 @@ def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str |
 
     sets = []
     stems = [Path(without_ending(path_and_fold(path)[0])).name for path in options.ood]
-    mappings, files = (for_each(options, name) for name in ("ood_classes", "ood_label_names"))
+    # One value serves all files.
+    values = (options.ood_classes or [None], options.ood_label_names or [None])
+    mappings, files = (given * len(stems) if len(given) == 1 else given for given in values)
     for path, stem, counts_as, file in zip(options.ood, stems, mappings, files, strict=True):
         names, own = found.label_names, labels
         if counts_as is not None:
@@ -294,22 +297,12 @@ def out_of_domain(options: Options, found: FineTuned, labels: Mapping[str, str |
     return sets
 
 
-def for_each(options: Options, name: str) -> list:
-    """The values of an option, one for each --ood file. A single value is repeated; without values, each is None."""
-    given = getattr(options, name) or [None]
-    return given * len(options.ood) if len(given) == 1 else given
-
-
 def counting(one: DataSet, classes: Sequence[str]) -> str:
     """The class mapping in words: `bad, poor -> no; good -> yes; fair left out`."""
     counts_as = range(len(classes)) if one.counts_as is None else one.counts_as
     members = [[n for n, k in zip(classes, counts_as, strict=True) if k == i] for i in range(-1, len(one.names))]
     mapped = [f"{', '.join(some)} -> {name}" for some, name in zip(members[1:], one.names, strict=True)]
     return "; ".join([*mapped, *([f"{', '.join(members[0])} left out"] if members[0] else [])])
-
-
-def shown_score(evaluation: Evaluation) -> str:
-    return "-" if evaluation.accuracy is None else f"{evaluation.accuracy:.3f}"
 
 
 def write_curve(options: Options, sets: list[DataSet], accuracies: list[list[float | None]]) -> None:
