@@ -87,6 +87,9 @@ def prediction_problem(name: str, text: str, data: Path) -> str | None:
 def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
     """Problems of all missing and malformed files of a hand-in. files: content by name."""
     problems = [f"missing {name}, a module of the project" for name in CODE if name not in files]
+    imports_package = any(f"from {PACKAGE}".encode() in files.get(name, b"") for name in CODE)
+    if imports_package and not any(name.startswith(f"{PACKAGE}/") for name in files):
+        problems.append(f"missing {PACKAGE}/, which the modules import")
     missing: dict[str, list[str]] = {}
     for name, command in required_outputs().items():
         if name not in files:
@@ -166,9 +169,10 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
     """Writes the zip of `folder` to `out`, the same bytes for the same files. Raises Rejected with all problems."""
-    package = [path for path in (folder / PACKAGE).rglob("[!.]*") if path.suffix in (".py", ".css")]
-    code = [*folder.glob("[!.]*.py"), *package]
-    wanted = [path.relative_to(folder).as_posix() for path in code]
+    package = [path for path in (folder / PACKAGE).rglob("*") if path.suffix in (".py", ".css")]
+    code = [path.relative_to(folder) for path in (*folder.glob("*.py"), *package)]
+    hidden = [path for path in code if any(part.startswith(".") or part in FORBIDDEN_FOLDERS for part in path.parts)]
+    wanted = [path.as_posix() for path in code if path not in hidden]
     wanted += [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
     wanted += [*required_outputs(), "feedback.txt", f"{student}-report.pdf"]
     contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}

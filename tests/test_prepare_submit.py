@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -64,6 +65,22 @@ def test_the_code_that_is_packed_is_all_that_it_imports(project: Path, tmp_path:
     for command in ([str(program), "--help"], ["-c", imports]):
         done = subprocess.run([sys.executable, *command], cwd=program.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_code_that_imports_a_package_needs_it(project: Path, tmp_path: Path) -> None:
+    shutil.rmtree(project / "minillama", ignore_errors=True)
+    (project / "llama.py").write_text("from minillama.layers import kernels\n")
+    with pytest.raises(Rejected, match="missing minillama/, which the modules import"):
+        pack("ada", project, tmp_path / "ada.zip")
+
+
+def test_hidden_folders_of_the_package_are_left_out(project: Path, tmp_path: Path) -> None:
+    for name in ("minillama/.ipynb_checkpoints/x.py", "minillama/venv/x.py"):
+        (project / name).parent.mkdir(parents=True)
+        (project / name).write_text("x = 1\n")
+    pack("ada", project, tmp_path / "ada.zip")
+    with zipfile.ZipFile(tmp_path / "ada.zip") as archive:
+        assert not any(name.endswith("/x.py") for name in archive.namelist())
 
 
 def test_the_same_files_give_the_same_bytes(project: Path, tmp_path: Path, packed: Path) -> None:

@@ -81,7 +81,9 @@ class Options:
     """
 
     def __init__(self, commands: Sequence[Command], values: Mapping[str, Any]) -> None:
-        command = next(one for one in commands if one.name == values["option"])
+        command = next((one for one in commands if one.name == values["option"]), None)
+        if command is None:
+            raise ValueError(f"there is no option {values['option']!r}; a newer version may have it")
         self.__dict__.update(values, command=command, commands=commands)
 
     def __getattr__(self, name: str) -> Any:  # tells type checkers that any flag may be read
@@ -161,7 +163,7 @@ def all_flags(commands: Iterable[Command]) -> dict[str, Flag]:
 def build_parser(commands: Sequence[Command]) -> OneLineParser:
     """A parser for the flags of all commands."""
     parser = OneLineParser(prog=PROGRAM, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="help", default=argparse.SUPPRESS)
     parser.add_argument("--option", choices=[command.name for command in commands], default="generate")
     for flag in all_flags(commands).values():
         if flag.key != "option":

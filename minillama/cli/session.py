@@ -129,18 +129,21 @@ class Session:
         self, model: nn.Module, task: Task, write_best: Callable[[dict[str, Tensor], int, Score], None], dynamic: bool
     ) -> nn.Module:
         """Trains the model and returns the one to evaluate. dynamic: whether row lengths vary, for --compile."""
-        import torch
-
         from minillama.training.loop import train
 
         if not self.options.resume:
             self.run.create(self.saved_options)
         if self.options.compile:
             model.compile(dynamic=dynamic)
-        torch.manual_seed(self.options.seed + self.processes.rank)  # dropout differs from process to process
         settings = settings_of(self.options, self.dtype)
         log = make_log(self.run)
         return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
+
+    def seed_dropout(self) -> None:
+        """Seeds the draws of training, differently in each process."""
+        import torch
+
+        torch.manual_seed(self.options.seed + self.processes.rank)
 
     def write_model(self, state: dict[str, Tensor], config: LlamaConfig, stop_ids: Sequence[int]) -> list[str]:
         """Writes --model_out, and the tokenizer beside it. Returns the arguments that open the model."""

@@ -135,7 +135,10 @@ COMMAND = Command(
     (Group("the result", (TO, flags.OUT_DTYPE, flags.MODEL_OUT)), flags.MODEL),
     run,
     """
-python run_llama.py --option convert --to llama2c-v2 --pretrained-model-path mine.safetensors --model_out mine.bin
+python run_llama.py --option convert --out_dtype fp16 --pretrained-model-path data/mini-llama.safetensors \\
+    --model_out half.safetensors
+python run_llama.py --option pretrain --norm rmsnorm --corpus README.md --dim 64 --n_layers 2 --max_seq_len 128 \\
+    --batch_size 4 --warmup_steps 5 --model_out mine.safetensors
 python run_llama.py --option convert --to huggingface --pretrained-model-path mine.safetensors --model_out mine
 """,
     default_texts={"out_dtype": "the checkpoint's own"},

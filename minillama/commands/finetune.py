@@ -209,6 +209,7 @@ def train(
         average=MovingAverage(options.bregman, options.bregman_beta) if options.bregman else None,
         r_drop=options.r_drop,
     )
+    session.seed_dropout()
     trained = session.train(model, task, write_best, dynamic=True)
     if session.processes.is_main:
         link_or_copy(run.best_path, best_model_path(options))  # another run may have used that name meanwhile
@@ -248,9 +249,6 @@ FINETUNE = command(
     """
 python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A fine film with a weak end."
-python run_llama.py --option finetune --epochs 5 --lr 2e-5 --batch_size 80 --train data/sst-train.txt \\
-    --dev data/sst-dev.txt --test data/sst-test.txt --label-names data/sst-label-mapping.json \\
-    --dev_out sst-dev-finetuning-output.txt --test_out sst-test-finetuning-output.txt
 """,
 )
 LORA = command(
@@ -259,7 +257,6 @@ LORA = command(
     (flags.LORA,),
     """
 python run_llama.py --option lora --lr 3e-3 --epochs 10 --batch_size 16 --schedule cosine
-python run_llama.py --option lora --lora_rank 4 --lora_alpha 1.0 --lr 2e-5 --batch_size 10 \\
-    --dev_out cfimdb-dev-lora-output.txt --test_out cfimdb-test-lora-output.txt
+python run_llama.py --option lora --lora_rank 8 --lora_alpha 8 --dora --lr 3e-3 --epochs 10 --batch_size 16
 """,
 )

@@ -225,7 +225,7 @@ COMMAND = Command(
 python run_llama.py --option tokenizer --corpus README.md --vocab_size 600 --model_out mine.model
 python run_llama.py --option pretrain --corpus README.md --tokenizer mine.model --dim 64 --n_layers 2 \\
     --max_seq_len 128 --batch_size 4 --epochs 5 --warmup_steps 10 --lr 3e-3 --model_out mine.safetensors
-python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --model_out mine.safetensors
+python run_llama.py --option pretrain --corpus README.md CHANGELOG.md=3 --max_steps 20 --model_out mine.safetensors
 """,
     defaults={
         "lr": 1e-3,
@@ -245,6 +245,7 @@ python run_llama.py --option pretrain --corpus stories/ reviews.txt=3 --model_ou
         "window": "the model's context",
         "dropout": "0, or the checkpoint's",
         "out_dtype": "fp32",
+        "vocab_size": "that of the tokenizer",
     },
     check=check,
     inputs=lambda options: [options.pretrained_model_path] if options.continued else [],

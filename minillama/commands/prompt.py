@@ -95,9 +95,6 @@ COMMAND = Command(
     """
 python run_llama.py --option prompt
 python run_llama.py --option prompt --calibrate contextual --batch_size 10
-python run_llama.py --option prompt --train data/sst-train.txt --dev data/sst-dev.txt --test data/sst-test.txt \\
-    --label-names data/sst-label-mapping.json \\
-    --dev_out sst-dev-prompting-output.txt --test_out sst-test-prompting-output.txt
 """,
     resolve=lambda options: use_bundled_rows(options, ENDING, ("dev", "test", "label_names")),
     default_texts=classifiers.output_texts(ENDING),

@@ -115,6 +115,7 @@ def run(options: Options) -> None:
             described: dict[str, Any] = {"epoch": epoch, "scores": score.metrics, "options": session.saved_options}
             write_checkpoint(run.best_path, state, config, stop_ids=list(checkpoint.stop_ids), **described)
 
+        session.seed_dropout()
         model = session.train(llama.to(session.device), task, write_best, dynamic=True)
         if session.processes.is_main:  # read the file, because the model in memory may be sharded
             opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])
@@ -213,7 +214,8 @@ COMMAND = Command(
     run,
     """
 python run_llama.py --option sft --pretrained-model-path data/mini-llama.safetensors --model_out answers.safetensors
-python run_llama.py --option sft --train train.jsonl --dev dev.jsonl --model_out answers.safetensors
+python run_llama.py --option sft --train data/demo-qa-train.jsonl --dev data/demo-qa-dev.jsonl --lora_rank 4 \\
+    --pretrained-model-path data/mini-llama.safetensors --model_out answers.safetensors
 """,
     defaults={
         "lr": 5e-4,

@@ -77,8 +77,8 @@ MIXING = Group(
         ),
         flags.MODEL_OUT,
     ),
-    "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT). Scores each mixture on dev and --ood, and "
-    "the best one on dev also on test. --model_out saves that one as a normal fine-tuned model.",
+    "Mixes the weights, (1 - alpha) * base + alpha * fine-tuned (WiSE-FT). Scores each mixture on dev and --ood,\n"
+    "and the best one on dev also on test. --model_out saves that one as a normal fine-tuned model.",
 )
 
 
@@ -341,7 +341,7 @@ COMMAND = Command(
     """
 python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
 python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt
-python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt --ood other.txt --ood_classes 0,0,-1,1,1
+python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt --ood data/demo-test.txt
 """,
     defaults=dict.fromkeys((*INHERITED_OPTIONS, "label_names", "dev_out", "test_out")),
     default_texts=dict.fromkeys((*INHERITED_OPTIONS, "label_names"), "that of the run that wrote --finetuned")

@@ -290,6 +290,11 @@ def test_a_command_says_the_defaults_that_it_has(command):
             assert getattr(options, flag.key) == flag.default
 
 
+def test_the_options_of_a_command_that_is_unknown_are_refused():
+    with pytest.raises(ValueError, match="there is no option 'frobnicate'"):
+        parse([]).replace(option="frobnicate")
+
+
 def test_options_do_not_change_in_place():
     options = parse(["--lr", "1"])
     with pytest.raises(AttributeError, match=r"use replace\(lr=...\)"):
