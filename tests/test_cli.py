@@ -357,7 +357,7 @@ def test_processes_that_cannot_meet_are_told_how_to_and_leave_no_folder(command,
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = command("finetune")
-    assert code == 2 and "start them with torchrun, or type `unset RANK WORLD_SIZE` for one" in err.splitlines()[-1]
+    assert code == 2 and "type `unset RANK WORLD_SIZE` for one process" in err.splitlines()[-1]
     assert not (command.folder / "runs").exists()
 
 
