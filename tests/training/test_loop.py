@@ -264,7 +264,7 @@ def test_too_little_memory_is_told_in_one_line_with_what_to_try(fit):
                 raise torch.OutOfMemoryError("Tried to allocate 1 GiB")
             return super().forward(ids, mask)
 
-    with pytest.raises(ValueError, match="^4 rows at once .* memory of cpu; nothing .*Try --micro_batch_size 2"):
+    with pytest.raises(ValueError, match="^4 rows at once .* memory of cpu; no checkpoint .*Try --micro_batch_size 2"):
         fit(Large(), some_rows(9), some_rows(2), settings(batch_size=4), name="large")
     fit(Large(), some_rows(9), some_rows(2), settings(batch_size=4, micro_batch_size=2), name="small")
 
