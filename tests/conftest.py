@@ -58,6 +58,11 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_model=small_tokenizer)
+
+
 @pytest.fixture(scope="session")
 def llama_tokenizer(asset: Callable[[str], Path]) -> Tokenizer:
     return Tokenizer(tokenizer_model=asset("course/tokenizer.model"))

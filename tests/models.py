@@ -17,6 +17,10 @@ from lora import apply_lora, lora_layers
 from minillama.formats.checkpoint import METADATA_KEY
 from minillama.formats.huggingface import write_huggingface
 
+# The class names of the course's two data sets.
+SST = ["awful", "bad", "average", "good", "excellent"]
+CFIMDB = ["bad", "good"]
+
 
 def tiny_config(**changes: object) -> LlamaConfig:
     sizes: dict = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}
@@ -31,6 +35,13 @@ def tiny_llama(seed: int = 0, **changes: object) -> Llama:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    """The path, with this content in its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def some_stories(count: int, seed: int = 0, words: int = 40) -> list[str]:

@@ -17,10 +17,7 @@ from minillama.text.batches import (
     word_ids,
 )
 from minillama.text.labelled import Row
-
-SST = ["awful", "bad", "average", "good", "excellent"]
-CFIMDB = ["bad", "good"]
-
+from models import CFIMDB, SST
 
 # Tokens
 

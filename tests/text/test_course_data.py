@@ -7,9 +7,8 @@ import pytest
 from conftest import ROOT
 from minillama.text.batches import prompt_question, tokenize_rows
 from minillama.text.labelled import class_names, has_gold_labels, missing_classes, read_labels, read_rows
+from models import CFIMDB, SST
 
-SST = ["awful", "bad", "average", "good", "excellent"]
-CFIMDB = ["bad", "good"]
 NAMES = {"sst": SST, "cfimdb": CFIMDB}
 
 

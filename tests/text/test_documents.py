@@ -18,20 +18,8 @@ from minillama.text.documents import (
     tokenize_text,
     train_tokenizer,
 )
-from models import some_stories
+from models import some_stories, written
 from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_tokenizer):
-    return Tokenizer(tokenizer_model=small_tokenizer)
-
-
-def written(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
 
 # Documents
 

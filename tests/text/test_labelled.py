@@ -16,16 +16,7 @@ from minillama.text.labelled import (
     read_labels,
     read_rows,
 )
-
-SST = ["awful", "bad", "average", "good", "excellent"]
-CFIMDB = ["bad", "good"]
-
-
-def written(tmp_path, text):
-    path = tmp_path / "rows.txt"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return path
-
+from models import CFIMDB, SST, written
 
 # Reading
 
@@ -59,7 +50,7 @@ def written(tmp_path, text):
     ],
 )
 def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
-    rows = read_rows(written(tmp_path, text), CFIMDB)
+    rows = read_rows(written(tmp_path / "rows.txt", text), CFIMDB)
     assert [row.sentence for row in rows] == sentences
     assert [row.label for row in rows] == [0, 1]
 
@@ -89,12 +80,12 @@ def test_rows_of_every_kind_of_text_file(tmp_path, text, sentences):
 )
 def test_a_bad_line_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        read_rows(written(tmp_path, text), CFIMDB)
+        read_rows(written(tmp_path / "rows.txt", text), CFIMDB)
 
 
 @pytest.mark.parametrize("label", ["0", "00", " 1 ", "+1", "١", "-0"])
 def test_a_label_is_plain_digits(tmp_path, label):
-    path = written(tmp_path, f"{label} ||| one\n")
+    path = written(tmp_path / "rows.txt", f"{label} ||| one\n")
     if label in ("+1", "١"):
         with pytest.raises(ValueError, match="is none of"):
             read_rows(path, CFIMDB)

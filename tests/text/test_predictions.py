@@ -14,20 +14,12 @@ from minillama.text.labelled import (
     read_rows,
     write_predictions,
 )
-
-SST = ["awful", "bad", "average", "good", "excellent"]
-CFIMDB = ["bad", "good"]
-
-
-def written(tmp_path, text):
-    path = tmp_path / "rows.txt"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return path
+from models import CFIMDB, SST, written
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\r\r\n"])
 def test_predictions_have_as_many_lines_as_rows_for_every_reader(tmp_path, end):
-    rows = read_rows(written(tmp_path, end.join(["0 ||| one", "1 ||| two", "0 ||| three", ""])), CFIMDB)
+    rows = read_rows(written(tmp_path / "rows.txt", end.join(["0 ||| one", "1 ||| two", "0 ||| three", ""])), CFIMDB)
     write_predictions(tmp_path / "out.txt", [row.label for row in rows], rows)
     with open(tmp_path / "out.txt", encoding="utf-8", newline=None) as file:
         assert len(file.readlines()) == len(rows) == 3

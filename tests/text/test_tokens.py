@@ -19,19 +19,8 @@ from minillama.text.documents import (
     read_header,
     tokenize_text,
 )
-from models import some_stories
+from models import some_stories, written
 from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_tokenizer):
-    return Tokenizer(tokenizer_model=small_tokenizer)
-
-
-def written(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def tokenized(tmp_path, tokenizer, documents, name="a.txt"):

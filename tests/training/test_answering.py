@@ -8,12 +8,6 @@ import torch
 from fitting import a_llama, an_instruction, judged
 from minillama.text.examples import Example, pack
 from minillama.training.evaluation import answer_prompts, answer_scores
-from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_tokenizer):
-    return Tokenizer(tokenizer_model=small_tokenizer)
 
 
 def answer_by_hand(model, example):

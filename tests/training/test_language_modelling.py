@@ -13,12 +13,6 @@ from minillama.text.corpus import Corpus, Text, evenly
 from minillama.training.distributed import Processes
 from minillama.training.language_modelling import LanguageModelling
 from models import some_stories
-from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_tokenizer):
-    return Tokenizer(tokenizer_model=small_tokenizer)
 
 
 def test_losses_are_summed_over_the_tokens_of_each_window(tokenizer):

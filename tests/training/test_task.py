@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from fitting import a_task, an_instruction, some_rows
 from minillama.training import task as tasks
 from minillama.training.classification import Classification
-from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_tokenizer):
-    return Tokenizer(tokenizer_model=small_tokenizer)
 
 
 def test_all_tasks_are_what_the_loop_asks_for(tokenizer):
