@@ -247,6 +247,14 @@ def check_causal(llama: Llama) -> None:
         )
 
 
+def training_window(options: Options, config: LlamaConfig) -> int:
+    """The most tokens of a training row: --window, else the model's context. Raises ValueError if it is longer."""
+    window = options.window or config.max_seq_len
+    if window > config.max_seq_len:
+        raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
+    return window
+
+
 def lora_settings(options: Options) -> dict[str, Any]:
     """The arguments of `lora.apply_lora`, from the options."""
     targets = [name for target in options.lora_targets for name in LORA_TARGETS.get(target, (target,))]

@@ -145,6 +145,18 @@ class Session:
 
         torch.manual_seed(self.options.seed + self.processes.rank)
 
+    def best_writer(
+        self, config: LlamaConfig, stop_ids: Sequence[int]
+    ) -> Callable[[dict[str, Tensor], int, Score], None]:
+        """A function that writes a language model as the best of the run: its weights, epoch and score."""
+        from minillama.formats.checkpoint import write_checkpoint
+
+        def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
+            described: dict[str, Any] = {"epoch": epoch, "scores": score.metrics, "options": self.saved_options}
+            write_checkpoint(self.run.best_path, state, config, stop_ids=list(stop_ids), **described)
+
+        return write_best
+
     def write_model(self, state: dict[str, Tensor], config: LlamaConfig, stop_ids: Sequence[int]) -> list[str]:
         """Writes --model_out, and the tokenizer beside it. Returns the arguments that open the model."""
         from minillama.formats.checkpoint import write_safetensors

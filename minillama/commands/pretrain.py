@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import POSITIONS, PRESETS
 from minillama.cli import flags
 from minillama.cli.checks import check_corpus, check_training, model_files, text_and_weight
 from minillama.cli.header import print_header, report, report_next
-from minillama.cli.loading import check_causal, load_llama, open_checkpoint
+from minillama.cli.loading import check_causal, load_llama, open_checkpoint, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
 from minillama.cli.session import open_session
 from minillama.formats.names import without_ending
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from config import LlamaConfig
     from minillama.text.corpus import Corpus
     from minillama.training.distributed import Processes
-    from minillama.training.task import Score
     from tokenizer import Tokenizer
 
 SIZES = {
@@ -154,7 +151,6 @@ def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: 
 def run(options: Options) -> None:
     """Trains the model and writes it with its tokenizer."""
     from llama import Llama
-    from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import read_torch
     from minillama.training.language_modelling import LanguageModelling
 
@@ -174,9 +170,7 @@ def run(options: Options) -> None:
         print_header(options, llama, kind, tokenizer, session.device, dtype, name=name)
         check_causal(llama)
         config = llama.config
-        window = options.window or config.max_seq_len
-        if window > config.max_seq_len:
-            raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
+        window = training_window(options, config)
         corpus = read_corpus(options, tokenizer, window, session.processes)
         steps = plan_steps(options, corpus.pass_length, window)
         task = LanguageModelling(
@@ -189,10 +183,7 @@ def run(options: Options) -> None:
             seed=options.seed,
         )
 
-        def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
-            described: dict[str, Any] = {"epoch": epoch, "scores": score.metrics, "options": session.saved_options}
-            write_checkpoint(run.best_path, state, config, stop_ids=list(stop_ids), **described)
-
+        write_best = session.best_writer(config, stop_ids)
         session.train(llama.to(session.device), task, write_best, dynamic=False)
         if session.processes.is_main:
             opened = session.write_model(read_torch(run.best_path)["model"], config, stop_ids)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model, use_demo_data
 from minillama.cli.checks import check_differ, check_training, model_files
 from minillama.cli.header import display_path, report, report_next
-from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings
+from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
 from minillama.cli.provenance import check_default_output, write_with_record
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from minillama.cli.session import Session
     from minillama.formats.checkpoint import Checkpoint
     from minillama.text.examples import Example
-    from minillama.training.task import Score
     from tokenizer import Tokenizer
 
 SPLITS = ("train", "dev", "test")
@@ -78,7 +77,6 @@ def outputs(options: Options) -> list[str]:
 
 def run(options: Options) -> None:
     """Trains the model, writes it with its tokenizer, and answers the prompts of dev and test."""
-    from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import read_torch
     from minillama.text.examples import read_examples
     from minillama.training.answering import Instruction
@@ -93,9 +91,7 @@ def run(options: Options) -> None:
         llama, checkpoint = session.load_llama(", ".join(f"{split} {getattr(options, split)}" for split in raw))
         check_causal(llama)
         config = llama.config
-        window = options.window or config.max_seq_len
-        if window > config.max_seq_len:
-            raise ValueError(f"--window {window} is longer than the model's context of {config.max_seq_len}")
+        window = training_window(options, config)
         data, width = tokenize_data(options, raw, tokenizer, window)
         if options.lora_rank:
             add_lora(options, llama)
@@ -111,10 +107,7 @@ def run(options: Options) -> None:
             answer_rows=options.answer_rows,
         )
 
-        def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
-            described: dict[str, Any] = {"epoch": epoch, "scores": score.metrics, "options": session.saved_options}
-            write_checkpoint(run.best_path, state, config, stop_ids=list(checkpoint.stop_ids), **described)
-
+        write_best = session.best_writer(config, checkpoint.stop_ids)
         session.seed_dropout()
         model = session.train(llama.to(session.device), task, write_best, dynamic=True)
         if session.processes.is_main:  # read the file, because the model in memory may be sharded
