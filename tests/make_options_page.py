@@ -25,11 +25,8 @@ terminal. `-` and `_` are the same in the name of a flag. [examples/](../example
 
 def row(flag: Flag, command: Command) -> str:
     """A line of a table: the flag, its help, its default for the command."""
-    default = command.default_texts.get(flag.key) or command.defaults.get(flag.key)
-    shown = default if default is not None else flag.default_text or flag.default
-    shown = "" if shown is None or shown is False or shown == [] else f"{shown}"
     values = flag.metavar or ", ".join(map(str, flag.settings.get("choices", ())))
-    cells = [f"`{flag.name}`" + (f" {values}" if values else ""), flag.help, shown]
+    cells = [f"`{flag.name}`" + (f" {values}" if values else ""), flag.help, command.shown_default(flag)]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;").strip() for cell in cells) + " |\n"
 
 

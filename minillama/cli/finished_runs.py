@@ -27,8 +27,7 @@ class Run:
     name: str
     problems: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # empty if they could not be read
-    defaults: dict[str, Any] = field(default_factory=dict)  # of the command's options
-    relevant: set[str] = field(default_factory=set)  # options that have an effect on the command
+    defaults: dict[str, Any] = field(default_factory=dict)  # of the options that have an effect on the command
     losses: list[Point] = field(default_factory=list)  # (step, training loss)
     seconds: float = 0.0  # of training
     scores: list[dict[str, Any]] = field(default_factory=list)  # a line of the metrics for each epoch
@@ -103,8 +102,7 @@ def read_run(path: Path, name: str, commands: Sequence[Command]) -> Run:
             raise TypeError
         # Options that an older version lacked get their defaults.
         options = parse_options(commands, [], active_options(saved))
-        run.options, run.relevant = options.values(), options.command.keys
-        run.defaults = parse_options(commands, ["--option", options.option]).values()
+        run.options, run.defaults = options.values(), options.command.all_defaults
     except FileNotFoundError:
         run.problems.append("no options.json")
     except DAMAGE:

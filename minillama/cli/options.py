@@ -48,14 +48,16 @@ class Flag:
         else:
             self.settings |= {"type": kind} if callable(kind) else {"choices": kind}
 
-    def add_to(self, parser: Any, default: Any = None, default_text: str = "") -> None:
-        """Adds the flag to an argparse parser or group. default, default_text: the command's, instead of the flag's."""
-        value = self.default if default is None else default
-        shown = default_text or (self.default_text if default is None else "")
-        if not shown and value is not None and value is not False and value != []:
-            shown = str(value)
-        text = f"{self.help} (default: {shown})" if self.help and shown else self.help or f"(default: {shown})"
-        parser.add_argument(self.name, help=text.replace("%", "%%"), default=value, **self.settings)
+    @property
+    def shown_default(self) -> str:
+        """The default as help shows it; "" without one."""
+        has_none = self.default is None or self.default is False or self.default == []
+        return self.default_text or ("" if has_none else str(self.default))
+
+    def add_to(self, parser: Any, shown_default: str) -> None:
+        """Adds the flag to an argparse parser or group."""
+        text = f"{self.help} (default: {shown_default})" if shown_default else self.help
+        parser.add_argument(self.name, help=text.replace("%", "%%"), default=self.default, **self.settings)
 
 
 OwnFlag = partial(Flag, elsewhere="belongs to --option {users}")
@@ -134,7 +136,17 @@ class Command:
     @property
     def keys(self) -> set[str]:
         """The names of the flags that the command uses."""
-        return {flag.key for group in (COMMON, *self.groups) for flag in group.flags}
+        return set(all_flags([self]))
+
+    @property
+    def all_defaults(self) -> dict[str, Any]:
+        """The default of each flag that the command uses."""
+        return {key: flag.default for key, flag in all_flags([self]).items()} | {"option": self.name, **self.defaults}
+
+    def shown_default(self, flag: Flag) -> str:
+        """The command's default of a flag as help shows it; "" without one."""
+        value = self.defaults.get(flag.key)
+        return self.default_texts.get(flag.key) or (flag.shown_default if value is None else str(value))
 
 
 COMMON = Group(
@@ -167,7 +179,7 @@ def build_parser(commands: Sequence[Command]) -> OneLineParser:
     parser.add_argument("--option", choices=[command.name for command in commands], default="generate")
     for flag in all_flags(commands).values():
         if flag.key != "option":
-            flag.add_to(parser)
+            flag.add_to(parser, flag.shown_default)
     return parser
 
 
@@ -271,6 +283,5 @@ def command_help(command: Command) -> str:
         section = parser.add_argument_group(group.title, group.note or None)
         for flag in group.flags:
             if flag.key != "option":
-                default = command.defaults.get(flag.key)
-                flag.add_to(section, default, command.default_texts.get(flag.key, ""))
+                flag.add_to(section, command.shown_default(flag))
     return parser.format_help()

@@ -72,7 +72,7 @@ def settings(run: Run) -> dict[str, str]:
     return {
         name: setting(value)
         for name, value in run.options.items()
-        if name not in NOT_SETTINGS and name in run.relevant and value != run.defaults.get(name)
+        if name not in NOT_SETTINGS and name in run.defaults and value != run.defaults[name]
     }
 
 
