@@ -207,7 +207,10 @@ def run(options: Options) -> None:
         seed=options.seed,
         shows_prompt=not options.chat,
     )
-    writer = Writer(fast_model(llama, dtype, options.quantize), tokenizer, device, decoding)
+    rows = {"beam": decoding.beams, "contrastive": decoding.k, "lookup": 1}.get(
+        options.decoder, max(1, min(options.batch_size, len(prompts) * options.num_samples))
+    )
+    writer = Writer(fast_model(llama, dtype, options.quantize, rows, tell=report), tokenizer, device, decoding)
     if options.interactive:
         converse(options, writer)
     elif options.json or options.prompt_file or options.num_samples > 1:

@@ -1,12 +1,13 @@
 """A Llama for inference only: the results of `Llama` from fewer and faster matrix products.
 
 A token costs the time to read every weight, and torch's work between the products. So query, key and value are one
-product here, and so are gate and up. The weights are in the layout of oneDNN's kernels, or in 8 bits. `Llama` is the
-readable path; tests compare the two.
+product here, and so are gate and up. The weights are in the layout of oneDNN's kernels, or in 8 bits. One token for
+one row on the CPU is computed by numba_step.py, twice as fast. `Llama` is the readable path; tests compare the three.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Llama, last_token_state
+from minillama.decoding.compiled_decoder import CompiledDecoder, Matrix, covers, missing
 from minillama.decoding.sampling import LanguageModel
-from minillama.layers.kernels import Product, fused_attention, product_of, single_token_attention
+from minillama.layers.kernels import Product, fused_attention, int8_weights, product_of, single_token_attention
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask
 from minillama.layers.precision import at_least_float32, autocast
@@ -38,43 +40,72 @@ class InferenceLayer(NamedTuple):
 class InferenceLlama:
     """`Llama.forward` in evaluation mode, without gradients.
 
-    The constructor takes the weights out of `llama` layer by layer, to save memory; `llama` is then empty. A tied
-    weight is in memory twice, as the embedding table and as the output product.
+    The constructor takes the weights out of `llama` layer by layer, to save memory; `llama` is then empty. A weight
+    that is packed is in memory twice if it is tied, as the embedding table and as the output product.
 
-    dtype: of the products (default: that of the weights). quantize: "int8" or None. The residual stream is at least
-    float32; on the CPU, so are the inputs of attention.
+    dtype: of the products (default: that of the weights). quantize: "int8" or None. rows: how many texts are continued
+    at once; one alone is decoded by the loops of numba_step.py, if they cover the model. tell: is given a line about
+    their compilation, or about what they lack. The residual stream is at least float32; on the CPU, so are the inputs
+    of attention.
     """
 
     @torch.no_grad()
-    def __init__(self, llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> None:
+    def __init__(
+        self,
+        llama: Llama,
+        dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        rows: int = 1,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
         if quantize not in (None, *QUANTIZATIONS):
             raise ValueError(f"quantize is {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
         if llama.config.attention_type != "softmax":
             raise ValueError(f"{llama.config.attention_type} attention cannot be quantized; leave out --quantize")
-        self.config = llama.config
+        self.config, table = llama.config, llama.tok_embeddings.weight
+        dtype = dtype or table.dtype
+        self.decoder: CompiledDecoder | None = None
+        if rows == 1 and covers(self.config, table.device, dtype, quantize):
+            lack = missing()
+            if lack is None:
+                self.decoder = CompiledDecoder(self.config, tell)
+            else:
+                tell(f"notice: text comes at about half the speed, because {lack}")
 
-        def product(*linears: nn.Linear) -> Product:
-            parts = [linear.weight.detach().to(dtype or linear.weight.dtype) for linear in linears]
-            return product_of(torch.cat(parts) if len(parts) > 1 else parts[0], quantize)
+        def matrix(*linears: nn.Linear) -> Matrix:
+            parts = [linear.weight.detach().to(dtype) for linear in linears]
+            weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return int8_weights(weight) if quantize == "int8" else (weight, None)
+
+        def product(weight: Tensor, scale: Tensor | None) -> Product:
+            return product_of(weight, scale, pack=self.decoder is None)  # the loops read the plain weights
 
         self.layers = []
         blocks, llama.layers = list(llama.layers), nn.ModuleList()
         while blocks:
             block: Any = blocks.pop(0)
             attention, feed_forward = block.attention, block.feed_forward
+            qkv = matrix(attention.compute_query, attention.compute_key, attention.compute_value)
+            output, gate_up = matrix(attention.compute_output), matrix(feed_forward.w1, feed_forward.w3)
+            down = matrix(feed_forward.w2)
             self.layers.append(
                 InferenceLayer(
                     block.attention_norm,
-                    product(attention.compute_query, attention.compute_key, attention.compute_value),
-                    product(attention.compute_output),
+                    product(*qkv),
+                    product(*output),
                     block.ffn_norm,
-                    product(feed_forward.w1, feed_forward.w3),
-                    product(feed_forward.w2),
+                    product(*gate_up),
+                    product(*down),
                 )
             )
+            if self.decoder is not None:
+                self.decoder.add_block(block.attention_norm, block.ffn_norm, (qkv, output, gate_up, down))
         self.tok_embeddings, self.norm = llama.tok_embeddings, llama.norm
-        self.output = product(llama.output)
+        vocabulary = matrix(llama.output)
         llama.output = nn.Identity()  # type: ignore[assignment]
+        self.output = product(*vocabulary)
+        if self.decoder is not None:
+            self.decoder.add_head(self.norm, vocabulary)
 
     @torch.no_grad()
     def __call__(
@@ -85,6 +116,9 @@ class InferenceLlama:
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Llama.forward`."""
+        alone = tokens.shape == (1, 1) and attention_mask is None and cache is not None
+        if self.decoder is not None and alone and cache.length and cache.real is None:  # type: ignore[union-attr]
+            return self.decoder(at_least_float32(self.tok_embeddings(tokens))[0, 0], cache)  # type: ignore[arg-type]
         config = self.config
         H, K = config.n_heads, config.kv_heads
         T = tokens.shape[1]
@@ -119,14 +153,20 @@ class InferenceLlama:
     new_cache: Any = Llama.new_cache
 
 
-def fast_model(llama: Llama, dtype: torch.dtype | None = None, quantize: str | None = None) -> LanguageModel:
+def fast_model(
+    llama: Llama,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    rows: int = 1,
+    tell: Callable[[str], None] = lambda line: None,
+) -> LanguageModel:
     """The fastest form of a model for inference; do not use `llama` afterwards.
 
-    It is an `InferenceLlama`; for differential attention, the Llama itself with products in `dtype`. Raises ValueError
-    if differential attention is to be quantized.
+    It is an `InferenceLlama`, which explains the parameters; for differential attention, the Llama itself with products
+    in `dtype`. Raises ValueError if differential attention is to be quantized.
     """
     if llama.config.attention_type == "softmax" or quantize is not None:
-        return InferenceLlama(llama, dtype, quantize)
+        return InferenceLlama(llama, dtype, quantize, rows, tell)
     weight = llama.tok_embeddings.weight
     llama.forward = autocast(weight.device, dtype or weight.dtype)(llama.forward)  # type: ignore
     return llama.eval()

@@ -8,18 +8,24 @@ filters, softmax, draw.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
+NUCLEUS = (256, 4096, sys.maxsize)  # tokens that top-p sorts: more only if these do not reach p
 BANNED = -1e30  # a logit below all others; it is finite, because infinity indicates damaged weights
 
 
 def cut(logits: Tensor, dropped: Tensor) -> Tensor:
-    """The logits, with -inf where `dropped` (bool, the same shape), except at each row's arg-max."""
-    return logits.masked_fill(dropped.scatter(-1, logits.argmax(-1, keepdim=True), False), -math.inf)
+    """The logits, with -inf where `dropped` (bool, the same shape). A row that would lose all keeps its arg-max."""
+    kept = torch.where(dropped, -math.inf, logits)
+    if logits.device.type == "cpu" and bool((kept.amax(-1) > -math.inf).all()):
+        return kept  # the usual case; torch's argmax is slow, and on a GPU this question is
+    return kept.scatter(-1, logits.argmax(-1, keepdim=True), logits.amax(-1, keepdim=True))
 
 
 def epsilon_filter(logits: Tensor, epsilon: float) -> Tensor:
@@ -50,11 +56,15 @@ def top_k_filter(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most probable tokens with total probability p (nucleus sampling, arXiv 1904.09751)."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # total of all more probable tokens
-    return cut(logits, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p))
+    """Keeps the fewest most probable tokens with total probability p (nucleus sampling, arXiv 1904.09751), and ties."""
+    probabilities = logits.softmax(-1)
+    for size in NUCLEUS:
+        largest = probabilities.topk(min(size, logits.shape[-1]), dim=-1).values
+        before = largest.cumsum(-1) - largest  # total of all more probable tokens
+        if bool((before[..., -1] >= p).all()):
+            break
+    last = ((before < p).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return cut(logits, probabilities < largest.gather(-1, last))
 
 
 def min_p_filter(logits: Tensor, p: float) -> Tensor:
@@ -91,14 +101,25 @@ def repetition_penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor
 
 def distribution(logits: Tensor, temperature: float, filters: Sequence[Filter]) -> Tensor:
     """The probabilities to draw from, float32 (..., V): logits (..., V) after temperature (above 0) and filters."""
-    logits = logits.float()
-    logits = logits.masked_fill(logits <= BANNED / 2, -math.inf)  # banned at any temperature
-    # Shifted before the division: at a tiny temperature all other quotients overflow to -inf, and the arg-max has 0
-    # (or NaN, from 0 / 0, if the temperature is 0 in float32).
-    logits = ((logits - logits.amax(-1, keepdim=True)) / temperature).nan_to_num(nan=0.0, neginf=-math.inf)
+    logits = F.threshold(logits.float(), BANNED / 2, -math.inf)  # banned at any temperature
+    # Shifted before the division: at a tiny temperature all other quotients overflow to -inf, and the arg-max has 0.
+    # Below the bound, float32 could round the temperature to 0.
+    logits = (logits - logits.amax(-1, keepdim=True)).div_(max(temperature, 1e-30))
     for keep in filters:
         logits = keep(logits)
     return logits.softmax(-1)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draws a token for each row: probabilities (B, V), which need not sum to 1 -> ids (B,).
+
+    It is the first token at which the running total exceeds a random share of the whole. So a row takes one random
+    number, and torch.multinomial V of them. In float64 the share is below the whole, and a token of probability 0 is
+    never drawn.
+    """
+    totals = probabilities.cumsum(-1, dtype=torch.float64)
+    share = torch.rand(len(totals), 1, dtype=torch.float64, device=totals.device, generator=generator)
+    return torch.searchsorted(totals, share * totals[:, -1:], right=True).squeeze(-1)
 
 
 def check_finite(logits: Tensor) -> None:

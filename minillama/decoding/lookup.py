@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minillama.decoding.filters import Filter, check_finite, distribution
+from minillama.decoding.filters import Filter, check_finite, distribution, draw
 from minillama.decoding.sampling import LanguageModel, Reader, check_one_prompt, check_settings
 
 
@@ -87,4 +87,4 @@ def _checked(
         if torch.rand((), generator=generator, device=logits.device) < probabilities[proposed]:
             return proposed
         probabilities[proposed] = 0.0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    return int(draw(probabilities[None], generator))

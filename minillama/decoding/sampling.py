@@ -13,7 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minillama.decoding.filters import BANNED, Filter, check_finite, distribution, epsilon_filter, repetition_penalised
+from minillama.decoding.filters import (
+    BANNED,
+    Filter,
+    check_finite,
+    distribution,
+    draw,
+    epsilon_filter,
+    repetition_penalised,
+)
 from minillama.layers.precision import at_least_float32
 
 
@@ -43,7 +51,7 @@ def next_token(
         return logits.argmax(-1)
     if epsilon > 0.0:
         filters = (lambda logits: epsilon_filter(logits, epsilon), *filters)
-    return torch.multinomial(distribution(logits, temperature, filters), 1, generator=generator).squeeze(-1)
+    return draw(distribution(logits, temperature, filters), generator)
 
 
 def check_settings(max_new_tokens: int, temperature: float, epsilon: float, repetition_penalty: float = 1.0) -> None:

@@ -98,33 +98,33 @@ def packed_product(weight: Tensor) -> Product:
 
 
 def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W (out, in) as int8 from -127 to 127, and the bfloat16 scale of each row (out,): its largest weight / 127."""
+    """W (out, in) as int8 from -127 to 127, and the float32 scale of each row (out,): its largest weight / 127."""
     wide = weight.float()
-    scale = (wide.abs().amax(1).clamp(min=1e-30) / 127).to(torch.bfloat16)
-    return (wide / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    scale = wide.abs().amax(1).clamp(min=1e-30) / 127
+    return (wide / scale[:, None]).round().to(torch.int8), scale
 
 
-def int8_product(weight: Tensor) -> Product:
-    """x W^T with W in 8 bits and x in bfloat16; the sums are float32."""
-    whole, scale = int8_weights(weight)
-    has_kernel = weight.device.type == "cpu" and weight.shape[1] % INT8_WIDTH == 0
+def int8_product(whole: Tensor, scale: Tensor) -> Product:
+    """x W^T with W as `int8_weights` and x in bfloat16; the sums are float32."""
+    has_kernel = whole.device.type == "cpu" and whole.shape[1] % INT8_WIDTH == 0
+    ones = torch.ones_like(scale, dtype=torch.bfloat16)  # torch's kernel has no float32 scales
 
     def product(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         if has_kernel and len(rows) <= FEW_ROWS:
-            out = torch._weight_int8pack_mm(rows, whole, scale)
+            out = torch._weight_int8pack_mm(rows, whole, ones)
         else:
-            out = F.linear(rows, whole.to(torch.bfloat16)) * scale
-        return out.view(*x.shape[:-1], -1)
+            out = F.linear(rows, whole.to(torch.bfloat16))
+        return (out * scale).view(*x.shape[:-1], -1)
 
     return product
 
 
-def product_of(weight: Tensor, quantize: str | None) -> Product:
-    """The fastest product for a weight on its device. quantize: "int8" or None."""
-    if quantize == "int8":
-        return int8_product(weight)
-    return packed_product(weight) if can_pack(weight) else dense_product(weight)
+def product_of(weight: Tensor, scale: Tensor | None = None, pack: bool = True) -> Product:
+    """The fastest product for a weight on its device. scale: of `int8_weights`. pack: whether a copy may be made."""
+    if scale is not None:
+        return int8_product(weight, scale)
+    return packed_product(weight) if pack and can_pack(weight) else dense_product(weight)
 
 
 def can_pack(weight: Tensor) -> bool:
