@@ -30,7 +30,7 @@ from rope import rotary_rows
 if TYPE_CHECKING:
     from minillama.decoding.numba_step import Block
 
-Matrix = tuple[Tensor, Tensor | None]  # W (out, in), float32; or int8 with the scale of each row (out,)
+Matrix = tuple[Tensor, Tensor | None]  # W (out, in), float32 or bfloat16; or int8 with the scale of each row (out,)
 LOOPS = Path(__file__).with_name("numba_step.py")
 TRIAL = 100  # a number of threads that is not the fastest is tried for 1 / TRIAL of the time
 
@@ -38,8 +38,8 @@ TRIAL = 100  # a number of threads that is not the fastest is tried for 1 / TRIA
 def covers(config: LlamaConfig, device: torch.device, dtype: torch.dtype, quantize: str | None) -> bool:
     """Whether the compiled decoder computes such a model. dtype: of the matrix products."""
     plain = config.causal and config.position_embedding_type == "rotary" and config.sliding_window is None
-    weights = dtype == torch.float32 or (quantize == "int8" and dtype != torch.float64)
-    return device.type == "cpu" and plain and config.attention_type == "softmax" and weights
+    narrow = dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and quantize == "int8")
+    return device.type == "cpu" and plain and config.attention_type == "softmax" and narrow
 
 
 def missing() -> str | None:
@@ -84,13 +84,10 @@ class CompiledDecoder:
         """Adds the final norm and the output matrix. Compiles the loops if this has never been done here."""
         self.norm, self.output = norm_arrays(norm), arrays(*output)
         self.folder = cache_folder()
+        # An empty file, written when the loops for this type of weights have been compiled
+        self.compiled = self.folder / str(output[0].dtype).removeprefix("torch.")
         if not self.compiled.exists():
             self.load()
-
-    @property
-    def compiled(self) -> Path:
-        """An empty file, written when the loops for this type of weights have been compiled."""
-        return self.folder / self.output[0].dtype.name
 
     def load(self) -> None:
         """Imports Numba and the loops, and compiles them or reads them from the cache."""
@@ -182,8 +179,9 @@ class Team:
 
 
 def arrays(weight: Tensor, scale: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix as two arrays; float32 weights have the scale 1."""
-    return weight.numpy(), np.ones(len(weight), np.float32) if scale is None else scale.numpy()
+    """A matrix as two arrays: the weights, bfloat16 as uint16, and the scales, which are 1 except for int8."""
+    bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+    return bits.numpy(), np.ones(len(weight), np.float32) if scale is None else scale.numpy()
 
 
 def norm_arrays(norm: Any) -> tuple[np.ndarray, np.ndarray]:

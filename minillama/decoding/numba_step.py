@@ -1,8 +1,8 @@
 """One decoding step of a Llama on the CPU, as plain loops that Numba compiles. Shapes as in llama.py.
 
 A token costs the time to read all weights from memory. These loops read them at nearly the memory's speed; torch's
-kernels for one row do not, and between them is other work. Weights are float32, or int8 with a float32 scale for each
-row. Activations and sums are float32.
+kernels for one row do not, and between them is other work. Weights are float32, bfloat16, or int8 with a float32 scale
+for each row. Activations and sums are float32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+from numba.extending import overload
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
@@ -20,7 +21,7 @@ fast = {"reassoc", "contract", "nsz", "arcp", "afn"}
 
 
 class Block(NamedTuple):
-    """The arrays of a `LlamaLayer`. W is float32 or int8 (rows, columns), with a float32 scale (rows,) for each."""
+    """The arrays of a `LlamaLayer`. A matrix is (rows, columns) of `dot`'s types, its float32 scale is (rows,)."""
 
     attention_norm: Array
     attention_bias: Array  # of LayerNorm; zeros for RMSNorm
@@ -52,12 +53,23 @@ def normalize(x, weight, bias, eps, centred, out):
         out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
 
 
+def as_float32(weight):
+    """A weight as float32. NumPy has no bfloat16: a uint16 holds its bits, which are the upper half of a float32's."""
+
+
+@overload(as_float32, inline="always")
+def _as_float32(weight):
+    if weight == numba.uint16:
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: np.float32(weight)
+
+
 @numba.njit(fastmath=fast, cache=True)
 def dot(row, x):
-    """The sum of row[i] * x[i]; row is float32 or int8."""
+    """The sum of row[i] * x[i]; row is float32, int8, or bfloat16 as uint16."""
     total = np.float32(0)
     for i in range(x.size):
-        total += np.float32(row[i]) * x[i]
+        total += as_float32(row[i]) * x[i]
     return total
 
 

@@ -74,25 +74,28 @@ def test_to_the_end_of_the_context_its_logits_are_those_of_llama(seed):
         torch.testing.assert_close(hidden, wanted_hidden, atol=1e-4, rtol=1e-4)
 
 
-def dequantized(model: Llama) -> Llama:
-    """The model in float64, with each matrix rounded to 8 bits; its embedding table is not rounded."""
-    rounded = copy.deepcopy(model).double()
-    for one, other in zip(rounded.modules(), model.modules(), strict=True):
+def rounded(model: Llama, dtype: torch.dtype) -> Llama:
+    """The model in float64, with each matrix rounded to bfloat16 or int8; its embedding table is not rounded."""
+    wide = copy.deepcopy(model).double()
+    for one, other in zip(wide.modules(), model.modules(), strict=True):
         if isinstance(one, torch.nn.Linear):
-            whole, scale = int8_weights(other.weight.detach())
+            weight = other.weight.detach()
+            whole, scale = int8_weights(weight) if dtype == torch.int8 else (weight.to(dtype), torch.ones(len(weight)))
             one.weight = torch.nn.Parameter(whole.double() * scale.double()[:, None])
-    return rounded
+    return wide
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(6))
 @torch.no_grad()
-def test_in_int8_nothing_but_the_weights_is_rounded(seed):
+def test_of_narrow_weights_nothing_else_is_rounded(seed, dtype):
     shape = random_shape(seed)
     model = tiny_llama(seed, **shape)
     ids = random_ids(1, shape["max_seq_len"], shape["vocab_size"], seed)
     # One token is read by torch, whose activations are bfloat16; its keys and values then go into every later token.
-    fast = InferenceLlama(copy.deepcopy(model), quantize="int8")
-    exact = dequantized(model)
+    settings = {"quantize": "int8"} if dtype == torch.int8 else {"dtype": dtype}
+    fast = InferenceLlama(copy.deepcopy(model), **settings)
+    exact = rounded(model, dtype)
     cache, wide = fast.new_cache(), exact.new_cache()
     fast(ids[:, :1], cache=cache), exact(ids[:, :1], cache=wide)
     for ours, theirs in ((cache.keys, wide.keys), (cache.values, wide.values)):
@@ -156,7 +159,8 @@ def test_damaged_weights_are_noticed():
     ("changes", "covered"),
     [
         ({}, True),
-        ({"dtype": torch.bfloat16}, False),
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float16}, False),
         ({"dtype": torch.float64}, False),
         ({"dtype": torch.float64, "quantize": "int8"}, False),
         ({"dtype": torch.bfloat16, "quantize": "int8"}, True),
