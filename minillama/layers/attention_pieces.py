@@ -39,7 +39,7 @@ class AttentionInPieces(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
-        mixed = empty_heads(*query.shape[:-1], value.shape[-1], like=query)  # (B, H, T, vd)
+        mixed = empty_heads(query, value.shape[-1])  # (B, H, T, vd)
         weights, factors = [], []
         for rows, blocks in pieces(query, key, causal):
             q, k, v = scaled(query[rows]), by_key_head(key[rows]), by_key_head(value[rows])
@@ -66,10 +66,10 @@ class AttentionInPieces(torch.autograd.Function):
         query, key, value, *saved = ctx.saved_tensors
         weights = iter(saved)
         factors = iter(saved[len(saved) // 2 :] if ctx.dropout else [])
-        of_query, of_key, of_value = (empty_heads(*x.shape, like=x) for x in (query, key, value))
+        of_query, of_key, of_value = (empty_heads(x, x.shape[-1]) for x in (query, key, value))
         for rows, blocks in pieces(query, key, ctx.causal):
             q, k, v = scaled(query[rows]), by_key_head(key[rows]), by_key_head(value[rows])
-            of_k = of_v = None
+            sums: list[Tensor] = []  # the gradients of k and v
             for t, s in blocks:
                 probabilities, factor = next(weights), next(factors, None)
                 of_block = grouped(of_mixed[rows, :, t], k)  # (b K, H / K t, vd)
@@ -78,14 +78,13 @@ class AttentionInPieces(torch.autograd.Function):
                     kept, of_kept = kept * factor, of_kept * factor
                 of_scores = torch._softmax_backward_data(of_kept, probabilities, -1, probabilities.dtype)
                 of_query[rows, :, t] = (of_scores @ k[:, s]).view(*q[:, :, t].shape)
-                for_keys = of_scores.transpose(1, 2) @ grouped(q[:, :, t], k)
-                for_values = kept.transpose(1, 2) @ of_block
-                if of_k is None or of_v is None:
-                    of_k, of_v = for_keys, for_values
-                else:
-                    of_k[:, s] += for_keys
-                    of_v[:, s] += for_values
-            of_key[rows], of_value[rows] = of_k.view_as(key[rows]), of_v.view_as(value[rows])
+                parts = [of_scores.transpose(1, 2) @ grouped(q[:, :, t], k), kept.transpose(1, 2) @ of_block]
+                if sums:
+                    for one, part in zip(sums, parts, strict=True):
+                        one[:, s] += part
+                else:  # the first block attends to all keys
+                    sums = parts
+            of_key[rows], of_value[rows] = sums[0].view_as(key[rows]), sums[1].view_as(value[rows])
         return scaled(of_query), of_key, of_value, None, None, None
 
 
@@ -125,6 +124,7 @@ def later_keys(scores: Tensor) -> Tensor:
     return scores.new_full((t, t), -math.inf).triu(1)
 
 
-def empty_heads(B: int, H: int, T: int, d: int, like: Tensor) -> Tensor:
-    """An uninitialised (B, H, T, d) in the memory order (B, T, H, d) of the projections."""
-    return like.new_empty(B, T, H, d).transpose(1, 2)
+def empty_heads(x: Tensor, width: int) -> Tensor:
+    """An uninitialised (B, H, T, width), x (B, H, T, d), in the memory order (B, T, H, width) of the projections."""
+    B, H, T, _ = x.shape
+    return x.new_empty(B, T, H, width).transpose(1, 2)
