@@ -5,6 +5,7 @@ examples:
   python benchmark.py train --lora                             LoRA, against peft
   python benchmark.py train --train data/cfimdb-train.txt --dev data/cfimdb-dev.txt \\
       --label-names data/cfimdb-label-mapping.json --batch_size 10 --rows 200
+  python benchmark.py pretrain                                 pretraining at the bundled model's size
   python benchmark.py generate                                 text generation, float32, bfloat16 and int8
   python benchmark.py words                                    the accuracy of counting words on SST
 
@@ -14,6 +15,8 @@ Each contender runs in its own process, and they take turns. train compares:
                 precision as ours
   course        the course's procedure: float32, random batches padded to their longest row, attention and norms in
                 plain PyTorch, a Python loop over the parameters, and the training set evaluated after the epoch
+pretrain compares the pretraining step of run_llama.py with that of transformers' LlamaForCausalLM (RMSNorm, torch's
+fused AdamW): same sizes, random tokens, precision and gradient clipping. Rows are as long as the context.
 generate compares our text generation with that of transformers, on the same weights. It measures reading a prompt of
 512 tokens, decoding 1 and 16 rows, the time from process start to the first token, and the share of the memory
 bandwidth that is used. (The bandwidth is measured by reading 256 MB.)
@@ -27,13 +30,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 
+from config import PRESETS
+from minillama.benchmarks.tables import KINDS, print_tables
+from minillama.benchmarks.turns import in_turns, measured_in_a_process
 from minillama.cli.parser import COUNT, SEED, OneLineParser
 
-MODULES = {"train": "fine_tuning", "generate": "decoding", "words": "words"}
+MODULES = {"train": "fine_tuning", "pretrain": "pretraining", "generate": "decoding", "words": "words"}
 CONTENDERS = {
     "train": ("ours", "transformers", "course"),
+    "pretrain": ("ours", "transformers"),
     "generate": ("ours", "ours-bf16", "ours-int8", "transformers", "transformers-bf16"),
 }
 
@@ -42,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = OneLineParser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
-    add("what", choices=("train", "generate", "words"), help="what to measure")
+    add("what", choices=tuple(MODULES), help="what to measure")
     add("--lora", action="store_true", help="train LoRA adapters instead of all weights")
     add("--train", default="data/sst-train.txt", metavar="FILE", help="(default: %(default)s)")
     add("--dev", default="data/sst-dev.txt", metavar="FILE", help="(default: %(default)s)")
@@ -51,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FILE", help="(default: tokenizer.model, else data/tokenizer.model)")
     add("--pretrained-model-path", metavar="FILE", help="(default: random weights of stories42M's size)")
     add("--rows", type=COUNT, default=800, metavar="N", help="training rows of the epoch (default: %(default)s)")
-    add("--batch_size", type=COUNT, default=80, metavar="N", help="rows a step (default: %(default)s)")
+    add("--batch_size", type=COUNT, metavar="N", help="rows a step (default: 80 for train, 8 for pretrain)")
+    add("--preset", choices=PRESETS, default="mini", help="sizes for pretrain (default: %(default)s)")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="of ours and transformers (default: %(default)s)")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
     add("--rounds", type=COUNT, default=3, metavar="N", help="times each is measured (default: %(default)s)")
@@ -62,20 +73,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def compare(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measures the contenders in turns, and prints the tables."""
+    names = [name for name in CONTENDERS[args.what] if name.partition("-")[0] not in args.without]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.what == "generate" and args.pretrained_model_path is None:
+            from minillama.benchmarks.decoding import write_random_model
+
+            write_random_model(Path(folder), args.seed)
+            argv = [*argv, "--pretrained-model-path", folder]
+        found = in_turns({name: partial(measured_in_a_process, name, argv) for name in names}, args.rounds)
+    print_tables(KINDS[args.what], found, vars(args))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; the exit code is 0, 2 for bad input, or 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
+    if args.batch_size is None:
+        args.batch_size = 8 if args.what == "pretrain" else 80
     try:
+        if args.what != "words" and not args.contender:
+            compare(args, argv)
+            return 0
         # Imports only the needed module, because the time to the first token includes the imports.
         benchmark = import_module(f"minillama.benchmarks.{MODULES[args.what]}")
-        if args.what == "words":
-            benchmark.compare(args)
-        elif args.contender:
+        if args.contender:
             print(json.dumps(benchmark.measured(args)))
         else:
-            names = [name for name in CONTENDERS[args.what] if name.partition("-")[0] not in args.without]
-            benchmark.compare(args, names, argv)
+            benchmark.compare(args)
     except (ValueError, OSError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         return 2

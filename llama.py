@@ -21,10 +21,12 @@ from torch.overrides import TorchFunctionMode
 from config import LlamaConfig, feed_forward_size
 from minillama.formats.checkpoint import Checkpoint, read_checkpoint
 from minillama.layers import kernels
+from minillama.layers.attention_pieces import attention_in_pieces
 from minillama.layers.differential import add_differential_parameters, share_values, subtract_maps
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask, default_mask
 from minillama.layers.precision import at_least_float32, downcast_under_autocast, upcast_under_autocast
+from minillama.layers.token_losses import token_losses
 from rope import apply_rotary_emb
 
 
@@ -110,9 +112,6 @@ class Attention(nn.Module):
         if T == 1 < key.shape[2]:
             mixed = kernels.single_token_attention(query, key, value, mask)  # (B, H, 1, hd)
         else:
-            group = query.shape[1] // key.shape[1]  # query heads that share one key/value head
-            if group > 1:
-                key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # (B, H, S, hd)
             if only is not None:
                 mask = default_mask(T, config, query.dtype, query.device) if mask is None else mask
                 mask = None if mask is None else gather_positions(mask.expand(B, -1, -1, -1), only)
@@ -125,20 +124,24 @@ class Attention(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """The attention of `compute_query_key_value_scores`, computed by the config's kernel.
 
-        "auto" is torch's fused kernel. In half precision on the CPU it is "pieces", matrix products of a few rows at a
-        time, up to five times as fast (docs/performance.md).
+        Query (B, H, T, hd), key and value (B, K, S, hd) -> (B, H, T, hd). "auto" is torch's fused kernel. In half
+        precision on the CPU it is "pieces", matrix products of a few rows at a time, up to five times as fast
+        (docs/performance.md).
         """
         config, kernel = self.config, self.config.attention_kernel
         if kernel == "auto":
             half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
             kernel = "pieces" if half_on_cpu and query.shape[-2] <= 1024 else "fused"
-        if kernel == "manual":
-            return self.compute_query_key_value_scores(query, key, value, mask)
-        if kernel == "pieces":
-            return kernels.attention_in_pieces(self.compute_query_key_value_scores, query, key, value, mask)
         if mask is None and (config.sliding_window or config.position_embedding_type == "alibi"):
             mask = default_mask(query.shape[-2], config, query.dtype, query.device)
         dropout = config.dropout if self.training else 0.0
+        if kernel == "pieces":
+            return attention_in_pieces(query, key, value, mask, causal=config.causal, dropout=dropout)
+        group = query.shape[1] // key.shape[1]  # query heads that share one key/value head
+        if group > 1:
+            key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # (B, H, S, hd)
+        if kernel == "manual":
+            return self.compute_query_key_value_scores(query, key, value, mask)
         return kernels.fused_attention(query, key, value, mask, causal=config.causal, dropout=dropout)
 
     def compute_query_key_value_scores(
@@ -240,15 +243,20 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        losses: bool = False,
+    ) -> tuple[Any, Tensor]:
         """tokens (B, T) -> logits, and hidden states (B, T, D) after the final norm.
 
         Logits are (B, T, V) with `targets` (their values do not matter), else (B, 1, V) for each row's last real token.
         attention_mask: bool (B, T), True for real tokens, with padding on either side. With `targets` it may be
         (B, T, T), True where a query may attend to a key. cache: the earlier tokens, to which any number of `tokens`
-        is appended. Raises ValueError if they do not fit.
+        is appended. Raises ValueError if they do not fit. losses: instead of logits, the cross-entropy of each target
+        and whether it has the largest logit, both (B, T), in less time and memory (see `token_losses`).
         """
         hidden = self.norm(self.residual_stream(tokens, attention_mask, cache=cache))
+        if losses:
+            assert targets is not None
+            return token_losses(hidden, self.output.weight, targets), hidden
         logits = self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None])
         return logits, hidden
 

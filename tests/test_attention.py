@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import llama as llama_module
 from llama import Attention, Llama
 from minillama.layers import kernels as kernels_module
-from minillama.layers.masks import position_mask
 from models import padded, random_ids, tiny_config, tiny_llama, with_kernel
 
 DOUBLE_TOLERANCE = 1e-10
@@ -182,24 +182,12 @@ def test_pads_bring_no_nan_forward_or_backward(norm, causal, kernel, side):
 def test_half_precision_on_the_cpu_goes_in_pieces(monkeypatch):
     attention = Attention(tiny_config())
     taken = []
-    for path in ("fused_attention", "attention_in_pieces"):
-        monkeypatch.setattr(kernels_module, path, lambda *_, path=path, **more: taken.append(path))
+    for module, path in ((kernels_module, "fused_attention"), (llama_module, "attention_in_pieces")):
+        monkeypatch.setattr(module, path, lambda *_, path=path, **more: taken.append(path))
     query = torch.zeros(1, 4, 8, 8)
     for given in (query, query.bfloat16(), query.half(), query.bfloat16()[:, :, :1]):
         attention.attend(given, given, given, None)
     assert taken == ["fused_attention"] + 3 * ["attention_in_pieces"]
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("at_once", [1, 300, 10**9])
-def test_the_pieces_are_the_whole(monkeypatch, causal, at_once):
-    monkeypatch.setattr(kernels_module, "SCORES_AT_ONCE", at_once)
-    attention = Attention(tiny_config(causal=causal, attention_kernel="pieces")).double()
-    query, key, value = torch.randn(3, 5, 4, 7, 8, dtype=torch.float64).unbind()
-    real = torch.arange(7) < torch.tensor([[7], [1], [4], [6], [2]])
-    for mask in (None, position_mask(real, 7, causal, query.device)):
-        got = attention.attend(query, key, value, mask)
-        torch.testing.assert_close(got, attention.compute_query_key_value_scores(query, key, value, mask))
 
 
 @kernels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -37,7 +39,7 @@ def test_it_prints_a_table_and_ends_in_json(arguments, capsys, more):
         assert one["steps"] == 3 and one["rows"] == 12 and one["tokens"] > 60
         assert min(one["train_seconds"], one["evaluation_seconds"], one["peak_bytes"], one["ceiling"]) > 0
     a, b = result["rounds"]["course"][0], result["rounds"]["ours"][0]
-    assert result["ratios"]["course"]["step"] == pytest.approx(a["train_seconds"] / b["train_seconds"])
+    assert result["ratios"]["ours against course"]["step"] == pytest.approx(a["train_seconds"] / b["train_seconds"])
 
 
 @pytest.mark.slow
@@ -53,3 +55,20 @@ def test_a_missing_file_is_named(arguments, capfd):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main([*arguments, "--train", "none.txt"])
     assert "benchmark.py: error: none.txt: no such data file" in capfd.readouterr().err
+
+
+def test_the_parent_process_imports_no_torch():
+    code = "import sys, benchmark; from minillama.benchmarks import tables, turns; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=benchmark.__file__.rpartition("/")[0]).returncode == 0
+
+
+@pytest.mark.parametrize("contender", ["ours", pytest.param("transformers", marks=pytest.mark.slow)])
+def test_pretraining_steps_are_measured_in_their_process(capsys, contender):
+    if contender == "transformers":
+        pytest.importorskip("transformers")
+    options = ["pretrain", "--preset", "stories260K", "--batch_size", "1", "--dtype", "fp32"]
+    assert benchmark.main([*options, "--contender", contender]) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = 64 * 64 * 3 * 5 + 172 * 64 * 3 * 5 + 32000 * 64  # query, output, key and value; feed-forward; vocabulary
+    assert found["tokens"] == found["steps"] * 512 and found["operations"] == 6 * weights * found["tokens"]
+    assert min(found["train_seconds"], found["peak_bytes"], found["ceiling"]) > 0

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillama.benchmarks.turns import in_turns, medians
+from minillama.benchmarks.tables import LONG_PROMPT, ROWS
 from minillama.environment import optional_package
 
-PROMPT, LONG_PROMPT, ROWS = 5, 512, 16
+PROMPT = 5  # tokens of the short prompt
 NEW = 64  # tokens decoded for a rate
 
 
@@ -145,48 +143,3 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "ceiling": read_ceiling(args.device),
         "threads": torch.get_num_threads(),
     }
-
-
-def figures(one: dict[str, Any]) -> dict[str, float]:
-    """The columns of the table, from one measurement."""
-    return {
-        "first_token_seconds": one["first_token_seconds"],
-        "prefill_tokens_a_second": LONG_PROMPT / one["prefill_seconds"],
-        "tokens_a_second": 1 / one["decode_seconds"],
-        "tokens_a_second_of_16_rows": ROWS / one["decode_16_seconds"],
-        "position_1000_against_10": one["late_seconds"] / one["early_seconds"],
-        "of_the_bandwidth": one["weight_bytes"] / one["decode_seconds"] / one["ceiling"],
-    }
-
-
-def summary(found: dict[str, list[dict[str, Any]]]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Each contender's figures, and the ratios of ours to transformers; both are medians over the rounds."""
-    table = {name: medians(list(map(figures, rounds))) for name, rounds in found.items()}
-    ratios = {}
-    for mine, theirs in (("ours", "transformers"), ("ours-bf16", "transformers-bf16"), ("ours-int8", "transformers")):
-        if mine not in found or theirs not in found:
-            continue
-        pairs = list(zip(found[mine], found[theirs], strict=True))
-        for what in ("prefill", "decode", "decode_16"):
-            ratios[f"{mine} against {theirs}, {what}"] = statistics.median(
-                b[f"{what}_seconds"] / a[f"{what}_seconds"] for a, b in pairs
-            )
-    return table, ratios
-
-
-def compare(args: argparse.Namespace, names: Sequence[str], argv: list[str]) -> None:
-    """Measures the contenders in turns on the same weights, and prints the table and the ratios."""
-    with tempfile.TemporaryDirectory() as folder:
-        if args.pretrained_model_path is None:
-            write_random_model(Path(folder), args.seed)
-            argv = [*argv, "--pretrained-model-path", folder]
-        found = in_turns(names, args.rounds, argv)
-    table, ratios = summary(found)
-    heads = ("first token s", "prefill tok/s", "tok/s", "tok/s of 16", "1000 : 10", "of bandwidth")
-    print(f"{'':18}" + "".join(f"{head:>15}" for head in heads))
-    for name, values in table.items():
-        cells = (f"{value:15.2f}" if value < 20 else f"{value:15,.0f}" for value in values.values())
-        print(f"{name:18}" + "".join(cells))
-    for what, ratio in ratios.items():
-        print(f"{what}: {ratio:.2f}x")
-    print(json.dumps({"options": vars(args), "table": table, "ratios": ratios, "rounds": found}))

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +16,7 @@ from torch import Tensor, nn
 from classifier import LlamaEmbeddingClassifier
 from llama import LayerNorm, Llama, LlamaConfig, load_pretrained
 from lora import apply_lora
-from minillama.benchmarks.turns import in_turns, medians
+from minillama.benchmarks import measuring
 from minillama.environment import optional_package
 from minillama.layers.precision import DTYPES, autocast
 from minillama.text.batches import by_length, cut_in_batches, shuffled_batches, to_batch, tokenize_rows
@@ -73,51 +68,26 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     job = Job(llama, rows, classes, tokenizer.pad_id, args.batch_size, args.seed, args.device, dtype, args.lora)
     step, evaluations = make(job)
 
-    def now() -> float:
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     for positions in plan[:2]:  # warm up, the longest batch among them
         step(positions)
-    start = now()
+    start = measuring.now(args.device)
     for positions in plan:
         step(positions)
-    trained = now()
+    trained = measuring.now(args.device)
     evaluations()
-    end = now()
+    end = measuring.now(args.device)
     tokens = sum(len(row.ids) for row in rows["train"])
-    matrices = sum(p.numel() for name, p in llama.named_parameters() if p.dim() == 2 and "tok_embeddings" not in name)
     return {
         "train_seconds": trained - start,
         "evaluation_seconds": end - trained,
         "steps": len(plan),
         "rows": len(rows["train"]),
         "tokens": tokens,
-        "peak_bytes": torch.cuda.max_memory_allocated() if args.device != "cpu" else peak_memory(),
+        "peak_bytes": measuring.peak_bytes(args.device),
         # Forward, and backward to inputs and (unless frozen) to weights: 2 operations per weight and token each.
-        "operations": (4 if args.lora else 6) * matrices * tokens,
-        "ceiling": matrix_product_ceiling(args.device, dtype),
+        "operations": (4 if args.lora else 6) * measuring.matrix_weights(llama) * tokens,
+        "ceiling": measuring.matrix_product_ceiling(args.device, dtype),
     }
-
-
-def peak_memory() -> int:
-    """The largest resident memory of this process, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
-    """The speed of a large matrix product on this machine, in operations per second: the best of several."""
-    n = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        c = a @ b
-        c[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
 
 
 def ours(job: Job) -> Contender:
@@ -138,23 +108,9 @@ def ours(job: Job) -> Contender:
 def transformers(job: Job) -> Contender:
     """The contender transformers: its classifier (RMSNorm, causal) with torch's fused AdamW and the same batches."""
     with optional_package("transformers", "the comparison needs transformers (or give --without transformers)"):
-        from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForSequenceClassification
-    own = job.llama.config
-    model: Any = LlamaForSequenceClassification(
-        TheirConfig(  # type: ignore[call-arg]
-            vocab_size=own.vocab_size,
-            hidden_size=own.dim,
-            intermediate_size=job.llama.layers[0].feed_forward.w1.out_features,  # type: ignore[union-attr, arg-type]
-            num_hidden_layers=own.n_layers,
-            num_attention_heads=own.n_heads,
-            num_key_value_heads=own.kv_heads,
-            max_position_embeddings=own.max_seq_len,
-            num_labels=job.labels,
-            pad_token_id=job.pad_id,
-            use_cache=False,
-        )
-    )
+    theirs = measuring.their_config(job.llama, num_labels=job.labels, pad_token_id=job.pad_id)
+    model: Any = LlamaForSequenceClassification(theirs)
     if job.lora:
         with optional_package("peft", "the comparison needs peft (or give --without transformers)"):
             from peft import LoraConfig, get_peft_model
@@ -235,39 +191,3 @@ def course(job: Job) -> Contender:
                 model(to_batch(rows, positions, job.pad_id).ids.to(job.device)).argmax(-1).tolist()
 
     return step, evaluate_both
-
-
-def figures(one: dict[str, Any]) -> dict[str, float]:
-    """The columns of the table, from one measurement."""
-    return {
-        "seconds_a_step": one["train_seconds"] / one["steps"],
-        "rows_a_second": one["rows"] / one["train_seconds"],
-        "tokens_a_second": one["tokens"] / one["train_seconds"],
-        "epoch_seconds": one["train_seconds"] + one["evaluation_seconds"],
-        "peak_mib": one["peak_bytes"] / 2**20,
-        "utilisation": one["operations"] / one["train_seconds"] / one["ceiling"],
-    }
-
-
-def compare(args: argparse.Namespace, names: Sequence[str], argv: list[str]) -> None:
-    """Measures the contenders in turns, `args.rounds` times each, and prints the table and the ratios."""
-    found = in_turns(names, args.rounds, argv)
-    table = {name: medians(list(map(figures, rounds))) for name, rounds in found.items()}
-    heads = ("s/step", "rows/s", "tokens/s", "epoch s", "peak MiB", "utilisation")
-    print(f"{'':14}" + "".join(f"{head:>12}" for head in heads))
-    for name, values in table.items():
-        cells = (f"{value:12.3f}" if value < 10 else f"{value:12,.0f}" for value in values.values())
-        print(f"{name:14}" + "".join(cells))
-    ratios: dict[str, Any] = {}
-    for name in names[1:]:
-        pairs = [(figures(a) | a, figures(b) | b) for a, b in zip(found[name], found["ours"], strict=True)]
-        ratios[name] = {
-            "step": statistics.median(a["train_seconds"] / b["train_seconds"] for a, b in pairs),
-            "epoch": statistics.median(a["epoch_seconds"] / b["epoch_seconds"] for a, b in pairs),
-            "memory": statistics.median(b["peak_bytes"] / a["peak_bytes"] for a, b in pairs),
-        }
-        print(
-            f"ours against {name}: {ratios[name]['step']:.2f}x a step, {ratios[name]['epoch']:.2f}x an epoch with its "
-            f"evaluations, {ratios[name]['memory']:.2f} of the memory (median of {args.rounds} rounds)"
-        )
-    print(json.dumps({"options": vars(args), "table": table, "ratios": ratios, "rounds": found}))

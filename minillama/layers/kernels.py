@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
-SCORES_AT_ONCE = 4_000_000  # 8 MB in half precision
 FEW_ROWS = 4  # most rows for torch's int8 kernel; for more rows, weights are first converted to bfloat16
 INT8_WIDTH = 16  # torch's int8 kernel reads past the end of a row if its length is not a multiple of this
 
@@ -34,26 +33,6 @@ def fused_attention(
         dropout_p=dropout,
         is_causal=causal and mask is None,
         enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def attention_in_pieces(
-    compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """compute(query, key, value, mask) for a few rows at a time, whose scores fit into the processor's cache."""
-    B, H, T, _ = query.shape
-    at_once = max(1, SCORES_AT_ONCE // (H * T * key.shape[-2]))
-    if mask is not None:
-        mask = mask.expand(B, -1, -1, -1)
-    return torch.cat(
-        [
-            compute(query[rows], key[rows], value[rows], None if mask is None else mask[rows])
-            for rows in (slice(start, start + at_once) for start in range(0, B, at_once))
-        ]
     )
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.layers.precision import autocast
 from minillama.text.batches import shuffled_batches
-from minillama.text.examples import NO_TARGET, Example, pack
+from minillama.text.examples import Example, pack
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import answer_prompts, answer_scores, summed_loss
 from minillama.training.task import Score
@@ -72,12 +71,9 @@ class Instruction:
         ids, targets, segments = (tensor.to(device) for tensor in pack(examples, self.window))
         same = segments[:, :, None] == segments[:, None, :]  # (rows, T, T): attention stays inside an example
         with autocast(device, dtype):
-            logits, _ = model(ids, targets, same)
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
-        )
-        right = (logits.argmax(-1) == targets).flatten().long()  # no token is NO_TARGET
-        shape, segments = len(examples) + 1, segments.flatten()
+            (losses, hits), _ = model(ids, targets, same, losses=True)  # a target NO_TARGET has loss 0
+        losses, right, segments = losses.flatten(), hits.flatten().long(), segments.flatten()
+        shape = len(examples) + 1
         loss_sums = losses.new_zeros(shape).index_add(0, segments, losses)[1:]  # [0]: padding
         return loss_sums, right.new_zeros(shape).index_add(0, segments, right)[1:]
 

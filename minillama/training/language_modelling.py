@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.decoding import sampling
@@ -73,9 +72,8 @@ class LanguageModelling:
         device = next(model.parameters()).device
         inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
         with autocast(device, dtype):
-            logits, _ = model(inputs, targets)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(targets.shape).sum(-1), (logits.argmax(-1) == targets).sum(-1)
+            (losses, hits), _ = model(inputs, targets, losses=True)
+        return losses.sum(-1), hits.sum(-1)
 
     @torch.no_grad()
     def score(
