@@ -7,6 +7,7 @@ examples:
       --label-names data/cfimdb-label-mapping.json --batch_size 10 --rows 200
   python benchmark.py pretrain                                 pretraining at the bundled model's size
   python benchmark.py generate                                 text generation, float32, bfloat16 and int8
+  python benchmark.py generate --llama2c ~/llama2.c            the same, and the C programs of that folder
   python benchmark.py words                                    the accuracy of counting words on SST
 
 Each contender runs in its own process, and they take turns. train compares:
@@ -19,7 +20,9 @@ pretrain compares the pretraining step of run_llama.py with that of transformers
 fused AdamW): same sizes, random tokens, precision and gradient clipping. Rows are as long as the context.
 generate compares our text generation with that of transformers, on the same weights. It measures reading a prompt of
 512 tokens, decoding 1 and 16 rows, the time from process start to the first token, and the share of the memory
-bandwidth that is used. (The bandwidth is measured by reading 256 MB.)
+bandwidth that is used. (The bandwidth is measured by reading 256 MB.) Decoding is greedy; ours also samples with
+epsilon 0.05. --llama2c adds karpathy/llama2.c's programs; minillama/benchmarks/llama2c.py has the commands that
+build them.
 words measures the accuracy of counting words: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
 
 Prints a table, and as the last line a JSON object.
@@ -31,13 +34,15 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from config import PRESETS
+from minillama.benchmarks import llama2c
 from minillama.benchmarks.tables import KINDS, print_tables
-from minillama.benchmarks.turns import in_turns, measured_in_a_process
+from minillama.benchmarks.turns import Measurement, in_turns, measured_in_a_process
 from minillama.cli.parser import COUNT, SEED, OneLineParser
 
 MODULES = {"train": "fine_tuning", "pretrain": "pretraining", "generate": "decoding", "words": "words"}
@@ -65,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="mini", help="sizes for pretrain (default: %(default)s)")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="of ours and transformers (default: %(default)s)")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: %(default)s)")
+    add("--llama2c", metavar="FOLDER", help="for generate: folder of llama2.c's programs run and runq, which you built")
     add("--rounds", type=COUNT, default=3, metavar="N", help="times each is measured (default: %(default)s)")
     add("--without", choices=CONTENDERS["train"][1:], nargs="*", default=[], metavar="NAME", help="contenders to skip")
     add("--seed", type=SEED, default=1337, help="(default: %(default)s)")
@@ -76,13 +82,24 @@ def build_parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace, argv: list[str]) -> None:
     """Measures the contenders in turns, and prints the tables."""
     names = [name for name in CONTENDERS[args.what] if name.partition("-")[0] not in args.without]
+    programs = Path(args.llama2c) if args.llama2c and args.what == "generate" else None
+    if programs:
+        llama2c.check_programs(programs)
     with tempfile.TemporaryDirectory() as folder:
-        if args.what == "generate" and args.pretrained_model_path is None:
+        model = args.pretrained_model_path
+        if args.what == "generate" and model is None:
             from minillama.benchmarks.decoding import write_random_model
 
+            model = folder
             write_random_model(Path(folder), args.seed)
             argv = [*argv, "--pretrained-model-path", folder]
-        found = in_turns({name: partial(measured_in_a_process, name, argv) for name in names}, args.rounds)
+        contenders: dict[str, Callable[[], Measurement]] = {
+            name: partial(measured_in_a_process, name, argv) for name in names
+        }
+        if programs:
+            llama2c.write_inputs(Path(folder), model)
+            contenders |= llama2c.contenders(programs, Path(folder))
+        found = in_turns(contenders, args.rounds)
     print_tables(KINDS[args.what], found, vars(args))
 
 

@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def process_start() -> float:
 
 
 # run(prompts (B, T) int64, number of new tokens) -> the seconds of each new token; the first includes the prompt.
-Continue = Callable[[Any, int], list[float]]
+# Greedy; ours can also sample, with settings of `sampling.stream`.
+Continue = Callable[..., list[float]]
 
 
 def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Continue, int]:
@@ -48,20 +50,23 @@ def ours(path: str, dtype: Any, quantize: str | None, device: str) -> tuple[Cont
     from llama import load_pretrained
     from minillama.decoding import sampling
     from minillama.decoding.fast_llama import InferenceLlama
+    from minillama.formats.checkpoint import read_checkpoint
 
-    llama = load_pretrained(path).to(device)
-    parameters = sum(parameter.numel() for parameter in llama.parameters())
-    model = InferenceLlama(llama, dtype, quantize)
+    @cache
+    def model(rows: int) -> InferenceLlama:
+        return InferenceLlama(load_pretrained(path).to(device), dtype, quantize, rows)
 
-    def run(prompts: torch.Tensor, new: int) -> list[float]:
+    def run(prompts: torch.Tensor, new: int, **settings: Any) -> list[float]:
+        fast = model(len(prompts))
         seconds, last = [], time.perf_counter()
-        for chosen in sampling.stream(model, prompts, new, temperature=0.0):
+        for chosen in sampling.stream(fast, prompts, new, **{"temperature": 0.0} | settings):
             chosen.tolist()  # waits for the token, as printing would
             now = time.perf_counter()
             seconds.append(now - last)
             last = now
         return seconds
 
+    parameters = sum(tensor.numel() for tensor in read_checkpoint(path).state.values())
     return run, parameters * (1 if quantize else dtype.itemsize)
 
 
@@ -124,11 +129,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     run(prompts(1, PROMPT), 1)
     first = time.time() - began
     run(prompts(1, PROMPT), 8)  # warm up
-    decode, many, prefill, early, late = [], [], [], [], []
+    decode, sampled, many, prefill, early, late = [], [], [], [], [], []
     for _ in range(3):
         steps = run(prompts(1, PROMPT), NEW)[1:]
         decode.append(statistics.mean(steps))
         early.append(statistics.median(steps[:16]))
+        if name == "ours":
+            sampled.append(statistics.mean(run(prompts(1, PROMPT), NEW, temperature=1.0, epsilon=0.05)[1:]))
         many.append(statistics.mean(run(prompts(ROWS, PROMPT), NEW // 2)[1:]))
         prefill.append(run(prompts(1, LONG_PROMPT), 1)[0])
         late.append(statistics.median(run(prompts(1, 992), 17)[1:]))
@@ -142,4 +149,4 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": weight_bytes,
         "ceiling": read_ceiling(args.device),
         "threads": torch.get_num_threads(),
-    }
+    } | ({"sampled_seconds": min(sampled)} if sampled else {})

@@ -1,6 +1,6 @@
 """The speed of karpathy/llama2.c's programs `run` (float32) and `runq` (int8), on the weights of ours.
 
-Nothing of llama2.c is in this project. To compare, its programs are built in a folder, with as many threads as ours:
+Nothing of llama2.c is in this project; you build its programs. They use OMP_NUM_THREADS threads, or all processors.
 
     git clone https://github.com/karpathy/llama2.c && cd llama2.c
     gcc -Ofast -march=native -fopenmp run.c -lm -o run
@@ -13,8 +13,11 @@ import os
 import re
 import struct
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from minillama.benchmarks.turns import Measurement
 
 NEW = 128  # tokens
 BUILD = "gcc -Ofast -march=native -fopenmp {name}.c -lm -o {name}"
@@ -42,17 +45,21 @@ def write_inputs(folder: Path, model: str) -> None:
             file.write(struct.pack("<fi", -float(token), len(piece)) + piece)
 
 
-def measured(folder: Path, name: str, inputs: Path, threads: int) -> dict[str, Any]:
-    """The time of one token of a program, greedy, from its own report. Raises ValueError if it fails."""
-    command = [str((folder / name).resolve()), str(inputs / f"{name}.bin"), "-t", "0", "-n", str(NEW)]
-    done = subprocess.run(
-        [*command, "-z", str(inputs / "tokenizer.bin")],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-    )
+def contenders(programs: Path, inputs: Path) -> dict[str, Callable[[], Measurement]]:
+    """The two programs in the folder `programs`, as contenders. inputs: the folder of `write_inputs`."""
+    return {
+        "llama2c": partial(measured, programs / "run", inputs),
+        "llama2c-int8": partial(measured, programs / "runq", inputs),
+    }
+
+
+def measured(program: Path, inputs: Path) -> Measurement:
+    """The seconds of one token, greedy, by the program's own report. Raises ValueError if it fails."""
+    command = [str(program.resolve()), str(inputs / f"{program.name}.bin"), "-t", "0", "-n", str(NEW)]
+    command += ["-z", str(inputs / "tokenizer.bin")]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     rate = re.search(rb"achieved tok/s: ([0-9.]+)", done.stderr)
     if done.returncode or rate is None:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise ValueError(f"{folder / name} failed with exit code {done.returncode}: {(said or ['no message'])[-1]}")
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        raise ValueError(f"{program} failed with exit code {done.returncode}: {said[-1]}")
     return {"decode_seconds": 1 / float(rate[1])}

@@ -21,8 +21,19 @@ def slower(measurement, times=2):
 def test_figures_and_ratios_of_generation():
     rounds = {"ours": [GENERATION] * 2, "transformers": [slower(GENERATION)] * 2}
     table, ratios = summary(KINDS["generate"], rounds)
-    assert list(table["ours"].values()) == pytest.approx([2.0, 1024.0, 100.0, 400.0, 1.2, 0.5])
+    figures = {"first_token_seconds": 2.0, "prefill_tokens_a_second": 1024.0, "tokens_a_second": 100.0}
+    figures |= {"tokens_a_second_of_16_rows": 400.0, "position_1000_against_10": 1.2, "of_the_bandwidth": 0.5}
+    assert table["ours"] == pytest.approx(figures) and set(figures) < set(KINDS["generate"].heads)
     assert ratios == {"ours against transformers": pytest.approx({"prefill": 2.0, "decode": 2.0, "decode_16": 2.0})}
+
+
+def test_a_contender_may_lack_figures(capsys):
+    rounds = {"ours": [GENERATION | {"sampled_seconds": 0.0125}], "llama2c": [{"decode_seconds": 0.013}]}
+    print_tables(KINDS["generate"], rounds, {})
+    _, ours, theirs, ratios, _ = capsys.readouterr().out.splitlines()
+    assert ours.split() == ["ours", "2.000", "1,024", "100", "0.800", "400", "1.200", "0.500"]
+    assert theirs.split() == ["llama2c", "-", "-", "77", "-", "-", "-", "-"]
+    assert ratios == "ours against llama2c: 1.30x a token"
 
 
 def test_figures_and_ratios_of_training():
