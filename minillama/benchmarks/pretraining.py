@@ -77,7 +77,7 @@ def transformers(llama: Llama, windows: Tensor, device: str, dtype: torch.dtype)
     model: Any = LlamaForCausalLM(measuring.their_config(llama, tie_word_embeddings=tied))
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
+    inputs, targets = (part.contiguous().to(device) for part in (windows[:, :-1], windows[:, 1:]))
 
     def step() -> None:
         with autocast(torch.device(device), dtype):
