@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -133,7 +134,7 @@ def summary(
     }
     ratios = {
         f"{ours} against {theirs}": {
-            name: statistics.median(map(ratio, figures[ours], figures[theirs]))
+            name: statistics.median(itertools.starmap(ratio, zip(figures[ours], figures[theirs], strict=True)))
             for name, ratio in kind.ratios.items()
             if ratio.figure in table[ours] and ratio.figure in table[theirs]
         }
