@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -134,7 +133,7 @@ def summary(
     }
     ratios = {
         f"{ours} against {theirs}": {
-            name: statistics.median(itertools.starmap(ratio, zip(figures[ours], figures[theirs], strict=True)))
+            name: statistics.median(ratio(a, b) for a, b in zip(figures[ours], figures[theirs], strict=True))
             for name, ratio in kind.ratios.items()
             if ratio.figure in table[ours] and ratio.figure in table[theirs]
         }
