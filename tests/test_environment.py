@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from conftest import break_package
-from minillama.environment import PackageError, Process, optional_package, this_process
+from conftest import ROOT, break_package
+from minillama.environment import PackageError, Process, keep_freed_memory, optional_package, this_process
 from minillama.training.run_directory import RunDirectory
 from tokenizer import Tokenizer
 
@@ -158,3 +160,37 @@ def test_process_numbers_that_cannot_be_are_told(monkeypatch, values, message):
     with pytest.raises(ValueError, match=message) as told:
         this_process()
     assert "unset" in str(told.value)
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from minillama.environment import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(8 << 20)  # 64 MiB
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_that_was_freed_is_used_again_without_a_call_of_the_system():
+    def faults(how):
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("kept") < 10 < faults("returned")
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32", "linux"])
+def test_other_systems_and_c_libraries_keep_their_way_with_memory(monkeypatch, system):
+    def library(name):
+        assert system == "linux"
+        return SimpleNamespace()  # musl: no mallopt
+
+    monkeypatch.setattr("ctypes.CDLL", library)
+    monkeypatch.setattr(sys, "platform", system)
+    keep_freed_memory()

@@ -231,9 +231,9 @@ TRAINING = Group(
         ),
         Flag(
             "--micro_batch_size N",
-            "rows per forward pass, if --batch_size rows do not fit into memory; the step stays the same",
+            "most rows in a forward pass, if --batch_size rows do not fit into memory; the step stays the same",
             COUNT,
-            default_text="the whole batch",
+            default_text="the whole batch, or pieces that save padding",
         ),
         Flag("--patience N", "stop after N epochs without a better dev score", COUNT),
     ),

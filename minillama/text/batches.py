@@ -137,6 +137,36 @@ def cut_in_batches(order: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
+def cut_by_length(
+    positions: list[int], lengths: Sequence[int], piece_cost: int, most_rows: int | None = None
+) -> list[list[int]]:
+    """A batch in pieces of similar length, the longest rows first: the pieces that cost least.
+
+    A piece is padded to its longest row. It costs its tokens, padding included, plus `piece_cost` tokens. lengths: of
+    the rows at `positions`. most_rows: in a piece. A batch that is best in one piece keeps its order.
+    """
+    count = len(positions)
+    most_rows = min(most_rows or count, count)
+    if most_rows == count and count * max(lengths) - sum(lengths) <= piece_cost:
+        return [positions]
+    order = sorted(range(count), key=lambda i: lengths[i], reverse=True)
+    # The least cost of order[start:], and the end of its first piece; found from the shortest rows to the longest.
+    best = [(0, count)] * (count + 1)
+    for start in reversed(range(count)):
+        longest = lengths[order[start]]
+        ends = range(min(start + most_rows, count), start, -1)
+        best[start] = min(
+            ((longest * (end - start) + piece_cost + best[end][0], end) for end in ends),
+            key=lambda found: found[0],  # of equal costs the first, with the largest piece
+        )
+    pieces, start = [], 0
+    while start < count:
+        end = best[start][1]
+        pieces.append([positions[i] for i in order[start:end]])
+        start = end
+    return pieces
+
+
 def by_length(rows: Sequence[Tokenized]) -> list[int]:
     """The positions of the rows, the longest row first."""
     return sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)

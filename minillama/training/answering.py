@@ -40,6 +40,7 @@ class Instruction:
     answer_rows: int = 200  # rows of dev to answer, evenly spread; 0: none
 
     average = None
+    pads = False  # a batch is packed
     unit = "token"
     judged_by: str = field(init=False)
 

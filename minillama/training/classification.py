@@ -48,6 +48,10 @@ class Classification:
     judged_by = "dev accuracy"
 
     @property
+    def pads(self) -> bool:
+        return self.bucketed  # else a model may read the padding, which depends on the whole batch
+
+    @property
     def steps(self) -> int:
         return self.epochs * -(-len(self.rows) // self.batch_size)
 

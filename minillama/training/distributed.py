@@ -27,17 +27,14 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0  # the process that writes files and prints
 
-    def share(self, positions: list[int], at_once: int | None = None) -> list[tuple[list[int], int]]:
-        """This process's rows of a batch, in pieces of at most `at_once`: (positions, how many of them count).
+    def share(self, positions: list[int]) -> tuple[list[int], int]:
+        """This process's rows of a batch or of a piece of it: (positions, how many of them count).
 
-        Every process gets the same number of pieces, because they exchange gradients in each. A process that has no
-        rows left gets the first row of the batch, which does not count.
+        A process for which there is no row gets the first one, which does not count, because the processes exchange
+        gradients.
         """
-        longest = -(-len(positions) // self.world)
-        at_once = min(at_once or longest, longest)
         mine = positions[self.rank :: self.world]
-        pieces = [mine[start : start + at_once] for start in range(0, longest, at_once)]
-        return [(piece or positions[:1], len(piece)) for piece in pieces]
+        return mine or positions[:1], len(mine)
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over the processes."""

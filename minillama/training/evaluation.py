@@ -71,7 +71,7 @@ def shared_batches(
     with tqdm(total=len(order), desc=name, unit="row", leave=False, disable=hidden) as bar:
         for positions in cut_in_batches(order, batch_size):
             check()
-            yield from processes.share(positions) if divided else [(positions, len(positions))]
+            yield processes.share(positions) if divided else (positions, len(positions))
             bar.update(len(positions))
     model.train(was_training)
 
@@ -83,8 +83,8 @@ def summed_loss(
     total = 0.0
     for positions in cut_in_batches(range(count), batch_size):
         check()
-        for mine, counted in processes.share(positions):
-            total += float(losses(mine)[:counted].sum())
+        mine, counted = processes.share(positions)
+        total += float(losses(mine)[:counted].sum())
     return processes.sum(total)[0]
 
 

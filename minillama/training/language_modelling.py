@@ -39,6 +39,7 @@ class LanguageModelling:
     seed: int = 0
 
     average = None
+    pads = False  # the windows have one length
     unit = "token"
     judged_by = "bits per byte"
     _length: int = field(init=False)

@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
+from minillama.environment import keep_freed_memory
 from minillama.formats.files import read_torch
 from minillama.training.distributed import Processes, unwrapped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
-from minillama.training.task import Score, Task
+from minillama.training.task import Score, Task, cut_batch
 from optimizer import AdamW, decay_groups, local, set_learning_rate
 
 
@@ -42,7 +43,7 @@ class Settings:
     lr: float
     dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
     betas: tuple[float, float] = (0.9, 0.999)
-    micro_batch_size: int | None = None  # rows of a batch computed at once; gradients are accumulated
+    micro_batch_size: int | None = None  # most rows of a batch computed at once; gradients are accumulated
     schedule: str = "constant"  # or "cosine"
     warmup_steps: int = 0
     min_lr: float = 0.0
@@ -154,6 +155,8 @@ class Training:
         self.task, self.settings = task, settings
         self.run, self.processes, self.log = run, processes, log
         self.device = next(model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.base = self._checksum(model)
         self.model = processes.wrap(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -317,8 +320,9 @@ class Training:
         settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, correct = 0.0, 0
-        pieces = self.processes.share(positions, settings.micro_batch_size)
-        for number, (mine, counted) in enumerate(pieces, start=1):
+        pieces = cut_batch(self.task, positions, self.device, world, settings.micro_batch_size)
+        for number, piece in enumerate(pieces, start=1):
+            mine, counted = self.processes.share(piece)
             with self.processes.gradients(self.model, in_step=number == len(pieces)):
                 losses, hits = self.task.losses(self.model, mine, settings.dtype)
                 loss = losses.sum() * (counted / len(mine))

@@ -9,8 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from minillama.text.batches import cut_by_length, cut_in_batches
 from minillama.training.distributed import Processes
 from minillama.training.regularizers import MovingAverage
+
+# The cost of one more piece of a batch, in tokens (docs/performance.md): each piece reads all weights and adds to all
+# gradients. On CUDA a piece also waits for hundreds of kernels to start, so a batch usually stays whole.
+PIECE_COST = {"cpu": 300, "cuda": 20_000}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Task(Protocol):
     unit: str  # of targets, for the progress bar
     judged_by: str
     batch_size: int
+
+    @property
+    def pads(self) -> bool:
+        """Whether a batch is padded to its longest row, so that pieces of similar length save work."""
 
     @property
     def epochs(self) -> int:
@@ -61,3 +70,17 @@ class Task(Protocol):
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
         """The score of the model. Every process calls this. It calls check() regularly, which may stop the run."""
+
+
+def cut_batch(
+    task: Task, positions: list[int], device: torch.device, world: int = 1, micro_batch_size: int | None = None
+) -> list[list[int]]:
+    """A batch in the pieces that are computed one after the other; `world` processes share the rows of each.
+
+    If the task pads, rows of similar length form a piece. In a piece each process has at most `micro_batch_size` rows.
+    """
+    most_rows = world * (micro_batch_size or len(positions))
+    if not task.pads:
+        return cut_in_batches(positions, most_rows)
+    lengths = [task.tokens([i]) for i in positions]
+    return cut_by_length(positions, lengths, world * PIECE_COST[device.type], most_rows)

@@ -7,6 +7,7 @@ import torch
 
 from minillama.text.batches import (
     by_length,
+    cut_by_length,
     cut_in_batches,
     pad,
     prompt_parts,
@@ -158,3 +159,38 @@ def test_bucketed_batches_are_of_like_length_and_the_longest_comes_first():
     sizes = [len(batch) * max(len(rows[i].ids) for i in batch) for batch in bucketed]
     assert sizes[0] == max(sizes)
     assert sizes[1:] != sorted(sizes[1:], reverse=True)  # the others in random order
+
+
+def set_partitions(items):
+    """Every way to divide the items into groups."""
+    if not items:
+        yield []
+        return
+    first, *rest = items
+    for groups in set_partitions(rest):
+        yield [[first], *groups]
+        for k, group in enumerate(groups):
+            yield [*groups[:k], [first, *group], *groups[k + 1 :]]
+
+
+@pytest.mark.parametrize("piece_cost", [1, 4, 9, 1000])
+@pytest.mark.parametrize("most_rows", [None, 1, 3])
+def test_no_division_of_a_batch_costs_less_than_the_pieces_of_similar_length(piece_cost, most_rows):
+    positions, lengths = [10, 11, 12, 13, 14, 15, 16], [2, 9, 3, 9, 1, 5, 4]
+    of = dict(zip(positions, lengths, strict=True))
+
+    def cost(pieces):
+        return sum(len(piece) * max(of[i] for i in piece) + piece_cost for piece in pieces)
+
+    pieces = cut_by_length(positions, lengths, piece_cost, most_rows)
+    assert sorted(i for piece in pieces for i in piece) == positions  # each row once
+    allowed = [some for some in set_partitions(positions) if max(map(len, some)) <= (most_rows or 7)]
+    assert max(map(len, pieces)) <= (most_rows or 7) and cost(pieces) == min(map(cost, allowed))
+    assert pieces == [positions] or [of[i] for piece in pieces for i in piece] == sorted(lengths, reverse=True)
+    assert cut_by_length(positions, lengths, piece_cost, most_rows) == pieces  # a resumed run takes the same
+
+
+def test_a_batch_that_is_best_in_one_piece_keeps_its_order():
+    assert cut_by_length([7, 5, 6], [3, 4, 3], piece_cost=2) == [[7, 5, 6]]
+    assert cut_by_length([7, 5, 6], [3, 4, 3], piece_cost=2, most_rows=99) == [[7, 5, 6]]
+    assert cut_by_length([7, 5, 6], [1, 4, 1], piece_cost=2) == [[5], [7, 6]]

@@ -16,12 +16,13 @@ from minillama.cli.session import settings_of
 from minillama.text.batches import shuffled_batches
 from minillama.text.labelled import Row
 from minillama.training import classification as tasks
-from minillama.training.classification import row_losses
+from minillama.training.classification import Classification, row_losses
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.loop import Stopped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
+from minillama.training.task import PIECE_COST, cut_batch
 from optimizer import AdamW, decay_groups
 from run_llama import parse
 
@@ -48,8 +49,11 @@ def reference_loop(model, rows, chosen):
 
 
 @pytest.mark.parametrize("option", ["finetune", "lora"])
-@pytest.mark.parametrize("micro", [None, 3, 1])
-def test_twenty_losses_equal_those_of_the_plain_loop_however_the_batches_are_cut(fit, option, micro):
+@pytest.mark.parametrize("micro, piece_cost", [(None, 300), (None, 2), (3, 300), (3, 2), (1, 300)])
+def test_twenty_losses_equal_those_of_the_plain_loop_however_the_batches_are_cut(
+    fit, monkeypatch, option, micro, piece_cost
+):
+    monkeypatch.setitem(PIECE_COST, "cpu", piece_cost)
     rows, chosen = some_rows(31), settings(epochs=5, batch_size=8, lr=1e-3, micro_batch_size=micro)
     wanted = reference_loop(a_classifier(option), rows, chosen)
     run = fit(a_classifier(option), rows, rows, chosen)
@@ -58,11 +62,37 @@ def test_twenty_losses_equal_those_of_the_plain_loop_however_the_batches_are_cut
     assert got == pytest.approx(wanted, abs=1e-5)
 
 
+def cut(lengths, world=1, micro=None, pads=True, batch=None):
+    """The pieces of a batch of rows of these lengths."""
+    rows = [Row(0, "", (4,) * length) for length in lengths]
+    task = Classification(rows, rows, 1, len(rows), 1, bucketed=pads)
+    return cut_batch(task, batch or list(range(len(rows))), torch.device("cpu"), world, micro)
+
+
 def test_a_micro_batch_may_leave_a_remainder():
-    pieces = Processes().share(list(range(8)), 3)
-    assert pieces == [([0, 1, 2], 3), ([3, 4, 5], 3), ([6, 7], 2)]
-    shares = [Processes(rank, 3).share([5, 6, 7, 8], 1) for rank in range(3)]
-    assert shares == [[([5], 1), ([8], 1)], [([6], 1), ([5], 0)], [([7], 1), ([5], 0)]]
+    for pads in (True, False):
+        assert cut([5] * 8, micro=3, pads=pads) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_rows_of_similar_length_are_computed_together_if_that_saves_more_than_a_piece_costs():
+    lengths = [90, 10] * 10
+    assert cut(lengths) == [list(range(0, 20, 2)), list(range(1, 20, 2))]  # saves 800 tokens
+    assert cut(lengths[:6]) == [list(range(6))]  # would save 240
+    assert cut(lengths, pads=False) == [list(range(20))]
+    assert cut(lengths, world=3) == [list(range(20))]  # a third for each process
+    assert max(map(len, cut(lengths, micro=7))) == 7
+    assert max(map(len, cut(lengths, micro=3, world=3))) == 9
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_the_processes_share_every_row_once_in_equally_many_pieces(world, micro):
+    pieces = cut([400, 1, 2, 400, 3, 1, 390], world, micro)
+    found = [[Processes(rank, world).share(piece) for piece in pieces] for rank in range(world)]
+    counted = [i for shares in found for mine, count in shares for i in mine[:count]]
+    assert sorted(counted) == list(range(7)) and {len(shares) for shares in found} == {len(pieces)}
+    assert all(0 < len(mine) <= (micro or 7) for shares in found for mine, _ in shares)
+    assert Processes(2, 3).share([5, 6]) == ([5], 0)
 
 
 def test_frozen_weights_stay(fit):
