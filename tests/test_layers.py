@@ -31,7 +31,7 @@ ORDER = [
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "minillama").rglob("*.py")])
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.name != "__init__.py"]
-CORE = {"torch", "sentencepiece", "numpy", "tqdm", "sklearn", "safetensors"}
+CORE = {"torch", "sentencepiece", "numpy", "tqdm", "sklearn", "safetensors", "numba"}
 # Called by a method, inside it: `Llama.generate` decodes.
 INSIDE = {("llama", "minillama.decoding.sampling")}
 # What fetches the course's data knows its checksums, which the hand-in is compared with.
@@ -81,6 +81,10 @@ def test_no_imports_go_in_a_circle():
 def test_only_core_packages_are_imported_at_the_top(module):
     names = {name.partition(".")[0] for name in imports(module, top_level_only=True)}
     assert names - {name.partition(".")[0] for name in MODULES} - set(sys.stdlib_module_names) <= CORE
+    assert "numba" not in names or module == "minillama.decoding.numba_step"  # the program also runs without it
+    assert module == "minillama.decoding.compiled_decoder" or not any(
+        name.startswith("minillama.decoding.numba_step") for name in imports(module)
+    )
 
 
 def test_the_core_packages_are_those_that_get_installed():
