@@ -83,4 +83,5 @@ def cut_batch(
     if not task.pads:
         return cut_in_batches(positions, most_rows)
     lengths = [task.tokens([i]) for i in positions]
-    return cut_by_length(positions, lengths, world * PIECE_COST[device.type], most_rows)
+    cost = PIECE_COST["cpu" if device.type == "cpu" else "cuda"]
+    return cut_by_length(positions, lengths, world * cost, most_rows)
