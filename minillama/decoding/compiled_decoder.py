@@ -10,10 +10,13 @@ import ctypes
 import hashlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,7 +86,7 @@ class CompiledDecoder:
     def add_head(self, norm: Any, output: Matrix) -> None:
         """Adds the final norm and the output matrix. Compiles the loops if this has never been done here."""
         self.norm, self.output = norm_arrays(norm), arrays(*output)
-        self.folder = cache_folder()
+        self.folder = cache_folder(self.tell)
         # An empty file, written when the loops for this type of weights have been compiled
         self.compiled = self.folder / str(output[0].dtype).removeprefix("torch.")
         if not self.compiled.exists():
@@ -115,7 +118,7 @@ class CompiledDecoder:
             def on_end(this, _: event.Event) -> None:
                 pass
 
-        with event.install_listener("numba:compile", Listener()):
+        with interrupts_wait(), event.install_listener("numba:compile", Listener()):
             cache = KVCache(self.config, 1)
             for layer in range(len(self.blocks)):
                 cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
@@ -191,7 +194,23 @@ def norm_arrays(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     return weight.numpy(), bias.numpy()
 
 
-def cache_folder() -> Path:
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """A context at whose end Ctrl-C takes effect: inside it, LLVM's callbacks would swallow the KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        raise KeyboardInterrupt
+
+
+def cache_folder(tell: Callable[[str], None] = lambda line: None) -> Path:
     """The folder of the compiled loops: in ~/.cache, or where NUMBA_CACHE_DIR or XDG_CACHE_HOME say.
 
     One compilation serves all sizes of a model, until the loops, Numba or NumPy change. If the place is not writable,
@@ -207,6 +226,9 @@ def cache_folder() -> Path:
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         mine = False
     if not mine:
+        tell(
+            f"notice: {place} is not writable, so the decoder is compiled at each start; NUMBA_CACHE_DIR names another"
+        )
         folder = Path(tempfile.mkdtemp(prefix="mini-llama-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from llama import Llama, load_pretrained
 from minillama.decoding import compiled_decoder
-from minillama.decoding.compiled_decoder import TRIAL, Team, cache_folder, covers, missing
+from minillama.decoding.compiled_decoder import TRIAL, Team, cache_folder, covers, interrupts_wait, missing
 from minillama.decoding.fast_llama import InferenceLlama
 from minillama.decoding.sampling import generate
 from minillama.environment import HERE
@@ -283,8 +284,18 @@ def test_the_cache_is_where_the_user_says_and_depends_on_the_loops(tmp_path, mon
 def test_a_place_that_is_not_writable_is_replaced_by_a_temporary_one(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    folder = cache_folder()
+    lines: list[str] = []
+    folder = cache_folder(lines.append)
     assert folder.is_dir() and "mini-llama-" in folder.name and tmp_path not in folder.parents
+    assert len(lines) == 1 and f"{tmp_path / 'file'} is not writable" in lines[0] and "NUMBA_CACHE_DIR" in lines[0]
+
+
+def test_ctrl_c_during_a_compilation_takes_effect_after_it():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append("compiled")
+    assert done == ["compiled"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 PROGRAM = """
