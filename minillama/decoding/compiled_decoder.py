@@ -118,11 +118,18 @@ class CompiledDecoder:
             def on_end(this, _: event.Event) -> None:
                 pass
 
-        with interrupts_wait(), event.install_listener("numba:compile", Listener()):
-            cache = KVCache(self.config, 1)
-            for layer in range(len(self.blocks)):
-                cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
-            self.step(torch.zeros(self.config.dim), cache)
+        try:
+            with interrupts_wait(), event.install_listener("numba:compile", Listener()):
+                cache = KVCache(self.config, 1)
+                for layer in range(len(self.blocks)):
+                    cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
+                self.step(torch.zeros(self.config.dim), cache)
+        except Exception as error:  # a damaged cache file may raise anything, and so may a full disk
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise ValueError(
+                f"the compiled decoder in {self.folder} cannot be read or written ({type(error).__name__}); it is "
+                "removed: start again, or set NUMBA_CACHE_DIR to another folder"
+            ) from error
         if next(lines, None) is None:
             self.tell(f"compiled in {time.perf_counter() - began:.1f} s")
         self.compiled.touch()
