@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: the peer's config, memory, operations, and the speed of the machine."""
+"""Shared parts of the benchmarks of training: the peer's config, memory, operations, and the speed of the machine."""
 
 from __future__ import annotations
 

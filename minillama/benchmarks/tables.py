@@ -26,7 +26,7 @@ class Ratio(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a benchmark shows.
+    """The contents of a benchmark's tables.
 
     heads: the heading of each figure. figures: those of one measurement; some contenders lack some. pairs: which
     contenders are compared. ratios: of the first of a pair to the second, if both have the figure.

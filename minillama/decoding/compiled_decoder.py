@@ -46,7 +46,7 @@ def covers(config: LlamaConfig, device: torch.device, dtype: torch.dtype, quanti
 
 
 def missing() -> str | None:
-    """What the compiled decoder lacks here, as a phrase; None if it can run.
+    """The reason why the compiled decoder cannot run here, as a phrase; None if it can.
 
     Numba without OpenMP would take three times as long.
     """

@@ -61,7 +61,7 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
     for size in NUCLEUS:
         largest = probabilities.topk(min(size, logits.shape[-1]), dim=-1).values
         before = largest.cumsum(-1) - largest  # total of all more probable tokens
-        if bool((before[..., -1] >= p).all()):
+        if size >= logits.shape[-1] or bool((before[..., -1] >= p).all()):
             break
     last = ((before < p).sum(-1, keepdim=True) - 1).clamp(min=0)
     return cut(logits, probabilities < largest.gather(-1, last))

@@ -22,7 +22,7 @@ def attention_in_pieces(
 ) -> Tensor:
     """Attention: query (B, H, T, hd), key (B, K, S, hd), value (B, K, S, vd) -> (B, H, T, vd).
 
-    mask: broadcast to (B, H, T, S); bool, True = attend, or float, added to the scores. causal: whether attention is
+    mask: (B or 1, H or 1, T, S); bool, True = attend, or float, added to the scores. causal: whether attention is
     causal if `mask` is None. dropout: the probability to drop a weight.
     """
     if mask is not None:

@@ -290,6 +290,19 @@ def test_a_place_that_is_not_writable_is_replaced_by_a_temporary_one(tmp_path, m
     assert len(lines) == 1 and f"{tmp_path / 'file'} is not writable" in lines[0] and "NUMBA_CACHE_DIR" in lines[0]
 
 
+def test_a_damaged_cache_is_removed_and_told_in_one_line(tmp_path, monkeypatch):
+    def fails(*_: object) -> None:
+        raise EOFError("Ran out of input")  # as pickle does for an empty file of the cache
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled_decoder.CompiledDecoder, "step", fails)
+    with pytest.raises(
+        ValueError, match=r"the compiled decoder in .* cannot be read or written \(EOFError\); .*start again"
+    ):
+        InferenceLlama(tiny_llama(causal=True))
+    assert not list((tmp_path / "mini-llama").iterdir())
+
+
 def test_ctrl_c_during_a_compilation_takes_effect_after_it():
     done = []
     with pytest.raises(KeyboardInterrupt), interrupts_wait():
