@@ -25,7 +25,14 @@ epsilon 0.05. --llama2c adds karpathy/llama2.c's programs; minillama/benchmarks/
 build them.
 words measures the accuracy of counting words: logistic regression on TF-IDF of 1-grams, and of 1- and 2-grams.
 
-Prints a table, and as the last line a JSON object.
+Prints a table, and as the last line a JSON object. Figures are medians over the rounds. Some columns:
+  epoch s           seconds of the training and of the evaluation after it
+  utilisation       share of the speed of large matrix products in the same precision
+  prefill tok/s     tokens of a prompt that are read a second
+  sampled:greedy    speed with epsilon-sampling, divided by that without sampling
+  tok/s of 16       tokens a second of 16 texts together
+  1000 : 10         seconds of the token at position 1000, divided by those at position 10
+  of bandwidth      size of the weights, divided by the bytes that the memory could deliver in a token's time
 """
 
 from __future__ import annotations

@@ -58,8 +58,9 @@ def measured(program: Path, inputs: Path) -> Measurement:
     command = [str(program.resolve()), str(inputs / f"{program.name}.bin"), "-t", "0", "-n", str(NEW)]
     command += ["-z", str(inputs / "tokenizer.bin")]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    rate = re.search(rb"achieved tok/s: ([0-9.]+)", done.stderr)
-    if done.returncode or rate is None:
+    found = re.search(rb"achieved tok/s: (\d+(\.\d+)?)", done.stderr)
+    rate = float(found[1]) if found else 0.0
+    if done.returncode or not rate:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
         raise ValueError(f"{program} failed with exit code {done.returncode}: {said[-1]}")
-    return {"decode_seconds": 1 / float(rate[1])}
+    return {"decode_seconds": 1 / rate}

@@ -209,7 +209,7 @@ def inherit_options(options: Options, found: FineTuned, names: Sequence[str]) ->
 
 
 def load_classifier(
-    options: Options, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str = "not read"
+    options: Options, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str = "its base, not needed"
 ) -> tuple[LlamaEmbeddingClassifier | LlamaPromptClassifier, Tokenizer, tuple[str, ...]]:
     """Loads the fine-tuned classifier on the CPU and prints the header. Returns the classifier, its tokenizer and, for
     a prompted model, the text before and after a sentence. base: the header's words for the base model.

@@ -65,7 +65,7 @@ def print_header(
     report(f"convention  {config.convention}")
     products = f"matrix products in {str(dtype).removeprefix('torch.')}"
     if options.quantize is not None:
-        products = "8-bit weights, matrix products in bfloat16"
+        products = "8-bit weights"
     report(f"device      {device}, {products}")
     if options.adapter is not None:
         report(f"adapter     {options.adapter}")

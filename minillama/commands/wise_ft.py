@@ -152,7 +152,7 @@ def run(options: Options) -> None:
     dtype = choose_dtype(options, device)
     mixes = set(options.alphas) != {1.0}
     model, tokenizer, prompt = classifiers.load_classifier(
-        options, found, device, dtype, "its base" if mixes else "not read"
+        options, found, device, dtype, "its base" if mixes else "its base, not needed"
     )
     data = {"dev": (options.dev, len(sets[0].rows)), "test": (options.test, len(test.rows))}
     origin = Origin.of(options, data, options.finetuned)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig
+from minillama.environment import try_lock
 from minillama.layers.kv_cache import KVCache
 from rope import rotary_rows
 
@@ -64,6 +65,10 @@ def missing() -> str | None:
     return "numba finds no OpenMP library here (libgomp on Linux, libomp on macOS)"
 
 
+class NotCompiled(Exception):
+    """The loops cannot be compiled, or read from the cache. The message is the reason, as a phrase."""
+
+
 class CompiledDecoder:
     """One step of decoding, with the results of `InferenceLlama` and the same cache.
 
@@ -84,29 +89,47 @@ class CompiledDecoder:
         )
 
     def add_head(self, norm: Any, output: Matrix) -> None:
-        """Adds the final norm and the output matrix. Compiles the loops if this has never been done here."""
+        """Adds the final norm and the output matrix."""
         self.norm, self.output = norm_arrays(norm), arrays(*output)
         self.folder = cache_folder(self.tell)
         # An empty file, written when the loops for this type of weights have been compiled
         self.compiled = self.folder / str(output[0].dtype).removeprefix("torch.")
-        if not self.compiled.exists():
-            self.load()
 
     def load(self) -> None:
-        """Imports Numba and the loops, and compiles them or reads them from the cache."""
+        """Imports Numba and the loops, and compiles them or reads them from the cache. Raises NotCompiled."""
+        try:
+            with interrupts_wait(), open(self.folder / "lock", "ab") as lock:
+                if not self.compiled.exists():
+                    try_lock(lock, wait=True)  # two processes that compile at once could mix up the files of the cache
+                self.import_loops()
+                self.compile()
+                self.compiled.touch()
+        except Exception as error:  # a damaged cache file may raise anything, and so may a full disk
+            shutil.rmtree(self.folder, ignore_errors=True)
+            said = " ".join(str(error).split())[:200]
+            raise NotCompiled(f"Numba failed ({type(error).__name__}: {said}); its cache is removed") from error
+
+    def import_loops(self) -> None:
+        """Imports Numba, and the loops with their cache in `self.folder`."""
         import numba
-        from numba.core import event
 
         config: Any = numba.config
         before, config.CACHE_DIR = config.CACHE_DIR, str(self.folder)
         config.THREADING_LAYER = "omp"
-        from minillama.decoding import numba_step
-
-        config.CACHE_DIR = before
-        self.set_threads, self.loops = numba.set_num_threads, numba_step
-        self.team = Team(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+        try:
+            from minillama.decoding import numba_step
+        finally:
+            config.CACHE_DIR = before
         self.blocks = [numba_step.Block(*weights) for weights in self.weights]
-        began, lines = time.perf_counter(), iter([f"compiling the decoder for {self.compiled.name} weights, once ..."])
+        self.team = Team(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+        self.set_threads, self.loops = numba.set_num_threads, numba_step
+
+    def compile(self) -> None:
+        """Computes one step with made-up inputs, for which Numba compiles the loops or reads them from the cache."""
+        from numba.core import event
+
+        began, kind = time.perf_counter(), self.compiled.name
+        lines = iter([f"preparing fast generation: Numba compiles it once for {kind} weights; 5 to 15 seconds ..."])
 
         class Listener(event.Listener):
             """Tells of the first compilation. There is none if the cache has the loops for this processor."""
@@ -118,27 +141,20 @@ class CompiledDecoder:
             def on_end(this, _: event.Event) -> None:
                 pass
 
-        try:
-            with interrupts_wait(), event.install_listener("numba:compile", Listener()):
-                cache = KVCache(self.config, 1)
-                for layer in range(len(self.blocks)):
-                    cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
-                self.step(torch.zeros(self.config.dim), cache)
-        except Exception as error:  # a damaged cache file may raise anything, and so may a full disk
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise ValueError(
-                f"the compiled decoder in {self.folder} cannot be read or written ({type(error).__name__}); it is "
-                "removed: start again, or set NUMBA_CACHE_DIR to another folder"
-            ) from error
+        with event.install_listener("numba:compile", Listener()):
+            cache = KVCache(self.config, 1)
+            for layer in range(len(self.blocks)):
+                cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
+            self.step(torch.zeros(self.config.dim), cache)
         if next(lines, None) is None:
-            self.tell(f"compiled in {time.perf_counter() - began:.1f} s")
-        self.compiled.touch()
+            self.tell(f"prepared in {time.perf_counter() - began:.1f} s")
 
     def __call__(self, x: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """A token's embedding x (D,), float32, which is overwritten -> logits (1, 1, V) and hidden state (1, 1, D)."""
+        """A token's embedding x (D,), float32, which is overwritten -> logits (1, 1, V) and hidden state (1, 1, D).
+
+        Raises ValueError if the cache is full. The loops must be loaded.
+        """
         cache.check_room(1)
-        if self.loops is None:
-            self.load()
         began = time.perf_counter()
         threads = self.team.choose(began)
         self.set_threads(threads)
@@ -213,8 +229,8 @@ def interrupts_wait() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if noted:
-        raise KeyboardInterrupt
+        if noted:
+            raise KeyboardInterrupt
 
 
 def cache_folder(tell: Callable[[str], None] = lambda line: None) -> Path:

@@ -32,6 +32,8 @@ def contrastive_search(
     check_one_prompt(idx, "contrastive search")
     if k < 1 or not 0.0 <= alpha <= 1.0:
         raise ValueError(f"k is {k} and alpha {alpha}; k must be 1 or more, alpha in [0, 1]")
+    if model.config.max_seq_len < 2:
+        raise ValueError("contrastive search needs a model with a context of 2 tokens or more; this one's is 1")
     tokens = idx
     read = Reader(model, idx.shape[1] + max_new_tokens, use_cache, banned_ids)
     logits, states = read(tokens)  # (1, 1, V), (1, T, D)

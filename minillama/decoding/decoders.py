@@ -55,22 +55,30 @@ class Continuation:
 
 
 class Speed:
-    """Token counter with a clock. The time of the first token includes reading the prompt."""
+    """Token counter with a clock. The time of the first token includes reading the prompt; before the second one, the
+    compiled decoder may have to be loaded.
+    """
 
     def __init__(self) -> None:
-        self.start, self.first, self.tokens = time.perf_counter(), 0.0, 0
+        self.start = time.perf_counter()
+        self.early: list[float] = []  # the times of the first two tokens
+        self.tokens = 0
 
     def count(self) -> None:
         self.tokens += 1
-        self.first = self.first or time.perf_counter()
+        if len(self.early) < 2:
+            self.early.append(time.perf_counter() - self.start)
 
     def __str__(self) -> str:
-        end = time.perf_counter()
-        total = f"{self.tokens} tokens in {end - self.start:.2f} s"
-        if self.tokens < 2 or self.first - self.start > 0.9 * (end - self.start):  # all tokens came at once
-            return f"{total}, {self.tokens / (end - self.start):.0f} per second"
-        rate = (self.tokens - 1) / (end - self.first)
-        return f"{total}; the first after {self.first - self.start:.2f} s, then {rate:.0f} per second"
+        seconds = time.perf_counter() - self.start
+        total = f"{self.tokens} tokens in {seconds:.2f} s"
+        if self.tokens < 3 or self.early[0] > 0.9 * seconds:  # all tokens came at once
+            return f"{total}, {self.tokens / seconds:.0f} per second"
+        first, second = self.early
+        rate = (self.tokens - 2) / (seconds - second)
+        waited = second - first - 1 / rate > 0.1
+        when = f"the first after {first:.2f} s" + (f", the second after {second:.2f} s" if waited else "")
+        return f"{total}; {when}, then {rate:.0f} per second"
 
 
 class Writer:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Llama, last_token_state
-from minillama.decoding.compiled_decoder import CompiledDecoder, Matrix, covers, missing
+from minillama.decoding.compiled_decoder import CompiledDecoder, Matrix, NotCompiled, covers, missing
 from minillama.decoding.sampling import LanguageModel
 from minillama.layers.kernels import Product, fused_attention, int8_weights, product_of, single_token_attention
 from minillama.layers.kv_cache import KVCache
@@ -65,12 +65,12 @@ class InferenceLlama:
         self.config, table = llama.config, llama.tok_embeddings.weight
         dtype = dtype or table.dtype
         self.decoder: CompiledDecoder | None = None
+        self.tell = tell
         if rows == 1 and covers(self.config, table.device, dtype, quantize):
-            lack = missing()
-            if lack is None:
+            if (lack := missing()) is None:
                 self.decoder = CompiledDecoder(self.config, tell)
             else:
-                tell(f"notice: text comes at about half the speed, because {lack}")
+                self.tell_of_half_speed(lack)
 
         def matrix(*linears: nn.Linear) -> Matrix:
             parts = [linear.weight.detach().to(dtype) for linear in linears]
@@ -106,6 +106,22 @@ class InferenceLlama:
         self.output = product(*vocabulary)
         if self.decoder is not None:
             self.decoder.add_head(self.norm, vocabulary)
+            if not self.decoder.compiled.exists():
+                self.has_loops()  # compiles them now, before the text begins
+
+    def has_loops(self) -> bool:
+        """Whether the compiled decoder can compute the next token. Loads it the first time."""
+        if self.decoder is not None and self.decoder.loops is None:
+            try:
+                self.decoder.load()
+            except NotCompiled as error:
+                self.decoder = None
+                self.tell_of_half_speed(str(error))
+        return self.decoder is not None
+
+    def tell_of_half_speed(self, reason: str) -> None:
+        """Tells why torch computes what the compiled decoder would compute."""
+        self.tell(f"notice: text comes at about half the speed, because {reason}")
 
     @torch.no_grad()
     def __call__(
@@ -117,8 +133,8 @@ class InferenceLlama:
     ) -> tuple[Tensor, Tensor]:
         """See `Llama.forward`."""
         alone = tokens.shape == (1, 1) and attention_mask is None and cache is not None
-        if self.decoder is not None and alone and cache.length and cache.real is None:  # type: ignore[union-attr]
-            return self.decoder(at_least_float32(self.tok_embeddings(tokens))[0, 0], cache)  # type: ignore[arg-type]
+        if alone and cache.length and cache.real is None and self.has_loops():  # type: ignore[union-attr]
+            return self.decoder(at_least_float32(self.tok_embeddings(tokens))[0, 0], cache)  # type: ignore[misc,arg-type]
         config = self.config
         H, K = config.n_heads, config.kv_heads
         T = tokens.shape[1]

@@ -23,7 +23,7 @@ def attention_in_pieces(
     """Attention: query (B, H, T, hd), key (B, K, S, hd), value (B, K, S, vd) -> (B, H, T, vd).
 
     mask: (B or 1, H or 1, T, S); bool, True = attend, or float, added to the scores. causal: whether attention is
-    causal if `mask` is None. dropout: the probability to drop a weight.
+    causal if `mask` is None; then S = T. dropout: the probability to drop a weight.
     """
     if mask is not None:
         if mask.dtype == torch.bool:

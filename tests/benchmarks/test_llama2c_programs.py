@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def test_a_program_that_is_missing_or_fails_is_named(programs, model, tmp_path):
     write_inputs(tmp_path, model)
     with pytest.raises(ValueError, match="runq failed with exit code 1: Bad magic number"):
         contenders(programs, tmp_path)["llama2c-int8"]()
+    for rate in ("0.000000", "inf", "-nan", "..."):
+        said = f"import sys\nprint('achieved tok/s: {rate}', file=sys.stderr)\n"
+        (programs / "runq").write_text(f"#!{sys.executable}\n{said}", encoding="utf-8")
+        with pytest.raises(ValueError, match=re.escape(f"runq failed with exit code 0: achieved tok/s: {rate}")):
+            contenders(programs, tmp_path)["llama2c-int8"]()
     (programs / "run").unlink()
     with pytest.raises(ValueError, match=r"run is missing; build it in .*: gcc -Ofast .* run\.c -lm -o run"):
         check_programs(programs)
