@@ -27,7 +27,7 @@ from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask, default_mask
 from minillama.layers.precision import at_least_float32, downcast_under_autocast, upcast_under_autocast
 from minillama.layers.token_losses import token_losses
-from rope import apply_rotary_emb
+from rope import apply_rotary_emb, rotary_table, rotate
 
 
 class LayerNorm(nn.Module):
@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self.compute_value = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.residual_dropout = nn.Dropout(config.dropout)
+        self.rotary_table: Tensor | None = None  # for the whole context; see `Llama.prepare_to_compile`
         if self.differential:
             add_differential_parameters(self, RMSNorm(2 * config.head_dim), config, depth)
 
@@ -101,9 +102,13 @@ class Attention(nn.Module):
         value = self.compute_value(x).view(B, T, -1, self.value_dim)  # (B, T, K, hd)
         if config.position_embedding_type == "rotary":
             start = 0 if cache is None else cache.length
-            query, key = apply_rotary_emb(
-                query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, start
-            )
+            if self.rotary_table is not None:
+                rows = self.rotary_table[start : start + T]
+                query, key = rotate(query, rows), rotate(key, rows)
+            else:
+                query, key = apply_rotary_emb(
+                    query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, start
+                )
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, H or K, T, hd)
         if cache is not None:
             key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
@@ -132,6 +137,8 @@ class Attention(nn.Module):
         if kernel == "auto":
             half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
             kernel = "pieces" if half_on_cpu and query.shape[-2] <= 1024 else "fused"
+        if kernel == "pieces" and torch.compiler.is_compiling():
+            kernel = "fused"  # a loop over pieces would be compiled anew for each number of tokens
         if mask is None and (config.sliding_window or config.position_embedding_type == "alibi"):
             mask = default_mask(query.shape[-2], config, query.dtype, query.device)
         dropout = config.dropout if self.training else 0.0
@@ -280,6 +287,18 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += tokens.shape[1]
         return x
+
+    def prepare_to_compile(self) -> None:
+        """Makes the rotary table outside of the code that torch.compile sees, once for all lengths and layers.
+
+        Call it when the model is on its device. The size of the usual table depends on the number of tokens, so torch
+        would compile anew for each size.
+        """
+        config, device = self.config, self.tok_embeddings.weight.device
+        if config.position_embedding_type == "rotary":
+            sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
+            for layer in self.layers:
+                layer.attention.rotary_table = rotary_table(*sizes, device, config.rope_scaling)
 
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
         """An empty cache for `capacity` tokens (default: the context); None for a model that cannot use one."""

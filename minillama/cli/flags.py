@@ -83,8 +83,13 @@ ATTENTION = Flag(
 DEVICE = Group(
     "device and precision",
     (
-        Flag("--use_gpu", "run on the first CUDA device", bool),
+        Flag("--use_gpu", "run on CUDA; of several processes, each on its own card", bool),
         Flag("--device NAME", "cpu, cuda, cuda:1, ...", default_text="cpu; cuda with --use_gpu"),
+        Flag(
+            "--deterministic",
+            "on CUDA, use only kernels whose results are the same in each run, which are slower; on the CPU all are",
+            bool,
+        ),
         Flag(
             "--dtype",
             "precision of the matrix products; trained weights stay float32. auto: bf16 where the hardware supports "

@@ -34,12 +34,25 @@ def check_alone(options: Options) -> None:
 
 
 def choose_device(options: Options) -> torch.device:
-    """The requested device. Raises ValueError if it is not available."""
+    """The requested device, set up for this program. Raises ValueError if it is not available.
+
+    "cuda" is the card with the number of this process, the first one if there is a single process.
+    """
     import torch
 
+    from minillama.layers.precision import set_up_cuda
+
     name = options.device if options.device is not None else "cuda" if options.use_gpu else "cpu"
-    if name == "cuda" and this_process().world > 1:
-        name = f"cuda:{this_process().local_rank}"  # one device per process
+    process = this_process()
+    if name.startswith("cuda:") and process.world > 1:
+        raise ValueError(
+            f"--device {name} would put {process.world} processes on one card; give --device cuda, and CUDA_VISIBLE_"
+            "DEVICES to choose among the cards"
+        )
+    if name == "cuda":
+        name = f"cuda:{process.local_rank}"
+    if name.startswith("cuda"):
+        set_up_cuda(options.deterministic)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -47,6 +60,11 @@ def choose_device(options: Options) -> torch.device:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(
                 f"{name}: no CUDA device is available here; leave out --use_gpu, or give --device cpu"
+            ) from error
+        if process.world > 1:
+            raise ValueError(
+                f"{name}: each process needs a CUDA device of its own, and there are {torch.cuda.device_count()}; "
+                "start fewer processes (--nproc_per_node)"
             ) from error
         raise ValueError(f"--device {name} is not available here; give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):

@@ -129,12 +129,13 @@ class Session:
         self, model: nn.Module, task: Task, write_best: Callable[[dict[str, Tensor], int, Score], None], dynamic: bool
     ) -> nn.Module:
         """Trains the model and returns the one to evaluate. dynamic: whether row lengths vary, for --compile."""
+        from minillama.training.compilation import compile_model
         from minillama.training.loop import train
 
         if not self.options.resume:
             self.run.create(self.saved_options)
         if self.options.compile:
-            model.compile(dynamic=dynamic)
+            compile_model(model, dynamic)
         settings = settings_of(self.options, self.dtype)
         log = make_log(self.run)
         return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)

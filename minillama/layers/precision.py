@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,6 +10,21 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_up_cuda(deterministic: bool = False) -> None:
+    """Sets torch's switches for CUDA. Call it before the first tensor is on a card.
+
+    cuDNN's attention is off. From torch 2.11 on it is the first choice for cards of the H100's class. It builds a plan
+    for each new length of the cache, which takes 20 to 40 ms a token, and with a mask its gradients may be NaN
+    (github.com/pytorch/pytorch/issues/196678). deterministic: only kernels that give the same bits in each run;
+    without one, torch raises RuntimeError. (docs/gpu.md)
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's page on reproducibility names it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # we read no uninitialised memory
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -20,7 +20,8 @@ from minillama.layers.precision import autocast, not_finite
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
-from minillama.training.distributed import Processes, unwrapped
+from minillama.training.compilation import writing
+from minillama.training.distributed import Processes
 from tokenizer import Tokenizer
 
 
@@ -156,8 +157,7 @@ def answer_prompts(
 ) -> list[str]:
     """Greedy answers to all prompts, up to an end token or max_new_tokens. check() is called before each batch."""
     processes = processes or Processes()
-    llama: Any = unwrapped(model)
-    device = next(llama.parameters()).device
+    device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_length, reverse=True)
     divided = not processes.fsdp  # a pass of a sharded model needs all processes, so each answers all prompts
     found: dict[int, str] = {}
@@ -167,7 +167,7 @@ def answer_prompts(
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
         settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
         mask = None if mask is None else mask.to(device)
-        with autocast(device, dtype):
+        with writing(model, dtype) as llama:
             made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)
         for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
             answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, row)

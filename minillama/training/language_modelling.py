@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from minillama.decoding import sampling
 from minillama.layers.precision import autocast
 from minillama.text.corpus import Corpus, Text, evenly, to_tensor
-from minillama.training.distributed import Processes, unwrapped
+from minillama.training.compilation import writing
+from minillama.training.distributed import Processes
 from minillama.training.evaluation import summed_loss
 from minillama.training.task import Score
 from tokenizer import Tokenizer
@@ -110,12 +111,11 @@ class LanguageModelling:
         return summed_loss(len(windows), self.batch_size, processes, check, losses) / (len(windows) * self._length)
 
     def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
-        llama: Any = unwrapped(model)
-        device = next(llama.parameters()).device
+        device = next(model.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
         special = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
         draws = {"temperature": 0.8, "epsilon": 0.01, "generator": torch.Generator(device).manual_seed(self.seed)}
-        with autocast(device, dtype):
+        with writing(model, dtype) as llama:
             ids = sampling.generate(llama, prompt, self.sample_tokens, **special, **draws)
         new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
         return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())

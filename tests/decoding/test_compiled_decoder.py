@@ -17,7 +17,15 @@ from torch.nn.functional import cross_entropy
 
 from llama import Llama, load_pretrained
 from minillama.decoding import compiled_decoder
-from minillama.decoding.compiled_decoder import TRIAL, Team, cache_folder, covers, interrupts_wait, missing
+from minillama.decoding.compiled_decoder import (
+    TRIAL,
+    CompiledDecoder,
+    Team,
+    cache_folder,
+    covers,
+    interrupts_wait,
+    missing,
+)
 from minillama.decoding.fast_llama import InferenceLlama
 from minillama.decoding.sampling import generate
 from minillama.environment import HERE
@@ -180,18 +188,20 @@ def test_what_it_does_not_cover_takes_the_path_of_torch(changes, covered):
     assert covers(tiny_config(**shape), **settings) is covered
 
 
-def calls(monkeypatch, fast: InferenceLlama) -> list[int]:
-    """The positions that the compiled decoder computes from now on."""
+def calls(monkeypatch) -> list[int]:
+    """The positions that compiled decoders compute from now on."""
     seen: list[int] = []
-    really = fast.decoder
-    monkeypatch.setattr(fast, "decoder", lambda x, cache: seen.append(cache.length) or really(x, cache))
+    really = CompiledDecoder.__call__
+    monkeypatch.setattr(
+        CompiledDecoder, "__call__", lambda self, x, cache: seen.append(cache.length) or really(self, x, cache)
+    )
     return seen
 
 
 @torch.no_grad()
 def test_only_one_real_token_of_one_row_is_its_own(monkeypatch):
     fast = InferenceLlama(tiny_llama(causal=True))
-    seen = calls(monkeypatch, fast)
+    seen = calls(monkeypatch)
     generate(fast, random_ids(1, 3), 4)
     assert seen == [3, 4, 5]
     generate(fast, random_ids(2, 3), 4)
@@ -300,7 +310,7 @@ def test_where_numba_fails_torch_computes_all_tokens_and_the_cache_is_removed(wa
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     if warm:
         (cache_folder() / "float32").touch()
-    monkeypatch.setattr(compiled_decoder.CompiledDecoder, "step", fails)
+    monkeypatch.setattr(CompiledDecoder, "step", fails)
     lines: list[str] = []
     fast = InferenceLlama(tiny_llama(causal=True), tell=lines.append)
     assert (fast.decoder is None) is not warm
@@ -356,13 +366,10 @@ def test_two_processes_that_compile_at_once_agree_and_a_third_finds_all(tmp_path
 def test_damaged_files_of_the_cache_and_a_full_disk_do_not_end_a_run(damage, tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
     good = starts(tmp_path, dict(os.environ)).communicate()
-    index = next((tmp_path / "cache").rglob("*.nbi"))
-    if damage == "an empty file":
-        index.write_bytes(b"")
-    else:
+    for index in (tmp_path / "cache").rglob("*.nbi"):
         index.unlink()
-        index.mkdir()  # Numba cannot write its index
+        index.write_bytes(b"") if damage == "an empty file" else index.mkdir()
     again, cured = (starts(tmp_path, dict(os.environ)).communicate() for _ in range(2))
     assert again[0] == cured[0] == good[0]
-    assert again[1].count("\n") == 2 and again[1].count("because Numba failed") == 2
-    assert "prepared in" in cured[1] and "notice" not in cured[1]
+    assert again[1].count("because Numba failed") == 1 and "Traceback" not in again[1]
+    assert "notice" not in cured[1]
