@@ -144,10 +144,8 @@ class Attention(nn.Module):
         dropout = config.dropout if self.training else 0.0
         if kernel == "pieces":
             return attention_in_pieces(query, key, value, mask, causal=config.causal, dropout=dropout)
-        group = query.shape[1] // key.shape[1]  # query heads that share one key/value head
-        if group > 1:
-            key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # (B, H, S, hd)
         if kernel == "manual":
+            key, value = (kernels.repeated(tensor, query.shape[1]) for tensor in (key, value))  # (B, H, S, hd)
             return self.compute_query_key_value_scores(query, key, value, mask)
         return kernels.fused_attention(query, key, value, mask, causal=config.causal, dropout=dropout)
 

@@ -25,6 +25,8 @@ def fused_attention(
 
     causal: whether attention is causal if `mask` is None.
     """
+    if not takes_groups(query, mask):
+        key, value = repeated(key, query.shape[1]), repeated(value, query.shape[1])
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -34,6 +36,20 @@ def fused_attention(
         is_causal=causal and mask is None,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def takes_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch's fused kernels take fewer key/value heads than query heads.
+
+    On CUDA only flash attention does, which takes half precision and no mask. For other inputs, torch 2.6 to 2.10 would
+    compute all scores in memory.
+    """
+    return query.device.type == "cpu" or (mask is None and query.dtype in (torch.float16, torch.bfloat16))
+
+
+def repeated(heads: Tensor, count: int) -> Tensor:
+    """Key/value heads (B, K, S, hd), each as often as query heads share it -> (B, count, S, hd)."""
+    return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], dim=1)
 
 
 def single_token_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
