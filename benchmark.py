@@ -123,6 +123,10 @@ def main(argv: list[str] | None = None) -> int:
         # Imports only the needed module, because the time to the first token includes the imports.
         benchmark = import_module(f"minillama.benchmarks.{MODULES[args.what]}")
         if args.contender:
+            if args.device.startswith("cuda") and args.contender.startswith("ours"):
+                from minillama.layers.precision import set_up_cuda
+
+                set_up_cuda()
             print(json.dumps(benchmark.measured(args)))
         else:
             benchmark.compare(args)
