@@ -115,7 +115,7 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
             [local(states[p]["exp_avg"]) for p in members],
             [local(states[p]["exp_avg_sq"]) for p in members],
             [],
-            [torch.tensor(float(t), device=device)] * len(members),
+            [torch.full((), float(t), device=device)] * len(members),  # a copy from the CPU would wait for a GPU
             lr=group["lr"] * keep,
             beta1=beta1,
             beta2=beta2,

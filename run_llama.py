@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -102,5 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def leave(code: int) -> None:
+    """Ends this process, at once if it failed among several: others may wait for it, and a usual end for them."""
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        leave(main())
+    except Exception:  # a fault of the program
+        traceback.print_exc()
+        leave(1)

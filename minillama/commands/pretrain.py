@@ -130,9 +130,8 @@ def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: 
     stems = Counter(Path(without_ending(path)).name for path, _, _ in named)
     texts = []
     for path, weight, files in named:
-        if processes.is_main:
-            done = [tokenize_text(file, tokenizer, Path(options.tokens_dir)) for file in files]
-        done = processes.gather(done if processes.is_main else None)[0]
+        folder = Path(options.tokens_dir)
+        done = processes.from_main(lambda: [tokenize_text(file, tokenizer, folder) for file in files])  # noqa: B023
         tokens = [open_tokens(file, tokenizer) for file in done]
         stem = Path(without_ending(path)).name
         name = stem if stem and stems[stem] == 1 else path
@@ -184,6 +183,7 @@ def run(options: Options) -> None:
         )
 
         write_best = session.best_writer(config, stop_ids)
+        session.seed_dropout()
         session.train(llama.to(session.device), task, write_best, dynamic=False)
         if session.processes.is_main:
             opened = session.write_model(read_torch(run.best_path)["model"], config, stop_ids)

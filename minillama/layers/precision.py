@@ -27,6 +27,11 @@ def set_up_cuda(deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # we read no uninitialised memory
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. A GPU fetches it from pinned memory while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Autocast unless `dtype` is float32: matrix products run in `dtype`; norms, softmax and losses in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

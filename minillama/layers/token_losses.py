@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minillama.layers.precision import at_least_float32, downcast_under_autocast
 
-TOKENS_AT_ONCE = 512
+# Tokens whose logits are in memory at once: few enough for the processor's cache, or enough to fill a GPU.
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 2048}
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,5 +64,6 @@ class TokenLosses(torch.autograd.Function):
 
 def pieces(targets: Tensor) -> Iterator[slice]:
     """Slices of the tokens whose logits are computed at once."""
-    for start in range(0, len(targets), TOKENS_AT_ONCE):
-        yield slice(start, start + TOKENS_AT_ONCE)
+    at_once = TOKENS_AT_ONCE["cpu" if targets.device.type == "cpu" else "cuda"]
+    for start in range(0, len(targets), at_once):
+        yield slice(start, start + at_once)

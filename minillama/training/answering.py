@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillama.layers.precision import autocast
+from minillama.layers.precision import autocast, to_device
 from minillama.text.batches import shuffled_batches
 from minillama.text.examples import Example, pack
 from minillama.training.distributed import Processes
@@ -69,7 +69,7 @@ class Instruction:
 
     def _losses(self, model: nn.Module, examples: list[Example], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         device = next(model.parameters()).device
-        ids, targets, segments = (tensor.to(device) for tensor in pack(examples, self.window))
+        ids, targets, segments = (to_device(tensor, device) for tensor in pack(examples, self.window))
         same = segments[:, :, None] == segments[:, None, :]  # (rows, T, T): attention stays inside an example
         with autocast(device, dtype):
             (losses, hits), _ = model(ids, targets, same, losses=True)  # a target NO_TARGET has loss 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillama.layers.precision import to_device
 from minillama.text.batches import shuffled_batches, to_batch
 from minillama.text.labelled import Row
 from minillama.training.distributed import Processes, unwrapped
@@ -74,7 +75,7 @@ class Classification:
         compared = self.smart is not None or self.average is not None
         before = random_state(device) if compared else []
         log_probs = forward(model, batch.ids, batch.mask, dtype)
-        labels = batch.labels.to(log_probs.device)
+        labels = to_device(batch.labels, device)
         losses, right = row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
         bare = unwrapped(model)  # further passes bypass DDP, which expects one pass per step
         if self.r_drop:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from minillama.environment import this_process
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class Processes:
         mine = positions[self.rank :: self.world]
         return mine or positions[:1], len(mine)
 
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over the processes."""
-        if self.world == 1:
-            return list(numbers)
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
+    def sum(self, *numbers: float | Tensor) -> list[float]:
+        """Each number, also a tensor (), summed over the processes in float64. Waits for the device once."""
+        device = next((number.device for number in numbers if isinstance(number, Tensor)), None)
+        if self.world == 1 and device is None:
+            return [float(number) for number in numbers]
+        if device is None:
+            device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        total = torch.zeros(len(numbers), dtype=torch.float64, device=device)
+        for place, number in zip(total, numbers, strict=True):
+            place += number
+        if self.world > 1:
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, what: Any) -> list[Any]:
@@ -52,6 +59,16 @@ class Processes:
         everything = [None] * self.world
         dist.all_gather_object(everything, what)
         return everything
+
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """The result of work(), which runs in the main process alone; the others wait for hours if they must."""
+        if self.world == 1:
+            return work()
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        found: list[Any] = [work() if self.is_main else None]
+        dist.broadcast_object_list(found, 0, group=patient)
+        dist.destroy_process_group(patient)
+        return found[0]
 
     def wait(self) -> None:
         """Waits until every process has called this."""
@@ -97,15 +114,12 @@ def process_group(device: torch.device, fsdp: bool) -> Iterator[Processes]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # The timeout is long, because the others wait while one process tokenizes. torchrun detects dead processes itself.
-    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except ValueError as error:  # for example MASTER_ADDR is missing
         raise ValueError(
             f"the processes cannot connect ({error}); use torchrun, or type `unset RANK WORLD_SIZE` for one process"
         ) from error
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), fsdp)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(dist.get_rank(), dist.get_world_size(), fsdp)
+    # Not after an error: this would wait for the other processes, which may wait for this one (see run_llama.py).
+    dist.destroy_process_group()

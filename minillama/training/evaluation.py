@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import string
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama.decoding import sampling
-from minillama.layers.precision import autocast, not_finite
+from minillama.layers.precision import autocast, not_finite, to_device
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
@@ -47,9 +48,9 @@ class Evaluation:
 def forward(model: nn.Module, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The model's log-probabilities (B, labels) for a batch, on the model's device. dtype: of the products."""
     device = next(model.parameters()).device
-    mask = None if mask is None else mask.to(device)
+    mask = None if mask is None else to_device(mask, device)
     with autocast(device, dtype):
-        return model(ids.to(device), mask)
+        return model(to_device(ids, device), mask)
 
 
 def shared_batches(
@@ -81,11 +82,11 @@ def summed_loss(
     count: int, batch_size: int, processes: Processes, check: Callable[[], None], losses: Callable[[list[int]], Tensor]
 ) -> float:
     """The summed loss of `count` rows, divided among the processes. losses(positions): the loss of each row (B,)."""
-    total = 0.0
+    total: float | Tensor = 0.0
     for positions in cut_in_batches(range(count), batch_size):
         check()
         mine, counted = processes.share(positions)
-        total += float(losses(mine)[:counted].sum())
+        total = total + losses(mine)[:counted].sum().double()  # on the device, which is read once
     return processes.sum(total)[0]
 
 
@@ -114,8 +115,9 @@ def class_log_probs(
     for mine, counted in shared_batches(model, order, batch_size, processes=processes, check=check, name=name):
         batch = to_batch(rows, mine, pad_id)
         log_probs = forward(model, batch.ids, batch.mask, dtype)
-        finite = finite and bool(torch.isfinite(log_probs).all())
-        found.update(zip(mine[:counted], log_probs.tolist()[:counted], strict=True))
+        values = log_probs.tolist()
+        finite = finite and all(map(math.isfinite, itertools.chain.from_iterable(values)))
+        found.update(zip(mine[:counted], values[:counted], strict=True))
     if not all(processes.gather(finite)):
         raise not_finite(f"{name}: the model's scores", dtype)
     for part in processes.gather(found):

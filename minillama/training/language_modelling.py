@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.decoding import sampling
-from minillama.layers.precision import autocast
+from minillama.layers.precision import autocast, to_device
 from minillama.text.corpus import Corpus, Text, evenly, to_tensor
 from minillama.training.compilation import writing
 from minillama.training.distributed import Processes
@@ -72,7 +72,8 @@ class LanguageModelling:
     def _losses(self, model: nn.Module, windows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The losses of windows (B, length + 1), in which every token except the first is a target."""
         device = next(model.parameters()).device
-        inputs, targets = windows[:, :-1].to(device), windows[:, 1:].to(device)
+        windows = to_device(windows, device)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
         with autocast(device, dtype):
             (losses, hits), _ = model(inputs, targets, losses=True)
         return losses.sum(-1), hits.sum(-1)

@@ -7,12 +7,10 @@ A run can stop at any moment and resume to the same weights, bit for bit. Each s
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +28,7 @@ from tqdm import tqdm
 from minillama.environment import keep_freed_memory
 from minillama.formats.files import read_torch
 from minillama.training.distributed import Processes, unwrapped
+from minillama.training.interrupts import Interrupts, Stopped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
 from minillama.training.task import Score, Task, cut_batch
@@ -54,36 +53,6 @@ class Settings:
     save_every: int = 500  # steps; the end of an epoch is always saved
 
 
-class Stopped(KeyboardInterrupt):
-    """Stop of a run by a signal; the message says how to resume."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
-
-
-class Interrupts:
-    """A context in which the first SIGINT or SIGTERM only sets `number`; a second one has its usual effect."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.number = number
-        self.__exit__()
-        with suppress(OSError):  # stderr may be closed; print is not safe in a signal handler
-            os.write(2, b"\nstopping after this step; a second signal stops at once and loses unsaved steps\n")
-
-
 @dataclass
 class Progress:
     """The position of a run, and its running sums."""
@@ -97,6 +66,7 @@ class Progress:
     best_epoch: int = 0
     best_quality: float | None = None
     finished: bool = False
+    skipped: int = 0  # steps of the whole run that fp16 skipped
 
 
 def train(
@@ -168,6 +138,9 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
         self.progress = Progress()
         self.interrupts = Interrupts()
+        self.interrupted = True  # whether a process may have received a signal; known after each step
+        self.took_step = False  # whether the last step changed the weights; fp16 skips a step that overflows
+        self.optimizer.register_step_post_hook(lambda *_: setattr(self, "took_step", True))
         self.saved_at = (0, 0)  # (epoch, step)
 
     def _checksum(self, model: nn.Module) -> int:
@@ -264,8 +237,8 @@ class Training:
 
     def check_interrupts(self) -> None:
         """Saves the state and raises Stopped if any process has received a signal."""
-        number = int(max(self.processes.gather(self.interrupts.number)))
-        if number:
+        if self.processes.sum(self.interrupts.number)[0]:
+            number = int(max(self.processes.gather(self.interrupts.number)))
             self.save()
             name = signal.Signals(number).name
             raise Stopped(number, f"stopped by {name}; resume with --resume --run_dir {self.run.path}")
@@ -286,10 +259,12 @@ class Training:
             disable=None if self.processes.is_main else True,
         ) as bar:
             for positions in plan[progress.batch :]:
-                self.check_interrupts()
+                if self.interrupted or self.processes.world == 1:
+                    self.check_interrupts()
                 start = time.perf_counter()
+                taken = progress.step - progress.skipped
                 lr = learning_rate(
-                    progress.step, task.steps, settings.lr, settings.schedule, settings.warmup_steps, settings.min_lr
+                    taken, task.steps, settings.lr, settings.schedule, settings.warmup_steps, settings.min_lr
                 )
                 loss, correct = self.step(positions, lr)
                 targets = task.targets(positions)
@@ -299,7 +274,10 @@ class Training:
                 progress.correct += correct
                 progress.seen += targets
                 seconds = time.perf_counter() - start
-                self.run.metric(progress.step, epoch=progress.epoch, loss=loss, lr=lr, seconds=round(seconds, 4))
+                skipped = {} if self.took_step else {"skipped": True}
+                self.run.metric(
+                    progress.step, epoch=progress.epoch, loss=loss, lr=lr, seconds=round(seconds, 4), **skipped
+                )
                 bar.update(targets)
                 bar.set_postfix(
                     loss=f"{progress.loss_sum / progress.seen:.4f}",
@@ -319,7 +297,7 @@ class Training:
         """
         settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum, correct = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits, read once at the end
         pieces = cut_batch(self.task, positions, self.device, world, settings.micro_batch_size)
         for number, piece in enumerate(pieces, start=1):
             mine, counted = self.processes.share(piece)
@@ -328,9 +306,9 @@ class Training:
                 loss = losses.sum() * (counted / len(mine))
                 # Times world: torch averages the gradients over the processes, but the sum is needed.
                 self.scaler.scale(loss * (world / targets)).backward()
-            loss_sum += loss.item()
-            correct += int(hits[:counted].sum())
-        loss_sum, right = self.processes.sum(loss_sum, correct)
+            sums += torch.stack((loss.detach().double(), hits[:counted].sum().double()))
+        loss_sum, right, interrupted = self.processes.sum(*sums, self.interrupts.number)
+        self.interrupted = bool(interrupted)
         if not math.isfinite(loss_sum):
             raise ValueError(
                 f"the loss is {loss_sum / targets} at step {self.progress.step + 1} (epoch "
@@ -340,11 +318,23 @@ class Training:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
         set_learning_rate(self.optimizer, lr)
-        self.scaler.step(self.optimizer)
+        self.took_step = False
+        self.scaler.step(self.optimizer)  # in fp16 it waits for the device once more, to see whether to skip the step
         self.scaler.update()
-        if self.task.average is not None:
+        if not self.took_step:
+            self.note_skipped()
+        elif self.task.average is not None:
             self.task.average.update(unwrapped(self.model), self.progress.step + 1, self.task.steps)
         return loss_sum / targets, int(right)
+
+    def note_skipped(self) -> None:
+        """Counts a step that fp16 skipped, and tells of the first one."""
+        if not self.progress.skipped:
+            self.log(
+                f"step {self.progress.step + 1} is skipped: its gradient overflowed in fp16; the loss scale is halved "
+                "now, and later skips are counted"
+            )
+        self.progress.skipped += 1
 
     def last_good(self) -> str:
         """A phrase about the last saved checkpoint."""
@@ -366,6 +356,7 @@ class Training:
         self.log(
             f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
             + " (best so far)" * (is_best and score.quality is not None)
+            + f", {progress.skipped} steps skipped so far" * bool(progress.skipped)
             + f"\n    {score.sample}" * bool(score.sample)
         )
         metrics = score.metrics | ({"sample": score.sample} if score.sample else {})
@@ -385,6 +376,7 @@ class Training:
             step=progress.step,
             best_epoch=progress.best_epoch,
             best_quality=progress.best_quality,
+            skipped=progress.skipped,
             finished=stops_early or progress.epoch >= self.task.epochs,
         )
         self.save()

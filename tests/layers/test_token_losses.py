@@ -40,7 +40,7 @@ def with_gradients(function, hidden, weight, targets, dtype=torch.float32):
 @pytest.mark.parametrize("at_once", [1, 5, 33, 512])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_losses_hits_and_gradients_are_those_of_all_logits(monkeypatch, at_once, dtype, tolerance):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", at_once)
     got, wanted = (with_gradients(function, *problem(dtype)) for function in (token_losses, whole))
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
@@ -49,7 +49,7 @@ def test_losses_hits_and_gradients_are_those_of_all_logits(monkeypatch, at_once,
 
 
 def test_under_autocast_losses_are_float32_and_gradients_close(monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 8)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 8)
     got, wanted = (with_gradients(f, *problem(torch.float32), torch.bfloat16) for f in (token_losses, whole))
     exact = with_gradients(whole, *problem(torch.float32))
     assert [one.dtype for one in got] == [one.dtype for one in wanted]
@@ -79,7 +79,7 @@ def test_far_logits_stay_finite():
 
 
 def test_the_logits_of_all_tokens_are_never_held(monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 4)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 4)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -19,7 +19,7 @@ from minillama.training import classification as tasks
 from minillama.training.classification import Classification, row_losses
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import Evaluation, evaluate
-from minillama.training.loop import Stopped
+from minillama.training.interrupts import Stopped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
 from minillama.training.task import PIECE_COST, cut_batch

@@ -17,7 +17,7 @@ from fitting import Bag, a_classifier, assert_same, metrics, settings, some_rows
 from minillama.training import classification as tasks
 from minillama.training import evaluation
 from minillama.training import loop as training
-from minillama.training.loop import Stopped
+from minillama.training.interrupts import Stopped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.task import PIECE_COST
 from models import tiny_llama
