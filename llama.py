@@ -296,7 +296,7 @@ class Llama(nn.Module):
         if config.position_embedding_type == "rotary":
             sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
             for layer in self.layers:
-                layer.attention.rotary_table = rotary_table(*sizes, device, config.rope_scaling)
+                layer.attention.rotary_table = rotary_table(*sizes, device, config.rope_scaling)  # type: ignore[union-attr]
 
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
         """An empty cache for `capacity` tokens (default: the context); None for a model that cannot use one."""

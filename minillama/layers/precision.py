@@ -24,7 +24,7 @@ def set_up_cuda(deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's page on reproducibility names it
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # we read no uninitialised memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read no uninitialised memory
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
