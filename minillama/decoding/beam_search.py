@@ -47,7 +47,7 @@ def beam_search(
         check_finite(logits)
         candidates = scores[:, None] + logits.float().log_softmax(-1)  # (beams, V)
         # Enough candidates to keep `beams` open: each beam has at most one candidate for each end token.
-        allowed = candidates.numel() - len(candidates) * len(read.banned_ids)
+        allowed = candidates.numel() - len(candidates) * len(read.banned)
         best = candidates.flatten().topk(min(beams * (1 + len(ends)), allowed))
         rows, chosen = best.indices // candidates.shape[1], best.indices % candidates.shape[1]
         ended = torch.isin(chosen, ends)

@@ -40,7 +40,7 @@ def contrastive_search(
     for _ in range(max_new_tokens):
         check_finite(logits)
         # Ranked by logits, because rare tokens may have probability 0 like banned ones.
-        likely = logits[0, -1].float().topk(min(k, logits.shape[-1] - len(read.banned_ids))).indices
+        likely = logits[0, -1].float().topk(min(k, logits.shape[-1] - len(read.banned))).indices
         probabilities = logits[0, -1].float().softmax(-1)[likely]
         tried = torch.cat((tokens.expand(len(likely), -1), likely[:, None]), dim=1)
         if read.cache is not None:

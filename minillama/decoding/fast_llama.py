@@ -2,7 +2,8 @@
 
 A token costs the time to read every weight, and torch's work between the products. So query, key and value are one
 product here, and so are gate and up. The weights are in the layout of oneDNN's kernels, or in 8 bits. One token for
-one row on the CPU is computed by numba_step.py, twice as fast. `Llama` is the readable path; tests compare the three.
+one row on the CPU is computed by numba_step.py, twice as fast. One token for any rows on CUDA is computed by a graph of
+cuda_decoder.py. `Llama` is the readable path; tests compare all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Llama, last_token_state
+from minillama.decoding import cuda_decoder
 from minillama.decoding.compiled_decoder import CompiledDecoder, Matrix, NotCompiled, covers, missing
+from minillama.decoding.cuda_decoder import Append, CudaDecoder, NotCaptured
 from minillama.decoding.sampling import LanguageModel
 from minillama.layers.kernels import Product, fused_attention, int8_weights, product_of, single_token_attention
 from minillama.layers.kv_cache import KVCache
@@ -71,6 +74,7 @@ class InferenceLlama:
                 self.decoder = CompiledDecoder(self.config, tell)
             else:
                 self.tell_of_half_speed(lack)
+        self.graphs = CudaDecoder(self.config) if cuda_decoder.covers(self.config, table.device) else None
 
         def matrix(*linears: nn.Linear) -> Matrix:
             parts = [linear.weight.detach().to(dtype) for linear in linears]
@@ -132,39 +136,63 @@ class InferenceLlama:
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Llama.forward`."""
-        alone = tokens.shape == (1, 1) and attention_mask is None and cache is not None
-        if alone and cache.length and cache.real is None and self.has_loops():  # type: ignore[union-attr]
-            return self.decoder(at_least_float32(self.tok_embeddings(tokens))[0, 0], cache)  # type: ignore[misc,arg-type]
+        if attention_mask is None and tokens.shape[1] == 1 and cache is not None and cache.length:
+            if (found := self.next_step(tokens, cache)) is not None:
+                return found
         config = self.config
-        H, K = config.n_heads, config.kv_heads
-        T = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        x = at_least_float32(self.tok_embeddings(tokens))  # (B, T, D)
-        mask = build_mask(tokens, attention_mask, cache, config, x.dtype)
+        end = start + tokens.shape[1]
+        mask = build_mask(tokens, attention_mask, cache, config, self.tok_embeddings.weight.dtype)
         table = None
         if config.position_embedding_type == "rotary":
             sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
-            table = rotary_rows(start, start + T, *sizes, tokens.device, config.rope_scaling)
+            table = rotary_rows(start, end, *sizes, tokens.device, config.rope_scaling)
+        hidden = self.hidden_states(tokens, table, mask, None if cache is None else cache.append)
+        if cache is not None:
+            cache.length = end
+        return self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None]), hidden
+
+    def next_step(self, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Tensor] | None:
+        """The result for one new token in each row (B, 1), from a decoder made for it. None: there is no such one."""
+        if self.graphs is not None:
+            try:
+                return self.graphs(self.one_token, tokens, cache)
+            except NotCaptured as error:
+                self.graphs = None
+                self.tell_of_half_speed(str(error))
+        if len(tokens) == 1 and cache.real is None and self.has_loops():
+            return self.decoder(at_least_float32(self.tok_embeddings(tokens))[0, 0], cache)  # type: ignore[misc]
+        return None
+
+    def hidden_states(self, tokens: Tensor, table: Tensor | None, mask: Tensor | None, append: Append | None) -> Tensor:
+        """tokens (B, T) -> the states after the final norm (B, T, D).
+
+        table: of `rotary_rows` for the T positions. mask: of `build_mask`. append: of the cache, see `KVCache.append`.
+        """
+        H, K, T = self.config.n_heads, self.config.kv_heads, tokens.shape[1]
+        x = at_least_float32(self.tok_embeddings(tokens))  # (B, T, D)
         for layer_id, layer in enumerate(self.layers):
-            heads = layer.query_key_value(layer.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
+            heads = layer.query_key_value(layer.attention_norm(x)).unflatten(-1, (-1, self.config.head_dim))
             if heads.device.type == "cpu":
                 heads = at_least_float32(heads)  # the CPU's attention is slow in half precision
             rotated = heads[:, :, : H + K] if table is None else rotate(heads[:, :, : H + K], table)
             rotated = rotated.transpose(1, 2)  # (B, H + K, T, hd)
             query, key, value = rotated[:, :H], rotated[:, H:], heads[:, :, H + K :].transpose(1, 2)
-            if cache is not None:
-                key, value = cache.append(layer_id, key, value)  # (B, K, S, hd)
-            if T == 1 and cache is not None:
+            if append is not None:
+                key, value = append(layer_id, key, value)  # (B, K, S, hd)
+            if T == 1 and append is not None:
                 mixed = single_token_attention(query, key, value, mask)  # (B, H, 1, hd)
             else:
-                mixed = fused_attention(query, key, value, mask, causal=config.causal)  # (B, H, T, hd)
+                mixed = fused_attention(query, key, value, mask, causal=self.config.causal)  # (B, H, T, hd)
             x = x + layer.output(mixed.transpose(1, 2).flatten(2))
             gate, up = layer.gate_up(layer.ffn_norm(x)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        if cache is not None:
-            cache.length += T
-        hidden = self.norm(x)
-        return self.output(hidden if targets is not None else last_token_state(hidden, attention_mask)[:, None]), hidden
+        return self.norm(x)
+
+    def one_token(self, tokens: Tensor, table: Tensor, mask: Tensor, append: Append) -> tuple[Tensor, Tensor]:
+        """tokens (B, 1) -> logits (B, 1, V) and hidden states (B, 1, D). The parameters are as in `hidden_states`."""
+        hidden = self.hidden_states(tokens, table, mask, append)
+        return self.output(hidden), hidden
 
     new_cache: Any = Llama.new_cache
 

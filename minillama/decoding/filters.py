@@ -58,7 +58,8 @@ def top_k_filter(logits: Tensor, k: int) -> Tensor:
 def top_p_filter(logits: Tensor, p: float) -> Tensor:
     """Keeps the fewest most probable tokens with total probability p (nucleus sampling, arXiv 1904.09751), and ties."""
     probabilities = logits.softmax(-1)
-    for size in NUCLEUS:
+    sizes = NUCLEUS if logits.device.type == "cpu" else NUCLEUS[-1:]  # on a GPU a question costs more than a sort
+    for size in sizes:
         largest = probabilities.topk(min(size, logits.shape[-1]), dim=-1).values
         before = largest.cumsum(-1) - largest  # total of all more probable tokens
         if size >= logits.shape[-1] or bool((before[..., -1] >= p).all()):
@@ -122,9 +123,14 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     return torch.searchsorted(totals, share * totals[:, -1:], right=True).squeeze(-1)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raises ValueError if the logits are not finite."""
-    if not logits.sum(dtype=torch.float32).isfinite():  # the sum of NaN or infinity is not finite
+def all_finite(logits: Tensor) -> Tensor:
+    """Whether all logits are finite: a bool () on their device, which the caller reads when it must."""
+    return logits.sum(dtype=torch.float32).isfinite()  # the sum of NaN or infinity is not finite
+
+
+def check_finite(logits: Tensor, finite: Tensor | None = None) -> None:
+    """Raises ValueError if the logits are not finite. finite: the result of `all_finite`, if it is known."""
+    if not (all_finite(logits) if finite is None else finite):
         raise ValueError(
             f"the model's logits ({logits.dtype}) hold NaN or infinity; damaged weights, or try --dtype fp32"
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from minillama.decoding.filters import (
     BANNED,
     Filter,
+    all_finite,
     check_finite,
     distribution,
     draw,
@@ -45,8 +46,7 @@ def next_token(
     generator: torch.Generator | None = None,
     filters: Sequence[Filter] = (),
 ) -> Tensor:
-    """Chooses a token per row: logits (B, V) -> ids (B,), at temperature 0 the arg-max. Raises ValueError for NaN."""
-    check_finite(logits)
+    """Chooses a token per row: logits (B, V), finite -> ids (B,), at temperature 0 the arg-max."""
     if temperature == 0.0:
         return logits.argmax(-1)
     if epsilon > 0.0:
@@ -98,7 +98,7 @@ class Reader:
         self, model: LanguageModel, capacity: int, use_cache: bool = True, banned_ids: Sequence[int] = ()
     ) -> None:
         self.model = model
-        self.banned_ids = list(banned_ids)
+        self.banned = torch.tensor(list(banned_ids), dtype=torch.long)
         self.context = model.config.max_seq_len
         new_cache = getattr(model, "new_cache", None)
         self.cache: Any = new_cache(min(capacity, self.context)) if new_cache is not None and use_cache else None
@@ -106,9 +106,9 @@ class Reader:
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """The model's output for the text tokens (B, T); tokens in the cache are not computed again."""
         logits, hidden = self._read(tokens, attention_mask, **options)
-        if self.banned_ids:
-            banned = tokens.new_tensor(self.banned_ids)
-            logits = at_least_float32(logits).index_fill(-1, banned, BANNED)  # BANNED is -inf in float16
+        if len(self.banned):
+            self.banned = self.banned.to(tokens.device)
+            logits = at_least_float32(logits).index_fill(-1, self.banned, BANNED)  # BANNED is -inf in float16
         return logits, hidden
 
     def _read(self, tokens: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -143,6 +143,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yields the next tokens (B,) after the prompts idx (B, T), step by step. Beyond the context the window slides.
 
+    The tokens are on the CPU. A step waits for a GPU once: for them, and for whether to go on.
+
     attention_mask: bool (B, T), True for real tokens. Prompts of unequal length are padded on the left, so that each
     continuation follows its prompt. Rotary positions are relative, so the shift changes nothing.
     eos_ids: end tokens. An ended row is filled with the first of them; the stream ends when all rows have ended.
@@ -150,7 +152,7 @@ def stream(
     banned_ids: tokens that are never chosen.
     watch: called in each step with the logits (B, V), after the repetition penalty, and the chosen tokens (B,).
 
-    Raises ValueError for an empty or right-padded prompt, and for settings out of range.
+    Raises ValueError for an empty or right-padded prompt, for settings out of range, and for NaN logits.
     """
     check_settings(max_new_tokens, temperature, epsilon, repetition_penalty)
     attention_mask = check_prompts(idx, attention_mask)
@@ -165,18 +167,20 @@ def stream(
         mask = None if attention_mask is None else attention_mask[:, :end]
         logits = read(tokens[:, :end], mask)[0][:, -1]
         if repetition_penalty != 1.0:
-            check_finite(logits)
             seen = tokens[:, :end] if mask is None else torch.where(mask, tokens[:, :end], tokens[:, end - 1 : end])
             logits = repetition_penalised(logits, seen, repetition_penalty)  # padding counts as the last token
-        chosen = next_token(logits, temperature, epsilon, generator, filters)
-        if watch is not None:
-            watch(logits, chosen)
+        chosen = drawn = next_token(logits, temperature, epsilon, generator, filters)
         if len(ends):
-            chosen = torch.where(finished, ends[0], chosen)
+            chosen = torch.where(finished, ends[0], drawn)
             finished |= torch.isin(chosen, ends)
+        answers = torch.stack((all_finite(logits), finished.all()))
+        found = torch.cat((chosen, answers)).cpu()  # the only wait of a step
+        check_finite(logits, found[-2])
+        if watch is not None:
+            watch(logits, drawn)
         tokens[:, end] = chosen
-        yield chosen
-        if len(ends) and finished.all():
+        yield found[:-2]
+        if found[-1]:
             return
 
 
@@ -186,6 +190,6 @@ def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, **settings:
     If the stream ends early, the rest is filled with the first of `eos_ids`.
     """
     new = list(stream(model, idx, max_new_tokens, **settings))
-    tokens = torch.cat((idx, *(chosen[:, None] for chosen in new)), dim=1)
+    tokens = torch.cat((idx.cpu(), *(chosen[:, None] for chosen in new)), dim=1).to(idx.device)
     missing = max_new_tokens - len(new)
     return torch.cat((tokens, tokens.new_full((len(tokens), missing), (*settings.get("eos_ids", ()), 0)[0])), dim=1)

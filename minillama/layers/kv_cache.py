@@ -58,8 +58,8 @@ class KVCache:
         for stored in (self.keys, self.values):
             for layer_id, kept in enumerate(stored):
                 if kept is not None:
-                    taken = kept.new_empty(len(rows), *kept.shape[1:])
-                    taken[:, :, : self.length] = kept[rows, :, : self.length]
+                    taken = kept if len(rows) == len(kept) else kept.new_empty(len(rows), *kept.shape[1:])
+                    taken[:, :, : self.length] = kept[rows, :, : self.length]  # the indexed rows are a copy
                     stored[layer_id] = taken
         if self.real is not None:
             self.real = self.real[rows]

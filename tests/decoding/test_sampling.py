@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minillama.decoding.beam_search import beam_search
 from minillama.decoding.contrastive_search import contrastive_search
@@ -76,10 +78,40 @@ def test_logits_of_any_dtype_are_drawn_from_as_in_float32(dtype, temperature):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_raise_with_their_dtype(bad, temperature):
-    logits = torch.zeros(2, 5, dtype=torch.bfloat16)
-    logits[1, 3] = bad
+    model = ConstantModel([0.0] * 5)
+    model.logits = model.logits.bfloat16()
+    steps = stream(model, torch.zeros(2, 1, dtype=torch.long), 3, temperature=temperature, watch=lambda *_: None)
+    next(steps)
+    model.logits[3] = bad
     with pytest.raises(ValueError, match=r"logits \(torch.bfloat16\) hold NaN or infinity"):
-        next_token(logits, temperature, 0.05)
+        next(steps)
+
+
+class Waits(TorchFunctionMode):
+    """A count of the questions that a GPU would be waited for. The results of `Tensor.cpu` are on the host."""
+
+    asked = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.item, Tensor.tolist, Tensor.nonzero)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.on_host = 0, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        on_host = any(args[0] is tensor for tensor in self.on_host) if args else False
+        self.count += func is Tensor.cpu or (func in self.asked and not on_host)
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.cpu or on_host:
+            self.on_host.append(result)
+        return result
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"repetition_penalty": 1.3}])
+def test_a_step_waits_for_a_gpu_once(settings):
+    steps = stream(tiny_llama(causal=True), PROMPTS, 9, eos_ids=(2, 5), banned_ids=(7,), epsilon=0.0, **settings)
+    with Waits() as waits:
+        for taken in range(1, 6):
+            next(steps)
+            assert waits.count == taken
 
 
 def test_nan_weights_raise():
