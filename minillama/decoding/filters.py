@@ -61,7 +61,7 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
     sizes = NUCLEUS if logits.device.type == "cpu" else NUCLEUS[-1:]  # on a GPU a question costs more than a sort
     for size in sizes:
         largest = probabilities.topk(min(size, logits.shape[-1]), dim=-1).values
-        before = largest.cumsum(-1) - largest  # total of all more probable tokens
+        before = running_total(largest) - largest  # total of all more probable tokens
         if size >= logits.shape[-1] or bool((before[..., -1] >= p).all()):
             break
     last = ((before < p).sum(-1, keepdim=True) - 1).clamp(min=0)
@@ -81,7 +81,7 @@ def typical_filter(logits: Tensor, mass: float) -> Tensor:
     log_probabilities = logits.log_softmax(-1)
     distance = (-log_probabilities - entropy(log_probabilities)).abs()
     ordered, order = distance.sort(-1)
-    reached = logits.gather(-1, order).softmax(-1).cumsum(-1)
+    reached = running_total(logits.gather(-1, order).softmax(-1))
     last = (reached < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
     return logits.masked_fill(distance > ordered.gather(-1, last), -math.inf)
 
@@ -118,9 +118,19 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     number, and torch.multinomial V of them. In float64 the share is below the whole, and a token of probability 0 is
     never drawn.
     """
-    totals = probabilities.cumsum(-1, dtype=torch.float64)
+    totals = running_total(probabilities, torch.float64)
     share = torch.rand(len(totals), 1, dtype=torch.float64, device=totals.device, generator=generator)
     return torch.searchsorted(totals, share * totals[:, -1:], right=True).squeeze(-1)
+
+
+def running_total(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The cumulative sum over the last axis.
+
+    torch has no deterministic one for CUDA, so the CPU computes it if only deterministic kernels are allowed.
+    """
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(-1, dtype=dtype).to(x.device)
+    return x.cumsum(-1, dtype=dtype)
 
 
 def all_finite(logits: Tensor) -> Tensor:
