@@ -239,10 +239,7 @@ def test_use_gpu_without_cuda_says_so(command, option):
     before = command.files()
     code, out, err = command(option, "--use_gpu")
     assert (code, out) == (2, "") and command.files() == before
-    assert (
-        err
-        == "run_llama.py: error: cuda: no CUDA device is available here; leave out --use_gpu, or give --device cpu\n"
-    )
+    assert err == "run_llama.py: error: --use_gpu: no CUDA device is available here; leave it out to use the CPU\n"
 
 
 def test_an_output_folder_without_permission(command):

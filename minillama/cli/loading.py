@@ -58,9 +58,8 @@ def choose_device(options: Options) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if name.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"{name}: no CUDA device is available here; leave out --use_gpu, or give --device cpu"
-            ) from error
+            flag = "--use_gpu" if options.device is None else f"--device {options.device}"
+            raise ValueError(f"{flag}: no CUDA device is available here; leave it out to use the CPU") from error
         if process.world > 1:
             raise ValueError(
                 f"{name}: each process needs a CUDA device of its own, and there are {torch.cuda.device_count()}; "

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -98,16 +98,12 @@ class CompiledDecoder:
     def load(self) -> None:
         """Imports Numba and the loops, and compiles them or reads them from the cache. Raises NotCompiled."""
         try:
-            with interrupts_wait(), open(self.folder / "lock", "ab") as lock:
-                if not self.compiled.exists():
-                    try_lock(lock, wait=True)  # two processes that compile at once could mix up the files of the cache
+            with interrupts_wait(), open(self.folder.with_suffix(".lock"), "ab") as lock:
                 self.import_loops()
-                self.compile()
-                self.compiled.touch()
+                self.compile(lock)
         except Exception as error:  # a damaged cache file may raise anything, and so may a full disk
-            shutil.rmtree(self.folder, ignore_errors=True)
             said = " ".join(str(error).split())[:200]
-            raise NotCompiled(f"Numba failed ({type(error).__name__}: {said}); its cache is removed") from error
+            raise NotCompiled(f"Numba failed ({type(error).__name__}: {said})") from error
 
     def import_loops(self) -> None:
         """Imports Numba, and the loops with their cache in `self.folder`."""
@@ -124,10 +120,16 @@ class CompiledDecoder:
         self.team = Team(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
         self.set_threads, self.loops = numba.set_num_threads, numba_step
 
-    def compile(self) -> None:
-        """Computes one step with made-up inputs, for which Numba compiles the loops or reads them from the cache."""
+    def compile(self, lock: IO[bytes]) -> None:
+        """Computes one step with made-up inputs, for which Numba compiles the loops or reads them from the cache.
+
+        A cache that fails is removed. lock: one process compiles or removes at a time, else Numba's files could get
+        mixed up.
+        """
         from numba.core import event
 
+        if not self.compiled.exists():
+            try_lock(lock, wait=True)
         began, kind = time.perf_counter(), self.compiled.name
         lines = iter([f"preparing fast generation: Numba compiles it once for {kind} weights; 5 to 15 seconds ..."])
 
@@ -135,17 +137,24 @@ class CompiledDecoder:
             """Tells of the first compilation. There is none if the cache has the loops for this processor."""
 
             def on_start(this, _: event.Event) -> None:
+                try_lock(lock, wait=True)
                 for line in lines:
                     self.tell(line)
 
             def on_end(this, _: event.Event) -> None:
                 pass
 
-        with event.install_listener("numba:compile", Listener()):
-            cache = KVCache(self.config, 1)
-            for layer in range(len(self.blocks)):
-                cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
-            self.step(torch.zeros(self.config.dim), cache)
+        try:
+            with event.install_listener("numba:compile", Listener()):
+                cache = KVCache(self.config, 1)
+                for layer in range(len(self.blocks)):
+                    cache.append(layer, *torch.zeros(2, 1, self.config.kv_heads, 1, self.config.head_dim))
+                self.step(torch.zeros(self.config.dim), cache)
+            self.compiled.touch()
+        except Exception:
+            try_lock(lock, wait=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         if next(lines, None) is None:
             self.tell(f"prepared in {time.perf_counter() - began:.1f} s")
 
@@ -252,6 +261,7 @@ def cache_folder(tell: Callable[[str], None] = lambda line: None) -> Path:
         tell(
             f"notice: {place} is not writable, so the decoder is compiled at each start; NUMBA_CACHE_DIR names another"
         )
-        folder = Path(tempfile.mkdtemp(prefix="mini-llama-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix="mini-llama-"), "loops")
+        folder.mkdir()
+        atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     return folder

@@ -67,7 +67,7 @@ def test_without_enough_cards_the_message_says_so(cards, monkeypatch):
     with pytest.raises(ValueError, match="needs a CUDA device of its own, and there are 1; start fewer processes"):
         chosen(use_gpu=True)
     cards(0)
-    with pytest.raises(ValueError, match="no CUDA device is available here; leave out --use_gpu"):
+    with pytest.raises(ValueError, match="--use_gpu: no CUDA device is available here; leave it out to use the CPU"):
         chosen(use_gpu=True)
 
 
