@@ -22,7 +22,12 @@ from config import LlamaConfig, feed_forward_size
 from minillama.formats.checkpoint import Checkpoint, read_checkpoint
 from minillama.layers import kernels
 from minillama.layers.attention_pieces import attention_in_pieces
-from minillama.layers.differential import add_differential_parameters, share_values, subtract_maps
+from minillama.layers.differential import (
+    add_differential_parameters,
+    reset_differential_parameters,
+    share_values,
+    subtract_maps,
+)
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask, default_mask
 from minillama.layers.precision import at_least_float32, downcast_under_autocast, upcast_under_autocast
@@ -36,8 +41,13 @@ class LayerNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0)
+        nn.init.constant_(self.bias, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
@@ -51,7 +61,11 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
@@ -80,6 +94,11 @@ class Attention(nn.Module):
         self.residual_dropout = nn.Dropout(config.dropout)
         if self.differential:
             add_differential_parameters(self, RMSNorm(2 * config.head_dim), config, depth)
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters that belong to no submodule."""
+        if self.differential:
+            reset_differential_parameters(self)
 
     def forward(
         self,
@@ -224,6 +243,17 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
+    def reset_parameters(self) -> None:
+        """Draws the same weights as the constructor, in the same order, for a model built on the device "meta"."""
+
+        def reset(module: Any) -> None:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+        for child in self.children():
+            child.apply(reset)
+        self.init_weights()
+
     def init_weights(self) -> None:
         """Draws weights from N(0, 0.02), and from N(0, 0.02 / sqrt(2 * n_layers)) for projections into the residual.
 
@@ -332,12 +362,17 @@ class SkipParameterInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def llama_without_weights(config: LlamaConfig) -> Llama:
+    """A `Llama` on the device "meta": it has shapes, but takes no memory."""
+    with torch.device("meta"), SkipParameterInit():
+        return Llama(config)
+
+
 def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
     """The model of a checkpoint. dtype: see `load_pretrained`. overrides: fields that replace those of its config."""
     config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
-    with torch.device("meta"), SkipParameterInit():  # allocates nothing: the checkpoint's tensors are assigned below
-        model = Llama(config)
+    model = llama_without_weights(config)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
     return model.eval()
