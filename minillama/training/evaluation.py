@@ -20,7 +20,7 @@ from minillama.layers.precision import autocast, not_finite
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
-from minillama.training.distributed import Processes, unwrapped
+from minillama.training.distributed import Processes
 from tokenizer import Tokenizer
 
 
@@ -156,7 +156,7 @@ def answer_prompts(
 ) -> list[str]:
     """Greedy answers to all prompts, up to an end token or max_new_tokens. check() is called before each batch."""
     processes = processes or Processes()
-    llama: Any = unwrapped(model)
+    llama: Any = model
     device = next(llama.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_length, reverse=True)
     divided = not processes.fsdp  # a pass of a sharded model needs all processes, so each answers all prompts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minillama.decoding import sampling
 from minillama.layers.precision import autocast
 from minillama.text.corpus import Corpus, Text, evenly, to_tensor
-from minillama.training.distributed import Processes, unwrapped
+from minillama.training.distributed import Processes
 from minillama.training.evaluation import summed_loss
 from minillama.training.task import Score
 from tokenizer import Tokenizer
@@ -110,7 +110,7 @@ class LanguageModelling:
         return summed_loss(len(windows), self.batch_size, processes, check, losses) / (len(windows) * self._length)
 
     def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
-        llama: Any = unwrapped(model)
+        llama: Any = model
         device = next(llama.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
         special = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
