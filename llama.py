@@ -22,12 +22,17 @@ from config import LlamaConfig, feed_forward_size
 from minillama.formats.checkpoint import Checkpoint, read_checkpoint
 from minillama.layers import kernels
 from minillama.layers.attention_pieces import attention_in_pieces
-from minillama.layers.differential import add_differential_parameters, share_values, subtract_maps
+from minillama.layers.differential import (
+    add_differential_parameters,
+    reset_differential_parameters,
+    share_values,
+    subtract_maps,
+)
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask, default_mask
 from minillama.layers.precision import at_least_float32, downcast_under_autocast, upcast_under_autocast
 from minillama.layers.token_losses import token_losses
-from rope import apply_rotary_emb, rotary_table, rotate
+from rope import apply_rotary_emb, rotate
 
 
 class LayerNorm(nn.Module):
@@ -36,8 +41,13 @@ class LayerNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0)
+        nn.init.constant_(self.bias, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
@@ -51,7 +61,11 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_float32(x)
@@ -78,9 +92,14 @@ class Attention(nn.Module):
         self.compute_value = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.residual_dropout = nn.Dropout(config.dropout)
-        self.rotary_table: Tensor | None = None  # for the whole context; see `Llama.prepare_to_compile`
+        self.rotary_table: Tensor | None = None  # for the whole context, in compiled code (training/compilation.py)
         if self.differential:
             add_differential_parameters(self, RMSNorm(2 * config.head_dim), config, depth)
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters that belong to no submodule."""
+        if self.differential:
+            reset_differential_parameters(self)
 
     def forward(
         self,
@@ -229,6 +248,17 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
+    def reset_parameters(self) -> None:
+        """Draws the same weights as the constructor, in the same order, for a model built on the device "meta"."""
+
+        def reset(module: Any) -> None:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+        for child in self.children():
+            child.apply(reset)
+        self.init_weights()
+
     def init_weights(self) -> None:
         """Draws weights from N(0, 0.02), and from N(0, 0.02 / sqrt(2 * n_layers)) for projections into the residual.
 
@@ -286,18 +316,6 @@ class Llama(nn.Module):
             cache.length += tokens.shape[1]
         return x
 
-    def prepare_to_compile(self) -> None:
-        """Makes the rotary table outside of the code that torch.compile sees, once for all lengths and layers.
-
-        Call it when the model is on its device. The size of the usual table depends on the number of tokens, so torch
-        would compile anew for each size.
-        """
-        config, device = self.config, self.tok_embeddings.weight.device
-        if config.position_embedding_type == "rotary":
-            sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
-            for layer in self.layers:
-                layer.attention.rotary_table = rotary_table(*sizes, device, config.rope_scaling)  # type: ignore[union-attr]
-
     def new_cache(self, capacity: int | None = None) -> KVCache | None:
         """An empty cache for `capacity` tokens (default: the context); None for a model that cannot use one."""
         return KVCache(self.config, capacity) if self.config.causal and self.config.use_cache else None
@@ -349,12 +367,17 @@ class SkipParameterInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def llama_without_weights(config: LlamaConfig) -> Llama:
+    """A `Llama` on the device "meta": it has shapes, but takes no memory."""
+    with torch.device("meta"), SkipParameterInit():
+        return Llama(config)
+
+
 def llama_from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, **overrides: Any) -> Llama:
     """The model of a checkpoint. dtype: see `load_pretrained`. overrides: fields that replace those of its config."""
     config = replace(checkpoint.config, **overrides)
     state = checkpoint.complete_state(config)
-    with torch.device("meta"), SkipParameterInit():  # allocates nothing: the checkpoint's tensors are assigned below
-        model = Llama(config)
+    model = llama_without_weights(config)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
     return model.eval()

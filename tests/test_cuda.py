@@ -250,7 +250,7 @@ def test_compiled_it_computes_the_same_from_few_graphs():
         wanted, _ = model(ids, ids)
     torch._dynamo.reset()
     counters.clear()
-    compile_model(model, dynamic=True)
+    compile_model(model, DEVICE, dynamic=True)
     for length in (33, 40, 90, 200):
         some = torch.randint(0, 64, (4, length), device=DEVICE)
         with torch.no_grad(), autocast(DEVICE, torch.bfloat16):

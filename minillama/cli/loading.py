@@ -225,9 +225,11 @@ def open_checkpoint(options: Options, tokenizer: Tokenizer) -> Checkpoint:
     return checkpoint
 
 
-def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype) -> Llama:
+def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype, mapped: bool = False) -> Llama:
     """The backbone, with the overrides of the command line and the adapter merged. dtype: of the matrix products.
     Weights are float32 for training; for inference in half precision they keep the half precision of the file.
+
+    mapped: keep the tensors of the file, which are memory-mapped, unless an adapter is merged into them.
     """
     import torch
 
@@ -237,6 +239,7 @@ def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
     half = checkpoint.dtype in (torch.bfloat16, torch.float16)
     wide = options.command.trains or (dtype == torch.float32 and options.quantize is None) or not half
+    wide = wide and not (mapped and options.adapter is None)
     llama = llama_from_checkpoint(checkpoint, dtype=torch.float32 if wide else None, **overrides(options))
     if options.adapter is not None:
         read_adapter(Path(options.adapter), llama.config).apply(llama)

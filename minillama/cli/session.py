@@ -114,7 +114,7 @@ class Session:
     def load_llama(self, data: str) -> tuple[Llama, Checkpoint]:
         """Loads the initial model and its checkpoint, and prints the header. data: the data files, for the header."""
         checkpoint = loading.open_checkpoint(self.options, self.tokenizer)
-        llama = loading.load_llama(self.options, checkpoint, self.dtype)
+        llama = loading.load_llama(self.options, checkpoint, self.dtype, mapped=self.processes.fsdp)
         print_header(self.options, llama, checkpoint.kind, self.tokenizer, self.device, self.dtype, data=data)
         return llama, checkpoint
 
@@ -128,14 +128,19 @@ class Session:
     def train(
         self, model: nn.Module, task: Task, write_best: Callable[[dict[str, Tensor], int, Score], None], dynamic: bool
     ) -> nn.Module:
-        """Trains the model and returns the one to evaluate. dynamic: whether row lengths vary, for --compile."""
+        """Trains a model that is on the CPU, and returns the one to evaluate.
+
+        dynamic: whether row lengths vary, for --compile.
+        """
         from minillama.training.compilation import compile_model
         from minillama.training.loop import train
 
+        if not self.processes.fsdp:  # else each process moves only its part
+            model.to(self.device)
         if not self.options.resume:
             self.run.create(self.saved_options)
         if self.options.compile:
-            compile_model(model, dynamic)
+            compile_model(model, self.device, dynamic)
         settings = settings_of(self.options, self.dtype)
         log = make_log(self.run)
         return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)

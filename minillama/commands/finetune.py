@@ -155,7 +155,7 @@ def run(options: Options) -> None:
             )
         if options.option == "lora":
             add_lora(options, model, "" if prompted else ", besides the head")
-        trained = train(session, model.to(session.device), rows, labels)
+        trained = train(session, model, rows, labels)
         classifiers.predict(session, trained, rows, labels, origin)
         report(f"wrote {best_model_path(options)}, the best model on dev")
         report_next("--option", "classify", "--finetuned", best_model_path(options), "--prompt", "your sentence")

@@ -149,7 +149,7 @@ def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: 
 
 def run(options: Options) -> None:
     """Trains the model and writes it with its tokenizer."""
-    from llama import Llama
+    from llama import Llama, llama_without_weights
     from minillama.formats.files import read_torch
     from minillama.training.language_modelling import LanguageModelling
 
@@ -161,10 +161,11 @@ def run(options: Options) -> None:
             )
         if options.continued:
             checkpoint = open_checkpoint(options, tokenizer)
-            llama = load_llama(options, checkpoint, dtype)
+            llama = load_llama(options, checkpoint, dtype, mapped=session.processes.fsdp)
             name, kind, stop_ids = options.pretrained_model_path, checkpoint.kind, checkpoint.stop_ids
         else:
-            llama, stop_ids = Llama(new_config(options, tokenizer.n_words)), ()
+            config, stop_ids = new_config(options, tokenizer.n_words), ()
+            llama = llama_without_weights(config) if session.processes.fsdp else Llama(config)
             name, kind = options.preset or flags.DEFAULT_PRESET, "new, random weights"
         print_header(options, llama, kind, tokenizer, session.device, dtype, name=name)
         check_causal(llama)
@@ -184,7 +185,7 @@ def run(options: Options) -> None:
 
         write_best = session.best_writer(config, stop_ids)
         session.seed_dropout()
-        session.train(llama.to(session.device), task, write_best, dynamic=False)
+        session.train(llama, task, write_best, dynamic=False)
         if session.processes.is_main:
             opened = session.write_model(read_torch(run.best_path)["model"], config, stop_ids)
             report_next(*opened, "--temperature", "0.8", "--prompt", options.sample_prompt)

@@ -109,7 +109,7 @@ def run(options: Options) -> None:
 
         write_best = session.best_writer(config, checkpoint.stop_ids)
         session.seed_dropout()
-        model = session.train(llama.to(session.device), task, write_best, dynamic=True)
+        model = session.train(llama, task, write_best, dynamic=True)
         if session.processes.is_main:  # read the file, because the model in memory may be sharded
             opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])
         answer(session, model, {split: data[split] for split in judged}, origin)

@@ -81,6 +81,7 @@ class Checkpoint:
                 raise ValueError(f"{path}: {name} {both}; one of the two is wrong")
             if not fits_float32(state[name]):
                 raise ValueError(f"{path}: {name} holds NaN or infinity, or a number beyond float32; fetch it again")
+            files.release_pages(state[name])
         if unknown:
             raise ValueError(f"{path}: tensor {unknown[0]} (of {len(unknown)}) belongs to no Llama of this config")
         return state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
 import shutil
 import struct
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -104,6 +107,27 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor from a file is neither sparse, nested, expanded, nor on the device "meta"."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
     return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def release_pages(*tensors: Tensor) -> None:
+    """Releases the memory of memory-mapped tensors. It is read from the file again when it is used again.
+
+    Tensors that are not memory-mapped, or were changed in memory, keep it. Only Linux does this.
+    """
+    if sys.platform != "linux":
+        return
+    size = os.sysconf("SC_PAGESIZE")
+    for tensor in tensors:
+        first = tensor.data_ptr() // size
+        count = -(-(tensor.data_ptr() + tensor.nbytes) // size) - first
+        if tensor.device.type != "cpu" or tensor.nbytes == 0:
+            continue
+        try:  # 64 bits a page (docs.kernel.org/admin-guide/mm/pagemap.html): 63, in memory; 62, swapped; 61, a file's
+            pages = np.fromfile("/proc/self/pagemap", np.uint64, count, offset=8 * first)
+        except OSError:
+            return
+        if len(pages) == count and not ((pages >> 62 != 0) & (pages >> 61 & 1 == 0)).any():
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t(count * size), 4)  # MADV_DONTNEED
 
 
 def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -24,15 +24,23 @@ from minillama.layers.precision import at_least_float32
 # The initial gain of the norm; the authors' is 1. Untrained attention is a flat mean over the context, and the norm
 # scales it to full size. With a gain of 1 it drowns out a small model's embeddings (docs/results.md).
 FIRST_GAIN = 0.1
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
 def add_differential_parameters(attention: Any, head_norm: Any, config: LlamaConfig, depth: int) -> None:
-    """Adds the four vectors of l, from N(0, 0.1), and the heads' norm to an `Attention`. depth: layer index from 0."""
+    """Adds the four vectors of l and the heads' norm to an `Attention`. depth: layer index from 0."""
     attention.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
-    for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-        setattr(attention, name, nn.Parameter(nn.init.normal_(torch.empty(config.head_dim), std=0.1)))
-    nn.init.constant_(head_norm.weight, FIRST_GAIN)
+    for name in LAMBDAS:
+        setattr(attention, name, nn.Parameter(torch.empty(config.head_dim)))
     attention.head_norm = head_norm
+    reset_differential_parameters(attention)
+
+
+def reset_differential_parameters(attention: Any) -> None:
+    """Draws the vectors of l from N(0, 0.1), and sets the gain of the heads' norm."""
+    for name in LAMBDAS:
+        nn.init.normal_(getattr(attention, name), std=0.1)
+    nn.init.constant_(attention.head_norm.weight, FIRST_GAIN)
 
 
 def share_values(value: Tensor) -> Tensor:
@@ -48,6 +56,5 @@ def subtract_maps(attention: Any, mixed: Tensor) -> Tensor:
 
 def balance(attention: Any) -> Tensor:
     """l, the share of the second softmax that is subtracted from the first: a number."""
-    vectors = (attention.lambda_q1, attention.lambda_k1, attention.lambda_q2, attention.lambda_k2)
-    q1, k1, q2, k2 = map(at_least_float32, vectors)
+    q1, k1, q2, k2 = (at_least_float32(getattr(attention, name)) for name in LAMBDAS)
     return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + attention.lambda_init

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minillama.layers.precision import to_device
 from minillama.text.batches import shuffled_batches, to_batch
 from minillama.text.labelled import Row
-from minillama.training.distributed import Processes, unwrapped
+from minillama.training.distributed import Processes
 from minillama.training.evaluation import describe, evaluate, forward
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl
 from minillama.training.task import Score
@@ -77,22 +77,21 @@ class Classification:
         log_probs = forward(model, batch.ids, batch.mask, dtype)
         labels = to_device(batch.labels, device)
         losses, right = row_losses(log_probs, labels, self.label_smoothing), log_probs.argmax(-1) == labels
-        bare = unwrapped(model)  # further passes bypass DDP, which expects one pass per step
         if self.r_drop:
-            second = forward(bare, batch.ids, batch.mask, dtype)
+            second = forward(model, batch.ids, batch.mask, dtype)
             losses = losses + row_losses(second, labels, self.label_smoothing)
             losses = losses + self.r_drop / 2 * symmetric_kl(log_probs, second)
 
-        def again(model: nn.Module = bare, dtype: torch.dtype = torch.float32) -> Tensor:
+        def again(model: nn.Module = model, dtype: torch.dtype = torch.float32) -> Tensor:
             """Another pass, with the dropout mask of the first."""
             with replayed(before, device):
                 return forward(model, batch.ids, batch.mask, dtype)
 
         if self.average is not None:
-            losses = losses + self.average.penalty(bare, lambda average: again(average, dtype), log_probs)
+            losses = losses + self.average.penalty(model, lambda average: again(average, dtype), log_probs)
         if self.smart is not None:
             clean = log_probs if dtype == torch.float32 else again()
-            losses = losses + self.smart.penalty(bare, batch.ids.shape, again, clean)
+            losses = losses + self.smart.penalty(model, batch.ids.shape, again, clean)
         return losses, right
 
     def score(

@@ -11,15 +11,22 @@ import torch
 from torch import nn
 
 from minillama.layers.precision import autocast
-from minillama.training.distributed import unwrapped
+from rope import rotary_table
 
 
-def compile_model(model: nn.Module, dynamic: bool, backend: str = "inductor") -> None:
-    """Compiles a model in place at its first call; it must be on its device. dynamic: whether row lengths vary.
+def compile_model(model: nn.Module, device: torch.device, dynamic: bool, backend: str = "inductor") -> None:
+    """Compiles a model in place at its first call. device: of training. dynamic: whether row lengths vary.
 
-    Training and evaluation have one graph each, and one more each for a batch of one row.
+    Training and evaluation have one graph each, and one more each for a batch of one row. The usual rotary table has a
+    size that depends on the number of tokens, for which torch would compile anew. So all layers get one for the whole
+    context, made here.
     """
-    getattr(model, "llama", model).prepare_to_compile()  # type: ignore[operator]
+    llama: Any = getattr(model, "llama", model)
+    config = llama.config
+    if config.position_embedding_type == "rotary":
+        sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
+        for layer in llama.layers:
+            layer.attention.rotary_table = rotary_table(*sizes, device, config.rope_scaling)
     # The notice concerns causal_mask, which gives the same result with and without its cache.
     warnings.filterwarnings("ignore", message=r"(?s).*call to a `functools\.lru_cache`-wrapped function")
     model.compile(dynamic=dynamic, backend=backend)
@@ -27,14 +34,13 @@ def compile_model(model: nn.Module, dynamic: bool, backend: str = "inductor") ->
 
 @contextmanager
 def writing(model: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
-    """A context with the model that writes text, without DDP and torch.compile. dtype: of the matrix products.
+    """A context with the model that writes text, without torch.compile. dtype: of the matrix products.
 
     A text gets longer with each token, and torch would compile for many lengths of the cache.
     """
-    bare: Any = unwrapped(model)
-    compiled, bare._compiled_call_impl = bare._compiled_call_impl, None
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        with autocast(next(bare.parameters()).device, dtype):
-            yield bare
+        with autocast(next(model.parameters()).device, dtype):
+            yield model
     finally:
-        bare._compiled_call_impl = compiled
+        model._compiled_call_impl = compiled

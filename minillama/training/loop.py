@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from minillama.environment import keep_freed_memory
-from minillama.formats.files import read_torch
-from minillama.training.distributed import Processes, unwrapped
+from minillama.formats.files import raw_bytes, read_torch, release_pages
+from minillama.layers.precision import at_least_float32
+from minillama.training.distributed import Processes
 from minillama.training.interrupts import Interrupts, Stopped
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
@@ -83,7 +84,7 @@ def train(
 
     The model is scored after each epoch. Of equal epochs the first is best; without scores, the last. Training resumes
     from the state in `run`, if any. write_best(state dict, epoch, score) is called in the main process for each epoch
-    that is the best so far. Returns the model, wrapped if there are several processes.
+    that is the best so far. Returns the model, which FSDP divides among the processes.
 
     Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state belongs to
     other weights or rows. Raises OSError if the disk is full, and Stopped after SIGINT or SIGTERM, with a saved state.
@@ -124,11 +125,12 @@ class Training:
     ) -> None:
         self.task, self.settings = task, settings
         self.run, self.processes, self.log = run, processes, log
+        self.base = self._checksum(model)
+        processes.divide(model, settings.dtype)
+        self.model = model
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.base = self._checksum(model)
-        self.model = processes.wrap(model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if task.average is not None:
             task.average.start(model)
@@ -149,7 +151,8 @@ class Training:
         total = zlib.crc32(repr(shapes).encode(), self.task.checksum())
         for parameter in model.parameters():
             if not parameter.requires_grad:
-                total = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), total)
+                total = zlib.crc32(raw_bytes(at_least_float32(parameter)), total)
+                release_pages(parameter)
         return total
 
     # Saving and restoring
@@ -324,7 +327,7 @@ class Training:
         if not self.took_step:
             self.note_skipped()
         elif self.task.average is not None:
-            self.task.average.update(unwrapped(self.model), self.progress.step + 1, self.task.steps)
+            self.task.average.update(self.model, self.progress.step + 1, self.task.steps)
         return loss_sum / targets, int(right)
 
     def note_skipped(self) -> None:
@@ -384,5 +387,4 @@ class Training:
     def load_best(self) -> None:
         """Restores the weights of the best epoch."""
         self.processes.wait()
-        best = read_torch(self.run.best_path)["model"]
-        set_model_state_dict(self.model, best, options=StateDictOptions(full_state_dict=True))
+        self.processes.load(self.model, read_torch(self.run.best_path, mapped=True)["model"])

@@ -10,9 +10,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillama.formats.checkpoint import write_checkpoint
-from minillama.formats.files import atomic_file, check_writable
+from minillama.formats.files import (
+    atomic_file,
+    check_writable,
+    read_safetensors,
+    read_torch,
+    release_pages,
+    write_safetensors_file,
+    write_torch,
+)
 from models import tiny_llama
 
 
@@ -113,3 +122,30 @@ def test_a_device_is_written_to_and_not_replaced():
     assert os.read(reader, 100).strip() == b"text" and os.isatty(writer)
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="only Linux releases pages")
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_released_pages_are_read_from_the_file_again_unless_they_were_changed(tmp_path, kind):
+    wanted = {name: torch.randn(1 << 20) for name in "ab"}  # 4 MiB each
+    if kind == "torch":
+        write_torch(tmp_path / "file", wanted)
+        found = read_torch(tmp_path / "file", mapped=True)
+    else:
+        write_safetensors_file(tmp_path / "file", wanted, {})
+        found = read_safetensors(tmp_path / "file")
+
+    def mapped():
+        """MiB of files in this process's memory."""
+        return int(Path("/proc/self/status").read_text().split("RssFile:")[1].split()[0]) / 1024
+
+    before = mapped()
+    for tensor in found.values():
+        tensor.sum()
+    assert mapped() > before + 7
+    found["b"][-5000] = 7.0  # in the middle of the tensor
+    memory = torch.ones(1 << 20)
+    release_pages(*found.values(), memory, torch.empty(3), torch.empty(1 << 20, device="meta"))
+    assert mapped() < before + 5  # only "b", or what is not changed of it
+    assert torch.equal(found["a"], wanted["a"]) and memory.sum() == 1 << 20
+    assert found["b"][-5000] == 7.0 and torch.equal(found["b"][:-5000], wanted["b"][:-5000])

@@ -20,6 +20,8 @@ from minillama.training.loop import Settings, Training
 from minillama.training.run_directory import RunDirectory
 from models import random_ids, tiny_llama
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def counters():
@@ -41,7 +43,7 @@ def test_an_epoch_of_bucketed_lengths_has_three_graphs_at_most(dtype, tmp_path, 
     llama = tiny_llama(dropout=0.1, max_seq_len=64)
     settings = {"num_labels": 3, "hidden_dropout_prob": 0.1, "option": "finetune"}
     model = LlamaEmbeddingClassifier(SimpleNamespace(llama=llama, **settings))
-    compile_model(model, dynamic=True, backend="eager")
+    compile_model(model, CPU, dynamic=True, backend="eager")
     task = Classification(rows_of(lengths), rows_of(lengths[:40]), epochs=2, batch_size=8, seed=1)
     run = RunDirectory(tmp_path)
     run.create({})
@@ -66,7 +68,7 @@ KINDS = {
 def test_compiled_it_gives_the_same_losses_and_gradients(kind, counters):
     model = tiny_llama(**KINDS[kind]).train()
     plain = copy.deepcopy(model)
-    compile_model(model, dynamic=True, backend="eager")
+    compile_model(model, CPU, dynamic=True, backend="eager")
     for length in (9, 17, 32):
         ids = random_ids(3, length, seed=length)
         found = [backward(one, ids) for one in (model, plain)]
@@ -87,7 +89,7 @@ def backward(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
 def test_text_is_written_without_compiling(counters):
     model: Llama = tiny_llama(causal=True)
     wanted = generate(model, random_ids(1, 5), 12, temperature=0.0)
-    compile_model(model, dynamic=True, backend="eager")
+    compile_model(model, CPU, dynamic=True, backend="eager")
     with writing(model, torch.float32) as llama:
         found = generate(llama, random_ids(1, 5), 12, temperature=0.0)
     assert found.equal(wanted) and counters["stats"]["unique_graphs"] == 0

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from fitting import LENGTH, a_llama, a_task, by_hand, judged, some_tokens
 from minillama.text.corpus import Corpus, Text, evenly
@@ -146,18 +145,3 @@ def test_the_checksum_is_of_all_that_is_learnt_and_judged_by(tokenizer):
         checksum(length=7),
     ]
     assert checksum() == checksum() and len({checksum(), *others}) == 6
-
-
-def test_a_model_inside_another_writes_the_sample(tokenizer):
-    """As DistributedDataParallel wraps one."""
-
-    class Wrapped(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *arguments, **settings):
-            return self.module(*arguments, **settings)
-
-    task, model = a_task(tokenizer), a_llama()
-    assert judged(task, Wrapped(model)) == judged(task, model)
