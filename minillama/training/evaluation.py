@@ -7,6 +7,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama.decoding import sampling
-from minillama.layers.precision import autocast, not_finite
+from minillama.layers.precision import autocast, cast_once, not_finite
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
@@ -167,7 +168,8 @@ def answer_prompts(
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
         settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
         mask = None if mask is None else mask.to(device)
-        with autocast(device, dtype):
+        # FSDP copies requires_grad into the weights that it gathers.
+        with autocast(device, dtype), cast_once(llama) if divided else nullcontext():
             made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)
         for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
             answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, row)
