@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import LlamaConfig
 from llama import Llama
@@ -189,6 +190,16 @@ class ConstantModel(CountingModel):
 
     def __call__(self, tokens, attention_mask=None):
         return self.logits.expand(len(tokens), 1, -1), tokens
+
+
+class WeightCasts(TorchDispatchMode):
+    """A count of the casts of matrices (out, in)."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].dim() == 2
+        return func(*args, **(kwargs or {}))
 
 
 class Classifier(torch.nn.Module):

@@ -21,7 +21,8 @@ from minillama.decoding.lookup import lookup_decoding
 from minillama.formats.checkpoint import read_checkpoint, write_checkpoint, write_safetensors
 from minillama.formats.keys import renamed, to_split_halves
 from minillama.layers.masks import default_mask
-from models import padded, random_ids, read_in_parts, tiny_config, tiny_llama, with_kernel
+from minillama.layers.precision import autocast
+from models import WeightCasts, padded, random_ids, read_in_parts, tiny_config, tiny_llama, with_kernel
 
 ALIBI = {"position_embedding_type": "alibi"}
 WINDOW = {"sliding_window": 4}
@@ -245,6 +246,18 @@ def test_differential_attention_is_run_in_the_precision_asked_for(weights, dtype
     fast.layers[1].feed_forward.w2.register_forward_hook(lambda _, given, made: kinds.append(made.dtype))
     logits, hidden = fast(random_ids(2, 9))
     assert logits.dtype == (dtype or weights) and kinds == [dtype or weights] and hidden.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_differential_attention_casts_its_weights_once_and_computes_what_autocast_does(weights):
+    model, ids = model_of(DIFFERENTIAL).to(weights), random_ids(2, 9)
+    with autocast(ids.device, torch.bfloat16):
+        wanted = model(ids, ids)
+    fast = fast_model(model, torch.bfloat16)
+    with WeightCasts() as casts:
+        found = fast(ids, ids)
+    assert casts.count == 0 and all(map(torch.equal, found, wanted))
 
 
 def test_no_copy_for_running_is_made_of_differential_attention():

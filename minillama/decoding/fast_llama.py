@@ -20,7 +20,14 @@ from minillama.decoding import cuda_decoder
 from minillama.decoding.compiled_decoder import CompiledDecoder, Matrix, NotCompiled, covers, missing
 from minillama.decoding.cuda_decoder import Append, CudaDecoder, NotCaptured
 from minillama.decoding.sampling import LanguageModel
-from minillama.layers.kernels import Product, fused_attention, int8_weights, product_of, single_token_attention
+from minillama.layers.kernels import (
+    Product,
+    fused_attention,
+    int8_is_fast,
+    int8_weights,
+    product_of,
+    single_token_attention,
+)
 from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask
 from minillama.layers.precision import at_least_float32, autocast
@@ -81,8 +88,12 @@ class InferenceLlama:
             weight = torch.cat(parts) if len(parts) > 1 else parts[0]
             return int8_weights(weight) if quantize == "int8" else (weight, None)
 
+        widened = False
+
         def product(weight: Tensor, scale: Tensor | None) -> Product:
-            return product_of(weight, scale, pack=self.decoder is None)  # the loops read the plain weights
+            nonlocal widened
+            widened |= scale is not None and not int8_is_fast(weight, rows)
+            return product_of(weight, scale, self.decoder is None, rows)  # the loops read the plain weights
 
         self.layers = []
         blocks, llama.layers = list(llama.layers), nn.ModuleList()
@@ -108,6 +119,8 @@ class InferenceLlama:
         vocabulary = matrix(llama.output)
         llama.output = nn.Identity()  # type: ignore[assignment]
         self.output = product(*vocabulary)
+        if widened:
+            tell("notice: int8 is slower than bf16 on this GPU, so rounded weights are kept in bf16 and save no memory")
         if self.decoder is not None:
             self.decoder.add_head(self.norm, vocabulary)
             if not self.decoder.compiled.exists():
@@ -211,6 +224,11 @@ def fast_model(
     """
     if llama.config.attention_type == "softmax" or quantize is not None:
         return InferenceLlama(llama, dtype, quantize, rows, tell)
-    weight = llama.tok_embeddings.weight
-    llama.forward = autocast(weight.device, dtype or weight.dtype)(llama.forward)  # type: ignore
+    device = llama.tok_embeddings.weight.device
+    dtype = dtype or llama.tok_embeddings.weight.dtype
+    if dtype != torch.float32:  # cast here once, and not by autocast for each token
+        for module in llama.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    llama.forward = autocast(device, dtype)(llama.forward)  # type: ignore
     return llama.eval()

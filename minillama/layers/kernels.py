@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
-FEW_ROWS = 4  # most rows for torch's int8 kernel; for more rows, weights are first converted to bfloat16
+FEW_ROWS = 4  # most rows for torch's int8 kernel on the CPU; for more rows, weights are first converted to bfloat16
 INT8_WIDTH = 16  # torch's int8 kernel reads past the end of a row if its length is not a multiple of this
 
 
@@ -99,26 +101,92 @@ def int8_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round().to(torch.int8), scale
 
 
-def int8_product(whole: Tensor, scale: Tensor) -> Product:
-    """x W^T with W as `int8_weights` and x in bfloat16; the sums are float32."""
-    has_kernel = whole.device.type == "cpu" and whole.shape[1] % INT8_WIDTH == 0
-    ones = torch.ones_like(scale, dtype=torch.bfloat16)  # torch's kernel has no float32 scales
+def int8_product(whole: Tensor, scale: Tensor, few_rows: int = FEW_ROWS) -> Product:
+    """x W^T with W as `int8_weights` and x in bfloat16; the sums are float32, and on a GPU rounded to bfloat16.
+
+    few_rows: most rows for torch's int8 kernel.
+    """
+    on_cpu = whole.device.type == "cpu"
+    has_kernel = not on_cpu or whole.shape[1] % INT8_WIDTH == 0
+    ones = torch.ones_like(scale, dtype=torch.bfloat16)  # torch's kernel for the CPU has no float32 scales
 
     def product(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        if has_kernel and len(rows) <= FEW_ROWS:
+        if has_kernel and len(rows) <= few_rows:
             out = torch._weight_int8pack_mm(rows, whole, ones)
         else:
             out = F.linear(rows, whole.to(torch.bfloat16))
-        return (out * scale).view(*x.shape[:-1], -1)
+        out = out * scale
+        return (out if on_cpu else out.to(torch.bfloat16)).view(*x.shape[:-1], -1)
 
     return product
 
 
-def product_of(weight: Tensor, scale: Tensor | None = None, pack: bool = True) -> Product:
-    """The fastest product for a weight on its device. scale: of `int8_weights`. pack: whether a copy may be made."""
+def int8_is_fast(weight: Tensor, rows: int) -> bool:
+    """Whether `int8_product` is the fastest product of an int8 weight with `rows` rows; on the CPU always True.
+
+    On a GPU it is measured against bfloat16, once for each shape: the kernel of torch 2.13 or earlier may take longer
+    than a product of twice the bytes, or not exist.
+    """
+    return weight.device.type == "cpu" or _int8_is_fast(*weight.shape, rows, weight.device)
+
+
+@cache
+def _int8_is_fast(out: int, width: int, rows: int, device: torch.device) -> bool:
+    draw = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(out, width, device=device, generator=draw)
+    x = torch.randn(rows, width, device=device, generator=draw)
+    whole, scale = int8_weights(weight)
+    products = dense_product(dequantized(whole, scale)), int8_product(whole, scale, rows)
+    return fastest(products, x, partial(gpu_seconds, device=device)) == 1
+
+
+def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
+    """W of `int8_weights` in bfloat16."""
+    return (whole * scale[:, None]).to(torch.bfloat16)
+
+
+def fastest(products: Sequence[Product], x: Tensor, seconds: Callable[[Callable[[], object]], float]) -> int:
+    """The index of the fastest product of x. One that fails, or differs by 2 % from the first one, does not count.
+
+    seconds(run): the time that a run takes.
+    """
+    wanted, times = products[0](x).float(), {}
+    for index, product in enumerate(products):
+        try:
+            error = (product(x).float() - wanted).norm()
+        except RuntimeError:  # among them NotImplementedError: torch has no such kernel for the device
+            continue
+        if error <= 0.02 * wanted.norm():
+            times[index] = seconds(partial(product, x))
+    return min(times, key=lambda index: times[index])
+
+
+def gpu_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The seconds of a run on a GPU, the median of nine, with weights from its memory and not from its caches."""
+    other = torch.empty(2**28, dtype=torch.uint8, device=device)
+    times = []
+    with torch.cuda.device(device):
+        for _ in range(9):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            other.zero_()  # replaces what the caches hold, and takes longer than it takes to launch the run
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def product_of(weight: Tensor, scale: Tensor | None = None, pack: bool = True, rows: int = 1) -> Product:
+    """The fastest product for a weight on its device. scale: of `int8_weights`. pack: whether a copy may be made.
+
+    rows: how many a GPU multiplies with it at once. Where int8 is not fast there, the weight is kept in bfloat16.
+    """
+    if scale is not None and int8_is_fast(weight, rows):
+        return int8_product(weight, scale, FEW_ROWS if weight.device.type == "cpu" else rows)
     if scale is not None:
-        return int8_product(weight, scale)
+        return dense_product(dequantized(weight, scale))
     return packed_product(weight) if pack and can_pack(weight) else dense_product(weight)
 
 

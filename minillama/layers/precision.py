@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +36,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Autocast unless `dtype` is float32: matrix products run in `dtype`; norms, softmax and losses in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def cast_once(model: nn.Module) -> Iterator[None]:
+    """A context under autocast and no_grad in which a weight is cast in the first pass only.
+
+    Autocast keeps the casts only of weights that require gradients. So frozen weights require them for a while, too.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def bf16_is_native(device: torch.device) -> bool:

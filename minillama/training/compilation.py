@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from minillama.layers.precision import autocast
+from minillama.layers.precision import autocast, cast_once
 from rope import rotary_table
 
 
@@ -33,14 +33,15 @@ def compile_model(model: nn.Module, device: torch.device, dynamic: bool, backend
 
 
 @contextmanager
-def writing(model: nn.Module, dtype: torch.dtype) -> Iterator[Any]:
+def writing(model: nn.Module, dtype: torch.dtype, sharded: bool = False) -> Iterator[Any]:
     """A context with the model that writes text, without torch.compile. dtype: of the matrix products.
 
-    A text gets longer with each token, and torch would compile for many lengths of the cache.
+    A text gets longer with each token, and torch would compile for many lengths of the cache. sharded: whether FSDP
+    divides the model; it copies requires_grad, which `cast_once` changes.
     """
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        with autocast(next(model.parameters()).device, dtype):
+        with autocast(next(model.parameters()).device, dtype), nullcontext() if sharded else cast_once(model):
             yield model
     finally:
         model._compiled_call_impl = compiled

@@ -169,7 +169,7 @@ def answer_prompts(
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
         settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
         mask = None if mask is None else mask.to(device)
-        with writing(model, dtype) as llama:
+        with writing(model, dtype, sharded=processes.fsdp) as llama:
             made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)
         for i, row in zip(mine[:counted], made[:counted, ids.shape[1] :].tolist(), strict=True):
             answer = itertools.takewhile(lambda token: token not in tokenizer.stop_ids, row)

@@ -90,7 +90,7 @@ class LanguageModelling:
             nats = self._held_out_loss(model, text, dtype, processes, check)
             perplexity[text.name] = math.exp(min(nats, 700.0))
             bits[text.name] = nats / math.log(2) * text.held_out_tokens / text.held_out_bytes
-        sample = self._sample(model, dtype)
+        sample = self._sample(model, dtype, processes)
         model.train()
         if not judged:
             return Score(None, "no held-out documents, so no score", {}, sample)
@@ -111,12 +111,12 @@ class LanguageModelling:
 
         return summed_loss(len(windows), self.batch_size, processes, check, losses) / (len(windows) * self._length)
 
-    def _sample(self, model: nn.Module, dtype: torch.dtype) -> str:
+    def _sample(self, model: nn.Module, dtype: torch.dtype, processes: Processes) -> str:
         device = next(model.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
         special = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
         draws = {"temperature": 0.8, "epsilon": 0.01, "generator": torch.Generator(device).manual_seed(self.seed)}
-        with writing(model, dtype) as llama:
+        with writing(model, dtype, sharded=processes.fsdp) as llama:
             ids = sampling.generate(llama, prompt, self.sample_tokens, **special, **draws)
         new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
         return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())

@@ -8,12 +8,21 @@ import pytest
 import torch
 
 from config import RopeScaling
+from minillama.decoding import fast_llama
 from minillama.decoding.beam_search import beam_search
 from minillama.decoding.fast_llama import InferenceLlama
 from minillama.decoding.lookup import lookup_decoding
 from minillama.decoding.sampling import generate
 from minillama.layers import kernels
-from minillama.layers.kernels import can_pack, dense_product, int8_product, int8_weights, packed_product, product_of
+from minillama.layers.kernels import (
+    can_pack,
+    dense_product,
+    fastest,
+    int8_product,
+    int8_weights,
+    packed_product,
+    product_of,
+)
 from models import tiny_llama
 
 IDS = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -199,7 +208,7 @@ def test_widths_that_the_int8_kernel_cannot_read_are_widened(width, rows, monkey
 def test_every_product_is_of_8_bits_the_output_too(monkeypatch):
     made = []
     really = kernels.int8_product
-    monkeypatch.setattr(kernels, "int8_product", lambda whole, scale: made.append(whole.shape) or really(whole, scale))
+    monkeypatch.setattr(kernels, "int8_product", lambda whole, *more: made.append(whole.shape) or really(whole, *more))
     model = tiny_llama()
     InferenceLlama(model, quantize="int8")
     assert len(made) == 4 * 2 + 1 and made[-1] == (64, 32)
@@ -210,3 +219,33 @@ def test_bfloat16_is_packed_where_the_processor_can(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert not can_pack(weight) and can_pack(weight.float()) and not can_pack(weight.half())
     assert product_of(weight, None)(torch.ones(1, 16)).shape == (1, 16)
+
+
+def test_the_fastest_product_is_one_that_works_and_is_right():
+    weight, x = torch.randn(6, 8), torch.randn(2, 8)
+    right = dense_product(weight)
+
+    def fails(x):
+        raise NotImplementedError("no kernel")
+
+    products = [right, lambda x: 1.1 * right(x), fails, lambda x: right(x) * torch.nan, lambda x: 1.001 * right(x)]
+    assert fastest(products, x, lambda run: -float(products.index(run.func))) == 4
+    assert fastest(products, x, lambda run: float(products.index(run.func))) == 0
+
+
+@torch.no_grad()
+def test_where_int8_is_slow_its_rounded_weights_are_kept_in_bfloat16_and_one_line_says_so(monkeypatch):
+    model = tiny_llama(causal=True)
+    wanted = InferenceLlama(copy.deepcopy(model), quantize="int8")(IDS, IDS)[0]
+    shapes, lines = set(), []
+    monkeypatch.setattr(kernels, "_int8_is_fast", lambda *asked: shapes.add(asked[:3]) or False)
+    monkeypatch.setattr(
+        kernels, "int8_is_fast", lambda weight, rows: kernels._int8_is_fast(*weight.shape, rows, "cuda")
+    )
+    monkeypatch.setattr(fast_llama, "int8_is_fast", kernels.int8_is_fast)
+    found = InferenceLlama(model, quantize="int8", rows=3, tell=lines.append)(IDS, IDS)[0]
+    assert found.dtype == torch.bfloat16 and (found - wanted).norm() < 0.02 * wanted.norm()
+    assert {rows for *_, rows in shapes} == {3}
+    assert lines == [
+        "notice: int8 is slower than bf16 on this GPU, so rounded weights are kept in bf16 and save no memory"
+    ]

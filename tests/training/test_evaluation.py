@@ -12,6 +12,7 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from fitting import Bag, some_rows
+from lora import apply_lora
 from minillama.text.examples import Example
 from minillama.text.labelled import Row
 from minillama.training.distributed import Processes
@@ -29,7 +30,7 @@ from minillama.training.evaluation import (
     token_f1,
     wilson_interval,
 )
-from models import tiny_llama
+from models import WeightCasts, tiny_llama
 from reference import brute_force
 
 
@@ -248,6 +249,16 @@ def test_prompts_are_answered_as_each_alone_up_to_its_end_mark(batch_size):
     assert answers == [answered_by_hand(model, prompt, 6) for prompt in prompts]
     lengths = {len(answer.split()) for answer in answers}
     assert len(lengths) > 2 and 6 in lengths
+
+
+def test_answering_in_half_precision_casts_each_weight_once_also_frozen_ones():
+    model = apply_lora(tiny_llama(causal=True))
+    matrices = [parameter for name, parameter in model.named_parameters() if parameter.dim() == 2]
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with WeightCasts() as casts:
+        answer_prompts(model, some_prompts(3), Letters(), 4, 6, dtype=torch.bfloat16)
+    assert casts.count == len(matrices)  # the embedding is one of them, as the output
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
