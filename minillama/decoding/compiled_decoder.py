@@ -229,7 +229,8 @@ def norm_arrays(norm: Any) -> tuple[np.ndarray, np.ndarray]:
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
     """A context at whose end Ctrl-C takes effect: inside it, LLVM's callbacks would swallow the KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as for a job in the background of a shell script
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     noted: list[int] = []

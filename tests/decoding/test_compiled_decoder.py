@@ -333,12 +333,28 @@ def test_a_wrong_setting_of_numba_leaves_its_cache_alone(tmp_path, monkeypatch):
     assert (cache_folder() / "float32").exists()
 
 
-def test_ctrl_c_during_a_compilation_takes_effect_after_it():
+@pytest.fixture
+def handled_by():
+    """Sets the handler of Ctrl-C for a test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_during_a_compilation_takes_effect_after_it(handled_by):
+    handled_by(signal.default_int_handler)
     done = []
     with pytest.raises(KeyboardInterrupt), interrupts_wait():
         signal.raise_signal(signal.SIGINT)
         done.append("compiled")
     assert done == ["compiled"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_ctrl_c_stays_ignored_during_a_compilation(handled_by):
+    handled_by(signal.SIG_IGN)
+    with interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 PROGRAM = """
