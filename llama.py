@@ -32,7 +32,7 @@ from minillama.layers.kv_cache import KVCache
 from minillama.layers.masks import build_mask, default_mask
 from minillama.layers.precision import at_least_float32, downcast_under_autocast, upcast_under_autocast
 from minillama.layers.token_losses import token_losses
-from rope import apply_rotary_emb, rotate
+from rope import apply_rotary_emb, rotate_in_real_numbers
 
 
 class LayerNorm(nn.Module):
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.compute_value = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.compute_output = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.residual_dropout = nn.Dropout(config.dropout)
-        self.rotary_table: Tensor | None = None  # for the whole context, in compiled code (training/compilation.py)
+        self.rotary_table: Tensor | None = None  # cosines and sines for the whole context, in compiled code
         if self.differential:
             add_differential_parameters(self, RMSNorm(2 * config.head_dim), config, depth)
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
             start = 0 if cache is None else cache.length
             if self.rotary_table is not None:
                 rows = self.rotary_table[start : start + T]
-                query, key = rotate(query, rows), rotate(key, rows)
+                query, key = rotate_in_real_numbers(query, rows), rotate_in_real_numbers(key, rows)
             else:
                 query, key = apply_rotary_emb(
                     query, key, config.head_dim, config.max_seq_len, config.rope_theta, config.rope_scaling, start

@@ -83,6 +83,16 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * reshape_for_broadcast(table, pairs)).flatten(-2).to(x.dtype)
 
 
+def rotate_in_real_numbers(x: Tensor, table: Tensor) -> Tensor:
+    """`rotate` for compiled code, because torch.compile makes no code for complex numbers.
+
+    table: cosines and sines, (seq, head_dim / 2, 2).
+    """
+    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table[None, :, None].unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
 def apply_rotary_emb(
     query: Tensor,
     key: Tensor,

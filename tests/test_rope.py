@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rope import apply_rotary_emb, reshape_for_broadcast, rotary_table
+from rope import apply_rotary_emb, reshape_for_broadcast, rotary_table, rotate, rotate_in_real_numbers
 
 
 def turned_by_complex_numbers(x: torch.Tensor, theta: float) -> torch.Tensor:
@@ -133,3 +133,12 @@ def test_reshape_for_broadcast_puts_the_table_on_positions_and_features():
 def test_a_table_that_does_not_fit_raises():
     with pytest.raises(ValueError, match=r"shape \(3, 4\) does not fit x of shape \(2, 4, 5, 4\)"):
         reshape_for_broadcast(torch.zeros(3, 4), torch.zeros(2, 4, 5, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_real_numbers_rotate_as_complex_ones_do(dtype):
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    table = rotary_table(8, 5, 10000.0, torch.device("cpu"))
+    found = rotate_in_real_numbers(x, torch.view_as_real(table))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, rotate(x, table), atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)

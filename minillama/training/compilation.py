@@ -25,8 +25,9 @@ def compile_model(model: nn.Module, device: torch.device, dynamic: bool, backend
     config = llama.config
     if config.position_embedding_type == "rotary":
         sizes = (config.head_dim, config.max_seq_len, config.rope_theta)
+        table = torch.view_as_real(rotary_table(*sizes, device, config.rope_scaling))
         for layer in llama.layers:
-            layer.attention.rotary_table = rotary_table(*sizes, device, config.rope_scaling)
+            layer.attention.rotary_table = table
     # The notice concerns causal_mask, which gives the same result with and without its cache.
     warnings.filterwarnings("ignore", message=r"(?s).*call to a `functools\.lru_cache`-wrapped function")
     model.compile(dynamic=dynamic, backend=backend)
