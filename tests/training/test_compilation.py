@@ -69,7 +69,7 @@ def test_compiled_it_gives_the_same_losses_and_gradients(kind, counters):
     model = tiny_llama(**KINDS[kind]).double().train()
     plain = copy.deepcopy(model)
     compile_model(model, CPU, dynamic=True, backend="eager")
-    for length in (9, 17, 32):
+    for length in (9, 17):
         ids = random_ids(3, length, seed=length)
         found = [backward(one, ids) for one in (model, plain)]
         for mine, wanted in zip(*found, strict=True):

@@ -49,8 +49,12 @@ def launched(folder: Path, program: str, *arguments: str) -> subprocess.Complete
     ("error", "told"),
     [
         ("ValueError('rank one broke')", "run_llama.py: error (process 1): rank one broke"),
-        ("torch.OutOfMemoryError('CUDA out of memory')", "error (process 1): 100 rows at once do not fit into the mem"),
-        ("KeyError('a fault')", "KeyError: 'a fault'"),
+        pytest.param(
+            "torch.OutOfMemoryError('CUDA out of memory')",
+            "error (process 1): 100 rows at once do not fit into the mem",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("KeyError('a fault')", "KeyError: 'a fault'", marks=pytest.mark.slow),
     ],
     ids=["bad input", "out of memory", "a fault of the program"],
 )
