@@ -146,10 +146,10 @@ class Session:
         return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
 
     def seed_dropout(self) -> None:
-        """Seeds the draws of training, differently in each process."""
+        """Seeds the draws of training, which then do not depend on the draws of new weights."""
         import torch
 
-        torch.manual_seed(self.options.seed + self.processes.rank)
+        torch.manual_seed(self.options.seed)
 
     def best_writer(
         self, config: LlamaConfig, stop_ids: Sequence[int]

@@ -184,7 +184,6 @@ def run(options: Options) -> None:
         )
 
         write_best = session.best_writer(config, stop_ids)
-        session.seed_dropout()
         session.train(llama, task, write_best, dynamic=False)
         if session.processes.is_main:
             opened = session.write_model(read_torch(run.best_path)["model"], config, stop_ids)

@@ -127,6 +127,8 @@ class Training:
         self.run, self.processes, self.log = run, processes, log
         self.base = self._checksum(model)
         processes.divide(model, settings.dtype)
+        if processes.rank:  # the main process goes on with the draws of a run alone
+            torch.manual_seed(torch.initial_seed() + processes.rank)  # other dropout masks
         self.model = model
         self.device = next(model.parameters()).device
         if self.device.type == "cpu":

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fitting import Bag, a_classifier, metrics, settings, some_rows
+from fitting import Bag, a_classifier, metrics, quiet, settings, some_rows, split
 from minillama.cli.session import settings_of
 from minillama.text.batches import shuffled_batches
 from minillama.text.labelled import Row
@@ -20,6 +20,7 @@ from minillama.training.classification import Classification, row_losses
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.interrupts import Stopped
+from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
 from minillama.training.task import PIECE_COST, cut_batch
@@ -322,3 +323,15 @@ def test_each_epoch_is_told_in_one_line_and_measured(fit):
     assert sorted(sizes) == [3, 4, 4]
     rows_mean = sum(size * line["loss"] for size, line in zip(sizes, found, strict=False)) / 11
     assert found[3]["train_loss"] == pytest.approx(rows_mean)
+
+
+def test_each_process_draws_dropout_masks_of_its_own(fit):
+    task, chosen = split(settings(epochs=1), some_rows(4), some_rows(4))
+    draws = []
+    for rank in range(3):
+        torch.manual_seed(7)
+        Training(Bag(), task, chosen, fit.run(), Processes(rank), quiet)
+        draws.append(torch.rand(3))
+    torch.manual_seed(7)
+    assert draws[0].equal(torch.rand(3))  # the main process draws as a run alone does
+    assert not draws[1].equal(draws[0]) and not draws[2].equal(draws[1])
