@@ -17,8 +17,8 @@ def set_up_cuda(deterministic: bool = False) -> None:
     """Sets torch's switches for CUDA. Call it before the first tensor is on a card.
 
     cuDNN's attention is off. From torch 2.11 on it is the first choice for cards of the H100's class. It builds a plan
-    for each new length of the cache, which takes 20 to 40 ms a token, and with a mask its gradients may be NaN
-    (github.com/pytorch/pytorch/issues/196678). deterministic: only kernels that give the same bits in each run;
+    for each new shape, so each token waits for one (github.com/modelscope/FunASR/issues/3704), and with a mask its
+    gradients may be NaN (github.com/pytorch/pytorch/issues/196678). deterministic: only kernels that give the same bits in each run;
     without one, torch raises RuntimeError. (docs/gpu.md)
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
