@@ -27,7 +27,7 @@ def arguments(asset, tmp_path, monkeypatch):
     return [*fixed, "--rows", "12", "--batch_size", "5", "--dtype", "fp32"]
 
 
-@pytest.mark.parametrize("more", [[], ["--lora"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--lora"], marks=pytest.mark.slow)])
 def test_it_prints_a_table_and_ends_in_json(arguments, capsys, more):
     assert benchmark.main([*arguments, *more, "--without", "transformers"]) == 0
     out = capsys.readouterr().out

@@ -70,7 +70,13 @@ def shell(asset, tmp_path):
     return Shell(tmp_path, asset("stories260K/tok512.model"))
 
 
-@pytest.mark.parametrize("way", [way for name, way in WAYS.items() if name != "closed"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(WAYS["both left"], WAYS["full"], WAYS["both closed"]),
+        *(pytest.param(WAYS[name], marks=pytest.mark.slow) for name in ("left", "stderr full")),
+    ],
+)
 def test_predictions_are_whole_whatever_becomes_of_the_streams(shell, way):
     done = shell("prompt", way=way)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -175,6 +175,7 @@ def test_the_ids_at_which_a_text_ends_go_to_every_format_and_back(tmp_path, eos)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == eos
 
 
+@pytest.mark.slow
 def test_gguf_takes_the_merges_of_llama_3(tmp_path):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("tiktoken")

@@ -37,7 +37,7 @@ def rows_of(lengths: list[int]) -> list[Row]:
     return [Row(i % 3, f"row {i}", tuple(1 + (i * j) % 60 for j in range(n))) for i, n in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_an_epoch_of_bucketed_lengths_has_three_graphs_at_most(dtype, tmp_path, counters):
     lengths = [3 + i % 60 for i in range(96)]
     llama = tiny_llama(dropout=0.1, max_seq_len=64)
@@ -64,7 +64,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("rmsnorm", "differential") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_compiled_it_gives_the_same_losses_and_gradients(kind, counters):
     model = tiny_llama(**KINDS[kind]).double().train()
     plain = copy.deepcopy(model)
