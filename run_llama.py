@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -39,6 +40,10 @@ The most common flags:
 All flags of a command, with examples:  python run_llama.py --option finetune --help
 All flags on one page:                  docs/options.md
 """
+LOST = (
+    "the connection to another process broke: it printed its own error, or it was killed (out of memory?); a run that "
+    "has saved its state goes on with --resume"
+)
 
 
 def parse(argv: Sequence[str], processes: int = 1) -> Options:
@@ -92,10 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = " ".join(str(error).split())[:300]
             print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)
             return 2
-        except RuntimeError as error:  # from torch: the connection to a process broke, which prints its own error
-            if process.world == 1:
+        except RuntimeError as error:
+            if process.world == 1 or not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
                 raise
-            print(f"run_llama.py: error (process {process.rank}): {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"run_llama.py: error (process {process.rank}): {LOST}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stop:  # or Stopped, its subclass
             report(f"run_llama.py: {str(stop) or 'stopped by Ctrl-C'}")

@@ -64,6 +64,13 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
     for name, value in saved.items():
         if name not in RESUME_MAY_CHANGE and getattr(options, name) != value:
             shown = known[name].name.lstrip("-") if name in known else name
+            if name == "processes":
+                start = "python" if value == 1 else f"torchrun --nproc_per_node={value}"
+                count = f"{value} process{'es' * (value != 1)}"
+                raise ValueError(
+                    f"{folder} was started with {count}, not {options.processes}; type {start} run_llama.py --option "
+                    f"{saved['option']} --resume --run_dir {folder}"
+                )
             raise ValueError(
                 f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; use that value, or leave "
                 "it out"

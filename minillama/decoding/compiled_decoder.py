@@ -131,7 +131,8 @@ class CompiledDecoder:
         if not self.compiled.exists():
             try_lock(lock, wait=True)
         began, kind = time.perf_counter(), self.compiled.name
-        lines = iter([f"preparing fast generation: Numba compiles it once for {kind} weights; 5 to 15 seconds ..."])
+        how_long = "5 to 15 seconds if nothing else runs"
+        lines = iter([f"preparing fast generation: Numba compiles it once for {kind} weights; {how_long} ..."])
 
         class Listener(event.Listener):
             """Tells of the first compilation. There is none if the cache has the loops for this processor."""

@@ -77,7 +77,9 @@ class Speed:
         first, second = self.early
         rate = (self.tokens - 2) / (seconds - second)
         waited = second - first - 1 / rate > 0.1
-        when = f"the first after {first:.2f} s" + (f", the second after {second:.2f} s" if waited else "")
+        when = f"the first after {first:.2f} s" + (
+            f", the second after {second:.2f} s (loading compiled code)" if waited else ""
+        )
         return f"{total}; {when}, then {rate:.0f} per second"
 
 

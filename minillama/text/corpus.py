@@ -58,8 +58,11 @@ class Text:
         documents = sum(len(tokens.text_bytes) for tokens in files)
         kept_out = held_out_count(held_out, documents)
         if kept_out >= documents:
-            remedy = f"separate documents by {DOCUMENT_END}, or give a smaller --held_out"
-            raise ValueError(f"{name} has {documents} documents, and {kept_out} of them would be held out; {remedy}")
+            remedy = f"separate documents by {DOCUMENT_END}" + (
+                ", or give a smaller --held_out" if documents > 1 else ""
+            )
+            has = f"{documents} document{'s' * (documents != 1)}"
+            raise ValueError(f"{name} has {has}, so {kept_out} cannot be held out; {remedy}")
         train, out = [], []
         self.held_out_bytes = 0
         left = documents - kept_out  # documents to train on in this file and the next ones

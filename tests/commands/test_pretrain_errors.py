@@ -64,7 +64,7 @@ BAD = [
     ("a preset of a continued one", "pretrain", [*FROM, "--preset", "mini"], a_model(), "--preset is for a new model"),
     ("part of a document held out", "pretrain", ["--held_out", "1.5"], None, "--held_out is 1.5; it must be a share"),
     ("a file for tokens", "pretrain", ["--tokens_dir", "tok.model/x"], None, "tok.model/x cannot be created"),
-    ("too much held out", "pretrain", ["--held_out", "40"], None, "40 documents, and 40 of them would be held out"),
+    ("too much held out", "pretrain", ["--held_out", "40"], None, "40 documents, so 40 cannot be held out"),
     ("less than none held out", "pretrain", ["--held_out", "-1"], None, "argument --held_out: '-1' is not allowed"),
     ("a window too long", "pretrain", ["--window", "33"], None, "--window 33 is longer than the model's context of 32"),
     ("a text too short", "pretrain", ["--corpus", "a.txt", "--held_out", "0"], text("a.txt", "a cat"), "too short for"),

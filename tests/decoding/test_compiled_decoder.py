@@ -385,7 +385,7 @@ def test_two_processes_that_compile_at_once_agree_and_a_third_finds_all(tmp_path
     assert found[0][0] == found[1][0] == third[0] and third[0].count("[[") == 2
     for _, err in found:
         assert "notice" not in err
-    told = "preparing fast generation: Numba compiles it once for float32 weights; 5 to 15 seconds ..."
+    told = "preparing fast generation: Numba compiles it once for float32 weights; 5 to 15 seconds"
     assert sum(err.count(told) for _, err in found) == sum(err.count("prepared in") for _, err in found) == 1
     assert third[1] == ""
 

@@ -75,9 +75,9 @@ def test_windows_as_a_tensor_are_wide_enough_for_every_id():
         (
             [9, 9],
             2,
-            "t has 2 documents, and 2 of them would be held out; separate documents by <|endoftext|>",
+            "t has 2 documents, so 2 cannot be held out; separate documents by <|endoftext|>",
         ),
-        ([9, 9], 50, "t has 2 documents, and 50 of them"),
+        ([9, 9], 50, "t has 2 documents, so 50 cannot"),
         ([4, 9], 1, "t is too short for windows of 4 tokens"),
         ([9, 4], 1, "t is too short for windows of 4 tokens"),
     ],

@@ -112,7 +112,9 @@ def test_two_processes_equal_one_with_regularizers(folder):
 def test_a_run_goes_on_with_as_many_processes_as_before(folder):
     process = start(folder, "alone", "--micro_batch_size", "100", "--resume", processes=2)
     _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "processes is 2, but alone was started with 1" in err
+    assert (
+        process.returncode != 0 and "alone was started with 1 process, not 2; type python run_llama.py --option" in err
+    )
 
 
 def test_the_processes_of_a_run_share_the_folder_that_one_of_them_made_and_locked(folder):

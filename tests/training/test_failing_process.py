@@ -63,6 +63,7 @@ def test_the_run_ends_within_ten_seconds_with_the_message(error, told, tmp_path)
     ended = time.time() - float((tmp_path / "failed").read_text(encoding="utf-8"))
     assert done.returncode != 0 and told in done.stderr, done.stderr
     assert ended < 10
+    assert not [line for line in done.stderr.splitlines() if line.startswith("run_llama.py: error") and ".cc:" in line]
     of_ours = "minillama/training/loop.py" in done.stderr  # torchrun adds a traceback of its own
     assert of_ours is ("fault" in told)
 
