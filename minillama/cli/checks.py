@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minillama.cli.options import Options, all_flags
 from minillama.cli.parser import POSITIVE
@@ -103,6 +104,17 @@ def check_model_out(options: Options) -> str:
     if not options.model_out:
         raise ValueError(f"--option {options.option} needs --model_out, the file to write")
     return options.model_out
+
+
+def same_rows(options: Options, data: Mapping[str, Sequence[Any]]) -> str | None:
+    """A warning if the rows of --train and --dev are the same; None if they differ or are missing."""
+    if not data.get("train") or data["train"] != data.get("dev"):
+        return None
+    files = options.train if options.train == options.dev else f"{options.train} and {options.dev}"
+    return (
+        f"--train and --dev have the same {len(data['dev'])} rows ({files}): the dev scores show what was learnt by "
+        "heart, and choose the wrong epoch; give --dev rows that are not in --train"
+    )
 
 
 def model_files(options: Options) -> list[str]:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillama.cli.header import display_path, print_header, report
+from minillama.cli.checks import same_rows
+from minillama.cli.header import display_path, print_header, report, warn
 from minillama.cli.loading import fit_tokenizer, load_tokenizer
 from minillama.cli.options import Options, all_flags
 from minillama.cli.provenance import check_default_output, write_with_record
@@ -95,6 +96,7 @@ def read_data(
     data = {split: read_rows(getattr(options, split), labels) for split in splits}
     if "train" in data and (missing := missing_classes(options.train, data["train"], names)):
         report(f"warning: {options.train} has no row of {', '.join(missing)}; the model cannot learn that")
+    warn(same_rows(options, data))
     for split in ("dev", "test"):
         check_default_output(options, split, [row.sentence for row in data[split]])
     return data, words
@@ -140,6 +142,7 @@ def predict(
     the run's log and metrics, even if a file cannot be written or the user stops the command.
     """
     from minillama.text.labelled import class_names, write_predictions
+    from minillama.training.baselines import training_remedy, warning_of
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
     options, label_names = session.options, class_names(labels)
@@ -162,7 +165,7 @@ def predict(
         lines = []
         for split, result in results.items():
             line = f"{split} {describe(result, with_loss=run is not None)} ({len(data[split])} rows)"
-            if run is None and (chance := describe_chance(result, data[split], len(label_names))):
+            if chance := describe_chance(result, data[split], label_names):
                 line += f"; {chance}"
             lines.append(line)
             if session.processes.is_main:
@@ -173,6 +176,9 @@ def predict(
         if run is not None and len(results) == 2:
             for line in lines:
                 run.log(line)
+            remedy = training_remedy(options.class_weights != "none")
+            if warning := warning_of(results["dev"], data["dev"], label_names, remedy):
+                log(f"warning: {warning}")
             run.finish(classes=label_names, **results["dev"].scores("dev"), **results["test"].scores("test"))
 
 

@@ -124,7 +124,8 @@ PROMPT_FILE = OwnFlag(
 )
 INTERACTIVE = OwnFlag(
     "--interactive",
-    "ask for prompts one by one, with --chat as one conversation; Ctrl-C stops an answer, Ctrl-D ends the program",
+    "ask for prompts one by one, with --chat as one conversation; Ctrl-C stops an answer; Ctrl-D, or the line quit, "
+    "exit or :q, ends the program",
     bool,
 )
 JSON = OwnFlag("--json", "print one JSON object per line, for use by programs", bool)
@@ -217,6 +218,13 @@ LABEL_WORDS = Flag(
 
 # Training
 
+CLASS_WEIGHTS = OwnFlag(
+    "--class_weights",
+    "balanced: multiply the loss of each row by N / (K * n), for N training rows, K classes, and n rows of its class; "
+    "rare classes then count as much as frequent ones",
+    ("none", "balanced"),
+    "none",
+)
 TRAINING = Group(
     "training",
     (
@@ -248,13 +256,21 @@ RUN = Group(
     (
         OwnFlag(
             "--run_dir DIR",
-            "folder for the run's options, metrics, log and checkpoints",
+            "folder for the run's options, metrics, log and checkpoints, and, if the package tensorboard is installed, "
+            f"events for it (`tensorboard --logdir {RUNS}`)",
             default_text=f"a new folder under {RUNS}/",
         ),
         Flag(
             "--resume",
             "continue the run in --run_dir (default: the latest under runs/) with its original options; the result is "
-            "exactly that of an uninterrupted run",
+            "exactly that of an uninterrupted run. With a larger --epochs the run goes on longer, and a finished run goes "
+            "on if it has --keep_state",
+            bool,
+        ),
+        OwnFlag(
+            "--keep_state",
+            "keep the optimizer's state of the finished run, which takes about three times the model's memory, so that "
+            "--resume can add epochs",
             bool,
         ),
         Flag("--save_every N", "save the state every N steps, and after each epoch", COUNT, 500),

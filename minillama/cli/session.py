@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Options without effect on results. They may differ in a resumed run, and between the runs of a group in the report.
 RESUME_MAY_CHANGE = (
-    *("config", "resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir"),
+    *("config", "resume", "run_dir", "save_every", "keep_state", "dev_out", "test_out", "model_out", "tokens_dir"),
     *("device", "use_gpu", "typed", "substituted"),
 )
 # Settings of a regularizer, which have no effect if it is off.
@@ -63,10 +63,14 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
     known = all_flags(options.commands)
     for name, value in saved.items():
         if name not in RESUME_MAY_CHANGE and getattr(options, name) != value:
+            use = "use that value"
+            if name == "epochs" and saved.get("max_steps") is None:
+                if options.epochs > value:  # see `Session.train`
+                    continue
+                use = "use that value, or more"
             shown = known[name].name.lstrip("-") if name in known else name
             raise ValueError(
-                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; use that value, or leave "
-                "it out"
+                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; {use}, or leave it out"
             )
     return options
 
@@ -141,9 +145,30 @@ class Session:
             self.run.create(self.saved_options)
         if self.options.compile:
             compile_model(model, self.device, dynamic)
-        settings = settings_of(self.options, self.dtype)
-        log = make_log(self.run)
-        return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
+        return train(
+            model,
+            task,
+            settings_of(self.options, self.dtype),
+            self.run,
+            processes=self.processes,
+            write_best=write_best,
+            begun=self.save_more_epochs,
+            log=make_log(self.run),
+        )
+
+    def save_more_epochs(self) -> None:
+        """Saves --epochs if a resumed run has got more, and says if its earlier steps depended on their number."""
+        options = self.options
+        if not self.processes.is_main or (before := self.run.options()["epochs"]) == options.epochs:
+            return
+        self.run.change_options(epochs=options.epochs)
+        causes = {"--schedule cosine": options.schedule == "cosine"}
+        causes["--bregman without --bregman_beta"] = bool(options.bregman) and options.bregman_beta is None
+        if found := next((name for name, depends in causes.items() if depends), None):
+            report(
+                f"notice: {found} depends on the number of epochs, and the steps so far were planned for {before}; the "
+                f"result differs from that of one run of {options.epochs}"
+            )
 
     def seed_dropout(self) -> None:
         """Seeds the draws of training, which then do not depend on the draws of new weights."""
@@ -195,6 +220,8 @@ def open_session(options: Options, new_model: bool = False) -> Iterator[Session]
         torch.manual_seed(options.seed)
         run = RunDirectory(folder or RUNS, writes=processes.is_main)
         yield Session(options.replace(run_dir=folder), tokenizer, content, device, dtype, processes, run)
+        if not options.keep_state:
+            run.drop_state()
 
 
 def settings_of(options: Options, dtype: torch.dtype) -> Settings:

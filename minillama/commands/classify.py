@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from minillama.cli import classifiers, flags
 from minillama.cli.checks import check_prompts
-from minillama.cli.console import check_stdin, read_prompts, stdout_is_utf8, typed_lines
+from minillama.cli.console import HOW_TO_END, check_stdin, read_prompts, stdout_is_utf8, typed_lines
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options
@@ -74,7 +74,7 @@ def run(options: Options) -> None:
     if not options.interactive:
         label(sentences)
         return
-    report("Type a sentence and press Enter. Ctrl-D ends.")
+    report(f"Type a sentence and press Enter. {HOW_TO_END}.")
     for line in typed_lines():
         try:
             if line.strip():

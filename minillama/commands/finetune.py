@@ -42,6 +42,7 @@ HEAD = Group(
         flags.TEMPLATE,
         flags.LABEL_WORDS,
         Flag("--hidden_dropout_prob P", "dropout before the head", FRACTION, 0.3),
+        flags.CLASS_WEIGHTS,
         Flag("--label_smoothing S", "label smoothing: spread a share S of each label over all classes", FRACTION, 0.0),
         Flag("--eval_train", "also score the whole training set after each epoch", bool),
     ),
@@ -173,6 +174,7 @@ def train(
     from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import link_or_copy
     from minillama.text.labelled import class_names
+    from minillama.training.baselines import class_weights
     from minillama.training.classification import Classification
     from minillama.training.regularizers import MovingAverage, Smart
 
@@ -194,6 +196,7 @@ def train(
         )
         link_or_copy(run.best_path, best_model_path(options))
 
+    names = class_names(labels)
     smart = (options.smart, options.smart_eps, options.smart_step, options.smart_noise)
     task = Classification(
         data["train"],
@@ -208,6 +211,8 @@ def train(
         smart=Smart(*smart) if options.smart else None,
         average=MovingAverage(options.bregman, options.bregman_beta) if options.bregman else None,
         r_drop=options.r_drop,
+        class_weights=class_weights(data["train"], len(names)) if options.class_weights == "balanced" else None,
+        label_names=names,
     )
     session.seed_dropout()
     trained = session.train(model, task, write_best, dynamic=True)

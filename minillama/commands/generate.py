@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model
 from minillama.cli.checks import check_differ, check_prompts, refuse
-from minillama.cli.console import check_stdin, read_prompts, show, stdout_is_utf8, typed_lines
+from minillama.cli.console import HOW_TO_END, check_stdin, read_prompts, show, stdout_is_utf8, typed_lines
 from minillama.cli.header import report, warn
 from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
@@ -343,7 +343,7 @@ def explain(options: Options, writer: Writer, prompt: list[int]) -> None:
 def converse(options: Options, writer: Writer) -> None:
     """Answers prompts one by one. With --chat they form one conversation, which drops its oldest turns if too long."""
     context, new = writer.model.config.max_seq_len, options.max_new_tokens
-    report("Type a prompt and press Enter. Ctrl-C stops an answer, Ctrl-D ends.")
+    report(f"Type a prompt and press Enter. Ctrl-C stops an answer; {HOW_TO_END}.")
     messages: list[dict[str, str]] = []
     for line in typed_lines():
         if not line.strip():

@@ -72,7 +72,7 @@ TEXTS = Group(
         flags.WINDOW,
         flags.BATCH_SIZE,
         Flag("--max_steps N", "number of steps", COUNT, default_text="--epochs passes over the corpus"),
-        Flag("--eval_every N", "evaluate every N steps", COUNT, 200),
+        Flag("--eval_every N", "evaluate every N steps; without --max_steps also after each epoch", COUNT, 200),
         Flag("--sample_prompt TEXT", "prompt for a sample after each evaluation", str, "Once upon a time"),
         Flag("--tokens_dir DIR", "folder for tokenized texts", str, "runs/tokens"),
         flags.VOCAB_SIZE,
@@ -181,6 +181,7 @@ def run(options: Options) -> None:
             options.eval_every,
             sample_prompt=options.sample_prompt,
             seed=options.seed,
+            passes=None if options.max_steps else options.epochs,
         )
 
         write_best = session.best_writer(config, stop_ids)

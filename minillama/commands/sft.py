@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model, use_demo_data
-from minillama.cli.checks import check_differ, check_training, model_files
-from minillama.cli.header import display_path, report, report_next
+from minillama.cli.checks import check_differ, check_training, model_files, same_rows
+from minillama.cli.header import display_path, report, report_next, warn
 from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
@@ -82,6 +82,7 @@ def run(options: Options) -> None:
     from minillama.training.answering import Instruction
 
     raw = {split: read_examples(path) for split in SPLITS if (path := getattr(options, split))}
+    warn(same_rows(options, raw))
     judged = [split for split in raw if split != "train"]
     for split in judged:
         check_default_output(options, split, [example.prompt for example in raw[split]])

@@ -49,7 +49,13 @@ class Instruction:
 
     @property
     def steps(self) -> int:
-        return self.epochs * -(-len(self.examples) // self.batch_size)
+        return self.first_step(self.epochs + 1)
+
+    def first_step(self, epoch: int) -> int:
+        return (epoch - 1) * -(-len(self.examples) // self.batch_size)
+
+    def name(self, epoch: int) -> str:
+        return f"epoch {epoch}"
 
     def checksum(self) -> int:
         splits = [[(one.ids, one.prompt_length) for one in split] for split in (self.examples, self.dev_examples)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minillama.layers.precision import to_device
 from minillama.text.batches import shuffled_batches, to_batch
 from minillama.text.labelled import Row
+from minillama.training.baselines import training_remedy, warning_of
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import describe, evaluate, forward
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl
@@ -44,6 +45,8 @@ class Classification:
     smart: Smart | None = None
     average: MovingAverage | None = None  # for the Bregman penalty
     r_drop: float = 0.0  # weight of the divergence of two passes under dropout (arXiv 2106.14448)
+    class_weights: Sequence[float] | None = None  # by class id: a row's loss, with all its terms, times its class's
+    label_names: Sequence[str] = ()  # for warnings
 
     unit = "row"
     judged_by = "dev accuracy"
@@ -54,7 +57,13 @@ class Classification:
 
     @property
     def steps(self) -> int:
-        return self.epochs * -(-len(self.rows) // self.batch_size)
+        return self.first_step(self.epochs + 1)
+
+    def first_step(self, epoch: int) -> int:
+        return (epoch - 1) * -(-len(self.rows) // self.batch_size)
+
+    def name(self, epoch: int) -> str:
+        return f"epoch {epoch}"
 
     def checksum(self) -> int:
         rows = [[(row.label, row.ids) for row in split] for split in (self.rows, self.dev_rows)]
@@ -92,6 +101,10 @@ class Classification:
         if self.smart is not None:
             clean = log_probs if dtype == torch.float32 else again()
             losses = losses + self.smart.penalty(model, batch.ids.shape, again, clean)
+        if self.class_weights is not None:
+            # The loop divides by the number of rows, not by the sum of their weights: then a row counts the same in
+            # every batch, piece and process. The mean weight of the training set is 1.
+            losses = losses * losses.new_tensor(self.class_weights)[labels]
         return losses, right
 
     def score(
@@ -107,4 +120,6 @@ class Classification:
         metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
         metrics["dev_loss"] = found["dev"].loss  # the name train_loss is used for the epoch's running mean
         text = ", ".join(f"{split} {describe(one, with_loss=True)}" for split, one in found.items())
-        return Score(found["dev"].accuracy, text, metrics)
+        remedy = training_remedy(weighted=self.class_weights is not None)
+        warning = warning_of(found["dev"], self.dev_rows, self.label_names, remedy)
+        return Score(found["dev"].accuracy, text, metrics, warning=warning)

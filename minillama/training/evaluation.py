@@ -21,6 +21,7 @@ from minillama.layers.precision import autocast, not_finite, to_device
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
+from minillama.training.baselines import commonest_class
 from minillama.training.compilation import writing
 from minillama.training.distributed import Processes
 from tokenizer import Tokenizer
@@ -295,14 +296,14 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
+def describe_chance(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
     """The accuracy's confidence interval, and those of chance and of the commonest class; "" without gold labels."""
     if evaluation.accuracy is None:
         return ""
-    gold = [row.label for row in rows]
     low, high = wilson_interval(round(evaluation.accuracy * len(rows)), len(rows))
-    common = max(map(gold.count, set(gold))) / len(rows)
-    return f"95 % interval {low:.3f} to {high:.3f}, chance {1 / classes:.3f}, commonest class {common:.3f}"
+    label, share = commonest_class(rows)
+    chance = f"chance {1 / len(label_names):.3f}, commonest class {share:.3f} ({label_names[label]})"
+    return f"95 % interval {low:.3f} to {high:.3f}, {chance}"
 
 
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:

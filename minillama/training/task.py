@@ -26,6 +26,7 @@ class Score:
     text: str
     metrics: dict[str, float | None]
     sample: str = ""  # text that the model wrote
+    warning: str = ""  # a fault of the predictions, and what to try
 
 
 class Task(Protocol):
@@ -56,6 +57,12 @@ class Task(Protocol):
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, determined by seed and epoch."""
+
+    def first_step(self, epoch: int) -> int:
+        """Optimizer steps before this epoch."""
+
+    def name(self, epoch: int) -> str:
+        """The name of an epoch in the log."""
 
     def targets(self, positions: list[int]) -> int:
         """Number of targets in these rows."""
