@@ -263,8 +263,8 @@ RUN = Group(
         Flag(
             "--resume",
             "continue the run in --run_dir (default: the latest under runs/) with its original options; the result is "
-            "exactly that of an uninterrupted run. With a larger --epochs the run goes on longer, and a finished run goes "
-            "on if it has --keep_state",
+            "exactly that of an uninterrupted run. With a larger --epochs the run goes on longer; a finished run needs "
+            "--keep_state for that",
             bool,
         ),
         OwnFlag(
