@@ -142,7 +142,7 @@ def predict(
     the run's log and metrics, even if a file cannot be written or the user stops the command.
     """
     from minillama.text.labelled import class_names, write_predictions
-    from minillama.training.baselines import training_remedy, warning_of
+    from minillama.training.baselines import final_warning, training_remedy
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
     options, label_names = session.options, class_names(labels)
@@ -177,7 +177,7 @@ def predict(
             for line in lines:
                 run.log(line)
             remedy = training_remedy(options.class_weights != "none")
-            if warning := warning_of(results["dev"], data["dev"], label_names, remedy):
+            if warning := final_warning(results["dev"], data["dev"], label_names, remedy):
                 log(f"warning: {warning}")
             run.finish(classes=label_names, **results["dev"].scores("dev"), **results["test"].scores("test"))
 

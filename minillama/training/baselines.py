@@ -34,27 +34,29 @@ def training_remedy(weighted: bool) -> str:
     return remedies if weighted else remedies.replace(", or ", ", ") + ", or --class_weights balanced"
 
 
-def warning_of(
-    evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str], remedy: str, split: str = "dev"
-) -> str:
-    """A warning if the same class is predicted for every row, or if the accuracy is below the share of the commonest
-    class; otherwise "". label_names: without them, the warning gives class ids. remedy: what to try.
+def one_class_warning(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str], remedy: str) -> str:
+    """A warning if the same class is predicted for all of several dev rows; otherwise "".
+
+    label_names: without them, the warning gives the class id. remedy: what to try.
     """
-    if len(rows) < 2 or evaluation.accuracy is None:
-        return ""
     predicted = set(evaluation.predictions)
+    if len(rows) < 2 or len(predicted) != 1 or evaluation.accuracy is None:
+        return ""
+    (only,) = predicted
+    name, right = label_names[only] if label_names else only, sum(row.label == only for row in rows) / len(rows)
+    return f'dev: all {len(rows)} rows are predicted as "{name}", the class of {right:.1%} of them; try {remedy}'
+
+
+def final_warning(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str], remedy: str) -> str:
+    """A warning if a trained model gives one answer for all dev rows, or is right less often than the commonest class
+    is; otherwise "". remedy: what to try.
+    """
     label, share = commonest_class(rows)
-    names = label_names or [str(i) for i in range(1 + max(label, *predicted))]
-    if len(predicted) == 1:
-        only = predicted.pop()
-        right = sum(row.label == only for row in rows) / len(rows)
-        return (
-            f'{split}: all {len(rows)} rows are predicted as "{names[only]}", the class of {right:.1%} of them; '
-            f"try {remedy}"
-        )
-    if evaluation.accuracy < share:
-        return (
-            f"{split} accuracy {evaluation.accuracy:.3f} is below {share:.3f}, the share of its commonest class, "
-            f'"{names[label]}"; try {remedy}'
-        )
-    return ""
+    if warning := one_class_warning(evaluation, rows, label_names, remedy):
+        return warning
+    if evaluation.accuracy is None or evaluation.accuracy >= share:
+        return ""
+    return (
+        f"dev accuracy {evaluation.accuracy:.3f} is below {share:.3f}, the share of its commonest class, "
+        f'"{label_names[label]}"; try {remedy}'
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minillama.layers.precision import to_device
 from minillama.text.batches import shuffled_batches, to_batch
 from minillama.text.labelled import Row
-from minillama.training.baselines import training_remedy, warning_of
+from minillama.training.baselines import one_class_warning, training_remedy
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import describe, evaluate, forward
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl
@@ -121,5 +121,5 @@ class Classification:
         metrics["dev_loss"] = found["dev"].loss  # the name train_loss is used for the epoch's running mean
         text = ", ".join(f"{split} {describe(one, with_loss=True)}" for split, one in found.items())
         remedy = training_remedy(weighted=self.class_weights is not None)
-        warning = warning_of(found["dev"], self.dev_rows, self.label_names, remedy)
+        warning = one_class_warning(found["dev"], self.dev_rows, self.label_names, remedy)
         return Score(found["dev"].accuracy, text, metrics, warning=warning)

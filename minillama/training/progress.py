@@ -85,6 +85,6 @@ def describe_epoch(name: str, progress: Progress, score: Score, is_best: bool, l
     """The line of an epoch for the log. left: the time left for the whole run, or ""."""
     line = f"{name}: loss {progress.mean_loss:.4f}, running train accuracy {progress.accuracy:.3f}, {score.text}"
     line += " (best so far)" * is_best
-    line += f", {progress.skipped} steps skipped so far" * bool(progress.skipped)
     line += f", {left} left" * bool(left)
+    line += f", {progress.skipped} steps skipped so far" * bool(progress.skipped)
     return line + f"\n    {score.sample}" * bool(score.sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from fitting import Bag, classifier, losses, settings, some_rows, some_texts, task
 from minillama.text.labelled import Row
-from minillama.training.baselines import class_weights, commonest_class, training_remedy, warning_of
+from minillama.training.baselines import (
+    class_weights,
+    commonest_class,
+    final_warning,
+    one_class_warning,
+    training_remedy,
+)
 from minillama.training.evaluation import Evaluation
 
 LABELS = (2, 0, 2, 2, 1, 2, 0, 2, 2)
@@ -30,7 +37,7 @@ def test_the_commonest_class_is_what_a_guess_without_looking_takes():
 
 @pytest.mark.parametrize("labels", [LABELS, (0, 2, 2, 2), (0, 1, 2)], ids=["all", "a class without rows", "even"])
 def test_class_weights_are_scikit_learns(labels):
-    present = sorted(set(labels))
+    present = np.unique(labels)
     wanted = dict(zip(present, compute_class_weight("balanced", classes=present, y=labels), strict=True))
     found = class_weights(rows_of(labels), 3)
     assert found == pytest.approx([wanted.get(label, 0.0) for label in range(3)])
@@ -38,7 +45,7 @@ def test_class_weights_are_scikit_learns(labels):
 
 
 def test_the_weighted_loss_and_its_gradient_are_torchs():
-    """The whole training set as a batch, where the sum of the weights, by which torch divides, is the number of rows."""
+    """The whole training set as a batch: the sum of the weights, by which torch divides, is the number of rows."""
     rows, model = rows_of(LABELS), Bag()
     weights = class_weights(rows, 3)
     found, right = task(rows, class_weights=weights).losses(model, list(range(9)), torch.float32)
@@ -72,21 +79,28 @@ def test_weighted_steps_do_not_depend_on_the_pieces_of_a_batch(fit):
 
 def test_one_class_for_everything_is_told_with_its_share_and_what_to_try():
     rows = rows_of(LABELS)
-    told = warning_of(Evaluation([0] * 9, 2 / 9, 0.1), rows, NAMES, training_remedy(weighted=False))
-    assert told == (
-        'dev: all 9 rows are predicted as "bad", the class of 22.2% of them; try more --epochs, a higher or lower --lr, '
-        "or --class_weights balanced"
+    alone, remedy = Evaluation([0] * 9, 2 / 9, 0.1), training_remedy(weighted=False)
+    told = one_class_warning(alone, rows, NAMES, remedy)
+    assert (
+        told
+        == final_warning(alone, rows, NAMES, remedy)
+        == (
+            'dev: all 9 rows are predicted as "bad", the class of 22.2% of them; '
+            "try more --epochs, a higher or lower --lr, or --class_weights balanced"
+        )
     )
     assert "class_weights" not in training_remedy(weighted=True)
-    assert 'as "0"' in warning_of(Evaluation([0] * 9, 2 / 9, 0.1), rows, (), "")
+    assert 'as "0"' in one_class_warning(alone, rows, (), "")
+    for other in (Evaluation([0] * 8 + [1], 2 / 9, 0.1), Evaluation([0] * 9, None, None)):
+        assert one_class_warning(other, rows, NAMES, remedy) == ""
 
 
 def test_an_accuracy_below_the_commonest_class_is_told_and_none_above_it():
     rows = rows_of(LABELS)
-    told = warning_of(Evaluation([0, 1] * 4 + [2], 0.5, 0.1), rows, NAMES, "rest")
+    told = final_warning(Evaluation([0, 1] * 4 + [2], 0.5, 0.1), rows, NAMES, "rest")
     assert told == 'dev accuracy 0.500 is below 0.667, the share of its commonest class, "good"; try rest'
-    assert warning_of(Evaluation([0, 1] * 4 + [2], 6 / 9, 0.1), rows, NAMES, "rest") == ""
-    assert warning_of(Evaluation([0] * 9, None, None), rows, NAMES, "rest") == ""
+    assert final_warning(Evaluation([0, 1] * 4 + [2], 6 / 9, 0.1), rows, NAMES, "rest") == ""
+    assert final_warning(Evaluation([0] * 9, None, None), rows, NAMES, "rest") == ""
 
 
 def test_a_run_warns_once_of_a_model_that_gives_one_answer(fit):
