@@ -222,6 +222,14 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
     assert "Ctrl-D" in err
 
 
+def test_a_word_ends_the_typing(command, piped):
+    fine_tuned(command)
+    piped(b"so it was\nquit\nthe end\n")
+    code, out, err = classify(command, "--interactive", "--json")
+    assert code == 0 and [json.loads(line)["sentence"] for line in out.splitlines()] == ["so it was"]
+    assert "Ctrl-D ends, and so does the line quit, exit or :q" in err
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
