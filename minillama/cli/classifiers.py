@@ -142,7 +142,7 @@ def predict(
     the run's log and metrics, even if a file cannot be written or the user stops the command.
     """
     from minillama.text.labelled import class_names, write_predictions
-    from minillama.training.baselines import final_warning, training_remedy
+    from minillama.training.class_shares import final_warning, training_remedy
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
     options, label_names = session.options, class_names(labels)

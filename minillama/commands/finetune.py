@@ -174,7 +174,7 @@ def train(
     from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import link_or_copy
     from minillama.text.labelled import class_names
-    from minillama.training.baselines import class_weights
+    from minillama.training.class_shares import class_weights
     from minillama.training.classification import Classification
     from minillama.training.regularizers import MovingAverage, Smart
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minillama.layers.precision import to_device
 from minillama.text.batches import shuffled_batches, to_batch
 from minillama.text.labelled import Row
-from minillama.training.baselines import one_class_warning, training_remedy
+from minillama.training.class_shares import one_class_warning, training_remedy
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import describe, evaluate, forward
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl

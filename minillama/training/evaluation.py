@@ -21,7 +21,6 @@ from minillama.layers.precision import autocast, not_finite, to_device
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
-from minillama.training.baselines import commonest_class
 from minillama.training.compilation import writing
 from minillama.training.distributed import Processes
 from tokenizer import Tokenizer
@@ -294,6 +293,13 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
     interval = binomtest(right, count).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def commonest_class(rows: Sequence[Row]) -> tuple[int, float]:
+    """The most frequent gold class (of equal ones the smallest id), and its share of the rows."""
+    counts = Counter(row.label for row in rows)
+    label = min(counts, key=lambda label: (-counts[label], label))
+    return label, counts[label] / len(rows)
 
 
 def describe_chance(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:

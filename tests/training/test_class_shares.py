@@ -11,14 +11,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from fitting import Bag, classifier, losses, settings, some_rows, some_texts, task
 from minillama.text.labelled import Row
-from minillama.training.baselines import (
+from minillama.training.class_shares import (
     class_weights,
-    commonest_class,
     final_warning,
     one_class_warning,
     training_remedy,
 )
-from minillama.training.evaluation import Evaluation
+from minillama.training.evaluation import Evaluation, commonest_class
 
 LABELS = (2, 0, 2, 2, 1, 2, 0, 2, 2)
 NAMES = ("bad", "fair", "good")

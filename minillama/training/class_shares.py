@@ -1,22 +1,12 @@
-"""The commonest class: the accuracy of a model that always gives the same answer, and warnings that compare with it."""
+"""Classes of different size: their weights, and warnings of a model that is no better than one constant answer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from minillama.text.labelled import Row
-
-if TYPE_CHECKING:
-    from minillama.training.evaluation import Evaluation
-
-
-def commonest_class(rows: Sequence[Row]) -> tuple[int, float]:
-    """The most frequent gold class (of equal ones the smallest id), and its share of the rows."""
-    counts = Counter(row.label for row in rows)
-    label = min(counts, key=lambda label: (-counts[label], label))
-    return label, counts[label] / len(rows)
+from minillama.training.evaluation import Evaluation, commonest_class
 
 
 def class_weights(rows: Sequence[Row], classes: int) -> list[float]:
