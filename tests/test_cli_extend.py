@@ -92,6 +92,16 @@ def test_fewer_epochs_are_refused_in_one_line(command):
     )
 
 
+def test_a_run_whose_epochs_had_other_steps_is_refused(command):
+    assert command("finetune", "--run_dir", "run", "--keep_state")[0] == 0
+    path = command.folder / "run" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"]["step"] += 1
+    torch.save(state, path)
+    code, err = resume(command, "--epochs", "2")
+    assert code == 2 and "run is of a version with more or fewer steps an epoch" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "more, cause",
     [
@@ -148,6 +158,10 @@ def test_pretraining_logs_each_epoch_and_goes_on_for_more(pretrain_command):
     assert command.metrics("run") == command.metrics("whole")
     one, two = (read_checkpoint(f"{name}.safetensors").state for name in ("whole", "run"))
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    written = (command.folder / "run.safetensors").read_bytes()
+    code, _, err = command("--resume", "--run_dir", "whole", "--model_out", "run.safetensors")
+    assert code == 0 and "; the run is finished" in err  # without a state
+    assert (command.folder / "run.safetensors").read_bytes() == written
 
 
 def test_pretraining_of_so_many_steps_takes_no_epochs(pretrain_command):

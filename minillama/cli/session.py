@@ -65,7 +65,7 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
         if name not in RESUME_MAY_CHANGE and getattr(options, name) != value:
             use = "use that value"
             if name == "epochs" and saved.get("max_steps") is None:
-                if options.epochs > value:  # see `Session.train`
+                if options.epochs > value:  # see `Session.save_more_epochs`
                     continue
                 use = "use that value, or more"
             shown = known[name].name.lstrip("-") if name in known else name
@@ -165,7 +165,7 @@ class Session:
         causes = {"--schedule cosine": options.schedule == "cosine"}
         causes["--bregman without --bregman_beta"] = bool(options.bregman) and options.bregman_beta is None
         if found := next((name for name, depends in causes.items() if depends), None):
-            report(
+            make_log(self.run)(
                 f"notice: {found} depends on the number of epochs, and the steps so far were planned for {before}; the "
                 f"result differs from that of one run of {options.epochs}"
             )

@@ -104,7 +104,7 @@ class Classification:
         if self.class_weights is not None:
             # The loop divides by the number of rows, not by the sum of their weights: then a row counts the same in
             # every batch, piece and process. The mean weight of the training set is 1.
-            losses = losses * losses.new_tensor(self.class_weights)[labels]
+            losses = losses * to_device(torch.tensor(self.class_weights)[batch.labels], device)
         return losses, right
 
     def score(

@@ -207,7 +207,7 @@ class Training:
             raise ValueError(f"{self.run.best_path}, the run's best model, is missing; restore it, or start a new run")
         self.progress = progress = Progress(**state["progress"])
         if progress.step != self.task.first_step(progress.epoch) + progress.batch:
-            raise ValueError(f"{self.run.path} was started by a version with other epochs; start a new run")
+            raise ValueError(f"{self.run.path} is of a version with more or fewer steps an epoch; start a new run")
         stopped_early = self.is_stale(progress.epoch - 1)
         progress.finished &= stopped_early or progress.epoch > self.task.epochs  # else it has got more epochs
         if "model" in state:
