@@ -13,7 +13,7 @@ from conftest import ROOT
 from minillama.cli import loading as environment
 from minillama.cli.checks import check_options
 from minillama.cli.header import display_path
-from minillama.cli.loading import fit_tokenizer, load_tokenizer, open_checkpoint
+from minillama.cli.loading import fit_tokenizer, is_chat_model, load_tokenizer, open_checkpoint
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from models import tiny_llama
@@ -318,3 +318,11 @@ def test_a_tokenizer_from_elsewhere_may_lack_a_few_pieces_or_those_up_to_a_round
 def test_a_tokenizer_of_another_model_is_refused(small_tokenizer, vocab_size):
     with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size} tokens, but .* has 320; give the --tokenizer"):
         fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, Tokenizer(tokenizer_model=small_tokenizer))
+
+
+@pytest.mark.parametrize(
+    "stop_ids, special_ids, chats", [((5,), {"<|eot_id|>": 5}, True), ((4,), {"<|eot_id|>": 5}, False), ((), {}, False)]
+)
+def test_a_model_whose_texts_end_with_llama_3s_turns_is_a_chat_model(tmp_path, stop_ids, special_ids, chats):
+    checkpoint = SimpleNamespace(path=tmp_path / "model.pt", stop_ids=stop_ids)
+    assert is_chat_model(checkpoint, SimpleNamespace(special_ids=special_ids)) is chats
