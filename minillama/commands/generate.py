@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from minillama.cli import flags
@@ -225,17 +224,9 @@ def run(options: Options) -> None:
 
 def filters_of(options: Options) -> list[Filter]:
     """The chosen filters, --epsilon first."""
-    from minillama.decoding import filters
+    from minillama.decoding.filters import filters_by_name
 
-    chosen = (
-        (filters.epsilon_filter, "epsilon", options.epsilon or None),
-        (filters.eta_filter, "eta", options.eta),
-        (filters.top_k_filter, "k", options.top_k),
-        (filters.top_p_filter, "p", options.top_p),
-        (filters.min_p_filter, "p", options.min_p),
-        (filters.typical_filter, "mass", options.typical_p),
-    )
-    return [partial(kept, **{name: value}) for kept, name, value in chosen if value is not None]
+    return filters_by_name(**{name: getattr(options, name) for name in ("epsilon", *FILTERS)})
 
 
 def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama.decoding import sampling
-from minillama.layers.precision import autocast, not_finite, to_device
+from minillama.layers.precision import autocast, not_finite, sum_dtype, to_device
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
@@ -78,6 +78,11 @@ def shared_batches(
     model.train(was_training)
 
 
+def _widest(x: Tensor) -> Tensor:
+    """x in the dtype of long sums on its device."""
+    return x.to(sum_dtype(x.device))
+
+
 def summed_loss(
     count: int, batch_size: int, processes: Processes, check: Callable[[], None], losses: Callable[[list[int]], Tensor]
 ) -> float:
@@ -86,7 +91,7 @@ def summed_loss(
     for positions in cut_in_batches(range(count), batch_size):
         check()
         mine, counted = processes.share(positions)
-        total = total + losses(mine)[:counted].sum().double()  # on the device, which is read once
+        total = total + _widest(losses(mine)[:counted].sum())  # on the device, which is read once
     return processes.sum(total)[0]
 
 
@@ -167,7 +172,7 @@ def answer_prompts(
         model, order, batch_size, processes=processes, check=check, name=name, divided=divided
     ):
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
-        settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
+        settings: dict[str, Any] = {"temperature": 0.0, "tokenizer": tokenizer}
         mask = None if mask is None else mask.to(device)
         with writing(model, dtype, sharded=processes.fsdp) as llama:
             made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)

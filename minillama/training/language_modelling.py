@@ -114,9 +114,9 @@ class LanguageModelling:
     def _sample(self, model: nn.Module, dtype: torch.dtype, processes: Processes) -> str:
         device = next(model.parameters()).device
         prompt = torch.tensor([self._prompt], device=device)
-        special = {"eos_ids": self.tokenizer.stop_ids, "banned_ids": self.tokenizer.unused_ids}
-        draws = {"temperature": 0.8, "epsilon": 0.01, "generator": torch.Generator(device).manual_seed(self.seed)}
+        settings: dict[str, Any] = {"temperature": 0.8, "epsilon": 0.01, "tokenizer": self.tokenizer}
+        settings["generator"] = torch.Generator(device).manual_seed(self.seed)
         with writing(model, dtype, sharded=processes.fsdp) as llama:
-            ids = sampling.generate(llama, prompt, self.sample_tokens, **special, **draws)
+            ids = sampling.generate(llama, prompt, self.sample_tokens, **settings)
         new = itertools.takewhile(lambda i: i not in self.tokenizer.stop_ids, ids[0, len(self._prompt) :].tolist())
         return " ".join(self.tokenizer.decode([*self._prompt, *new]).split())
