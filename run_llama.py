@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 out.flush()
         except BrokenPipeError:  # the reader closed the pipe
-            return 128 + signal.SIGPIPE
+            return 128 + getattr(signal, "SIGPIPE", 13)  # Windows has no such signal
         except (ValueError, OSError) as error:
             # Every process prints its error, because the cause may be in only one of them.
             who = f" (process {process.rank})" if process.rank else ""

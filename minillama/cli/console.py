@@ -59,7 +59,7 @@ def read_stdin(what: str) -> str:
 
     name = "the standard input"
     stream = getattr(sys.stdin, "buffer", None)
-    with suppress(OSError, ValueError):  # a stream without a file descriptor
+    with suppress(OSError, ValueError, AttributeError):  # no file descriptor, or no such function (Windows)
         os.set_blocking(sys.stdin.fileno(), True)  # a non-blocking stream would end before all data came
     try:
         content = sys.stdin.read().encode("utf-8", "surrogateescape") if stream is None else stream.read()

@@ -84,7 +84,11 @@ DEVICE = Group(
     "device and precision",
     (
         Flag("--use_gpu", "run on CUDA; of several processes, each on its own card", bool),
-        Flag("--device NAME", "cpu, cuda, cuda:1, ...", default_text="cpu; cuda with --use_gpu"),
+        Flag(
+            "--device NAME",
+            "cpu, cuda, cuda:1, ..., or mps for the GPU of a Mac (untested)",
+            default_text="cpu; cuda with --use_gpu",
+        ),
         Flag(
             "--deterministic",
             "on CUDA, use only kernels whose results are the same in each run, which are slower; on the CPU all are",

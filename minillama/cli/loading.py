@@ -66,8 +66,12 @@ def choose_device(options: Options) -> torch.device:
                 "start fewer processes (--nproc_per_node)"
             ) from error
         raise ValueError(f"--device {name} is not available here; give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name} is not supported; give cpu, cuda, cuda:N or mps")
+    if device.type == "mps":
+        if process.world > 1:
+            raise ValueError("--device mps runs in a single process; start it without torchrun")
+        report("notice: --device mps is untested; leave it out to use the CPU if something fails")
     return device
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from minillama.environment import keep_freed_memory
 from minillama.formats.files import raw_bytes, read_torch, release_pages
-from minillama.layers.precision import at_least_float32
+from minillama.layers.precision import at_least_float32, sum_dtype
 from minillama.training.distributed import Processes
 from minillama.training.interrupts import Interrupts, Stopped
 from minillama.training.run_directory import RunDirectory
@@ -302,7 +302,7 @@ class Training:
         """
         settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits, read once at the end
+        sums = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)  # loss and hits, read once at the end
         pieces = cut_batch(self.task, positions, self.device, world, settings.micro_batch_size)
         for number, piece in enumerate(pieces, start=1):
             mine, counted = self.processes.share(piece)
@@ -311,7 +311,7 @@ class Training:
                 loss = losses.sum() * (counted / len(mine))
                 # Times world: torch averages the gradients over the processes, but the sum is needed.
                 self.scaler.scale(loss * (world / targets)).backward()
-            sums += torch.stack((loss.detach().double(), hits[:counted].sum().double()))
+            sums += torch.stack((loss.detach().to(sums.dtype), hits[:counted].sum().to(sums.dtype)))
         loss_sum, right, interrupted = self.processes.sum(*sums, self.interrupts.number)
         self.interrupted = bool(interrupted)
         if not math.isfinite(loss_sum):

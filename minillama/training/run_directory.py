@@ -270,7 +270,7 @@ class RunDirectory:
     def _settle_metrics(self) -> None:
         """Waits until the metrics are on disk, before a state refers to them."""
         if self.metrics_path.exists():
-            with self.metrics_path.open("rb") as file:
+            with self.metrics_path.open("ab") as file:  # Windows flushes no file that is open for reading only
                 os.fsync(file.fileno())
 
     # Sharded states: a new folder for each save, and a file with its name, which is replaced last
