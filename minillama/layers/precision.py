@@ -18,8 +18,8 @@ def set_up_cuda(deterministic: bool = False) -> None:
 
     cuDNN's attention is off. From torch 2.11 on it is the first choice for cards of the H100's class. It builds a plan
     for each new shape, so each token waits for one (github.com/modelscope/FunASR/issues/3704), and with a mask its
-    gradients may be NaN (github.com/pytorch/pytorch/issues/196678). deterministic: only kernels that give the same bits in each run;
-    without one, torch raises RuntimeError. (docs/gpu.md)
+    gradients may be NaN (github.com/pytorch/pytorch/issues/196678). deterministic: only kernels that give the same bits
+    in each run; without one, torch raises RuntimeError. (docs/gpu.md)
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
