@@ -153,7 +153,7 @@ def test_each_option_runs_as_its_page_says(course_folder, command):
     made = {path.name for path in course_folder.iterdir()} - before
     if option in ("report", "perplexity", "tokenizer", "pretrain", "sft", "convert", "wise_ft", "classify"):
         wanted = {
-            "report": {"report.html"},
+            "report": {"report.html", "plots"},
             "perplexity": set(),
             "classify": set(),
             "tokenizer": {"mine.model"},
