@@ -72,7 +72,7 @@ def chart_svg(title: str, chart: Chart) -> str:
 
 def matrix_svg(title: str, matrix: Matrix) -> str:
     """The file of a confusion matrix. Each cell is shaded by its share of the row."""
-    names = [short(name) for name in matrix.names]
+    names, blue = [short(name) for name in matrix.names], palette()["c0"]
     longest = max(len(name) for name in names)
     most = max((len(str(n)) for row in matrix.rows for n in row), default=1)
     cell = max(44.0, LETTER * (max(longest, most) + 2))
@@ -88,7 +88,7 @@ def matrix_svg(title: str, matrix: Matrix) -> str:
         parts += f'<text x="{left - 8:g}" y="{y + CELL / 2 + 4:g}" text-anchor="end">{text(name)}</text>'
         for j, n in enumerate(row):
             x, share = left + cell * j, n / max(1, sum(row))
-            shade = f'fill="{palette()["c0"]}" fill-opacity="{0.65 * share:.3f}"'
+            shade = f'fill="{blue}" fill-opacity="{0.65 * share:.3f}"'
             parts += f'<rect x="{x:g}" y="{y:g}" width="{cell:g}" height="{CELL}" {shade}/>'
             parts += f'<text x="{x + cell / 2:g}" y="{y + CELL / 2 + 4:g}" text-anchor="middle">{n}</text>'
     height = top + LINE + 8 + CELL * len(names) + 10
