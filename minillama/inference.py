@@ -51,8 +51,8 @@ def complete(
     model: a `Llama`, which is in evaluation mode meanwhile, or the result of `fast_model`. tokenizer: the model's; it
     is fitted to the model. Temperature 0 is greedy, and then a text's continuation does not depend on the others.
     epsilon to typical_p: see `filters_by_name`. seed: of the draws (default: from torch's generator, so that
-    torch.manual_seed decides). batch_size: how many texts are continued together. Raises ValueError for settings out
-    of range, and for another model's tokenizer.
+    torch.manual_seed decides). batch_size: how many texts are continued together. Warns of a text beyond the model's
+    context. Raises ValueError for settings out of range, and for another model's tokenizer.
     """
     if isinstance(texts, str):
         raise ValueError(f"texts is one string ({texts[:40]!r}); give a list, such as [text]")
@@ -72,6 +72,13 @@ def complete(
     )
     writer = Writer(model, tokenizer, model.tok_embeddings.weight.device, decoding)
     prompts = [tokenizer.encode_prompt(text) for text in texts]
+    longest, context = max(map(len, prompts), default=0), model.config.max_seq_len
+    if longest + max_new_tokens > context:
+        warnings.warn(
+            f"{longest} tokens of prompt and {max_new_tokens} new ones exceed the model's context of {context}; it "
+            f"sees only the last {context}",
+            stacklevel=2,
+        )
     was_training = isinstance(model, nn.Module) and model.training
     try:
         if was_training:

@@ -105,6 +105,13 @@ def test_another_models_tokenizer_is_refused(story):
         complete(tiny_llama(), story[1], PROMPTS, 3)
 
 
+def test_a_text_beyond_the_context_is_warned_of(story):
+    with pytest.warns(
+        UserWarning, match=r"^\d+ tokens of prompt and 2 new ones exceed the model's context of 512; it sees"
+    ):
+        complete(*story, ["word " * 600], 2)
+
+
 def test_no_texts_have_no_continuations(story):
     assert complete(*story, [], 3) == []
 
