@@ -132,6 +132,10 @@ def check_prompts(options: Options, *others: str) -> None:
 
 def check_training(options: Options) -> None:
     """Raises ValueError for training settings that contradict each other."""
+    if options.json and not options.plan:
+        raise ValueError("--json prints a plan as JSON; add --plan, or leave it out")
+    if options.plan and options.processes > 1:
+        raise ValueError("--plan measures a single process; start it without torchrun")
     if options.fsdp and options.dtype == "fp16":
         raise ValueError("--fsdp does not go with --dtype fp16 (each shard would choose its own loss scale); give bf16")
     if options.min_lr > options.lr:

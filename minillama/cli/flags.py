@@ -243,9 +243,17 @@ TRAINING = Group(
         Flag("--patience N", "stop after N epochs without a better dev score", COUNT),
     ),
 )
+PLAN = OwnFlag(
+    "--plan",
+    "train nothing and write nothing: print what the data hold, the memory and time that the run needs, and what a "
+    "model has to beat; --json prints it as JSON. Exit code 3: the memory does not suffice",
+    bool,
+)
 RUN = Group(
     "the run",
     (
+        PLAN,
+        JSON,
         OwnFlag(
             "--run_dir DIR",
             "folder for the run's options, metrics, log and checkpoints",

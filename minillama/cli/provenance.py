@@ -184,7 +184,7 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
     """
     option = f"{split}_out"
     path = Path(getattr(options, option))
-    if option in options.typed or not path.is_file():
+    if option in options.typed or options.plan or not path.is_file():
         return
     advice = f"name another file with --{option}, or move this file"
     try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minillama.formats.checkpoint import Checkpoint
     from minillama.training.distributed import Processes
     from minillama.training.loop import Settings
+    from minillama.training.planning import Duration, Memory
     from minillama.training.run_directory import RunDirectory
     from minillama.training.task import Score, Task
     from tokenizer import Tokenizer
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # Options without effect on results. They may differ in a resumed run, and between the runs of a group in the report.
 RESUME_MAY_CHANGE = (
     *("config", "resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir"),
-    *("device", "use_gpu", "typed", "substituted"),
+    *("device", "use_gpu", "typed", "substituted", "plan", "json"),
 )
 # Settings of a regularizer, which have no effect if it is off.
 PARTS = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
@@ -50,6 +51,8 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
     """
     from minillama.training.run_directory import RunDirectory, latest_run_path, locked
 
+    if options.plan:
+        raise ValueError("--plan is for a new run; leave out --resume")
     folder = options.run_dir or str(latest_run_path(Path(RUNS)))
     run = RunDirectory(folder)
     run.options()  # raises if there is no run, before a lock file is made
@@ -132,18 +135,35 @@ class Session:
 
         dynamic: whether row lengths vary, for --compile.
         """
-        from minillama.training.compilation import compile_model
         from minillama.training.loop import train
+
+        if not self.options.resume:
+            self.run.create(self.saved_options)
+        settings = self._prepare(model, dynamic)
+        log = make_log(self.run)
+        return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
+
+    def _prepare(self, model: nn.Module, dynamic: bool) -> Settings:
+        """Moves and compiles the model for training; returns the settings of the training loop."""
+        from minillama.training.compilation import compile_model
 
         if not self.processes.fsdp:  # else each process moves only its part
             model.to(self.device)
-        if not self.options.resume:
-            self.run.create(self.saved_options)
         if self.options.compile:
             compile_model(model, self.device, dynamic)
-        settings = settings_of(self.options, self.dtype)
-        log = make_log(self.run)
-        return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
+        return settings_of(self.options, self.dtype)
+
+    def measure(self, model: nn.Module, task: Task) -> tuple[Memory, Duration | None]:
+        """The memory and the time of training a model that is on the CPU. Writes nothing; the model is then useless.
+
+        The time is None if the memory does not suffice.
+        """
+        from minillama.training.loop import Training
+        from minillama.training.planning import measure
+        from minillama.training.run_directory import RunDirectory
+
+        settings = self._prepare(model, dynamic=self.options.option != "pretrain")
+        return measure(Training(model, task, settings, RunDirectory(RUNS, writes=False), self.processes, report))
 
     def seed_dropout(self) -> None:
         """Seeds the draws of training, which then do not depend on the draws of new weights."""

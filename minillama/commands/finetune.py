@@ -14,6 +14,7 @@ from minillama.cli.header import report, report_next
 from minillama.cli.loading import add_lora
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import FRACTION, NOT_NEGATIVE, POSITIVE
+from minillama.cli.plan import plan_rows
 from minillama.cli.session import PARTS, open_session
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def run(options: Options) -> None:
         if options.option == "lora":
             add_lora(options, model, "" if prompted else ", besides the head")
         trained = train(session, model, rows, labels)
+        if options.plan:
+            return
         classifiers.predict(session, trained, rows, labels, origin)
         report(f"wrote {best_model_path(options)}, the best model on dev")
         report_next("--option", "classify", "--finetuned", best_model_path(options), "--prompt", "your sentence")
@@ -210,6 +213,8 @@ def train(
         r_drop=options.r_drop,
     )
     session.seed_dropout()
+    if options.plan:
+        return plan_rows(session, model, task, data, labels)
     trained = session.train(model, task, write_best, dynamic=True)
     if session.processes.is_main:
         link_or_copy(run.best_path, best_model_path(options))  # another run may have used that name meanwhile

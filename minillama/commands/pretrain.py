@@ -14,6 +14,7 @@ from minillama.cli.header import print_header, report, report_next
 from minillama.cli.loading import check_causal, load_llama, open_checkpoint, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
+from minillama.cli.plan import plan_corpus
 from minillama.cli.session import open_session
 from minillama.formats.names import without_ending
 
@@ -183,6 +184,8 @@ def run(options: Options) -> None:
             seed=options.seed,
         )
 
+        if options.plan:
+            return plan_corpus(session, llama, task, corpus)
         write_best = session.best_writer(config, stop_ids)
         session.train(llama, task, write_best, dynamic=False)
         if session.processes.is_main:

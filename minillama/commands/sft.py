@@ -12,6 +12,7 @@ from minillama.cli.header import display_path, report, report_next
 from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
+from minillama.cli.plan import plan_examples
 from minillama.cli.provenance import check_default_output, write_with_record
 from minillama.cli.session import open_session
 from minillama.environment import HERE
@@ -109,6 +110,8 @@ def run(options: Options) -> None:
 
         write_best = session.best_writer(config, checkpoint.stop_ids)
         session.seed_dropout()
+        if options.plan:
+            return plan_examples(session, llama, task, data)
         model = session.train(llama, task, write_best, dynamic=True)
         if session.processes.is_main:  # read the file, because the model in memory may be sharded
             opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])

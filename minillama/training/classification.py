@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.layers.precision import to_device
-from minillama.text.batches import shuffled_batches, to_batch
+from minillama.text.batches import shuffled_batches, spread, to_batch
 from minillama.text.labelled import Row
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import describe, evaluate, forward
@@ -93,6 +93,12 @@ class Classification:
             clean = log_probs if dtype == torch.float32 else again()
             losses = losses + self.smart.penalty(model, batch.ids.shape, again, clean)
         return losses, right
+
+    def sample(self, rows: int) -> tuple[Classification, float]:
+        judged = (*self.dev_rows, *(self.rows if self.evaluate_train else ()))
+        some = spread(judged, rows)
+        tokens = [sum(len(row.ids) for row in part) for part in (judged, some)]
+        return replace(self, dev_rows=some, evaluate_train=False), tokens[0] / tokens[1]
 
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str

@@ -78,6 +78,9 @@ class LanguageModelling:
             (losses, hits), _ = model(inputs, targets, losses=True)
         return losses.sum(-1), hits.sum(-1)
 
+    def sample(self, rows: int) -> tuple[LanguageModelling, float]:
+        return self, 1.0  # which reads at most `eval_windows` of each text anyway
+
     @torch.no_grad()
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str

@@ -66,6 +66,11 @@ class Task(Protocol):
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The summed loss of each row (B,), and the number of its correctly predicted targets (B,)."""
 
+    def sample(self, rows: int) -> tuple[Task, float]:
+        """This task with at most `rows` of the rows that `score` reads, of all lengths, to measure its time; and how
+        many times as long `score` takes with all rows.
+        """
+
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
     ) -> Score:
