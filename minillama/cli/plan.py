@@ -6,18 +6,24 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from config import PRESETS
 from minillama.cli.console import stdout_is_utf8
 from minillama.cli.options import Options
 from minillama.cli.plan_text import plan_lines
 from minillama.environment import STARTED
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from config import LlamaConfig
     from minillama.cli.session import Session
     from minillama.text.corpus import Corpus
     from minillama.text.examples import Example
@@ -140,6 +146,73 @@ def plan_corpus(session: Session, model: nn.Module, task: Task, corpus: Corpus) 
     finish(session, model, task, facts, 0.0, lambda: None)
 
 
+@contextmanager
+def scratch_folder(options: Options) -> Iterator[Path | None]:
+    """A temporary folder for the tokens of a plan, which leaves no file; None without --plan."""
+    if not options.plan:
+        yield None
+        return
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+# Memory
+
+
+def check_room(options: Options, config: LlamaConfig, device: torch.device) -> None:
+    """With --plan, raises DoesNotFit if the memory does not suffice for the parameters, before these are created."""
+    from llama import llama_without_weights
+    from minillama.training.memory import memory_limit
+
+    if not options.plan:
+        return
+
+    def needed(config: LlamaConfig) -> int:
+        """The float32 weights, and unless only adapters are trained, their gradients and two moments, in bytes."""
+        copies = 1 if trains_adapters(options) else 4
+        return 4 * copies * sum(parameter.numel() for parameter in llama_without_weights(config).parameters())
+
+    size, limit = needed(config), memory_limit(device)
+    if limit is None or size <= limit:
+        return
+    how = smaller_model(options)
+    if options.option == "pretrain" and not options.continued:
+        own = {"hidden_dim": None, "rope_scaling": None, "tie_embeddings": False}
+        sizes = (replace(config, **(own | sizes | {"vocab_size": config.vocab_size})) for sizes in PRESETS.values())
+        fitting = [name for name, one in zip(PRESETS, sizes, strict=True) if needed(one) <= limit]
+        how = f"--preset {fitting[-1]} does" if fitting else how
+    parts = "weights" if trains_adapters(options) else "weights, gradients and moments"
+    raise DoesNotFit(f"the {parts} take {in_gigabytes(size)}, and {in_gigabytes(limit)} are free; {how}")
+
+
+def trains_adapters(options: Options) -> bool:
+    return options.option == "lora" or (options.option == "sft" and bool(options.lora_rank))
+
+
+def smaller_model(options: Options) -> str:
+    """The advice for a model whose parameters need too much memory."""
+    if options.option == "pretrain" or trains_adapters(options):
+        return "give a smaller model"
+    lora = "--option lora" if options.option == "finetune" else "--lora_rank 4"
+    return f"{lora} needs no gradients and moments of the model, or give a smaller model"
+
+
+def advice(options: Options, memory: Memory) -> str:
+    """What does not fit, and the setting that does."""
+    assert memory.peak is not None and memory.limit is not None
+    line = f"the run needs {in_gigabytes(memory.peak)}, and {in_gigabytes(memory.limit)} are free; "
+    if memory.fitting_rows:
+        return line + f"--micro_batch_size {memory.fitting_rows} fits, and takes the same steps"
+    if 2 * (memory.weights + memory.gradients + memory.moments) > memory.limit:
+        return line + smaller_model(options)
+    shorter = "--window" if options.option in ("sft", "pretrain") else "--max_sentence_len"
+    return line + f"one row of {memory.tokens // memory.rows} tokens is too much, so give a smaller {shorter}"
+
+
+def in_gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
 # The parts of a plan
 
 
@@ -162,9 +235,13 @@ def finish(
         plan["time"] = {
             "step": duration.step,
             "steps": duration.steps,
+            "shapes": duration.shapes,
+            "first_step_with_a_shape": duration.first,
             "measured_steps": duration.measured,
             "evaluation": duration.evaluation,
             "evaluations": duration.evaluations,
+            "save": duration.save,
+            "saves": duration.saves,
             "start": start,
             "training": duration.training + duration.evaluating,
             "predictions": after,
@@ -180,32 +257,7 @@ def finish(
 
 
 def memory_facts(memory: Memory) -> Facts:
-    from dataclasses import asdict
-
     return asdict(memory) | {"fits": memory.fits}
-
-
-def advice(options: Options, memory: Memory) -> str:
-    """One line: what does not fit, and the setting that does."""
-    assert memory.peak is not None and memory.limit is not None
-    line = f"{gigabytes(memory.peak)} are needed, and {gigabytes(memory.limit)} are there: "
-    if memory.fitting_rows:
-        return line + f"--micro_batch_size {memory.fitting_rows} fits, and takes the same steps"
-    smaller = "give a smaller model"
-    if options.option == "finetune":
-        smaller = "--option lora needs no gradients and moments of the model; or " + smaller
-    elif options.option == "sft" and not options.lora_rank:
-        smaller = "--lora_rank 4 needs no gradients and moments of the model; or " + smaller
-    elif options.option == "pretrain" and not options.continued:
-        smaller = "give a smaller --preset or --dim"
-    shorter = "--window" if options.option in ("sft", "pretrain") else "--max_sentence_len"
-    if memory.weights + memory.gradients + memory.moments < memory.limit // 2:
-        return line + f"not even one row of {memory.tokens // memory.rows} tokens fits; give a smaller {shorter}"
-    return line + smaller
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"
 
 
 def full_lengths(session: Session, data: Mapping[str, Sequence[Row]], names: Sequence[str]) -> dict[str, list[int]]:

@@ -92,7 +92,8 @@ def corpus_lines(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def memory_lines(memory: Mapping[str, Any]) -> Iterator[str]:
-    parts = {name: memory[name] for name in ("weights", "gradients", "moments", "activations", "program")}
+    names = ("program", "weights", "gradients", "moments", "activations", "later")
+    parts = {name: memory[name] for name in names if memory[name] is not None}
     peak, limit = memory["peak"], memory["limit"]
     if peak is None:
         yield "memory      unknown: this system does not say how much a process has"
@@ -101,7 +102,7 @@ def memory_lines(memory: Mapping[str, Any]) -> Iterator[str]:
         how = "measured by a step with" if memory["fits"] else "estimated for"
         piece = f"{counted(memory['rows'], 'row')}, {memory['tokens']:,} tokens"
         yield f"memory      peak {size(peak)}{room}; {how} the largest piece of a batch: {piece}"
-    yield f"            {', '.join(f'{name} {size(value)}' for name, value in parts.items() if value is not None)}"
+    yield f"            {', '.join(f'{name} {size(value)}' for name, value in parts.items())}"
     if memory["fits"] and memory["estimate"] is not None:
         yield f"            a step, estimated from fewer rows: {size(memory['estimate'])}"
     if memory["fitting_rows"]:
@@ -116,7 +117,8 @@ def time_lines(found: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         f"            {counted(found['steps'], 'step')} of {found['step']:.3g} s, "
-        f"{counted(found['evaluations'], 'evaluation')} of {found['evaluation']:.3g} s"
+        f"{counted(found['evaluations'], 'evaluation')} of {found['evaluation']:.3g} s, "
+        f"{counted(found['saves'], 'save')} of {found['save']:.2g} s"
     )
 
 
@@ -125,12 +127,13 @@ def bar_lines(bar: Mapping[str, Any], rows: int) -> Iterator[str]:
     line = f"bar         on dev: always {common['label']!r} {common['accuracy']:.3f}"
     yield line + (f", counting words {words:.3f}" if words is not None else "")
     smallest = bar["smallest_difference"]
-    paired = ", ".join(
-        f"{smallest[f'same_rows_{share}']:.3f} if they disagree on {share} % of the rows" for share in (5, 10, 20)
-    )
+    shares = (5, 10, 20)
+    paired = ", ".join(f"{smallest[f'same_rows_{share}']:.3f}" for share in shares)
+    count = counted(rows, "row")
+    yield f"            the smallest difference that {count} can show (95 %): {paired} between two models"
     yield (
-        f"            smallest difference that {counted(rows, 'row')} can show (95 %): {paired}; "
-        f"{smallest['different_rows']:.3f} against a score from other rows"
+        f"            that disagree on {', '.join(map(str, shares))} % of these rows; "
+        f"{smallest['different_rows']:.3f} against an accuracy on other rows"
     )
 
 

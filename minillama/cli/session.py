@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from minillama.cli import loading
 from minillama.cli.header import print_header, report
 from minillama.cli.options import Options, all_flags, parse_options
+from minillama.cli.plan import check_room
 from minillama.cli.provenance import Origin
 from minillama.environment import this_process
 from minillama.formats.names import RUNS
@@ -117,6 +118,7 @@ class Session:
     def load_llama(self, data: str) -> tuple[Llama, Checkpoint]:
         """Loads the initial model and its checkpoint, and prints the header. data: the data files, for the header."""
         checkpoint = loading.open_checkpoint(self.options, self.tokenizer)
+        check_room(self.options, checkpoint.config, self.device)
         llama = loading.load_llama(self.options, checkpoint, self.dtype, mapped=self.processes.fsdp)
         print_header(self.options, llama, checkpoint.kind, self.tokenizer, self.device, self.dtype, data=data)
         return llama, checkpoint

@@ -14,7 +14,7 @@ from minillama.cli.header import print_header, report, report_next
 from minillama.cli.loading import check_causal, load_llama, open_checkpoint, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
-from minillama.cli.plan import plan_corpus
+from minillama.cli.plan import check_room, plan_corpus, scratch_folder
 from minillama.cli.session import open_session
 from minillama.formats.names import without_ending
 
@@ -116,9 +116,11 @@ def new_config(options: Options, vocab_size: int) -> LlamaConfig:
     return LlamaConfig(**sizes)
 
 
-def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:
-    """Opens the texts; the main process tokenizes new ones. Raises ValueError if a file is named twice, because one
-    text might train on the held-out documents of the other.
+def read_corpus(
+    options: Options, tokenizer: Tokenizer, window: int, processes: Processes, scratch: Path | None = None
+) -> Corpus:
+    """Opens the texts; the main process tokenizes new ones, into --tokens_dir or `scratch`. Raises ValueError if a file
+    is named twice, because one text might train on the held-out documents of the other.
     """
     from minillama.text.corpus import Corpus, Text
     from minillama.text.documents import open_tokens, text_files, tokenize_text
@@ -132,7 +134,7 @@ def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: 
     texts = []
     for path, weight, files in named:
         folder = Path(options.tokens_dir)
-        done = processes.from_main(lambda: [tokenize_text(file, tokenizer, folder) for file in files])  # noqa: B023
+        done = processes.from_main(lambda: [tokenize_text(file, tokenizer, folder, scratch) for file in files])  # noqa: B023
         tokens = [open_tokens(file, tokenizer) for file in done]
         stem = Path(without_ending(path)).name
         name = stem if stem and stems[stem] == 1 else path
@@ -154,7 +156,7 @@ def run(options: Options) -> None:
     from minillama.formats.files import read_torch
     from minillama.training.language_modelling import LanguageModelling
 
-    with open_session(options, new_model=not options.continued) as session:
+    with scratch_folder(options) as scratch, open_session(options, new_model=not options.continued) as session:
         options, tokenizer, dtype, run = session.options, session.tokenizer, session.dtype, session.run
         if options.vocab_size not in (None, tokenizer.n_words):
             raise ValueError(
@@ -162,17 +164,19 @@ def run(options: Options) -> None:
             )
         if options.continued:
             checkpoint = open_checkpoint(options, tokenizer)
+            check_room(options, checkpoint.config, session.device)
             llama = load_llama(options, checkpoint, dtype, mapped=session.processes.fsdp)
             name, kind, stop_ids = options.pretrained_model_path, checkpoint.kind, checkpoint.stop_ids
         else:
             config, stop_ids = new_config(options, tokenizer.n_words), ()
+            check_room(options, config, session.device)
             llama = llama_without_weights(config) if session.processes.fsdp else Llama(config)
             name, kind = options.preset or flags.DEFAULT_PRESET, "new, random weights"
         print_header(options, llama, kind, tokenizer, session.device, dtype, name=name)
         check_causal(llama)
         config = llama.config
         window = training_window(options, config)
-        corpus = read_corpus(options, tokenizer, window, session.processes)
+        corpus = read_corpus(options, tokenizer, window, session.processes, scratch)
         steps = plan_steps(options, corpus.pass_length, window)
         task = LanguageModelling(
             corpus,

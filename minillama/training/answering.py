@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minillama.layers.precision import autocast, to_device
 from minillama.text.batches import shuffled_batches, spread
-from minillama.text.examples import Example, pack
+from minillama.text.examples import Example, pack, shared_rows
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import answer_prompts, answer_scores, summed_loss
 from minillama.training.task import Score
@@ -63,6 +63,11 @@ class Instruction:
 
     def tokens(self, positions: list[int]) -> int:
         return sum(len(self.examples[i].ids) - 1 for i in positions)
+
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        lengths = [len(self.examples[i].ids) - 1 for i in positions]
+        rows = shared_rows(lengths, self.window)
+        return len(rows), max(sum(lengths[i] for i in row) for row in rows)
 
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self._losses(model, [self.examples[i] for i in positions], dtype)

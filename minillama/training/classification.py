@@ -69,6 +69,9 @@ class Classification:
     def tokens(self, positions: list[int]) -> int:
         return sum(len(self.rows[i].ids) for i in positions)
 
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        return len(positions), max(len(self.rows[i].ids) for i in positions)
+
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         batch = to_batch(self.rows, positions, self.pad_id)
         device = next(model.parameters()).device

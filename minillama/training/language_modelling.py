@@ -66,6 +66,9 @@ class LanguageModelling:
 
     tokens = targets
 
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        return len(positions), self._length
+
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self._losses(model, to_tensor([self.corpus.window(i) for i in positions]), dtype)
 

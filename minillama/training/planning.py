@@ -5,19 +5,24 @@ The measured steps change the model, so it cannot be trained afterwards.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minillama.formats.files import write_torch
 from minillama.training.loop import Training
 from minillama.training.memory import forget_peak, memory_limit, peak_memory, used_memory
 from minillama.training.task import PIECE_COST, cut_batch
 
-STEPS = 8  # batches whose steps are timed, if there is time
-MOST_SECONDS = 30.0  # for timing steps; at least 3 are timed
+STEPS = 10  # batches whose steps are timed
+MOST_SECONDS = 30.0  # for steps with new shapes of a batch
+KEPT_SHAPES = 100  # whose kernels oneDNN keeps; memory was seen to grow up to about this number
 SCORED_ROWS = 64  # rows of dev that are scored to measure the time of an evaluation
 MOST_BATCHES = 5000  # batches that are searched for the largest piece
 RESERVE = 0.95  # of the memory that may be filled
@@ -28,9 +33,10 @@ class Memory:
     """Memory of a run, in bytes; None if the system does not tell it.
 
     program: before the first step, without the weights. activations: what a step with the largest piece of a batch, of
-    `rows` rows and `tokens` tokens, needs beside the rest. estimate: the peak as it was estimated from fewer rows.
-    peak: as measured, or the estimate if the piece does not fit into `limit`. fitting_rows: only if it does not fit,
-    the most rows at once that do; 0: none.
+    `rows` rows and `tokens` tokens, needs beside the rest. later: what steps with other batches and the evaluation
+    add. estimate: the peak of that one step as it was estimated from fewer rows. peak: of the run, as measured, or the
+    estimate if the piece does not fit into `limit`. fitting_rows: only if it does not fit, the most rows at once that
+    do; 0: none.
     """
 
     weights: int
@@ -40,6 +46,7 @@ class Memory:
     tokens: int
     program: int | None = None
     activations: int | None = None
+    later: int | None = None
     estimate: int | None = None
     peak: int | None = None
     limit: int | None = None
@@ -52,21 +59,36 @@ class Memory:
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of a run. step and evaluation: of one. measured: the number of measured steps."""
+    """Seconds of a run. step, evaluation and save: of one. first: what the first step with one of the shapes takes
+    more. measured: the number of measured steps.
+    """
 
     step: float
     steps: int
     evaluation: float
     evaluations: int
+    save: float
+    saves: int
+    first: float
+    shapes: int
     measured: int
 
     @property
     def training(self) -> float:
-        return self.step * self.steps
+        return self.step * self.steps + self.first * self.shapes + self.save * self.saves
 
     @property
     def evaluating(self) -> float:
         return self.evaluation * self.evaluations
+
+
+class Planned(NamedTuple):
+    """A batch of the run: its rows, the pieces that they are computed in, and its cost in tokens."""
+
+    positions: list[int]
+    pieces: list[list[int]]
+    shapes: list[tuple[int, int]]
+    cost: int
 
 
 class Planner:
@@ -74,26 +96,24 @@ class Planner:
 
     def __init__(self, training: Training) -> None:
         self.training, self.task, self.device = training, training.task, training.device
-        self.batches: list[list[int]] = []  # of the first epochs
+        self.batches: list[Planned] = []  # of the first epochs
         for epoch in range(1, self.task.epochs + 1):
-            self.batches += self.task.plan(epoch)
+            self.batches += [self._planned(batch) for batch in self.task.plan(epoch)]
             if len(self.batches) >= MOST_BATCHES:
                 break
+        self.largest = max((piece for batch in self.batches for piece in batch.pieces), key=self._tokens)
+        self.shapes = {shape for batch in self.batches for shape in batch.shapes}
+        self.seen: set[tuple[int, int]] = set()
+
+    def _planned(self, batch: list[int]) -> Planned:
+        pieces = cut_batch(self.task, batch, self.device, 1, self.training.settings.micro_batch_size)
+        shapes = [self.task.shape(piece) for piece in pieces]
         piece_cost = PIECE_COST["cpu" if self.device.type == "cpu" else "cuda"]
-        self.costs, self.largest, most = [], self.batches[0], 0  # costs of the batches in tokens, padding included
-        for batch in self.batches:
-            pieces = cut_batch(self.task, batch, self.device, 1, training.settings.micro_batch_size)
-            sizes = [self._tokens(piece) for piece in pieces]
-            self.costs.append(sum(sizes) + piece_cost * len(pieces))
-            if max(sizes) > most:
-                most = max(sizes)
-                self.largest = pieces[sizes.index(most)]
+        return Planned(batch, pieces, shapes, sum(rows * tokens + piece_cost for rows, tokens in shapes))
 
     def _tokens(self, piece: list[int]) -> int:
-        """The tokens of a piece, padding included."""
-        if not self.task.pads:
-            return self.task.tokens(piece)
-        return len(piece) * max(self.task.tokens([row]) for row in piece)
+        rows, tokens = self.task.shape(piece)
+        return rows * tokens
 
     def _step(self, positions: list[int]) -> float:
         """The seconds of a step with these rows."""
@@ -159,20 +179,56 @@ class Planner:
             rows = (done + rows) // 2
         return done
 
-    def duration(self) -> Duration:
-        """The time of the run, from steps with batches of all sizes and from one evaluation of some rows."""
-        ordered = sorted(range(len(self.batches)), key=self.costs.__getitem__)
-        count = min(STEPS, len(ordered))
-        chosen = [ordered[int((n + 0.5) / count * len(ordered))] for n in range(count)]
-        cost, seconds, measured = 0, 0.0, 0
-        for batch in (*chosen[1::2], *chosen[::2]):
-            seconds += self._step(self.batches[batch])
-            cost += self.costs[batch]
-            measured += 1
-            if seconds > MOST_SECONDS and measured >= 3:
+    def explore(self) -> tuple[Duration, int]:
+        """The time of the run, and the memory that it will need beside the peak so far.
+
+        First takes a step with each new shape of a batch, in the order of the run, while there is time: on the CPU in
+        half precision, oneDNN compiles kernels for each shape. It keeps those of about `KEPT_SHAPES`, and memory grows
+        until then, also because they lie between freed tensors. Then times steps with batches of all costs.
+        """
+        new: list[tuple[Planned, float]] = []
+        peaks = [peak_memory(self.device) or 0]
+        for batch in self.batches:
+            if sum(seconds for _, seconds in new) > MOST_SECONDS:
                 break
-        step = seconds / cost * sum(self.costs) / len(self.costs)
-        return Duration(step, self.task.steps, self._evaluation(), self.task.epochs, measured)
+            if not self.seen.issuperset(batch.shapes):
+                new.append((batch, self._step(batch.positions)))
+                self.seen.update(batch.shapes)
+                peaks.append(peak_memory(self.device) or 0)
+        ordered = sorted(
+            (batch for batch in self.batches if self.seen.issuperset(batch.shapes)), key=lambda batch: batch.cost
+        )
+        count = min(STEPS, len(ordered))
+        timed = [
+            (batch, self._step(batch.positions))
+            for batch in ordered[len(ordered) // count // 2 :: len(ordered) // count]
+        ]
+        per_cost = sum(seconds for _, seconds in timed) / sum(batch.cost for batch, _ in timed)
+        extra = sum(max(0.0, seconds - batch.cost * per_cost) for batch, seconds in new) / len(self.seen)
+        mean_cost = sum(batch.cost for batch in self.batches) / len(self.batches)
+        duration = Duration(
+            step=per_cost * mean_cost,
+            steps=self.task.steps,
+            evaluation=self._evaluation(),
+            evaluations=self.task.epochs,
+            save=self._saving(),
+            saves=self.task.epochs + self.task.steps // self.training.settings.save_every,
+            shapes=len(self.shapes),
+            first=extra,
+            measured=len(new) + len(timed),
+        )
+        half = len(peaks) // 2
+        growth = (peaks[-1] - peaks[half]) / max(1, len(peaks) - 1 - half)
+        remaining = max(0, min(len(self.shapes), KEPT_SHAPES) - len(self.seen))
+        return duration, int(growth * remaining)
+
+    def _saving(self) -> float:
+        """The seconds of saving the state and the best model, but for the disk."""
+        start = time.perf_counter()
+        state = self.training.state()
+        write_torch(os.devnull, state)
+        write_torch(os.devnull, {"model": state["model"]})
+        return time.perf_counter() - start
 
     def _evaluation(self) -> float:
         """The seconds of one evaluation."""
@@ -191,7 +247,7 @@ def row_counts(most: int) -> list[int]:
     return [1 << n for n in range(most.bit_length()) if 1 << n < most] + [most]
 
 
-def size_of(tensors: list[Tensor]) -> int:
+def size_of(tensors: Sequence[Tensor]) -> int:
     """The bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -202,8 +258,9 @@ def measure(training: Training) -> tuple[Memory, Duration | None]:
     memory = planner.memory()
     if not memory.fits:
         return memory, None
-    duration = planner.duration()
+    duration, growth = planner.explore()
     peak = peak_memory(training.device)
     if peak is not None and memory.peak is not None:
-        memory = replace(memory, peak=max(memory.peak, peak))
+        peak = max(memory.peak, peak) + growth
+        memory = replace(memory, peak=peak, later=peak - memory.peak)
     return memory, duration

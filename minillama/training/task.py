@@ -63,6 +63,9 @@ class Task(Protocol):
     def tokens(self, positions: list[int]) -> int:
         """Number of tokens in these rows."""
 
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        """The tensor that these rows make: its rows, and its tokens per row, padding included."""
+
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The summed loss of each row (B,), and the number of its correctly predicted targets (B,)."""
 
