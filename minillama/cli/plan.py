@@ -8,22 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from config import PRESETS
 from minillama.cli.console import stdout_is_utf8
 from minillama.cli.options import Options
 from minillama.cli.plan_text import plan_lines
+from minillama.cli.room import DoesNotFit, advice
 from minillama.environment import STARTED
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from config import LlamaConfig
     from minillama.cli.session import Session
     from minillama.text.corpus import Corpus
     from minillama.text.examples import Example
@@ -34,12 +32,6 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 5
 Facts = dict[str, Any]
-
-
-class DoesNotFit(ValueError):
-    """The run does not fit into memory. The message says which setting does. code: of the program's exit."""
-
-    code = 3
 
 
 # The plans of the tasks
@@ -154,63 +146,6 @@ def scratch_folder(options: Options) -> Iterator[Path | None]:
         return
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-# Memory
-
-
-def check_room(options: Options, config: LlamaConfig, device: torch.device) -> None:
-    """With --plan, raises DoesNotFit if the memory does not suffice for the parameters, before these are created."""
-    from llama import llama_without_weights
-    from minillama.training.memory import memory_limit
-
-    if not options.plan:
-        return
-
-    def needed(config: LlamaConfig) -> int:
-        """The float32 weights, and unless only adapters are trained, their gradients and two moments, in bytes."""
-        copies = 1 if trains_adapters(options) else 4
-        return 4 * copies * sum(parameter.numel() for parameter in llama_without_weights(config).parameters())
-
-    size, limit = needed(config), memory_limit(device)
-    if limit is None or size <= limit:
-        return
-    how = smaller_model(options)
-    if options.option == "pretrain" and not options.continued:
-        own = {"hidden_dim": None, "rope_scaling": None, "tie_embeddings": False}
-        sizes = (replace(config, **(own | sizes | {"vocab_size": config.vocab_size})) for sizes in PRESETS.values())
-        fitting = [name for name, one in zip(PRESETS, sizes, strict=True) if needed(one) <= limit]
-        how = f"--preset {fitting[-1]} does" if fitting else how
-    parts = "weights" if trains_adapters(options) else "weights, gradients and moments"
-    raise DoesNotFit(f"the {parts} take {in_gigabytes(size)}, and {in_gigabytes(limit)} are free; {how}")
-
-
-def trains_adapters(options: Options) -> bool:
-    return options.option == "lora" or (options.option == "sft" and bool(options.lora_rank))
-
-
-def smaller_model(options: Options) -> str:
-    """The advice for a model whose parameters need too much memory."""
-    if options.option == "pretrain" or trains_adapters(options):
-        return "give a smaller model"
-    lora = "--option lora" if options.option == "finetune" else "--lora_rank 4"
-    return f"{lora} needs no gradients and moments of the model, or give a smaller model"
-
-
-def advice(options: Options, memory: Memory) -> str:
-    """What does not fit, and the setting that does."""
-    assert memory.peak is not None and memory.limit is not None
-    line = f"the run needs {in_gigabytes(memory.peak)}, and {in_gigabytes(memory.limit)} are free; "
-    if memory.fitting_rows:
-        return line + f"--micro_batch_size {memory.fitting_rows} fits, and takes the same steps"
-    if 2 * (memory.weights + memory.gradients + memory.moments) > memory.limit:
-        return line + smaller_model(options)
-    shorter = "--window" if options.option in ("sft", "pretrain") else "--max_sentence_len"
-    return line + f"one row of {memory.tokens // memory.rows} tokens is too much, so give a smaller {shorter}"
-
-
-def in_gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"
 
 
 # The parts of a plan

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from minillama.cli import loading
 from minillama.cli.header import print_header, report
 from minillama.cli.options import Options, all_flags, parse_options
-from minillama.cli.plan import check_room
 from minillama.cli.provenance import Origin
+from minillama.cli.room import check_room
 from minillama.environment import this_process
 from minillama.formats.names import RUNS
 

@@ -14,7 +14,8 @@ from minillama.cli.header import print_header, report, report_next
 from minillama.cli.loading import check_causal, load_llama, open_checkpoint, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
-from minillama.cli.plan import check_room, plan_corpus, scratch_folder
+from minillama.cli.plan import plan_corpus, scratch_folder
+from minillama.cli.room import check_room
 from minillama.cli.session import open_session
 from minillama.formats.names import without_ending
 

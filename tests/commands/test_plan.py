@@ -215,7 +215,7 @@ def test_a_model_that_does_not_fit_gets_exit_code_3_before_it_is_made(pretrain_c
     code, out, err = pretrain_command.pretrain("--plan", *more, new=False)
     assert code == 3 and out == "" and all_files(pretrain_command.folder) == before
     told = err.splitlines()[-1]
-    assert "weights, gradients and moments take 1,0" in told and told.endswith("--preset stories42M does")
+    assert "weights, gradients and moments take 1,0" in told and told.endswith("those of --preset stories110M take 0.99 GB")
 
 
 def test_a_checkpoint_that_does_not_fit_gets_exit_code_3(command, monkeypatch):
