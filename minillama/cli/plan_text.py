@@ -17,7 +17,7 @@ def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         yield from corpus_lines(data)
     for split in ("train", "dev", "test"):
         if split in data:
-            yield from split_lines(split, data[split])
+            yield from split_lines(split, data[split], "answer" if plan["option"] == "sft" else "label")
     for row in data.get("sample", ()):
         yield ""
         yield from shown(f"row {row['row']} ({row['label']}): {row['text']}", 2)
@@ -38,7 +38,8 @@ def shown(text: str, indent: int) -> list[str]:
     ) or [space]
 
 
-def split_lines(split: str, facts: Mapping[str, Any]) -> Iterator[str]:
+def split_lines(split: str, facts: Mapping[str, Any], label: str) -> Iterator[str]:
+    """The lines of a split. label: what a row has beside its text."""
     rows = facts["rows"]
     yield f"{split:12}{facts['path']}: {counted(rows, 'row')}"
     if facts.get("placeholder_labels"):
@@ -55,22 +56,22 @@ def split_lines(split: str, facts: Mapping[str, Any]) -> Iterator[str]:
         named = " and ".join(f"{name} {value}" for name, value in limits.items() if value is not None)
         yield f"  cut       {counted(cut['rows'], 'row')}" + f" ({named})" * bool(named)
     if repeats := facts.get("repeats"):
-        yield from pair_lines("repeated", repeats, "an earlier row")
+        yield from pair_lines("repeated", repeats, "an earlier row", label)
     if leaks := facts.get("in_train"):
-        yield from pair_lines("in train", leaks, "a row of train")
+        yield from pair_lines("in train", leaks, "a row of train", label)
     groups = facts["contradictions"]
     if groups:
         some = "; ".join(f"rows {', '.join(map(str, rows[:5]))}" for rows in groups[:SHOWN])
         more = "; ..." * (len(groups) > SHOWN)
-        yield f"  labels    {counted(len(groups), 'text')} with contradictory labels: {some}{more}"
+        yield f"  {label}s{' ' * (9 - len(label))}{counted(len(groups), 'text')} with several {label}s: {some}{more}"
 
 
-def pair_lines(name: str, pairs: Mapping[str, Any], of_what: str) -> Iterator[str]:
+def pair_lines(name: str, pairs: Mapping[str, Any], of_what: str, label: str) -> Iterator[str]:
     exact, near = len(pairs["exact"]), len(pairs["near"])
     if not exact + near:
         yield f"  {name:10}none"
         return
-    other = f", {pairs['other_label']:,} of them with another label" if pairs["other_label"] else ""
+    other = f", {pairs['other_label']:,} of them with another {label}" if pairs["other_label"] else ""
     yield f"  {name:10}{counted(exact + near, 'row')} of {of_what}: {exact:,} exact, {near:,} near{other}"
     for kind in ("exact", "near"):
         if pairs[kind]:

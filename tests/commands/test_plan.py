@@ -89,7 +89,7 @@ def test_the_text_has_the_same_facts(command):
         "train       train.txt: 14 rows",
         "4 rows of an earlier row: 2 exact, 2 near, 2 of them with another label",
         "exact: 11 of 1, 14 of 6",
-        "1 text with contradictory labels: rows 6, 14",
+        "labels    1 text with several labels: rows 6, 14",
         "2 rows of a row of train: 1 exact, 1 near",
         "placeholders, so there is no accuracy",
         "cut       0 rows (the context of 64)",
@@ -215,7 +215,9 @@ def test_a_model_that_does_not_fit_gets_exit_code_3_before_it_is_made(pretrain_c
     code, out, err = pretrain_command.pretrain("--plan", *more, new=False)
     assert code == 3 and out == "" and all_files(pretrain_command.folder) == before
     told = err.splitlines()[-1]
-    assert "weights, gradients and moments take 1,0" in told and told.endswith("those of --preset stories110M take 0.99 GB")
+    assert "weights, gradients and moments take 1,0" in told and told.endswith(
+        "those of --preset stories42M take 0.44 GB"
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_gets_exit_code_3(command, monkeypatch):
