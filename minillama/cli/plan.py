@@ -45,6 +45,8 @@ def plan_rows(
     labels: Mapping[str, str | None],
 ) -> None:
     """The plan of finetune and lora. data: the tokenized rows of each split; labels: see `read_labels`."""
+    import sklearn.metrics  # noqa: F401  # as the run's evaluation does, so that it counts as part of the program
+
     from minillama.text.labelled import class_names
 
     options, names = session.options, class_names(labels)
@@ -182,7 +184,7 @@ def finish(
             "predictions": after,
             "total": start + duration.training + duration.evaluating + after,
         }
-    plan["bar"] = bar()
+    plan["bar"] = bar() if memory.fits else None  # which would take memory again
     if session.options.json:
         print(json.dumps(plan, ensure_ascii=not stdout_is_utf8()), flush=True)
     else:

@@ -64,7 +64,8 @@ def smaller_model(options: Options) -> str:
 def advice(options: Options, memory: Memory) -> str:
     """What does not fit, and the setting that does."""
     assert memory.peak is not None and memory.limit is not None
-    line = f"the run needs {in_gigabytes(memory.peak)}, and {in_gigabytes(memory.limit)} are free; "
+    spare = " (some of it has to stay free)" * (memory.peak <= memory.limit)
+    line = f"the run needs {in_gigabytes(memory.peak)}, and {in_gigabytes(memory.limit)} are free{spare}; "
     if memory.fitting_rows:
         if options.pooling == "last_column":  # reads whole batches
             return line + f"--batch_size {memory.fitting_rows} fits"

@@ -25,7 +25,8 @@ MOST_SECONDS = 30.0  # for steps with new shapes of a batch
 KEPT_SHAPES = 100  # whose kernels oneDNN keeps; memory was seen to grow up to about this number
 SCORED_ROWS = 64  # rows of dev that are scored to measure the time of an evaluation
 MOST_BATCHES = 5000  # batches that are searched for the largest piece
-RESERVE = 0.95  # of the memory that may be filled
+MOST_FILLED = 0.95  # of the memory, by a step that is tried
+WELL_FILLED = 0.8  # by a step that is advised: evaluations, and batches of other lengths, need more
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Planner:
         self.largest = max((piece for batch in self.batches for piece in batch.pieces), key=self._tokens)
         self.shapes = {shape for batch in self.batches for shape in batch.shapes}
         self.seen: set[tuple[int, int]] = set()
+        self.per_row = 0.0  # bytes that one more row of the largest piece takes, as far as is known
 
     def _planned(self, batch: list[int]) -> Planned:
         pieces = cut_batch(self.task, batch, self.device, 1, self.training.settings.micro_batch_size)
@@ -152,32 +154,31 @@ class Planner:
         if before is None or earlier is None or limit is None:
             return replace(found, peak=self._peak(piece))
         found = replace(found, program=max(0, before - weights))
-        state, most = before + 3 * trained, int(limit * RESERVE)
+        state, most = before + 3 * trained, int(limit * MOST_FILLED)
         if state > most:
             return replace(found, estimate=state, peak=state, fitting_rows=0)
         forget_peak(self.device)
-        done, peak, per_row = 0, state, 0.0
-        estimate = state
+        done, peak, estimate = 0, state, state
         for rows in row_counts(len(piece)):
-            estimate = int(peak + per_row * (rows - done))
+            estimate = int(peak + self.per_row * (rows - done))
             reached = self._peak(piece[:rows]) if estimate <= most else None
             if reached is None or reached > most:
-                whole = int(peak + per_row * (len(piece) - done))
-                found = replace(found, estimate=whole, peak=whole)
-                return replace(found, fitting_rows=self._fitting(piece, done, peak, per_row, most))
-            per_row = max(0.0, (reached - peak) / (rows - done))
+                whole = int(peak + self.per_row * (len(piece) - done))
+                found = replace(found, estimate=whole, peak=max(whole, most))
+                return replace(found, fitting_rows=self._fitting(piece, done, peak, limit))
+            self.per_row = max(0.0, (reached - peak) / (rows - done))
             done, peak = rows, max(peak, reached)
         return replace(found, estimate=estimate, peak=max(peak, earlier), activations=peak - state)
 
-    def _fitting(self, piece: list[int], done: int, peak: int, per_row: float, most: int) -> int:
-        """The most rows of a piece that fit, estimated from `peak` with `done` rows, and checked by a step."""
-        rows = min(int(done + (most - peak) / per_row), len(piece) - 1) if per_row else done
+    def _fitting(self, piece: list[int], done: int, peak: int, limit: int) -> int:
+        """The rows of a piece that fit well, estimated from `peak` with `done` rows, and checked by a step."""
+        rows = min(fewer_rows(done, peak, self.per_row, limit), len(piece) - 1)
         while rows > done:
             reached = self._peak(piece[:rows])
-            if reached is not None and reached <= most:
-                return rows
+            if reached is not None and reached <= limit * MOST_FILLED:
+                break
             rows = (done + rows) // 2
-        return done
+        return rows
 
     def explore(self) -> tuple[Duration, int]:
         """The time of the run, and the memory that it will need beside the peak so far.
@@ -242,6 +243,13 @@ class Planner:
         return (time.perf_counter() - start) * times
 
 
+def fewer_rows(rows: int, peak: int, per_row: float, limit: int) -> int:
+    """The rows with which the memory is well filled, estimated from the peak with `rows` rows; 0: none."""
+    if not per_row:
+        return rows
+    return max(0, int(rows + (limit * WELL_FILLED - peak) / per_row))
+
+
 def row_counts(most: int) -> list[int]:
     """1, 2, 4, ... and `most`."""
     return [1 << n for n in range(most.bit_length()) if 1 << n < most] + [most]
@@ -263,4 +271,7 @@ def measure(training: Training) -> tuple[Memory, Duration | None]:
     if peak is not None and memory.peak is not None:
         peak = max(memory.peak, peak) + growth
         memory = replace(memory, peak=peak, later=peak - memory.peak)
-    return memory, duration
+        if memory.limit is not None and peak > memory.limit and memory.rows > 1:
+            rows = fewer_rows(memory.rows, peak, planner.per_row, memory.limit)
+            memory = replace(memory, fitting_rows=min(rows, memory.rows - 1))
+    return memory, duration if memory.fits else None

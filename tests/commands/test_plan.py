@@ -189,7 +189,8 @@ def limited(monkeypatch, rows):
     monkeypatch.setattr(planning.Planner, "_step", counted)
     monkeypatch.setattr(planning, "used_memory", lambda device: 10**9)
     monkeypatch.setattr(planning, "peak_memory", lambda device: peak[0])
-    limit = (10**9 + 10**7 * rows + 10**6) / planning.RESERVE
+    limit = (10**9 + 10**7 * rows + 10**6) / planning.WELL_FILLED
+    monkeypatch.setattr(planning, "MOST_FILLED", planning.WELL_FILLED)
     monkeypatch.setattr(planning, "memory_limit", lambda device: int(limit))
     monkeypatch.setattr(planning, "forget_peak", lambda device: None)
 
@@ -199,10 +200,10 @@ def test_a_batch_that_does_not_fit_gets_exit_code_3_and_the_setting_that_does(co
     code, out, err = command("finetune", "--plan", "--batch_size", "12")
     assert code == 3
     assert err.splitlines()[-1] == (
-        "run_llama.py: error: the run needs 1.12 GB, and 1.12 GB are free; --micro_batch_size 6 fits, and takes the "
-        "same steps"
+        "run_llama.py: error: the run needs 1.12 GB, and 1.33 GB are free (some of it has to stay free); "
+        "--micro_batch_size 6 fits, and takes the same steps"
     )
-    assert "6 rows at once fit" in out and "counting words" in out and "\ntime " not in out
+    assert "6 rows at once fit" in out and "\ntime " not in out and "\nbar " not in out
     limited(monkeypatch, rows=6)
     code, out, err = command("finetune", "--plan", "--batch_size", "12", "--micro_batch_size", "6", "--json")
     assert code == 0 and json.loads(out)["memory"]["fits"], err

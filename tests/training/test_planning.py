@@ -77,7 +77,8 @@ def test_a_piece_that_does_not_fit_is_never_tried_and_the_rows_that_do_are_found
     assert len(piece) == 8
     machine = Machine(monkeypatch, limit=0)
     machine.step(planner)
-    machine.limit = (machine.base + 720 + 1000 * tokens * rows + 500) / planning.RESERVE
+    machine.limit = int((machine.base + 720 + 1000 * tokens * rows + 500) / planning.WELL_FILLED)
+    monkeypatch.setattr(planning, "MOST_FILLED", 0.81)
     memory = planner.memory()
     assert not memory.fits and memory.fitting_rows == rows
     assert machine.most == rows  # the most that was ever computed at once
@@ -99,6 +100,27 @@ def test_weights_that_do_not_fit_are_not_tried(start, monkeypatch):
     machine = Machine(monkeypatch, limit=50_500)
     machine.step(planner)
     assert planner.memory().fitting_rows == 0 and machine.most == 0
+
+
+def test_memory_that_later_steps_need_counts(start, monkeypatch):
+    """A step with the largest piece just fits, but not what comes after it."""
+    training = start(some_rows(40, seed=1), batch_size=8)
+    machine = Machine(monkeypatch, limit=0)
+    make = planning.Planner
+
+    def prepared(training):
+        planner = make(training)
+        machine.step(planner)
+        rows, tokens = planner.task.shape(planner.largest)
+        machine.limit = int((machine.base + 720 + 1000 * rows * tokens + 500) / planning.MOST_FILLED)
+        explore = planner.explore
+        planner.explore = lambda: (explore()[0], 10_000)
+        return planner
+
+    monkeypatch.setattr(planning, "Planner", prepared)
+    memory, duration = measure(training)
+    assert duration is None and not memory.fits and 0 < memory.fitting_rows < memory.rows
+    assert memory.peak > memory.limit
 
 
 def test_memory_that_torch_cannot_get_does_not_end_the_plan(start, monkeypatch):
