@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli.console import stdout_is_utf8
@@ -143,6 +141,8 @@ def plan_corpus(session: Session, model: nn.Module, task: Task, corpus: Corpus) 
 @contextmanager
 def scratch_folder(options: Options) -> Iterator[Path | None]:
     """A temporary folder for the tokens of a plan, which leaves no file; None without --plan."""
+    from tempfile import TemporaryDirectory  # imported here, as random below, so that `--help` stays instant
+
     if not options.plan:
         yield None
         return
@@ -243,6 +243,8 @@ def inspect_splits(
 
 def sample_tokens(session: Session, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[str]]]:
     """A few random rows, the same for the same seed: their positions, and the texts of their tokens."""
+    import random
+
     chosen = random.Random(session.options.seed).sample(range(len(ids)), min(SHOWN_ROWS, len(ids)))
     return [(n, [token_text(session.tokenizer, i) for i in ids[n]]) for n in chosen]
 

@@ -218,8 +218,7 @@ class Planner:
             first=extra,
             measured=len(new) + len(timed),
         )
-        half = len(peaks) // 2
-        growth = (peaks[-1] - peaks[half]) / max(1, len(peaks) - 1 - half)
+        growth = (peaks[-1] - peaks[0]) / max(1, len(peaks) - 1)
         remaining = max(0, min(len(self.shapes), KEPT_SHAPES) - len(self.seen))
         return duration, int(growth * remaining)
 
