@@ -12,6 +12,9 @@ NORMS = ("layernorm", "rmsnorm")
 ATTENTION_KERNELS = ("auto", "fused", "manual", "pieces")
 ATTENTION_TYPES = ("softmax", "differential")
 POSITIONS = ("rotary", "alibi")
+# The course's filter of `generate`. The number is an object of its own, so that `is` tells the default from an epsilon
+# of 0.05 that the caller gave: the default is dropped when another filter is given.
+DEFAULT_EPSILON = float("0.05")
 
 
 class RopeScaling(NamedTuple):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from config import LlamaConfig, feed_forward_size
+from config import DEFAULT_EPSILON, LlamaConfig, feed_forward_size
 from minillama.formats.checkpoint import Checkpoint, read_checkpoint
 from minillama.layers import kernels
 from minillama.layers.attention_pieces import attention_in_pieces
@@ -322,15 +322,16 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, epsilon: float = 0.05, **settings: Any
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, epsilon: float = DEFAULT_EPSILON, **more: Any
     ) -> Tensor:
         """Continues each prompt of idx (B, T): prompts and continuations, (B, T + new). Temperature 0 is greedy.
 
-        settings: see `minillama.decoding.sampling.stream`.
+        more: tokenizer, stop, top_k, top_p, min_p, typical_p, eta, repetition_penalty, eos_ids, attention_mask, ...
+        (see `minillama.decoding.sampling.generate`).
         """
         from minillama.decoding.sampling import generate
 
-        return generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **settings)
+        return generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **more)
 
 
 def last_positions(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:

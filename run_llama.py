@@ -60,19 +60,20 @@ def run_command(options: Options, argv: Sequence[str], out: Display) -> None:
         options = resume_options(options, argv, held) if options.resume else options.command.resolve(options)
         check_options(options)
         command = options.command
-        if command.only_prints(options):
+        if command.only_prints(options) or options.plan:
             out.require()
         from minillama.formats.files import check_writable  # from here on torch is imported
 
-        check_writable(*command.outputs(options))
-        if command.trains and not options.resume:
+        if not options.plan:
+            check_writable(*command.outputs(options))
+        if command.trains and not options.resume and not options.plan:
             options = create_run(options, held)
         command.run(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for bad input (one line on stderr), or 128 + the signal number
-    if a signal stopped it (Ctrl-C: 130).
+    """Runs one command. Returns the exit code: 0, 2 for bad input (one line on stderr), 3 if --plan finds too little
+    memory, or 128 + the signal number if a signal stopped it (Ctrl-C: 130).
 
     An error of stdout stops only a command that has no other result (141 if the reader closed the pipe).
     """
@@ -87,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 out.flush()
         except BrokenPipeError:  # the reader closed the pipe
-            return 128 + signal.SIGPIPE
+            return 128 + getattr(signal, "SIGPIPE", 13)  # Windows has no such signal
         except (ValueError, OSError) as error:
             # Every process prints its error, because the cause may be in only one of them.
             who = f" (process {process.rank})" if process.rank else ""
             print(f"run_llama.py: error{who}: {error}", file=sys.stderr, flush=True)
-            return 2
+            return getattr(error, "code", 2)
         except ImportError as error:  # a required package is missing or broken; optional ones raise ValueError
             reason = " ".join(str(error).split())[:300]
             print(f"run_llama.py: error: {reason}; type `pip install -r requirements.txt`", file=sys.stderr)

@@ -31,18 +31,26 @@ class Tokenizer:
     """A tokenizer of any kind, with a Llama's ids for beginning, end and padding.
 
     max_len: keep at most this many tokens of a text, cut before bos and eos are added. tokenizer_model: its file, or
-    the file's folder (default: `default_tokenizer_path`). Raises FileNotFoundError or ValueError if the file is
-    missing, damaged or not a tokenizer.
+    the file's folder (default: `default_tokenizer_path`). The path may also come first: `Tokenizer("tokenizer.model")`.
+    Raises FileNotFoundError or ValueError if the file is missing, damaged or not a tokenizer.
 
     Attributes: `path` of the file, `kind` (see minillama/formats/tokenizers.py), `n_words` (vocabulary size),
     `special_ids` (special tokens by name), `stop_ids` (ids that end a text, eos first), `adds_bos` (whether its
     files put bos before a text), `unused_ids` (model ids without a piece, never generated; see `fit_to_model`).
     """
 
-    def __init__(self, max_len: int | None = None, tokenizer_model: str | PathLike[str] | None = None) -> None:
-        path = Path(tokenizer_model) if tokenizer_model is not None else default_tokenizer_path()
-        if max_len is not None and max_len < 1:
+    def __init__(
+        self,
+        max_len: int | str | PathLike[str] | None = None,
+        tokenizer_model: str | PathLike[str] | int | None = None,
+    ) -> None:
+        if isinstance(max_len, str | PathLike):  # the course has max_len first, and most people name the file first
+            max_len, tokenizer_model = tokenizer_model, max_len
+        if max_len is not None and (not isinstance(max_len, int) or max_len < 1):
             raise ValueError(f"max_len is {max_len}; it must be 1 or more, or None for no limit")
+        if isinstance(tokenizer_model, int):
+            raise ValueError(f"tokenizer_model is {tokenizer_model}; it must be the path of a tokenizer's file")
+        path = Path(tokenizer_model) if tokenizer_model is not None else default_tokenizer_path()
         self.max_len = max_len
         self.path = find_tokenizer_file(path)
         self.model = open_tokenizer(self.path)

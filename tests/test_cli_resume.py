@@ -56,7 +56,9 @@ def test_a_run_ends_with_the_scores_that_were_printed_and_resuming_adds_none(com
     scores = json.loads(lines[-1])
     for split, printed in zip(("dev", "test"), out.splitlines(), strict=True):
         told = [scores[f"{split}_{name}"] for name in ("accuracy", "macro_f1", "loss")]
+        printed, chance = printed.split("; ")
         assert printed == "{} accuracy {:.3f}, macro-F1 {:.3f}, loss {:.4f} (12 rows)".format(split, *told)
+        assert re.fullmatch(r"95 % interval \S+ to \S+, chance 0.500, commonest class 0.500 \(bad\)", chance)
         predicted, gold = (
             [int(line.partition(" ||| ")[0]) for line in (command.folder / name).read_text("utf-8").splitlines()]
             for name in (f"{split}-finetuning-output.txt", f"{split}.txt")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -141,13 +144,31 @@ def test_each_option_is_shown_on_some_page():
     assert set(given) == set(option_names())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "python.md"], ids=page_name)
 def test_python_snippets_run(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for snippet in re.findall(r"^```python\n(.*?)^```", text_of(page), flags=re.M | re.S):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(snippet, page_name(page), "exec"), {})
         assert out.getvalue()
+
+
+def test_the_snippets_of_the_page_about_python_are_one_script_that_runs_from_another_folder(tmp_path):
+    page = text_of(ROOT / "docs" / "python.md")
+    snippets = re.findall(r"^```python\n(.*?)^```\n\n```\n(.*?)^```", page, flags=re.M | re.S)
+    assert len(snippets) == page.count("```python")  # each shows what it prints
+    script = "\nprint('-----')\n".join(code for code, _ in snippets).replace("path/to/mini-llama", ROOT.as_posix())
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, encoding="utf-8", timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.removesuffix("\n").split("\n-----\n")
+    shown = [output.removesuffix("\n") for _, output in snippets]
+    assert printed[0] == shown[0] and printed[4] == shown[4]
+    # Processors round differently, so texts may differ, but no more.
+    assert [len(text.splitlines()) for text in printed] == [len(text.splitlines()) for text in shown]
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.pt"}
 
 
 # The pages about the code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -21,7 +22,7 @@ from conftest import ROOT
 from llama import Llama, LlamaConfig, load_pretrained
 from minillama.formats.checkpoint import write_checkpoint
 
-USER_PAGES = ("understand", "generate", "classify", "pretrain", "course", "runs", "checkpoints")
+USER_PAGES = ("understand", "generate", "classify", "pretrain", "course", "plan", "runs", "checkpoints")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in USER_PAGES)])
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.M | re.S)
@@ -69,6 +70,9 @@ def course_folder(asset, tmp_path, monkeypatch):
     for split in ("train", "dev", "test"):
         lines = (ROOT / "data" / f"demo-qa-{split}.jsonl").read_text(encoding="utf-8").split("\n")[:24]
         (tmp_path / "data" / f"demo-qa-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [f'"{i} was a {word} film, {i} times",{word}' for i in range(12) for word in ("good", "bad")]
+    (tmp_path / "all.csv").write_text("\n".join(["review,stars", *rows]) + "\n", encoding="utf-8")
+    (tmp_path / "new.csv").write_text("id,review\n1,It was bad\n2,It was good\n", encoding="utf-8")
     monkeypatch.setattr("minillama.cli.bundled.HERE", tmp_path)  # which finds data/ beside the program
     (tmp_path / "data" / "stories260K").mkdir()
     for name in ("stories260K/stories260K_v0.bin", "stories260K/tok512.model"):
@@ -142,6 +146,20 @@ def trimmed(command):
     return command
 
 
+def test_two_commands_of_the_readme_label_a_table(course_folder):
+    """`all.csv` says good of good films and bad of bad ones, and so does the label of each row of `new.csv`."""
+    shown = [command for command in OURS if "all.csv" in command or "new.csv" in command]
+    assert len(shown) >= 2 and README.count("all.csv") >= 2
+    for command in shown[:2]:
+        run(command)
+    with (course_folder / "new-classified.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["id"], row["review"], row["predicted"]) for row in found] == [
+        ("1", "It was bad", "bad"),
+        ("2", "It was good", "good"),
+    ]
+
+
 @pytest.mark.parametrize("command", RUNS_OF_OPTIONS, ids=identifier)
 def test_each_option_runs_as_its_page_says(course_folder, command):
     option = command[command.index("--option") + 1]
@@ -151,11 +169,18 @@ def test_each_option_runs_as_its_page_says(course_folder, command):
     before = {path.name for path in course_folder.iterdir()}
     out = run(trimmed(command))
     made = {path.name for path in course_folder.iterdir()} - before
-    if option in ("report", "perplexity", "tokenizer", "pretrain", "sft", "convert", "wise_ft", "classify"):
+    if "--plan" in command:
+        assert out.startswith(("train ", "demo-train ")) and not made
+        return
+    if "all.csv" in command:
+        assert made == {"all-finetune-10-0.0003.pt", "all-dev-predictions.csv", "runs"}
+        return
+    if option in ("report", "perplexity", "tokenizer", "pretrain", "sft", "convert", "wise_ft", "classify", "evaluate"):
         wanted = {
-            "report": {"report.html"},
+            "report": {"report.html", "plots"},
             "perplexity": set(),
-            "classify": set(),
+            "classify": {"new-classified.csv"} if "new.csv" in command else set(),
+            "evaluate": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
             "convert": {"stories260K-hf"},

@@ -174,3 +174,28 @@ def test_ids_without_a_piece_are_unused_unless_a_text_ends_with_them(tmp_path):
     assert tokenizer.decode([1, 9]) == "b"
     with pytest.raises(ValueError, match="has ids from 0 to 6, not 8"):
         tokenizer.decode([1, 8])
+
+
+# The file's name may come first
+
+
+def test_the_file_may_be_named_first_or_as_before(tokenizers, monkeypatch, tmp_path):
+    path = tokenizers("sentencepiece").path
+    same = [Tokenizer(path), Tokenizer(str(path), 3), Tokenizer(3, path), Tokenizer(None, path)]
+    same += [Tokenizer(tokenizer_model=path), Tokenizer(max_len=3, tokenizer_model=str(path))]
+    assert {tokenizer.path for tokenizer in same} == {path}
+    assert [tokenizer.max_len for tokenizer in same] == [None, 3, 3, None, None, 3]
+    assert same[1].encode("Hello World!", bos=True, eos=True) == [1, 15043, 2787, 29991, 2]
+    (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert Tokenizer(2).max_len == 2 and Tokenizer(None).path.name == Tokenizer().path.name == "tokenizer.model"
+
+
+def test_two_paths_two_numbers_and_a_missing_file_are_refused(tokenizers, tmp_path):
+    path = tokenizers("sentencepiece").path
+    with pytest.raises(ValueError, match="max_len is .*; it must be 1 or more, or None"):
+        Tokenizer(path, path)
+    with pytest.raises(ValueError, match="tokenizer_model is 3; it must be the path of a tokenizer's file"):
+        Tokenizer(2, 3)
+    with pytest.raises(FileNotFoundError, match="gone.model: no such tokenizer"):
+        Tokenizer(tmp_path / "gone.model")

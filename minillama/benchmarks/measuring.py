@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from llama import Llama
 
@@ -38,9 +42,14 @@ def now(device: str) -> float:
 
 
 def peak_bytes(device: str) -> int:
-    """The largest memory so far, in bytes: allocated on the device, or on the CPU resident for this process."""
+    """The largest memory so far, in bytes: allocated on the device, or on the CPU resident for this process.
+
+    0 where the system does not say (Windows).
+    """
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

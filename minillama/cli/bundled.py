@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from minillama.cli.data_files import complete, is_courses, prediction_file
 from minillama.cli.header import display_path, report
-from minillama.cli.options import Options, all_flags
+from minillama.cli.options import Options
 from minillama.cli.provenance import BUNDLED_MODEL
 from minillama.environment import HERE
 
@@ -40,7 +41,7 @@ def substitute(options: Options, **paths: str) -> Options:
 
 def use_bundled_rows(options: Options, ending: str, reads: Sequence[str] = tuple(DEMO_DATA)) -> Options:
     """The options of prompt, finetune or lora. The bundled model and the demo data replace missing default files.
-    Prediction files get default names that end in `ending`. reads: the data flags that the command needs.
+    Prediction files of lines get default names that end in `ending`. reads: the data flags that the command needs.
     """
     options = use_bundled_model(options)
     typed = options.typed
@@ -50,16 +51,12 @@ def use_bundled_rows(options: Options, ending: str, reads: Sequence[str] = tuple
         folder = display_path(HERE / "data")
         report(f"{missing[0]} is missing (python fetch_data.py downloads it); using the demo data, {folder}/demo-*")
         options = use_demo_data(options, DEMO_DATA)
-    left = [name for name in reads if name not in typed]
-    if 0 < len(left) < len(reads):
-        known = all_flags(options.commands)
-        defaults = ", ".join(f"{known[name].name} {getattr(options, name)}" for name in left)
-        report(f"warning: {defaults} by default; check that they belong to the files you named")
-    outputs = {f"{split}_out": f"{'demo' if demo else 'cfimdb'}-{split}-{ending}" for split in ("dev", "test")}
-    options = options.replace(**{name: path for name, path in outputs.items() if name not in typed})
-    own = [split for split in ("dev", "test") if split in typed and f"{split}_out" not in typed]
-    if any(not Path(getattr(options, split)).name.startswith("cfimdb") for split in own):
-        report(
-            f"warning: predictions go to {options.dev_out} and {options.test_out}; --dev_out and --test_out change that"
-        )
-    return options
+    options = options if demo else complete(options, reads)
+    course = demo or not any(name in typed for name in ("train", "dev", "test"))
+    default = {
+        f"{split}_out": f"{'demo' if demo else 'cfimdb'}-{split}-{ending}"
+        if course or (split not in typed and is_courses(getattr(options, split) or ""))
+        else prediction_file(options, split, ending)
+        for split in ("dev", "test")
+    }
+    return options.replace(**{name: path for name, path in default.items() if name not in typed})

@@ -1,4 +1,7 @@
-"""HTML of a self-contained page with text, tables and SVG charts, for screens and for print."""
+"""HTML of a self-contained page with text, tables and SVG charts, for screens and for print.
+
+The same drawings as files are in plots.py.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 Point = tuple[float, float]
 Line = tuple[str, Sequence[Point], str]  # name, points, CSS class
+WIDTH, HEIGHT = 400, 240  # of the drawing of a chart
 MOST_POINTS = 150  # per curve; more points are averaged
 COLOURS = 8
 STYLE = Path(__file__).with_name("charts.css")
@@ -39,12 +44,41 @@ def downsample(points: Sequence[Point]) -> tuple[list[Point], int]:
     return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts], size
 
 
+class Chart(NamedTuple):
+    """Curves over an axis `across`. dots: mark the points, if they are few."""
+
+    caption: str
+    across: str
+    lines: Sequence[Line]
+    dots: bool = True
+
+    def drawn(self) -> list[Line]:
+        """The lines to draw: those with points, if one of them has two; else none."""
+        lines = [line for line in self.lines if line[1]]
+        return lines if any(len(points) > 1 for _, points, _ in lines) else []
+
+
+class Matrix(NamedTuple):
+    """A square matrix of counts: a row for each true class, a column for each predicted one."""
+
+    caption: str
+    names: Sequence[str]
+    rows: Sequence[Sequence[int]]
+
+
 def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -> str:
     """A figure of curves with a legend. Returns "" if no line has two points."""
-    lines = [line for line in lines if line[1]]
-    if all(len(points) < 2 for _, points, _ in lines):
+    if not (lines := Chart(caption, across, lines).drawn()):
         return ""
-    width, height, left, right, top, bottom = 400, 240, 44, 12, 10, 38
+    opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(caption)}">'
+    legend = "".join(f'<li><i class="{style}"></i> {text(name)}</li>' for name, _, style in lines)
+    drawn = f'{opening}{curves(across, lines, dots)}</svg><ul class="legend">{legend}</ul>'
+    return f"<figure><figcaption>{text(caption)}</figcaption>{drawn}</figure>"
+
+
+def curves(across: str, lines: Sequence[Line], dots: bool) -> str:
+    """The SVG elements of axes and curves, in an area of WIDTH x HEIGHT. Each line has a point, and one has two."""
+    width, height, left, right, top, bottom = WIDTH, HEIGHT, 44, 12, 10, 38
     xs = [x for _, points, _ in lines for x, _ in points]
     ys = [y for _, points, _ in lines for _, y in points]
     x_low, x_high = min(0.0, *xs), max(*xs, 1e-9)
@@ -56,7 +90,7 @@ def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -
         y = height - bottom - (point[1] - y_low) / (y_high - y_low) * (height - top - bottom)
         return f"{x:.1f}", f"{y:.1f}"
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(caption)}">']
+    parts = []
     for tick in y_ticks:
         _, y = place((x_low, tick))
         parts.append(f'<path class="grid" d="M{left} {y}H{width - right}"/>')
@@ -77,9 +111,7 @@ def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -
                 for (x, y), value in zip(placed, points, strict=True)
             ]
         parts.append("</g>")
-    legend = "".join(f'<li><i class="{style}"></i> {text(name)}</li>' for name, _, style in lines)
-    drawn = f'{"".join(parts)}</svg><ul class="legend">{legend}</ul>'
-    return f"<figure><figcaption>{text(caption)}</figcaption>{drawn}</figure>"
+    return "".join(parts)
 
 
 def shown(number: float) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minillama.cli.options import Options, all_flags
 from minillama.cli.parser import POSITIVE
@@ -105,6 +106,17 @@ def check_model_out(options: Options) -> str:
     return options.model_out
 
 
+def same_rows(options: Options, data: Mapping[str, Sequence[Any]]) -> str | None:
+    """A warning if the rows of --train and --dev are the same; None if they differ or are missing."""
+    if not data.get("train") or data["train"] != data.get("dev"):
+        return None
+    files = options.train if options.train == options.dev else f"{options.train} and {options.dev}"
+    return (
+        f"--train and --dev have the same {len(data['dev'])} rows ({files}): the dev scores show what was learnt by "
+        "heart, and choose the wrong epoch; give --dev rows that are not in --train"
+    )
+
+
 def model_files(options: Options) -> list[str]:
     """The paths of the model and its tokenizer. Raises ValueError if both have the same name."""
     beside = tokenizer_beside(check_model_out(options))
@@ -132,6 +144,10 @@ def check_prompts(options: Options, *others: str) -> None:
 
 def check_training(options: Options) -> None:
     """Raises ValueError for training settings that contradict each other."""
+    if options.json and not options.plan:
+        raise ValueError("--json prints a plan as JSON; add --plan, or leave it out")
+    if options.plan and options.processes > 1:
+        raise ValueError("--plan measures a single process; start it without torchrun")
     if options.fsdp and options.dtype == "fp16":
         raise ValueError("--fsdp does not go with --dtype fp16 (each shard would choose its own loss scale); give bf16")
     if options.min_lr > options.lr:

@@ -6,15 +6,17 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minillama.cli.header import display_path, print_header, report
+from minillama.cli.checks import same_rows
+from minillama.cli.data_files import share_of, source
+from minillama.cli.header import display_path, print_header, report, warn
 from minillama.cli.loading import fit_tokenizer, load_tokenizer
 from minillama.cli.options import Options, all_flags
 from minillama.cli.provenance import check_default_output, write_with_record
 from minillama.cli.session import make_log
 from minillama.environment import HERE
-from minillama.formats.names import path_and_fold
+from minillama.formats.names import TABLES, is_table, path_and_fold
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from minillama.cli.session import Session
     from minillama.formats.checkpoint import FineTuned
     from minillama.text.labelled import Row
+    from minillama.text.tables import Table
     from tokenizer import Tokenizer
+
+PREDICTION_TABLES = (".csv", ".jsonl")  # endings of predictions with probabilities
 
 # Options that come from the run that made the fine-tuned model, unless they are typed.
 OPTIONS_FROM_FINE_TUNED = ("pretrained_model_path", "tokenizer", "max_sentence_len", "pooling", "batch_size")
@@ -36,19 +41,27 @@ OPTIONS_FROM_FINE_TUNED = ("pretrained_model_path", "tokenizer", "max_sentence_l
 
 def output_texts(ending: str) -> dict[str, str]:
     """The defaults of --dev_out and --test_out for `--help`."""
-    how = "demo-... for the demo data); other names must end in the same way"
-    return {f"{split}_out": f"cfimdb-{split}-{ending} ({how}" for split in ("dev", "test")}
+    return {
+        f"{split}_out": f"named after the data; for the course's, cfimdb-{split}-{ending}; other names must end in "
+        f"{split}-{ending}, .csv or .jsonl"
+        for split in ("dev", "test")
+    }
 
 
 def check_predictions(options: Options, ending: str) -> None:
-    """Raises ValueError unless --dev_out and --test_out end as the course requires and are two files."""
-    for split in ("dev", "test"):
-        path = getattr(options, f"{split}_out")
-        if not path.endswith(f"{split}-{ending}"):
+    """Raises ValueError unless --dev_out and --test_out are two files that end as the course requires, or in .csv or
+    .jsonl.
+    """
+    named = {split: getattr(options, f"{split}_out") for split in ("dev", "test")}
+    for split, path in named.items():
+        if path is not None and getattr(options, split) is None:
+            raise ValueError(f"--{split}_out {path} has no rows to predict; add --{split} FILE, or leave it out")
+        if path is not None and not path.endswith((f"{split}-{ending}", *PREDICTION_TABLES)):
             raise ValueError(
-                f"--{split}_out is {path}; for --option {options.option} its name must end in {split}-{ending}"
+                f"--{split}_out is {path}; for --option {options.option} its name must end in {split}-{ending}, or in "
+                f"{' or '.join(PREDICTION_TABLES)} for a table"
             )
-    if Path(options.dev_out).resolve() == Path(options.test_out).resolve():
+    if named["dev"] and named["test"] and Path(named["dev"]).resolve() == Path(named["test"]).resolve():
         raise ValueError(f"--dev_out and --test_out are both {options.dev_out}; give two files")
 
 
@@ -64,7 +77,9 @@ def check_whole_batches(options: Options) -> None:
 
 def row_files(options: Options) -> list[str | None]:
     """The files that prompt, finetune and lora read."""
-    rows = [path_and_fold(path)[0] for path in (options.train, options.dev, options.test)]
+    rows = [
+        path_and_fold(path)[0] for path in (options.train, options.dev, options.test) if path and not share_of(path)
+    ]
     return [options.pretrained_model_path, *rows, options.label_names]
 
 
@@ -79,25 +94,84 @@ def check_fine_tuned(options: Options) -> None:
 # Rows
 
 
-def read_data(
-    options: Options, splits: Sequence[str], labels: Mapping[str, str | None]
-) -> tuple[dict[str, list[Row]], list[str]]:
-    """The rows of each split, without token ids, and the word for each class in a prompt."""
-    from minillama.text.labelled import class_names, missing_classes, read_rows
+class Data(NamedTuple):
+    """The rows of each split, without token ids; the class of each label; the word for each class in a prompt."""
 
+    rows: dict[str, list[Row]]
+    labels: dict[str, str | None]
+    words: list[str]
+
+
+def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str | None] | None = None) -> Data:
+    """Reads the splits that have rows, and says what it took from tables. labels: those of a trained model; without
+    them, the labels are those of --label-names or of the first split.
+    """
+    from minillama.text.labelled import (
+        class_names,
+        infer_labels,
+        missing_classes,
+        near_misses,
+        read_file,
+        read_labels,
+        rows_of,
+    )
+    from minillama.text.splits import hold_out
+
+    if labels is None and options.label_names is not None:
+        labels = read_labels(options.label_names)
+    inferred = labels is None
+    given = [split for split in splits if getattr(options, split) is not None]
+    rows: dict[str, list[Row]] = {}
+    for split in given:
+        path = getattr(options, split)
+        if (share := share_of(path)) is not None:
+            if "train" not in rows:
+                raise ValueError(f"--dev {path} is a share of --train, which --option {options.option} does not read")
+            rows["train"], rows[split] = hold_out(rows["train"], share, options.seed)
+            report(
+                f"{split:<12}{len(rows[split]):,} rows of {options.train}, held out; {len(rows['train']):,} to train on"
+            )
+            continue
+        known = () if labels is None else {*labels, *(name for name in labels.values() if name is not None)}
+        columns = options.columns if is_table(path) else None
+        table = read_file(path, columns, known, labelled=split != "test" or labels is None)
+        if labels is None:
+            labels = infer_labels(table)
+            for line in near_misses(table, labels):
+                report(f"warning: {path}: {line}; if it is a slip, correct it and start again")
+        rows[split] = rows_of(table, labels, may_lack_labels=split == "test")
+        tell_table(table, class_names(labels) if inferred and split == given[0] else ())
+    if "columns" in options.typed and not any(is_table(source(options, split)) for split in given):
+        raise ValueError(f"--columns names columns of {', '.join(TABLES)}, but no file is one; leave it out")
+    assert labels is not None
     names = class_names(labels)
     words = options.label_words or names
     if len(words) != len(names):
         raise ValueError(
-            f"--label_words has {len(words)} words, {options.label_names} {len(names)} classes ({', '.join(names)}); "
-            "give one word per class, in this order"
+            f"--label_words has {len(words)} words, {options.label_names or 'the data'} {len(names)} classes "
+            f"({', '.join(names)}); give one word per class, in this order"
         )
-    data = {split: read_rows(getattr(options, split), labels) for split in splits}
-    if "train" in data and (missing := missing_classes(options.train, data["train"], names)):
+    if "train" in rows and (missing := missing_classes(options.train, rows["train"], names)):
         report(f"warning: {options.train} has no row of {', '.join(missing)}; the model cannot learn that")
-    for split in ("dev", "test"):
-        check_default_output(options, split, [row.sentence for row in data[split]])
-    return data, words
+    warn(same_rows(options, rows))
+    for split in rows:
+        if split != "train":
+            check_default_output(options, split, [row.sentence for row in rows[split]])
+    return Data(rows, dict(labels), words)
+
+
+def tell_table(table: Table, classes: Sequence[str] = ()) -> None:
+    """Says which columns of a table are read, and what was left out. classes: those found in it."""
+    parts = [f"{len(table.records):,} rows"]
+    parts += [f"text = {table.text}"] * bool(table.text) + [f"label = {table.label}"] * bool(table.label)
+    found = (
+        f" ({len(classes)} classes: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''})" if classes else ""
+    )
+    if table.names or classes:
+        report(f"{table.path}: {', '.join(parts)}{found}")
+    if table.left_out:
+        shown = ", ".join(map(str, table.left_out[:5])) + (", ..." if len(table.left_out) > 5 else "")
+        report(f"warning: {table.path}: {len(table.left_out):,} rows have no text and are left out (lines {shown})")
 
 
 def tokenize_data(
@@ -140,6 +214,7 @@ def predict(
     the run's log and metrics, even if a file cannot be written or the user stops the command.
     """
     from minillama.text.labelled import class_names, write_predictions
+    from minillama.training.class_shares import final_warning, training_remedy
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
     options, label_names = session.options, class_names(labels)
@@ -147,14 +222,15 @@ def predict(
     run = session.run if options.command.trains else None
     results, seconds = {}, {}
     try:
-        for split in ("dev", "test"):
+        for split in (split for split in ("dev", "test") if split in data):
             start = time.perf_counter()
             results[split] = evaluate(model, data[split], **how, processes=session.processes, name=split)
             seconds[split] = time.perf_counter() - start
         if origin is not None:
             for split, result in results.items():
                 rows = data[split]
-                write = partial(write_predictions, predictions=result.predictions, rows=rows, labels=labels)
+                found: dict[str, Any] = {"predictions": result.predictions, "probabilities": result.probabilities}
+                write = partial(write_predictions, rows=rows, labels=labels, **found)
                 scores = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
                 write_with_record(options, origin, split, [row.sentence for row in rows], write, **scores)
     finally:
@@ -162,7 +238,7 @@ def predict(
         lines = []
         for split, result in results.items():
             line = f"{split} {describe(result, with_loss=run is not None)} ({len(data[split])} rows)"
-            if run is None and (chance := describe_chance(result, data[split], len(label_names))):
+            if chance := describe_chance(result, data[split], label_names):
                 line += f"; {chance}"
             lines.append(line)
             if session.processes.is_main:
@@ -170,10 +246,14 @@ def predict(
             log(f"{split} took {seconds[split]:.1f} s")
             if classes := describe_classes(result, data[split], label_names):
                 log(f"\n{classes}\n")
-        if run is not None and len(results) == 2:
+        if run is not None and len(results) == len(data) - ("train" in data):
             for line in lines:
                 run.log(line)
-            run.finish(classes=label_names, **results["dev"].scores("dev"), **results["test"].scores("test"))
+            remedy = training_remedy(options.class_weights != "none")
+            if warning := final_warning(results["dev"], data["dev"], label_names, remedy):
+                log(f"warning: {warning}")
+            scores = {name: value for split, result in results.items() for name, value in result.scores(split).items()}
+            run.finish(classes=label_names, **scores)
 
 
 # Fine-tuned models
@@ -194,8 +274,8 @@ def inherit_options(options: Options, found: FineTuned, names: Sequence[str]) ->
         if getattr(options, name) is not None:
             continue
         value = found.options.get(name)
-        kind = int if name in ("max_sentence_len", "batch_size") else str
-        optional = name in ("tokenizer", "max_sentence_len") and value is None
+        kind = {"max_sentence_len": int, "batch_size": int, "columns": dict}.get(name, str)
+        optional = name in ("tokenizer", "max_sentence_len", "test", "columns") and value is None
         if not optional and (type(value) is not kind or not value):
             raise ValueError(f"{found.path} has {shown(value)} as {name}; give it with {known[name].name}")
         if isinstance(value, str) and name != "pooling" and not Path(value).exists():

@@ -15,6 +15,8 @@ from minillama.cli.options import Options
 from minillama.environment import PackageError, optional_package
 
 HISTORY = ".mini-llama-history"  # in the home folder: lines typed with --interactive
+ENDS = ("quit", "exit", ":q")  # lines that end an interactive session
+HOW_TO_END = "Ctrl-D ends, and so does the line quit, exit or :q"
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")  # names of stdin; opening one fails if it is a socket
 
 
@@ -59,7 +61,7 @@ def read_stdin(what: str) -> str:
 
     name = "the standard input"
     stream = getattr(sys.stdin, "buffer", None)
-    with suppress(OSError, ValueError):  # a stream without a file descriptor
+    with suppress(OSError, ValueError, AttributeError):  # no file descriptor, or no such function (Windows)
         os.set_blocking(sys.stdin.fileno(), True)  # a non-blocking stream would end before all data came
     try:
         content = sys.stdin.read().encode("utf-8", "surrogateescape") if stream is None else stream.read()
@@ -92,7 +94,7 @@ def open_history() -> tuple[ModuleType | None, Path | None]:
 
 
 def typed_lines() -> Iterable[str]:
-    """The typed lines, until Ctrl-D. A terminal gets a history, saved for the next session."""
+    """The typed lines, until Ctrl-D or a line of `ENDS`. A terminal gets a history, saved for the next session."""
     input_prompt = "> " if sys.stdin.isatty() else ""
     readline, history = open_history() if input_prompt else (None, None)
     if hasattr(sys.stdin, "reconfigure"):
@@ -101,13 +103,16 @@ def typed_lines() -> Iterable[str]:
     try:
         while True:
             try:
-                yield input(input_prompt)
+                line = input(input_prompt)
+                if line.strip() in ENDS:
+                    return
+                yield line
             except EOFError:
                 show("\n" if input_prompt else "")
                 return
             except KeyboardInterrupt:
                 show("\n")
-                report("Ctrl-C stops an answer; Ctrl-D ends")
+                report(f"Ctrl-C stops an answer; {HOW_TO_END}")
     finally:
         if readline is not None and history is not None:
             try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from config import NORMS
+from minillama.cli.data_files import columns
 from minillama.cli.options import Flag, Group, OwnFlag
 from minillama.cli.parser import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, number
 from minillama.formats.names import COURSE_TEMPLATE, RUNS
@@ -84,7 +85,11 @@ DEVICE = Group(
     "device and precision",
     (
         Flag("--use_gpu", "run on CUDA; of several processes, each on its own card", bool),
-        Flag("--device NAME", "cpu, cuda, cuda:1, ...", default_text="cpu; cuda with --use_gpu"),
+        Flag(
+            "--device NAME",
+            "cpu, cuda, cuda:1, ..., or mps for the GPU of a Mac (untested)",
+            default_text="cpu; cuda with --use_gpu",
+        ),
         Flag(
             "--deterministic",
             "on CUDA, use only kernels whose results are the same in each run, which are slower; on the CPU all are",
@@ -124,7 +129,8 @@ PROMPT_FILE = OwnFlag(
 )
 INTERACTIVE = OwnFlag(
     "--interactive",
-    "ask for prompts one by one, with --chat as one conversation; Ctrl-C stops an answer, Ctrl-D ends the program",
+    "ask for prompts one by one, with --chat as one conversation; Ctrl-C stops an answer; Ctrl-D, or the line quit, "
+    "exit or :q, ends the program",
     bool,
 )
 JSON = OwnFlag("--json", "print one JSON object per line, for use by programs", bool)
@@ -157,20 +163,33 @@ VOCAB_SIZE = Flag(
 
 # Labelled rows
 
-FINETUNED = Flag("--finetuned FILE", "the best.pt of a run, or the .pt file that finetune, lora or wise_ft wrote")
+FINETUNED = Flag(
+    "--finetuned PATH", "the folder of a run, its best.pt, or the .pt file that finetune, lora or wise_ft wrote"
+)
 ROW_FORMATS = """\
-A data file has lines of `label ||| sentence`. Or it is a .csv with a label and one or more texts, as in AG News.
-Or it is a .tsv with a label and other columns: the longest is the text, the first of the rest the fold, if any.
+A data file is a .csv (comma, semicolon or tab), a .tsv or a .jsonl, or has lines of `label ||| sentence`.
+Columns are found by usual names such as text and label, or by --columns; else the label is the first column.
+With --train FILE alone, a tenth of it is held out as dev, nothing is tested, and its labels are the classes.
 PATH#fold=PATTERN reads only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
 TRAIN, DEV, TEST = (
     Flag(
         f"--{split} FILE",
-        f"{what} data",
+        f"{what} data{more}",
         str,
         f"data/cfimdb-{split}.txt",
-        default_text=f"data/cfimdb-{split}.txt; where default data are missing, the demo data",
+        default_text=f"{own}; without --train, data/cfimdb-{split}.txt or the demo data".removeprefix("; "),
     )
-    for split, what in (("train", "training"), ("dev", "development"), ("test", "test"))
+    for split, what, more, own in (
+        ("train", "training", "", ""),
+        ("dev", "development", ", or the share of --train to hold out, as in 0.2", "0.1"),
+        ("test", "test", "", "none"),
+    )
+)
+COLUMNS = Flag(
+    "--columns text=NAME,label=NAME",
+    "the columns of a table to read, by name or number; text=title+body joins two; fold=NAME is for #fold",
+    columns,
+    default_text="those with usual names",
 )
 LABEL_NAMES = Flag(
     "--label-names FILE",
@@ -178,12 +197,18 @@ LABEL_NAMES = Flag(
     '"bad", "1": null, "2": "good"}. null skips the rows of a label; class ids follow the order of first appearance',
     str,
     "data/cfimdb-label-mapping.json",
+    default_text="the labels in --train; without --train, data/cfimdb-label-mapping.json or that of the demo data",
 )
 DEV_OUT, TEST_OUT = (
-    Flag(f"--{split}_out FILE", f"predictions for {split}", str, f"cfimdb-{split}-prompting-output.txt")
+    Flag(
+        f"--{split}_out FILE",
+        f"predictions for {split}; a .csv or .jsonl has probabilities and the columns of the data",
+        str,
+        f"cfimdb-{split}-prompting-output.txt",
+    )
     for split in ("dev", "test")
 )
-DATA = Group("data", (TRAIN, DEV, TEST, LABEL_NAMES, DEV_OUT, TEST_OUT), ROW_FORMATS)
+DATA = Group("data", (TRAIN, DEV, TEST, COLUMNS, LABEL_NAMES, DEV_OUT, TEST_OUT), ROW_FORMATS)
 BATCH_SIZE = Flag("--batch_size N", "rows per step", COUNT, 8)
 ROWS = Group(
     "rows",
@@ -217,6 +242,13 @@ LABEL_WORDS = Flag(
 
 # Training
 
+CLASS_WEIGHTS = OwnFlag(
+    "--class_weights",
+    "balanced: multiply the loss of each row by N / (K * n), for N training rows, K classes, and n rows of its class; "
+    "rare classes then count as much as frequent ones",
+    ("none", "balanced"),
+    "none",
+)
 TRAINING = Group(
     "training",
     (
@@ -243,18 +275,34 @@ TRAINING = Group(
         Flag("--patience N", "stop after N epochs without a better dev score", COUNT),
     ),
 )
+PLAN = OwnFlag(
+    "--plan",
+    "train nothing and write nothing: print what the data hold, the memory and time that the run needs, and what a "
+    "model has to beat; --json prints it as JSON. Exit code 3: the memory does not suffice",
+    bool,
+)
 RUN = Group(
     "the run",
     (
+        PLAN,
+        JSON,
         OwnFlag(
             "--run_dir DIR",
-            "folder for the run's options, metrics, log and checkpoints",
+            "folder for the run's options, metrics, log and checkpoints, and, if the package tensorboard is installed, "
+            f"events for it (`tensorboard --logdir {RUNS}`)",
             default_text=f"a new folder under {RUNS}/",
         ),
         Flag(
             "--resume",
             "continue the run in --run_dir (default: the latest under runs/) with its original options; the result is "
-            "exactly that of an uninterrupted run",
+            "exactly that of an uninterrupted run. With a larger --epochs the run goes on longer; a finished run needs "
+            "--keep_state for that",
+            bool,
+        ),
+        OwnFlag(
+            "--keep_state",
+            "keep the optimizer's state of the finished run, which takes about three times the model's memory, so that "
+            "--resume can add epochs",
             bool,
         ),
         Flag("--save_every N", "save the state every N steps, and after each epoch", COUNT, 500),

@@ -75,10 +75,10 @@ def print_header(
         report(f"unused      {count} {what} never generated")
     if data:
         report(f"data        {data}")
-    for path in options.command.outputs(options):
+    for path in () if options.plan else options.command.outputs(options):
         report(f"writes      {path}{' (replaces the existing file)' if Path(path).is_file() else ''}")
     if names := options.ignored():
         report(f"ignored     {', '.join(names)}: no effect with --option {options.option}")
-    if options.command.trains:
+    if options.command.trains and not options.plan:
         processes = f", {options.processes} processes" if options.processes > 1 else ""
         report(f"run         {options.run_dir}{processes}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MORE_IDS = 8  # a model may have this many more ids than its tokenizer, for added tokens
 ROUND_UNITS = tuple(8 << n for n in range(8))  # 8 to 1024; a vocabulary may be rounded up to a multiple of one
+CHAT_NAMES = ("chat", "instruct")  # parts of the names of chat models
 LARGE = 500_000_000  # parameters; by default, larger models are not converted to float32
 
 
@@ -66,8 +67,12 @@ def choose_device(options: Options) -> torch.device:
                 "start fewer processes (--nproc_per_node)"
             ) from error
         raise ValueError(f"--device {name} is not available here; give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name} is not supported; give cpu, cuda, cuda:N or mps")
+    if device.type == "mps":
+        if process.world > 1:
+            raise ValueError("--device mps runs in a single process; start it without torchrun")
+        report("notice: --device mps is untested; leave it out to use the CPU if something fails")
     return device
 
 
@@ -247,12 +252,33 @@ def load_llama(options: Options, checkpoint: Checkpoint, dtype: torch.dtype, map
     return llama
 
 
+def is_chat_model(checkpoint: Checkpoint, tokenizer: Tokenizer) -> bool:
+    """Whether a model was probably trained to chat: its name says so, its folder has a chat template, or its texts end
+    with Llama 3's mark for the end of a turn.
+    """
+    from minillama.formats.files import read_json
+
+    path = checkpoint.path.resolve()
+    config = path / "tokenizer_config.json"
+    return (
+        any(word in path.name.lower() for word in CHAT_NAMES)
+        or bool(list(path.glob("chat_template.*")))
+        or (config.is_file() and "chat_template" in read_json(config))
+        or tokenizer.special_ids.get("<|eot_id|>") in checkpoint.stop_ids
+    )
+
+
 def load_for_inference(options: Options) -> tuple[Llama, Tokenizer, torch.device, torch.dtype]:
     """Loads the model and its tokenizer for a command that only runs it, and prints the header."""
     check_alone(options)
     tokenizer = load_tokenizer(options)
     device = choose_device(options)
     checkpoint = open_checkpoint(options, tokenizer)
+    if options.chat and not is_chat_model(checkpoint, tokenizer):
+        report(
+            f"warning: {checkpoint.path} seems to be no chat model, so --chat may get no sensible answer; leave out "
+            "--chat to continue a text, or name a model that was trained to chat"
+        )
     dtype = choose_dtype(options, device, checkpoint)
     llama = load_llama(options, checkpoint, dtype)
     print_header(options, llama, checkpoint.kind, tokenizer, device, dtype)

@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from minillama.cli.data_files import DATA_OPTIONS, source
 from minillama.cli.header import warn
 from minillama.cli.options import Options
 from minillama.environment import HERE, file_sha256, project_commit, try_lock
@@ -23,7 +24,6 @@ from minillama.formats.names import path_and_fold
 
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
 PROMPT = " Is this movie "  # in the course's prediction files, the prompt may follow the sentence
-DATA_OPTIONS = ("train", "dev", "test", "label_names")
 NOT_RECORDED = ("typed", "substituted")  # options that have separate fields in the record
 
 
@@ -183,10 +183,19 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
     predictions for other sentences, or no predictions.
     """
     option = f"{split}_out"
-    path = Path(getattr(options, option))
-    if option in options.typed or not path.is_file():
+    name = getattr(options, option)
+    if name is None or option in options.typed or options.plan or not Path(name).is_file():
         return
+    path = Path(name)
     advice = f"name another file with --{option}, or move this file"
+    if path.stem.endswith("predictions") and path.suffix in (".csv", ".jsonl"):  # named after the data
+        record = find_record(path.parent, path.name, path.read_bytes())
+        if record is None or not _same_path(record.get("data"), source(options, split)):
+            whose = (
+                f"predictions for {record['data']}" if record and record.get("data") else "no predictions as written"
+            )
+            raise ValueError(f"{path} already exists and holds {whose}; {advice}")
+        return
     try:
         content = path.read_bytes()
         held = sentences_in(path.suffix, content) if content.strip() else None
@@ -196,11 +205,15 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
         raise ValueError(f"{path} already exists and holds no predictions; {advice}") from error
     if held is not None and not same_sentences(held, sentences):
         record = find_record(path.parent, path.name, content)
-        source = f" of {record['data']}" if record is not None and record.get("data") else ""
+        whose = f" of {record['data']}" if record is not None and record.get("data") else ""
         raise ValueError(
-            f"{path} holds predictions for {len(held)} rows{source}, not for the {len(sentences)} of "
+            f"{path} holds predictions for {len(held)} rows{whose}, not for the {len(sentences)} of "
             f"{getattr(options, split)}; {advice}"
         )
+
+
+def _same_path(one: str | None, other: str) -> bool:
+    return one is not None and Path(path_and_fold(one)[0]).resolve() == Path(path_and_fold(other)[0]).resolve()
 
 
 def sentences_in(suffix: str, content: bytes) -> list[str]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli import loading
+from minillama.cli.data_files import source
 from minillama.cli.header import print_header, report
 from minillama.cli.options import Options, all_flags, parse_options
 from minillama.cli.provenance import Origin
+from minillama.cli.room import check_room
 from minillama.environment import this_process
 from minillama.formats.names import RUNS
 
@@ -24,14 +26,15 @@ if TYPE_CHECKING:
     from minillama.formats.checkpoint import Checkpoint
     from minillama.training.distributed import Processes
     from minillama.training.loop import Settings
+    from minillama.training.planning import Duration, Memory
     from minillama.training.run_directory import RunDirectory
     from minillama.training.task import Score, Task
     from tokenizer import Tokenizer
 
 # Options without effect on results. They may differ in a resumed run, and between the runs of a group in the report.
 RESUME_MAY_CHANGE = (
-    *("config", "resume", "run_dir", "save_every", "dev_out", "test_out", "model_out", "tokens_dir"),
-    *("device", "use_gpu", "typed", "substituted"),
+    *("config", "resume", "run_dir", "save_every", "keep_state", "dev_out", "test_out", "model_out", "tokens_dir"),
+    *("device", "use_gpu", "typed", "substituted", "plan", "json"),
 )
 # Settings of a regularizer, which have no effect if it is off.
 PARTS = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
@@ -50,6 +53,8 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
     """
     from minillama.training.run_directory import RunDirectory, latest_run_path, locked
 
+    if options.plan:
+        raise ValueError("--plan is for a new run; leave out --resume")
     folder = options.run_dir or str(latest_run_path(Path(RUNS)))
     run = RunDirectory(folder)
     run.options()  # raises if there is no run, before a lock file is made
@@ -63,6 +68,11 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
     known = all_flags(options.commands)
     for name, value in saved.items():
         if name not in RESUME_MAY_CHANGE and getattr(options, name) != value:
+            use = "use that value"
+            if name == "epochs" and saved.get("max_steps") is None:
+                if options.epochs > value:  # see `Session.save_more_epochs`
+                    continue
+                use = "use that value, or more"
             shown = known[name].name.lstrip("-") if name in known else name
             if name == "processes":
                 start = "python" if value == 1 else f"torchrun --nproc_per_node={value}"
@@ -72,8 +82,7 @@ def resume_options(options: Options, argv: Sequence[str], held: ExitStack) -> Op
                     f"{saved['option']} --resume --run_dir {folder}"
                 )
             raise ValueError(
-                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; use that value, or leave "
-                "it out"
+                f"{shown} is {getattr(options, name)}, but {folder} was started with {value}; {use}, or leave it out"
             )
     return options
 
@@ -115,12 +124,13 @@ class Session:
 
     def origin(self, rows: Mapping[str, Sequence[Any]]) -> Origin | None:
         """The origin of the predictions for dev and test; None except in the main process, which writes them."""
-        judged = {split: (getattr(self.options, split), len(rows[split])) for split in ("dev", "test") if split in rows}
+        judged = {split: (source(self.options, split), len(rows[split])) for split in ("dev", "test") if split in rows}
         return Origin.of(self.options, judged) if self.processes.is_main else None
 
     def load_llama(self, data: str) -> tuple[Llama, Checkpoint]:
         """Loads the initial model and its checkpoint, and prints the header. data: the data files, for the header."""
         checkpoint = loading.open_checkpoint(self.options, self.tokenizer)
+        check_room(self.options, checkpoint.config, self.device)
         llama = loading.load_llama(self.options, checkpoint, self.dtype, mapped=self.processes.fsdp)
         print_header(self.options, llama, checkpoint.kind, self.tokenizer, self.device, self.dtype, data=data)
         return llama, checkpoint
@@ -139,18 +149,57 @@ class Session:
 
         dynamic: whether row lengths vary, for --compile.
         """
-        from minillama.training.compilation import compile_model
         from minillama.training.loop import train
+
+        if not self.options.resume:
+            self.run.create(self.saved_options)
+        settings = self._prepare(model, dynamic)
+        return train(
+            model,
+            task,
+            settings,
+            self.run,
+            processes=self.processes,
+            write_best=write_best,
+            begun=self.save_more_epochs,
+            log=make_log(self.run),
+        )
+
+    def _prepare(self, model: nn.Module, dynamic: bool) -> Settings:
+        """Moves and compiles the model for training; returns the settings of the training loop."""
+        from minillama.training.compilation import compile_model
 
         if not self.processes.fsdp:  # else each process moves only its part
             model.to(self.device)
-        if not self.options.resume:
-            self.run.create(self.saved_options)
         if self.options.compile:
             compile_model(model, self.device, dynamic)
-        settings = settings_of(self.options, self.dtype)
-        log = make_log(self.run)
-        return train(model, task, settings, self.run, processes=self.processes, write_best=write_best, log=log)
+        return settings_of(self.options, self.dtype)
+
+    def save_more_epochs(self) -> None:
+        """Saves --epochs if a resumed run has got more, and says if its earlier steps depended on their number."""
+        options = self.options
+        if not self.processes.is_main or (before := self.run.options()["epochs"]) == options.epochs:
+            return
+        self.run.change_options(epochs=options.epochs)
+        causes = {"--schedule cosine": options.schedule == "cosine"}
+        causes["--bregman without --bregman_beta"] = bool(options.bregman) and options.bregman_beta is None
+        if found := next((name for name, depends in causes.items() if depends), None):
+            make_log(self.run)(
+                f"notice: {found} depends on the number of epochs, and the steps so far were planned for {before}; the "
+                f"result differs from that of one run of {options.epochs}"
+            )
+
+    def measure(self, model: nn.Module, task: Task) -> tuple[Memory, Duration | None]:
+        """The memory and the time of training a model that is on the CPU. Writes nothing; the model is then useless.
+
+        The time is None if the memory does not suffice.
+        """
+        from minillama.training.loop import Training
+        from minillama.training.planning import measure
+        from minillama.training.run_directory import RunDirectory
+
+        settings = self._prepare(model, dynamic=self.options.option != "pretrain")
+        return measure(Training(model, task, settings, RunDirectory(RUNS, writes=False), self.processes, report))
 
     def seed_dropout(self) -> None:
         """Seeds the draws of training, which then do not depend on the draws of new weights."""
@@ -202,6 +251,8 @@ def open_session(options: Options, new_model: bool = False) -> Iterator[Session]
         torch.manual_seed(options.seed)
         run = RunDirectory(folder or RUNS, writes=processes.is_main)
         yield Session(options.replace(run_dir=folder), tokenizer, content, device, dtype, processes, run)
+        if not options.keep_state:
+            run.drop_state()
 
 
 def settings_of(options: Options, dtype: torch.dtype) -> Settings:

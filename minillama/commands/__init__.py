@@ -3,6 +3,7 @@
 from minillama.commands import (
     classify,
     convert,
+    evaluate,
     finetune,
     generate,
     perplexity,
@@ -20,6 +21,7 @@ COMMANDS = (
     finetune.FINETUNE,
     finetune.LORA,
     classify.COMMAND,
+    evaluate.COMMAND,
     pretrain.COMMAND,
     sft.COMMAND,
     perplexity.COMMAND,

@@ -4,45 +4,108 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minillama.cli import classifiers, flags
 from minillama.cli.checks import check_prompts
-from minillama.cli.console import check_stdin, read_prompts, stdout_is_utf8, typed_lines
+from minillama.cli.console import HOW_TO_END, check_stdin, read_prompts, stdout_is_utf8, typed_lines
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
-from minillama.cli.options import Command, Group, Options
+from minillama.cli.options import Command, Group, Options, OwnFlag
+from minillama.formats.names import PREDICTED, TABLES, is_table, without_ending
+
+if TYPE_CHECKING:
+    from minillama.formats.checkpoint import FineTuned
+    from minillama.text.labelled import Row
+
+OUT = OwnFlag(
+    "--out FILE",
+    "a .csv or .jsonl to write: the columns of the table in --prompt_file, the label and the probability of each class",
+    default_text="for a table, its name and -classified",
+)
 
 
 def check(options: Options) -> None:
     classifiers.check_fine_tuned(options)
-    check_prompts(options)
+    check_prompts(options, "out")
     if not options.changed("prompt", "prompt_file", "interactive"):
         raise ValueError(
-            "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (-: standard input), or "
-            "--interactive"
+            "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (lines or a table, -: standard "
+            "input), or --interactive"
         )
+    if options.columns and not is_table(options.prompt_file or ""):
+        raise ValueError(f"--columns names columns of a table; give --prompt_file with {', '.join(TABLES)}")
+    if options.out is not None and not options.out.lower().endswith(classifiers.PREDICTION_TABLES):
+        raise ValueError(f"--out is {options.out}; its name must end in {' or '.join(classifiers.PREDICTION_TABLES)}")
+    path = out_file(options)
+    if path is not None and options.out is None and Path(path).exists() and not is_ours(path):
+        raise ValueError(f"{path} already exists and was not written by classify; name another file with --out")
+
+
+def out_file(options: Options) -> str | None:
+    """The table to write: --out, or one named after the table that is read. None: results go to stdout."""
+    if options.out is not None or options.json or not is_table(options.prompt_file or ""):
+        return options.out
+    kind = ".jsonl" if Path(options.prompt_file).suffix.lower().startswith(".json") else ".csv"
+    return f"{Path(without_ending(options.prompt_file)).name}-classified{kind}"
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file has the column that classify writes."""
+    with open(path, "rb") as file:
+        return PREDICTED.encode() in file.readline(1 << 20)
+
+
+def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -> list[Row]:
+    """The rows of a table with its own columns, or of `sentences`. Labels that a file has are not read."""
+    from minillama.text.labelled import Row, read_file
+    from minillama.text.tables import LINE_END, SEPARATOR
+
+    if is_table(options.prompt_file or ""):
+        learnt = found.options.get("columns")
+        columns = options.columns or (
+            {"text": learnt["text"]} if isinstance(learnt, dict) and "text" in learnt else None
+        )
+        try:
+            table = read_file(options.prompt_file, columns, labelled=False)
+        except ValueError:
+            if options.columns or not columns:
+                raise
+            table = read_file(options.prompt_file, labelled=False)  # it may have other names than the training data
+        classifiers.tell_table(replace(table, label=""))
+        if table.is_labelled:
+            report(f"notice: {table.label} is not read; --option evaluate scores a model on labelled rows")
+        return [Row(0, record.text, cells=record.cells) for record in table.records]
+    known = {*found.labels, *found.label_names}
+    parts = [sentence.partition(SEPARATOR) for sentence in sentences]
+    if options.prompt_file is not None and all(sign and label.strip() in known for label, sign, _ in parts):
+        report("notice: the labels of these lines are not read; --option evaluate scores a model on labelled rows")
+        sentences = [sentence for _, _, sentence in parts]
+    elif labelled := sum(
+        re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences
+    ):
+        report(f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", read as text')
+    return [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
 
 
 def run(options: Options) -> None:
     """Prints the most likely class of each sentence, its probability and the sentence. With --json, prints the
-    probabilities of all classes.
+    probabilities of all classes. Of a table, or with --out, writes a table instead.
     """
     from minillama.formats.checkpoint import read_fine_tuned
-    from minillama.text.labelled import LINE_END, SEPARATOR, Row, class_labels
+    from minillama.text.labelled import LINE_END, SEPARATOR, Row, class_labels, json_label, write_predictions
     from minillama.training.evaluation import class_log_probs
 
     check_alone(options)
     check_stdin(options)
-    sentences = [] if options.interactive else read_prompts(options)
-    if labelled := sum(re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences):
-        report(
-            f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", read as text; '
-            "to score a labelled file, use --option wise_ft --alphas 1 --dev FILE"
-        )
+    sentences = [] if options.interactive or is_table(options.prompt_file or "") else read_prompts(options)
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
     found = read_fine_tuned(options.finetuned)
+    rows = [] if options.interactive else rows_to_classify(options, found, sentences)
     options = classifiers.inherit_options(options, found, classifiers.OPTIONS_FROM_FINE_TUNED)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
@@ -51,43 +114,46 @@ def run(options: Options) -> None:
     labels = class_labels(found.labels)
     how = classifiers.reading_arguments(options, tokenizer, dtype)
 
-    def label(sentences: Sequence[str]) -> None:
-        rows = [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
+    def label(rows: list[Row]) -> None:
         rows = classifiers.tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
         log_probs = class_log_probs(model, rows, **how, name="classifying")
-        for row, probabilities in zip(rows, log_probs.exp().tolist(), strict=True):
-            best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
+        if (path := out_file(options)) is not None:
+            write_predictions(path, likeliest, rows, found.labels, probabilities)
+            counts = Counter(found.label_names[best] for best in likeliest)
+            shares = ", ".join(
+                f"{name} {counts[name]:,} ({counts[name] / len(rows):.0%})" for name in found.label_names
+            )
+            print(f"{len(rows):,} rows: {shares}")
+            report(f"wrote {path}")
+            return
+        for row, best, shares_of in zip(rows, likeliest, probabilities, strict=True):
             name = found.label_names[best]
             if not options.json:
-                print(f"{name} {probabilities[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
+                print(f"{name} {shares_of[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
                 continue
-            result = {
+            result = dict(row.cells or {}) | {
                 "sentence": row.sentence,
                 "label": json_label(labels[best]),
                 "class": name,
-                "probabilities": dict(zip(found.label_names, probabilities, strict=True)),
+                "probabilities": dict(zip(found.label_names, shares_of, strict=True)),
             }
             print(json.dumps(result, ensure_ascii=not stdout_is_utf8()), flush=True)
 
     if options.pooling == "last_column":
         report("warning: with --pooling last_column, a result depends on the other sentences of its batch")
     if not options.interactive:
-        label(sentences)
+        label(rows)
         return
-    report("Type a sentence and press Enter. Ctrl-D ends.")
+    report(f"Type a sentence and press Enter. {HOW_TO_END}.")
     for line in typed_lines():
         try:
             if line.strip():
-                label([line])
+                label([Row(0, LINE_END.sub(" ", line.strip()))])
         except ValueError as error:  # the line cannot be read
             report(str(error))
         except KeyboardInterrupt:
             report("stopped")
-
-
-def json_label(label: str) -> int | str:
-    """A label for JSON output: an int if the text is a plain decimal integer, else the text."""
-    return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label
 
 
 COMMAND = Command(
@@ -96,8 +162,9 @@ COMMAND = Command(
     (
         Group(
             "sentences",
-            (flags.FINETUNED, flags.PROMPT, flags.PROMPT_FILE, flags.INTERACTIVE, flags.JSON),
-            "Prints the class, its probability and the sentence; --json prints all classes.",
+            (flags.FINETUNED, flags.PROMPT, flags.PROMPT_FILE, flags.INTERACTIVE, flags.JSON, flags.COLUMNS, OUT),
+            "Prints the class, its probability and the sentence; --json prints all classes. Of a .csv, .tsv or .jsonl\n"
+            "in --prompt_file it writes a copy with the classes added.",
         ),
         flags.ROWS,
         Group("model", (flags.MODEL_PATH, flags.TOKENIZER)),
@@ -108,11 +175,15 @@ COMMAND = Command(
 python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A dull story, and a great film."
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --interactive
+python run_llama.py --option classify --finetuned reviews-finetune-10-0.0003.pt --prompt_file new.csv
 """,
     defaults=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED),
-    default_texts=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED, "that of the run that wrote --finetuned")
+    default_texts=dict.fromkeys(
+        (*classifiers.OPTIONS_FROM_FINE_TUNED, "columns"), "that of the run that wrote --finetuned"
+    )
     | {"prompt": "none; give this, --prompt_file or --interactive"},
     check=check,
     inputs=lambda options: [options.finetuned, options.pretrained_model_path],
-    only_prints=lambda options: True,
+    outputs=lambda options: [path] if (path := out_file(options)) else [],
+    only_prints=lambda options: out_file(options) is None,
 )

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from minillama.cli import classifiers, flags
 from minillama.cli.bundled import use_bundled_rows
 from minillama.cli.checks import check_template, check_training
+from minillama.cli.data_files import model_file
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import add_lora
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import FRACTION, NOT_NEGATIVE, POSITIVE
+from minillama.cli.plan import plan_rows
 from minillama.cli.session import PARTS, open_session
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ HEAD = Group(
         flags.TEMPLATE,
         flags.LABEL_WORDS,
         Flag("--hidden_dropout_prob P", "dropout before the head", FRACTION, 0.3),
+        flags.CLASS_WEIGHTS,
         Flag("--label_smoothing S", "label smoothing: spread a share S of each label over all classes", FRACTION, 0.0),
         Flag("--eval_train", "also score the whole training set after each epoch", bool),
     ),
@@ -95,11 +98,6 @@ REGULARIZATION = Group(
 # The options
 
 
-def best_model_path(options: Options) -> str:
-    """The file name of the best model, in the form that the course prescribes."""
-    return f"{options.option}-{options.epochs}-{options.lr}.pt"
-
-
 def check(options: Options) -> None:
     if options.head != "prompt" and (names := options.changed("template", "label_words")):
         raise ValueError(f"--{names[0]} {flags.TEMPLATE.elsewhere}; leave it out for --option {options.option}")
@@ -125,15 +123,13 @@ def run(options: Options) -> None:
 
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
     from minillama.text.batches import prompt_parts
-    from minillama.text.labelled import read_labels
 
-    labels = read_labels(options.label_names)
-    raw, words = classifiers.read_data(options, ("train", "dev", "test"), labels)
+    raw, labels, words = classifiers.read_data(options, ("train", "dev", "test"))
     with open_session(options) as session:
         options, tokenizer = session.options, session.tokenizer
         origin = session.origin(raw)
         files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
-        llama, _ = session.load_llama(f"{files}, labels {options.label_names}")
+        llama, _ = session.load_llama(f"{files}, labels {options.label_names or 'those of train'}")
         config = SimpleNamespace(
             llama=llama,
             num_labels=len(words),
@@ -156,9 +152,11 @@ def run(options: Options) -> None:
         if options.option == "lora":
             add_lora(options, model, "" if prompted else ", besides the head")
         trained = train(session, model, rows, labels)
+        if options.plan:
+            return
         classifiers.predict(session, trained, rows, labels, origin)
-        report(f"wrote {best_model_path(options)}, the best model on dev")
-        report_next("--option", "classify", "--finetuned", best_model_path(options), "--prompt", "your sentence")
+        report(f"wrote {model_file(options)}, the best model on dev")
+        report_next("--option", "classify", "--finetuned", model_file(options), "--prompt", "your sentence")
 
 
 def train(
@@ -167,12 +165,13 @@ def train(
     data: Mapping[str, list[Row]],
     labels: dict[str, str | None],
 ):
-    """Trains `model`. The best one by dev accuracy is written to the run's folder and to `best_model_path`. Returns
+    """Trains `model`. The best one by dev accuracy is written to the run's folder and to `model_file`. Returns
     the model to predict with.
     """
     from minillama.formats.checkpoint import write_checkpoint
     from minillama.formats.files import link_or_copy
     from minillama.text.labelled import class_names
+    from minillama.training.class_shares import class_weights
     from minillama.training.classification import Classification
     from minillama.training.regularizers import MovingAverage, Smart
 
@@ -192,8 +191,9 @@ def train(
             epoch=epoch,
             dev_accuracy=score.quality,
         )
-        link_or_copy(run.best_path, best_model_path(options))
+        link_or_copy(run.best_path, model_file(options))
 
+    names = class_names(labels)
     smart = (options.smart, options.smart_eps, options.smart_step, options.smart_noise)
     task = Classification(
         data["train"],
@@ -208,11 +208,15 @@ def train(
         smart=Smart(*smart) if options.smart else None,
         average=MovingAverage(options.bregman, options.bregman_beta) if options.bregman else None,
         r_drop=options.r_drop,
+        class_weights=class_weights(data["train"], len(names)) if options.class_weights == "balanced" else None,
+        label_names=names,
     )
     session.seed_dropout()
+    if options.plan:
+        return plan_rows(session, model, task, data, labels)
     trained = session.train(model, task, write_best, dynamic=True)
     if session.processes.is_main:
-        link_or_copy(run.best_path, best_model_path(options))  # another run may have used that name meanwhile
+        link_or_copy(run.best_path, model_file(options))  # another run may have used that name meanwhile
     return trained
 
 
@@ -237,7 +241,7 @@ def command(name: str, summary: str, groups: tuple[Group, ...], examples: str) -
         resolve=partial(use_bundled_rows, ending=ENDINGS[name]),
         check=check,
         inputs=classifiers.row_files,
-        outputs=lambda options: [options.dev_out, options.test_out, best_model_path(options)],
+        outputs=lambda options: [path for path in (options.dev_out, options.test_out, model_file(options)) if path],
         trains=True,
     )
 

@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model
 from minillama.cli.checks import check_differ, check_prompts, refuse
-from minillama.cli.console import check_stdin, read_prompts, show, stdout_is_utf8, typed_lines
+from minillama.cli.console import HOW_TO_END, check_stdin, read_prompts, show, stdout_is_utf8, typed_lines
 from minillama.cli.header import report, warn
 from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
@@ -225,17 +224,9 @@ def run(options: Options) -> None:
 
 def filters_of(options: Options) -> list[Filter]:
     """The chosen filters, --epsilon first."""
-    from minillama.decoding import filters
+    from minillama.decoding.filters import filters_by_name
 
-    chosen = (
-        (filters.epsilon_filter, "epsilon", options.epsilon or None),
-        (filters.eta_filter, "eta", options.eta),
-        (filters.top_k_filter, "k", options.top_k),
-        (filters.top_p_filter, "p", options.top_p),
-        (filters.min_p_filter, "p", options.min_p),
-        (filters.typical_filter, "mass", options.typical_p),
-    )
-    return [partial(kept, **{name: value}) for kept, name, value in chosen if value is not None]
+    return filters_by_name(**{name: getattr(options, name) for name in ("epsilon", *FILTERS)})
 
 
 def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -343,7 +334,7 @@ def explain(options: Options, writer: Writer, prompt: list[int]) -> None:
 def converse(options: Options, writer: Writer) -> None:
     """Answers prompts one by one. With --chat they form one conversation, which drops its oldest turns if too long."""
     context, new = writer.model.config.max_seq_len, options.max_new_tokens
-    report("Type a prompt and press Enter. Ctrl-C stops an answer, Ctrl-D ends.")
+    report(f"Type a prompt and press Enter. Ctrl-C stops an answer; {HOW_TO_END}.")
     messages: list[dict[str, str]] = []
     for line in typed_lines():
         if not line.strip():

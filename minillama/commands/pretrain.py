@@ -14,6 +14,8 @@ from minillama.cli.header import print_header, report, report_next
 from minillama.cli.loading import check_causal, load_llama, open_checkpoint, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
+from minillama.cli.plan import plan_corpus, scratch_folder
+from minillama.cli.room import check_room
 from minillama.cli.session import open_session
 from minillama.formats.names import without_ending
 
@@ -72,7 +74,7 @@ TEXTS = Group(
         flags.WINDOW,
         flags.BATCH_SIZE,
         Flag("--max_steps N", "number of steps", COUNT, default_text="--epochs passes over the corpus"),
-        Flag("--eval_every N", "evaluate every N steps", COUNT, 200),
+        Flag("--eval_every N", "evaluate every N steps; without --max_steps also after each epoch", COUNT, 200),
         Flag("--sample_prompt TEXT", "prompt for a sample after each evaluation", str, "Once upon a time"),
         Flag("--tokens_dir DIR", "folder for tokenized texts", str, "runs/tokens"),
         flags.VOCAB_SIZE,
@@ -115,9 +117,11 @@ def new_config(options: Options, vocab_size: int) -> LlamaConfig:
     return LlamaConfig(**sizes)
 
 
-def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: Processes) -> Corpus:
-    """Opens the texts; the main process tokenizes new ones. Raises ValueError if a file is named twice, because one
-    text might train on the held-out documents of the other.
+def read_corpus(
+    options: Options, tokenizer: Tokenizer, window: int, processes: Processes, scratch: Path | None = None
+) -> Corpus:
+    """Opens the texts; the main process tokenizes new ones, into --tokens_dir or `scratch`. Raises ValueError if a file
+    is named twice, because one text might train on the held-out documents of the other.
     """
     from minillama.text.corpus import Corpus, Text
     from minillama.text.documents import open_tokens, text_files, tokenize_text
@@ -131,7 +135,7 @@ def read_corpus(options: Options, tokenizer: Tokenizer, window: int, processes: 
     texts = []
     for path, weight, files in named:
         folder = Path(options.tokens_dir)
-        done = processes.from_main(lambda: [tokenize_text(file, tokenizer, folder) for file in files])  # noqa: B023
+        done = processes.from_main(lambda: [tokenize_text(file, tokenizer, folder, scratch) for file in files])  # noqa: B023
         tokens = [open_tokens(file, tokenizer) for file in done]
         stem = Path(without_ending(path)).name
         name = stem if stem and stems[stem] == 1 else path
@@ -153,7 +157,7 @@ def run(options: Options) -> None:
     from minillama.formats.files import read_torch
     from minillama.training.language_modelling import LanguageModelling
 
-    with open_session(options, new_model=not options.continued) as session:
+    with scratch_folder(options) as scratch, open_session(options, new_model=not options.continued) as session:
         options, tokenizer, dtype, run = session.options, session.tokenizer, session.dtype, session.run
         if options.vocab_size not in (None, tokenizer.n_words):
             raise ValueError(
@@ -161,17 +165,19 @@ def run(options: Options) -> None:
             )
         if options.continued:
             checkpoint = open_checkpoint(options, tokenizer)
+            check_room(options, checkpoint.config, session.device)
             llama = load_llama(options, checkpoint, dtype, mapped=session.processes.fsdp)
             name, kind, stop_ids = options.pretrained_model_path, checkpoint.kind, checkpoint.stop_ids
         else:
             config, stop_ids = new_config(options, tokenizer.n_words), ()
+            check_room(options, config, session.device)
             llama = llama_without_weights(config) if session.processes.fsdp else Llama(config)
             name, kind = options.preset or flags.DEFAULT_PRESET, "new, random weights"
         print_header(options, llama, kind, tokenizer, session.device, dtype, name=name)
         check_causal(llama)
         config = llama.config
         window = training_window(options, config)
-        corpus = read_corpus(options, tokenizer, window, session.processes)
+        corpus = read_corpus(options, tokenizer, window, session.processes, scratch)
         steps = plan_steps(options, corpus.pass_length, window)
         task = LanguageModelling(
             corpus,
@@ -181,8 +187,11 @@ def run(options: Options) -> None:
             options.eval_every,
             sample_prompt=options.sample_prompt,
             seed=options.seed,
+            passes=None if options.max_steps else options.epochs,
         )
 
+        if options.plan:
+            return plan_corpus(session, llama, task, corpus)
         write_best = session.best_writer(config, stop_ids)
         session.train(llama, task, write_best, dynamic=False)
         if session.processes.is_main:

@@ -45,14 +45,13 @@ def run(options: Options) -> None:
 
     from classifier import LlamaZeroShotClassifier
     from minillama.text.batches import prompt_parts
-    from minillama.text.labelled import read_labels
 
-    labels = read_labels(options.label_names)
-    raw, words = classifiers.read_data(options, ("dev", "test"), labels)
+    raw, labels, words = classifiers.read_data(options, ("dev", "test"))
     with open_session(options) as session:
         tokenizer = session.tokenizer
         origin = session.origin(raw)
-        llama, _ = session.load_llama(f"dev {options.dev}, test {options.test}, labels {options.label_names}")
+        files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
+        llama, _ = session.load_llama(f"{files}, labels {options.label_names or 'those of the data'}")
         prompt = prompt_parts(options.template, words, options.pooling)
         report(f"prompt      {'{sentence}'.join(prompt)}")
         config = SimpleNamespace(llama=llama, num_labels=len(words), pooling=options.pooling)
@@ -100,5 +99,5 @@ python run_llama.py --option prompt --calibrate contextual --batch_size 10
     default_texts=classifiers.output_texts(ENDING),
     check=check,
     inputs=classifiers.row_files,
-    outputs=lambda options: [options.dev_out, options.test_out],
+    outputs=lambda options: [path for path in (options.dev_out, options.test_out) if path],
 )

@@ -11,15 +11,28 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from minillama.cli.charts import Line, chart, colour, document, downsample, matrix_figure, table, text
+from minillama.cli.charts import (
+    Chart,
+    Line,
+    Matrix,
+    chart,
+    colour,
+    document,
+    downsample,
+    matrix_figure,
+    table,
+    text,
+)
 from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, read_run
 from minillama.cli.flags import DEFAULT_PRESET
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone
-from minillama.cli.options import Command, Flag, Group, Options
+from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
+from minillama.cli.plots import Plot, write_plots
 from minillama.cli.session import RESUME_MAY_CHANGE
 from minillama.formats.names import RUNS, path_and_fold, without_ending
 
+Curve = tuple[str, list[str], list[list[float | None]]]  # path, header and rows, see `read_curves`
 NONE = "–"  # shown for a missing score
 # Options that do not count as settings, or are part of a group's heading.
 NOT_SETTINGS = {*RESUME_MAY_CHANGE, "option", "seed", "train", "dev", "test", "label_names", "corpus"}
@@ -162,8 +175,8 @@ def run_table(members: Sequence[Run]) -> str:
     return table(head, rows, words=[len(head) - 1])
 
 
-def figures(members: Sequence[Run]) -> str:
-    """Charts of a group's runs: the loss of each step, and the scores of each epoch."""
+def charts_of(members: Sequence[Run]) -> dict[str, Chart]:
+    """Charts of a group's runs, by a short name: the loss of each step, and the scores of each epoch."""
     seeds = [str(run.options.get("seed")) for run in members]
     distinct = len(set(seeds)) == len(seeds) > 1
     names = [f"seed {seed}" if distinct else run.name for seed, run in zip(seeds, members, strict=True)]
@@ -182,15 +195,27 @@ def figures(members: Sequence[Run]) -> str:
         texts = list(dict.fromkeys(key for line in run.scores for key in line if key.startswith("bits_per_byte_")))
         bits = [(f"mean of {len(texts)} texts", run.curve("bits_per_byte"), colour(0))]
         bits += [(key.removeprefix("bits_per_byte_"), run.curve(key), colour(i)) for i, key in enumerate(texts, 1)]
-    drawn = [chart("Training loss" + (f", means of {size} steps" if size > 1 else ""), "step", losses, dots=False)]
+    loss = Chart("Training loss" + (f", means of {size} steps" if size > 1 else ""), "step", losses, dots=False)
+    charts = {"loss": loss}
     if any(points for _, points, _ in dev):
         seen = curves("running_train_accuracy", ", training", dashed=True)
-        drawn.append(chart("Accuracy after each epoch", "step", [*dev, *seen]))
+        charts["accuracy"] = Chart("Accuracy after each epoch", "step", [*dev, *seen])
     answers = [*curves("dev_f1", ", F1"), *curves("dev_exact_match", ", exact match", dashed=True)]
-    drawn.append(chart("Held-out bits per byte", "step", bits))
-    drawn.append(chart("Answers on dev after each epoch", "step", answers))
-    drawn.append(chart("Loss on dev after each epoch", "step", curves("dev_loss")))
-    return f'<div class="grid">{"".join(drawn)}</div>'
+    charts["bits per byte"] = Chart("Held-out bits per byte", "step", bits)
+    charts["answers"] = Chart("Answers on dev after each epoch", "step", answers)
+    charts["dev loss"] = Chart("Loss on dev after each epoch", "step", curves("dev_loss"))
+    return charts
+
+
+def matrices_of(members: Sequence[Run]) -> dict[str, Matrix]:
+    """The confusion matrices of a group's runs, by a short name."""
+    found = {}
+    for run in members:
+        for split, matrix in run.matrices().items():
+            caption = f"{split}, seed {run.options.get('seed', '?')}: accuracy"
+            caption += f" {decimals(run.final.get(f'{split}_accuracy'))}"
+            found[f"confusion {split} {run.name}"] = Matrix(caption, *matrix)
+    return found
 
 
 def group_section(number: int, name: str, members: Sequence[Run]) -> str:
@@ -198,16 +223,9 @@ def group_section(number: int, name: str, members: Sequence[Run]) -> str:
     parts = [f'<section id="g{number}"><h2>{text(name)}</h2>']
     if chosen := settings(members[0]):
         parts.append(f'<p class="quiet">{text(", ".join(" ".join(item) for item in chosen.items()))}</p>')
-    parts += [run_table(members), figures(members)]
-    drawn = [
-        matrix_figure(
-            f"{split}, seed {run.options.get('seed', '?')}: accuracy {decimals(run.final.get(f'{split}_accuracy'))}",
-            *matrix,
-        )
-        for run in members
-        for split, matrix in run.matrices().items()
-    ]
-    if drawn:
+    charts = "".join(chart(*one) for one in charts_of(members).values())
+    parts += [run_table(members), f'<div class="grid">{charts}</div>']
+    if drawn := [matrix_figure(*one) for one in matrices_of(members).values()]:
         parts.append("<h3>Confusion matrices</h3><p>Rows are true classes, columns are predicted classes.</p>")
         parts.append(f'<div class="grid">{"".join(drawn)}</div>')
     missing = Counter(reason for run in members for reason in run.missing_matrices())
@@ -223,19 +241,38 @@ def group_section(number: int, name: str, members: Sequence[Run]) -> str:
     return "".join(parts) + "</section>"
 
 
-def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
-    """A chart and a table of accuracy by alpha, the share of the second of two models."""
+def alpha_chart(head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Chart:
+    """Accuracy by alpha, the share of the second of two models."""
     lines = []
     for i, name in enumerate(head[1:], start=1):
         points = [(x, y) for x, y in ((row[0], row[i]) for row in rows) if x is not None and y is not None]
         lines.append((name, points, colour(i - 1)))
+    return Chart("Accuracy by alpha", "alpha", lines)
+
+
+def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
+    """A chart and a table of accuracy by alpha."""
     numbers = table(head, [[f"{row[0]:g}", *map(decimals, row[1:])] for row in rows], words=[])
-    return f'<h3>{text(path)}</h3><div class="grid">{chart("Accuracy by alpha", "alpha", lines)}{numbers}</div>'
+    return f'<h3>{text(path)}</h3><div class="grid">{chart(*alpha_chart(head, rows))}{numbers}</div>'
 
 
-def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[float | None]]]] = ()) -> str:
+def all_plots(runs: Sequence[Run], curves: Sequence[Curve]) -> dict[tuple[str, str], Plot]:
+    """All charts and confusion matrices of the page, by their titles and short names."""
+    found: dict[tuple[str, str], Plot] = {}
+    for name, members in groups_of(runs):
+        found |= {(name, kind): one for kind, one in charts_of(members).items()}
+        found |= {(name, kind): one for kind, one in matrices_of(members).items()}
+    return found | {(without_ending(path), "alpha"): alpha_chart(head, rows) for path, head, rows in curves}
+
+
+def groups_of(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """The groups of the runs that could be read, by name."""
+    return sorted(grouped([run for run in runs if run.options or run.losses or run.scores]))
+
+
+def page(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> str:
     """The whole page: problems, scores over seeds, curves between two models, and a section for each group."""
-    groups = sorted(grouped([run for run in runs if run.options or run.losses or run.scores]))
+    groups = groups_of(runs)
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     parts = [f'<h1>Runs</h1><p class="quiet">{title}, {date.today().isoformat()}</p>']
     if problems := [f"<li>{text(run.name)}: {text('; '.join(run.problems))}</li>" for run in runs if run.problems]:
@@ -252,6 +289,8 @@ def page(runs: Sequence[Run], curves: Sequence[tuple[str, list[str], list[list[f
 def check(options: Options) -> None:
     if not options.report_out.endswith(".html"):
         raise ValueError(f"--report_out is {options.report_out}; its name must end in .html")
+    if options.plots is not None and (not options.plots or Path(options.plots).is_file()):
+        raise ValueError(f"--plots {options.plots or 'has no name'}: give a folder for the plots, new or existing")
 
 
 def run(options: Options) -> None:
@@ -273,6 +312,8 @@ def run(options: Options) -> None:
     damaged = sum(bool(run.problems) for run in runs)
     problems = f", {damaged} of them unfinished or damaged" if damaged else ""
     report(f"wrote {options.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{problems}")
+    if options.plots is not None:
+        report(write_plots(Path(options.plots), all_plots(runs, curves)))
 
 
 COMMAND = Command(
@@ -291,6 +332,11 @@ COMMAND = Command(
                     nargs="+",
                 ),
                 Flag("--report_out FILE", "the page to write", str, "report.html"),
+                OwnFlag(
+                    "--plots DIR",
+                    "also write each curve and confusion matrix as an SVG file into this folder, and as PNG if "
+                    "matplotlib is installed",
+                ),
                 Flag(
                     "--curves FILE.csv",
                     "tables of accuracy between two sets of weights: a column alpha, then one per data set",
@@ -304,7 +350,7 @@ COMMAND = Command(
     run,
     """
 python run_llama.py --option report
-python run_llama.py --option report --runs runs --curves wise-ft-curve.csv
+python run_llama.py --option report --runs runs --curves wise-ft-curve.csv --plots plots
 """,
     check=check,
     inputs=lambda options: [],

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model, use_demo_data
-from minillama.cli.checks import check_differ, check_training, model_files
-from minillama.cli.header import display_path, report, report_next
+from minillama.cli.checks import check_differ, check_training, model_files, same_rows
+from minillama.cli.header import display_path, report, report_next, warn
 from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, training_window
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
+from minillama.cli.plan import plan_examples
 from minillama.cli.provenance import check_default_output, write_with_record
 from minillama.cli.session import open_session
 from minillama.environment import HERE
@@ -82,6 +83,7 @@ def run(options: Options) -> None:
     from minillama.training.answering import Instruction
 
     raw = {split: read_examples(path) for split in SPLITS if (path := getattr(options, split))}
+    warn(same_rows(options, raw))
     judged = [split for split in raw if split != "train"]
     for split in judged:
         check_default_output(options, split, [example.prompt for example in raw[split]])
@@ -109,6 +111,8 @@ def run(options: Options) -> None:
 
         write_best = session.best_writer(config, checkpoint.stop_ids)
         session.seed_dropout()
+        if options.plan:
+            return plan_examples(session, llama, task, data)
         model = session.train(llama, task, write_best, dynamic=True)
         if session.processes.is_main:  # read the file, because the model in memory may be sharded
             opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minillama.cli import classifiers, flags
 from minillama.cli.charts import chart, colour, document
 from minillama.cli.checks import check_differ
+from minillama.cli.data_files import share_of, source
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from minillama.text.labelled import Row
     from minillama.training.evaluation import Evaluation
 
-INHERITED_OPTIONS = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test")
+INHERITED_OPTIONS = (*classifiers.OPTIONS_FROM_FINE_TUNED, "dev", "test", "columns")
 ALPHAS = flags.numbers(
     float,
     "increasing numbers from 0 to 1, separated by commas",
@@ -115,7 +116,8 @@ def check(options: Options) -> None:
 
 
 def inputs(options: Options) -> list[str | None]:
-    rows = [path_and_fold(path)[0] for path in (options.dev, options.test, *options.ood) if path]
+    files = (options.dev, options.test, *options.ood)
+    rows = [path_and_fold(path)[0] for path in files if path and share_of(path) is None]
     return [options.finetuned, options.pretrained_model_path, *rows, options.label_names, *options.ood_label_names]
 
 
@@ -135,7 +137,7 @@ def run(options: Options) -> None:
 
     from classifier import MergedClasses
     from minillama.formats.checkpoint import read_fine_tuned
-    from minillama.text.labelled import has_gold_labels, read_rows, write_predictions
+    from minillama.text.labelled import has_gold_labels, write_predictions
     from minillama.training.evaluation import describe, evaluate
     from minillama.training.weight_mixing import interpolate
 
@@ -143,8 +145,11 @@ def run(options: Options) -> None:
     found = read_fine_tuned(options.finetuned)
     options = classifiers.inherit_options(options, found, INHERITED_OPTIONS)
     labels = labels_of(options, found)
-    sets = [DataSet("dev", read_rows(options.dev, labels), found.label_names), *out_of_domain(options, found, labels)]
-    test = DataSet("test", read_rows(options.test, labels), found.label_names)
+    if share_of(options.dev) is not None:  # the rows that the run held out
+        options = options.replace(**{name: found.options[name] for name in ("train", "seed", "columns")})
+    raw = classifiers.read_data(options, ("train", "dev", "test") if share_of(options.dev) else ("dev", "test"), labels)
+    sets = [DataSet("dev", raw.rows["dev"], found.label_names), *out_of_domain(options, found, labels)]
+    tests = [DataSet("test", raw.rows["test"], found.label_names)] if "test" in raw.rows else []
     for one, path in zip(sets, [options.dev, *options.ood], strict=True):
         if not has_gold_labels(one.rows) and (len(options.alphas) > 1 or one.name != "dev"):
             raise ValueError(f"{path} has only one value in its label column, so it has no gold labels to score by")
@@ -154,16 +159,17 @@ def run(options: Options) -> None:
     model, tokenizer, prompt = classifiers.load_classifier(
         options, found, device, dtype, "its base" if mixes else "its base, not needed"
     )
-    data = {"dev": (options.dev, len(sets[0].rows)), "test": (options.test, len(test.rows))}
+    data = {one.name: (source(options, one.name), len(one.rows)) for one in (sets[0], *tests)}
     origin = Origin.of(options, data, options.finetuned)
     theta_1 = copy.deepcopy(model.llama.state_dict())  # deepcopy keeps tied weights tied
     theta_0 = base_of(options, found) if mixes else theta_1
-    report(f"data        dev {options.dev}, test {options.test}{''.join(f', {path}' for path in options.ood)}")
+    files = [f"{split} {getattr(options, split)}" for split in data] + options.ood
+    report(f"data        {', '.join(files)}")
     for one in sets[1:]:
         report(f"classes     {one.name}: {counting(one, found.label_names)}")
-    raw = {str(i): one.rows for i, one in enumerate([*sets, test])}
-    done = classifiers.tokenize_data(options, raw, tokenizer, found.config.max_seq_len, *prompt)
-    for one, rows in zip([*sets, test], done.values(), strict=True):
+    by_number = {str(i): one.rows for i, one in enumerate([*sets, *tests])}
+    done = classifiers.tokenize_data(options, by_number, tokenizer, found.config.max_seq_len, *prompt)
+    for one, rows in zip([*sets, *tests], done.values(), strict=True):
         one.rows = rows
     model = model.to(device)
 
@@ -183,21 +189,22 @@ def run(options: Options) -> None:
     best = max(range(len(curve)), key=lambda i: (curve[i][0].accuracy or 0.0, options.alphas[i]))
     alpha, dev = options.alphas[best], curve[best][0]
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
-    tested = judged(test, alpha)
+    tested = [(one, judged(one, alpha)) for one in tests]
     try:
         write_curve(options, sets, [[one.accuracy for one in scores] for scores in curve])
-        for one, result in ((sets[0], dev), (test, tested)):
+        for one, result in ((sets[0], dev), *tested):
             if getattr(options, f"{one.name}_out") is None:
                 continue
             sentences = [row.sentence for row in one.rows]
-            write = partial(write_predictions, predictions=result.predictions, rows=one.rows, labels=labels)
+            made: dict[str, Any] = {"predictions": result.predictions, "probabilities": result.probabilities}
+            write = partial(write_predictions, rows=one.rows, labels=labels, **made)
             scores = {"alpha": alpha, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
             write_with_record(options, origin, one.name, sentences, write, **scores)
         write_mixed(options, found, model, alpha, dev)
     finally:  # print the scores even if a file cannot be written
         print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
-        print(f"dev {describe(dev)} ({len(sets[0].rows)} rows)")
-        print(f"test {describe(tested)} ({len(test.rows)} rows)", flush=True)
+        for one, result in ((sets[0], dev), *tested):
+            print(f"{one.name} {describe(result)} ({len(one.rows)} rows)", flush=True)
     if options.model_out:
         report(f"wrote {options.model_out}, the model at alpha {alpha:g}")
         report_next("--option", "classify", "--finetuned", options.model_out, "--prompt", "your sentence")
@@ -332,7 +339,11 @@ COMMAND = Command(
     "mix a fine-tuned classifier with its base model",
     (
         MIXING,
-        Group("data", (flags.DEV, flags.TEST, flags.LABEL_NAMES, flags.DEV_OUT, flags.TEST_OUT), flags.ROW_FORMATS),
+        Group(
+            "data",
+            (flags.DEV, flags.TEST, flags.COLUMNS, flags.LABEL_NAMES, flags.DEV_OUT, flags.TEST_OUT),
+            flags.ROW_FORMATS,
+        ),
         flags.ROWS,
         Group("model", (flags.MODEL_PATH, flags.TOKENIZER)),
         flags.DEVICE,

@@ -15,7 +15,7 @@ from minillama.decoding.beam_search import beam_search
 from minillama.decoding.contrastive_search import contrastive_search
 from minillama.decoding.filters import Filter
 from minillama.decoding.lookup import lookup_decoding
-from minillama.decoding.sampling import LanguageModel
+from minillama.decoding.sampling import LanguageModel, has_stop, until_end
 from minillama.text.batches import pad
 from tokenizer import Tokenizer
 
@@ -163,34 +163,25 @@ class Writer:
         finish = "stop" if stopped else "end" if ended else "length"
         return Continuation(pieces[0], "".join(pieces[1:]), len(taken), finish)
 
-    def batch(self, prompts: list[list[int]], tick: Callable[[int], object]) -> list[Continuation]:
+    def batch(
+        self, prompts: list[list[int]], tick: Callable[[int], object] = lambda tokens: None
+    ) -> list[Continuation]:
         """Continues prompts as one batch. At temperature 0 each result is that of the prompt alone; above 0 it depends
         on the batch. tick: called with the number of new tokens.
         """
         idx, mask = pad(prompts, self.tokenizer.pad_id, side="left")
-        rows: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        for chosen in self.stream(idx.to(self.device), None if mask is None else mask.to(self.device)):
-            for row, token in enumerate(chosen.tolist()):
-                if not ended[row]:
-                    rows[row].append(token)
-                    ended[row] = token in self.tokenizer.stop_ids or self.stopped(prompts[row], rows[row])
-                    tick(1)
-            if all(ended):
-                break
+
+        def ended(row: int, ids: list[int]) -> bool:
+            before = self.shown(prompts[row])
+            return ids[-1] in self.tokenizer.stop_ids or has_stop(self.tokenizer, before, ids, self.decoding.stops)
+
+        steps = self.stream(idx.to(self.device), None if mask is None else mask.to(self.device))
+        rows = until_end(steps, len(prompts), ended, tick)
         return [self.continuation(prompt, iter(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
 
     def shown(self, prompt: list[int]) -> list[int]:
         """The tokens of a prompt that are shown before its continuation."""
         return prompt if self.decoding.shows_prompt else []
-
-    def stopped(self, prompt: list[int], ids: list[int]) -> bool:
-        """Whether the text of `ids` contains one of the stops, by the rule of `continuation`."""
-        if not self.decoding.stops:
-            return False
-        before = self.shown(prompt)
-        text = self.tokenizer.decode(before + ids)[len(self.tokenizer.decode(before)) :]
-        return any(stop in text for stop in self.decoding.stops)
 
 
 def text_pieces(

@@ -10,14 +10,53 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import DEFAULT_EPSILON
+from minillama.layers.precision import sum_dtype
+
 Filter = Callable[[Tensor], Tensor]  # logits (..., V) -> (..., V)
+Allowed = tuple[str, Callable[[float], bool]]  # the values of a setting, in words and as a test
 NUCLEUS = (256, 4096, sys.maxsize)  # tokens that top-p sorts: more only if these do not reach p
 BANNED = -1e30  # a logit below all others; it is finite, because infinity indicates damaged weights
+
+
+def filters_by_name(
+    epsilon: float = DEFAULT_EPSILON,
+    eta: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+) -> list[Filter]:
+    """The filters with these settings, epsilon first; None and an epsilon of 0 are no filter.
+
+    The default epsilon is 0.05, and 0 with another filter. Raises ValueError for a setting out of its range.
+    """
+    if epsilon is DEFAULT_EPSILON and not {eta, top_k, top_p, min_p, typical_p} <= {None}:
+        epsilon = 0.0
+    fraction: Allowed = "in [0, 1)", lambda value: 0 <= value < 1
+    share: Allowed = "above 0 and at most 1", lambda value: 0 < value <= 1
+    count: Allowed = "a whole number, 1 or more", lambda value: isinstance(value, int) and value >= 1
+    table: tuple[tuple[str, float | None, Allowed, Callable[..., Tensor], str], ...] = (
+        ("epsilon", epsilon or None, fraction, epsilon_filter, "epsilon"),
+        ("eta", eta, fraction, eta_filter, "eta"),
+        ("top_k", top_k, count, top_k_filter, "k"),
+        ("top_p", top_p, share, top_p_filter, "p"),
+        ("min_p", min_p, share, min_p_filter, "p"),
+        ("typical_p", typical_p, share, typical_filter, "mass"),
+    )
+    chosen: list[Filter] = []
+    for name, value, (wanted, allows), keep, argument in table:
+        if value is not None:
+            if not allows(value):
+                raise ValueError(f"{name} is {value}; it must be {wanted}")
+            chosen.append(partial(keep, **{argument: value}))
+    return chosen
 
 
 def cut(logits: Tensor, dropped: Tensor) -> Tensor:
@@ -118,9 +157,13 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     number, and torch.multinomial V of them. In float64 the share is below the whole, and a token of probability 0 is
     never drawn.
     """
+    device = probabilities.device
+    dtype = sum_dtype(device)
+    share = torch.rand(len(probabilities), 1, dtype=dtype, device=device, generator=generator)
+    if dtype != torch.float64:  # the CPU has it
+        probabilities, share = probabilities.cpu(), share.cpu().double()
     totals = running_total(probabilities, torch.float64)
-    share = torch.rand(len(totals), 1, dtype=torch.float64, device=totals.device, generator=generator)
-    return torch.searchsorted(totals, share * totals[:, -1:], right=True).squeeze(-1)
+    return torch.searchsorted(totals, share * totals[:, -1:], right=True).squeeze(-1).to(device)
 
 
 def running_total(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

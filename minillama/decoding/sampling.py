@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from config import DEFAULT_EPSILON
 from minillama.decoding.filters import (
     BANNED,
     Filter,
@@ -21,9 +22,11 @@ from minillama.decoding.filters import (
     distribution,
     draw,
     epsilon_filter,
+    filters_by_name,
     repetition_penalised,
 )
 from minillama.layers.precision import at_least_float32
+from tokenizer import Tokenizer
 
 
 class LanguageModel(Protocol):
@@ -184,12 +187,81 @@ def stream(
             return
 
 
-def generate(model: LanguageModel, idx: Tensor, max_new_tokens: int, **settings: Any) -> Tensor:
-    """Continues each prompt of idx (B, T): int64 (B, T + max_new_tokens). settings: see `stream`.
+def generate(
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    tokenizer: Tokenizer | None = None,
+    stop: str | Sequence[str] = (),
+    epsilon: float = DEFAULT_EPSILON,
+    eta: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Continues each prompt of idx (B, T): int64 (B, T + max_new_tokens).
 
-    If the stream ends early, the rest is filled with the first of `eos_ids`.
+    After its end, a row is filled with the first of `eos_ids`.
+
+    tokenizer: a row ends with one of its end tokens (unless `eos_ids` are given), and no id without a piece is chosen.
+    stop: texts; a row ends after one of them, which needs the tokenizer. epsilon to typical_p: see `filters_by_name`.
+    settings: see `stream`, such as temperature, repetition_penalty, attention_mask, eos_ids, generator. Raises
+    ValueError for settings out of range.
     """
-    new = list(stream(model, idx, max_new_tokens, **settings))
-    tokens = torch.cat((idx.cpu(), *(chosen[:, None] for chosen in new)), dim=1).to(idx.device)
-    missing = max_new_tokens - len(new)
-    return torch.cat((tokens, tokens.new_full((len(tokens), missing), (*settings.get("eos_ids", ()), 0)[0])), dim=1)
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if "" in stops:
+        raise ValueError("stop has an empty text, which would stop at once; leave it out")
+    if tokenizer is not None:
+        settings = {"eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids} | settings
+    elif stops:
+        raise ValueError("stop needs the tokenizer that reads the new tokens; give tokenizer=...")
+    chosen = filters_by_name(epsilon, eta, top_k, top_p, min_p, typical_p)
+    settings["filters"] = [*chosen, *settings.get("filters", ())]
+    ends, mask = settings.get("eos_ids", ()), settings.get("attention_mask")
+
+    def ended(row: int, ids: list[int]) -> bool:
+        if ids[-1] in ends or tokenizer is None or not stops:
+            return ids[-1] in ends
+        before = idx[row] if mask is None else idx[row][mask[row].bool()]
+        return has_stop(tokenizer, before.tolist(), ids, stops)
+
+    rows = until_end(stream(model, idx, max_new_tokens, epsilon=0.0, **settings), len(idx), ended)
+    tokens = torch.cat((idx, idx.new_full((len(idx), max_new_tokens), (*ends, 0)[0])), dim=1)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[idx.shape[1] : idx.shape[1] + len(ids)] = idx.new_tensor(ids)
+    return tokens
+
+
+def until_end(
+    steps: Iterator[Tensor],
+    count: int,
+    ended: Callable[[int, list[int]], bool],
+    tick: Callable[[int], object] = lambda tokens: None,
+) -> list[list[int]]:
+    """The new tokens of each of `count` rows from the steps of `stream`, up to the one with which the row ends.
+
+    ended: given a row and its new tokens, whether it has ended. tick: called with the number of new tokens.
+    """
+    rows: list[list[int]] = [[] for _ in range(count)]
+    going = set(range(count))
+    for chosen in steps:
+        for row, token in enumerate(chosen.tolist()):
+            if row in going:
+                rows[row].append(token)
+                if ended(row, rows[row]):
+                    going.discard(row)
+                tick(1)
+        if not going:
+            break
+    return rows
+
+
+def has_stop(tokenizer: Tokenizer, before: list[int], ids: list[int], stops: Sequence[str]) -> bool:
+    """Whether the text of `ids`, which follow the tokens `before`, contains one of the texts `stops`."""
+    if not stops:
+        return False
+    text = tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
+    return any(stop in text for stop in stops)

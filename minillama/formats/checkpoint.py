@@ -210,7 +210,9 @@ class FineTuned:
 def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     """Reads the file of a fine-tuned classifier. Raises FileNotFoundError or ValueError."""
     path = Path(path)
-    wanted = "give the best.pt of a run, or the finetune-...pt or lora-...pt that it wrote"
+    wanted = "give the folder of a run, its best.pt, or the finetune-...pt or lora-...pt that it wrote"
+    if path.is_dir():
+        path /= "best.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {wanted}")
     with path.open("rb") as file:

@@ -58,9 +58,16 @@ def bf16_is_native(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 products. Without them bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return False  # nobody has tried
     # torch has get_capabilities from version 2.13 on; with older versions the result is False.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of long sums on a device: float64, or float32 on a Mac's GPU, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def at_least_float32(x: Tensor) -> Tensor:

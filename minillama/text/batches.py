@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ class Tokenized(Protocol):
 
     @property
     def ids(self) -> Sequence[int]: ...
+
+
+Length = TypeVar("Length", bound=Tokenized)
 
 
 class Batch(NamedTuple):
@@ -89,7 +94,7 @@ def tokenize_rows(
                 raise ValueError(f"a context of {context} tokens has no room for a sentence and {around} of prompt")
             cut += len(sentence) > room
             ids = ids[:start] + sentence[:room] + question_ids
-        done.append(Row(row.label, row.sentence, (*begin, *ids, *end)))
+        done.append(replace(row, ids=(*begin, *ids, *end)))
     return done, cut
 
 
@@ -170,6 +175,13 @@ def cut_by_length(
 def by_length(rows: Sequence[Tokenized]) -> list[int]:
     """The positions of the rows, the longest row first."""
     return sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
+
+
+def spread(rows: Sequence[Length], count: int) -> list[Length]:
+    """At most `count` rows, evenly spread over all rows in the order of their lengths."""
+    ordered = by_length(rows)
+    step = max(1, math.ceil(len(ordered) / count))
+    return [rows[i] for i in ordered[step // 2 :: step]]
 
 
 def shuffled_batches(

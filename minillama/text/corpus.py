@@ -57,6 +57,7 @@ class Text:
         self.name, self.weight = name, weight
         documents = sum(len(tokens.text_bytes) for tokens in files)
         kept_out = held_out_count(held_out, documents)
+        self.documents, self.held_out_documents = documents - kept_out, kept_out
         if kept_out >= documents:
             remedy = f"separate documents by {DOCUMENT_END}" + (
                 ", or give a smaller --held_out" if documents > 1 else ""

@@ -214,8 +214,10 @@ class Tokens:
     checksum: str  # of text and tokenizer
 
 
-def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Writes the tokens of a text into `folder`, unless they exist and are up to date; returns their file."""
+def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path, scratch: Path | None = None) -> Path:
+    """Writes the tokens of a text into `folder`, unless they exist and are up to date; returns their file. scratch: a
+    folder to write into instead.
+    """
     if is_tokens(path):
         return path
     text_crc = _file_crc(path)
@@ -224,6 +226,8 @@ def tokenize_text(path: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     target = folder / f"{without_ending(path.name)}-{zlib.crc32(origin.encode()):08x}{TOKENS_ENDING}"
     if target.exists() and read_header(target)["text_crc32"] == text_crc:
         return target
+    folder = scratch or folder
+    target = folder / target.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,7 +14,8 @@ from torch import Tensor
 from config import shown
 from minillama.formats.files import atomic_file
 from minillama.text.batches import word_ids
-from minillama.text.labelled import beginning, numbered_lines, read_text
+from minillama.text.labelled import beginning, read_text
+from minillama.text.tables import numbered_lines
 from tokenizer import Tokenizer
 
 EXAMPLE_LINE = '{"prompt": "...", "answer": "..."}'

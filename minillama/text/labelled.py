@@ -1,36 +1,35 @@
-"""Labelled sentences: reads data files and label files, and writes prediction files."""
+"""Labelled sentences: the classes of data files, label files, and prediction files."""
 
 from __future__ import annotations
 
 import csv
-import io
+import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from minillama.formats.files import atomic_file
-from minillama.formats.names import path_and_fold
+from minillama.formats.names import COLUMNS_EXAMPLE, PREDICTED, PROBABILITY, is_table, path_and_fold
+from minillama.text.tables import LINE_END, SEPARATOR, Table, as_text, read_table
 from tokenizer import Tokenizer
 
-SEPARATOR = " ||| "
-HEADS = ("label", "class", "class index")  # first cells of a line of column names
-LINE_END = re.compile(r"\r{0,2}\n|\r")  # str.splitlines would also split sentences at U+0085 or U+2028
 Labels = Sequence[str] | Mapping[str, str | None]  # names of the labels 0, 1, ..., or the class of each label
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file; `ids` are its tokens."""
+    """One row of a data file. ids: its tokens; cells: the columns of its table, by name."""
 
     label: int
     sentence: str
     ids: tuple[int, ...] = ()
+    cells: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 def read_text(path: str | PathLike[str], what: str) -> str:
@@ -87,137 +86,103 @@ def class_names(labels: Mapping[str, str | None]) -> list[str]:
     return list(dict.fromkeys(name for name in labels.values() if name is not None))
 
 
-class Record(NamedTuple):
-    """One row of a data file as text. fold: a further column, by which rows can be selected."""
+def read_file(
+    path: str | PathLike[str],
+    columns: Mapping[str, str] | None = None,
+    labels: Collection[str] = (),
+    labelled: bool = True,
+) -> Table:
+    """The table in a data file: a .csv, .tsv, .jsonl or .json, or lines of `label ||| sentence`.
 
-    line: int
-    label: str
-    text: str
-    fold: str | None = None
-
-
-def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The non-blank lines of a text, with their numbers."""
-    return ((number, line) for number, line in enumerate(LINE_END.split(text), start=1) if line.strip())
-
-
-def _separated_records(path: Path, text: str) -> Iterator[Record]:
-    """Records from lines of `label ||| text`."""
-    for number, line in numbered_lines(text):
-        label, separator, sentence = line.partition(SEPARATOR.rstrip())
-        if not separator or not f"{sentence} ".startswith(" "):
-            raise ValueError(
-                f'{path}, line {number}: no "{SEPARATOR}" in {line[:60]!r}; a line is `label{SEPARATOR}sentence`'
-            )
-        yield Record(number, label, sentence)
-
-
-def _csv_records(path: Path, text: str) -> Iterator[Record]:
-    """Records of `"label","title","description"`, the format of the data sets of arXiv 1509.01626.
-
-    The text is the cells after the label, joined by spaces; line breaks become spaces. Quotes inside a field are
-    doubled, or else escaped by a backslash. If most backslashes in a file precede n or ", they are escapes, as in the
-    Yelp and Amazon sets. Otherwise each means a line break, as in AG News.
-    """
-    try:
-        records = list(_cells(path, text))
-        found = re.findall(r"\\(.?)", "\n".join(cell for _, cells in records for cell in cells[1:]), re.DOTALL)
-        escapes = 2 * sum(after in ("n", '"') for after in found) > len(found)
-    except ValueError:
-        records, escapes = [], True
-        doubled = re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text)
-        with suppress(ValueError):
-            records = list(_cells(path, doubled))
-        if not records:
-            raise
-    for number, cells in records:
-        joined = " ".join(cell.strip() for cell in cells[1:])
-        if escapes:
-            joined = re.sub(r'\\(r\\n|["n\\])', lambda pair: pair[1] if pair[1] in '"\\' else " ", joined)
-        yield Record(number, cells[0], re.sub(r"\n" if escapes else r"[\\\n]", " ", joined))
-
-
-def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The non-blank records of a CSV, each with the number of its first line."""
-    lines = csv.reader(io.StringIO(LINE_END.sub("\n", text), newline=""), strict=True)
-    width, number = 0, 1
-    try:
-        for cells in lines:
-            if any(cell.strip() for cell in cells):
-                width = width or len(cells)
-                if len(cells) != width or width < 2:
-                    columns = _columns(cells, width)
-                    raise ValueError(f"{path}, line {number}: {columns}; a record is `label,text` or more")
-                yield number, cells
-            number = lines.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {number}: not CSV ({error}); fields are in double quotes") from error
-
-
-def _tab_records(path: Path, text: str) -> Iterator[Record]:
-    """Records from lines of label, tab, text, and possibly more columns.
-
-    The text is the column with the most characters in the whole file. The first of the other columns is the fold.
-    """
-    lines = [(number, line.split("\t")) for number, line in numbered_lines(text)]
-    width = len(lines[0][1])
-    for number, cells in lines:
-        if len(cells) != width or width < 2:
-            raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; a line is `label TAB text` or more")
-    text_at = max(range(1, width), key=lambda n: sum(len(cells[n]) for _, cells in lines))
-    fold_at = 1 if text_at > 1 else 2
-    for number, cells in lines:
-        yield Record(number, cells[0], cells[text_at], cells[fold_at] if fold_at < width else None)
-
-
-def _columns(cells: list[str], width: int) -> str:
-    return f"{len(cells)} column{'s' * (len(cells) != 1)}" + (f", not {width} as above" if width != len(cells) else "")
-
-
-# The kinds of data files, by the suffixes of their names.
-KINDS: dict[str, tuple[str, Callable[[Path, str], Iterator[Record]]]] = {
-    ".csv": ("data file of `label,text` records", _csv_records),
-    ".tsv": ("data file of `label TAB text` lines", _tab_records),
-    "": ("data file of `label ||| sentence` lines", _separated_records),
-}
-
-
-def read_rows(path: str | PathLike[str], label_names: Labels) -> list[Row]:
-    """The rows of a data file, not yet tokenized: lines of `label ||| sentence`, a .csv or a .tsv.
-
-    `#fold=PATTERN` after the path selects rows whose fold matches the shell pattern. Blank lines are left out, and a
-    first line that begins with one of `HEADS`. A row's label is the position of its class in `class_names`. Raises
-    ValueError, naming file and line, for a missing separator or sentence, or an unknown label; and if no row is left.
+    `#fold=PATTERN` after the path selects rows whose fold matches the shell pattern. The other arguments are those of
+    `read_table`. Raises FileNotFoundError or ValueError.
     """
     name, pattern = path_and_fold(str(path))
     file = Path(name)
-    what, records = KINDS.get(file.suffix.lower(), KINDS[""])
+    kind = f"data file of `{'label,text' if is_table(name) else 'label ||| sentence'}` records"
+    text = read_text(file, kind).rstrip(" \r\n")  # a tab at the end belongs to a column
+    table = read_table(file, text, columns, labels, labelled)
+    if pattern is None:
+        return table
+    folds = {record.fold for record in table.records if record.fold is not None}
+    if not folds:
+        raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
+    records = [record for record in table.records if record.fold is not None and fnmatchcase(record.fold, pattern)]
+    if not records:
+        raise ValueError(f"{path}: no rows are left; its folds include {', '.join(sorted(folds)[:5])}")
+    return replace(table, records=records)
+
+
+def infer_labels(table: Table) -> dict[str, str | None]:
+    """The class of each label in a training file: the label itself. Numbers are in numeric order, other labels sorted.
+
+    Raises ValueError if the labels are no classes: one for almost every row, only one, or two that differ only in case.
+    """
+    counts = Counter(record.label for record in table.records if record.label is not None)
+    where = f"{table.path}{f', {table.label}' if table.label else ''}"
+    rows = sum(counts.values())
+    if len(counts) > max(20, rows / 10) or len(counts) == rows > 2:
+        raise ValueError(
+            f"{where} has {len(counts):,} different labels in {rows:,} rows, so it holds no classes; say which columns "
+            f"hold text and label: {COLUMNS_EXAMPLE}"
+        )
+    if len(counts) < 2:
+        one = f'one class, "{next(iter(counts))}"' if counts else "no label"
+        raise ValueError(f"{where} has {one}; a classifier needs rows of two classes or more")
+    spellings: dict[str, list[str]] = {}
+    for label in counts:
+        spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
+    for same in spellings.values():
+        if len(same) > 1:
+            shown = " and ".join(f'"{label}" ({counts[label]:,})' for label in same)
+            example = json.dumps(dict.fromkeys(same, same[0]) | {"...": "..."}, ensure_ascii=False)
+            raise ValueError(f"{where} has {shown}; make them one label, or name classes with --label-names: {example}")
+    numeric = all(re.fullmatch(r"[-+]?[0-9]{1,15}(\.[0-9]{1,15})?", label) for label in counts)
+    return {label: label for label in sorted(counts, key=float if numeric else str)}
+
+
+def near_misses(table: Table, labels: Mapping[str, str | None]) -> list[str]:
+    """Rare labels that look like common ones, in words: `"postive" (1 row) is close to "positive" (812 rows)`."""
+    counts = Counter(record.label for record in table.records if record.label in labels)
+    found = []
+    for label, count in counts.items():
+        common = [str(other) for other, n in counts.items() if n >= 20 * count and not str(label).isdigit()]
+        if near := difflib.get_close_matches(str(label), common, n=1, cutoff=0.8):
+            rows = f"{count} row{'s' * (count > 1)}"
+            found.append(f'"{label}" ({rows}) is close to "{near[0]}" ({counts[near[0]]:,} rows)')
+    return found
+
+
+def rows_of(table: Table, label_names: Labels, may_lack_labels: bool = True) -> list[Row]:
+    """The rows of a table, not yet tokenized. A row's label is the position of its class in `class_names`.
+
+    A file without labels, or with one unknown label for all rows, has label 0 in all of them: see `has_gold_labels`.
+    Raises ValueError, naming file and line, for an unknown or missing label; and if no row is left.
+    """
     labels = _as_mapping(label_names)
     ids = {name: number for number, name in enumerate(class_names(labels))}
+    values = {record.label for record in table.records}
+    unlabelled = values == {None} or (len(values) == 1 and values <= {"-1", "?"})  # -1: as in GLUE's test files
+    if may_lack_labels and table.names and unlabelled:
+        return [Row(0, record.text, cells=record.cells) for record in table.records]
     rows = []
-    folds = set()
-    text = read_text(file, what).rstrip(" \r\n")  # a tab at the end belongs to a column
-    for position, (number, label, sentence, fold) in enumerate(records(file, text)):
-        label = label.strip()
-        if pattern is not None:
-            if fold is None:
-                raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
-            folds.add(fold)
-            if not fnmatchcase(fold, pattern):
-                continue
-        if position == 0 and label.lower() in HEADS and label not in (*labels, *labels.values()):
-            continue
-        where = f"{file}, line {number}"
-        found = _class_of(label, labels, where)
-        if found is None:
-            continue
-        if not sentence.strip():
-            raise ValueError(f"{where}: the sentence is empty; write one, or remove the line")
-        rows.append(Row(ids[found], sentence.strip()))
+    for record in table.records:
+        where = f"{table.path}, line {record.line}"
+        if record.label is None:
+            raise ValueError(f"{where}: the label is missing; write one, or remove the row")
+        found = _class_of(record.label, labels, where)
+        if found is not None:
+            rows.append(Row(ids[found], record.text, cells=record.cells))
     if not rows:
-        some = f"; its folds include {', '.join(sorted(folds)[:5])}" if folds else ""
-        raise ValueError(f"{path}: no rows are left{some}")
+        raise ValueError(f"{table.path}: no rows are left")
     return rows
+
+
+def read_rows(path: str | PathLike[str], label_names: Labels, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a labelled data file, not yet tokenized: `read_file` and `rows_of`."""
+    labels = _as_mapping(label_names)
+    known = {*labels, *(name for name in labels.values() if name is not None)}
+    return rows_of(read_file(path, columns, known), labels, may_lack_labels=False)
 
 
 def _as_mapping(labels: Labels) -> Mapping[str, str | None]:
@@ -237,10 +202,13 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
     allowed = ", ".join(f"{known} ({name})" for known, name in zip(labels, classes, strict=True))
     if list(labels) == [str(n) for n in range(len(labels))]:
         allowed = f"0 to {len(labels) - 1} ({', '.join(classes)})"
+    known = {one.casefold(): one for one in [*labels, *(name for name in labels.values() if name is not None)]}
+    close = [] if is_number else difflib.get_close_matches(label.casefold(), known, n=1, cutoff=0.6)
+    nearest = f'; the nearest is "{known[close[0]]}"' if close else ""
     raise ValueError(
-        f"{where}: label {label[:60]!r} is none of {allowed}; correct it, or give the label file that belongs to it "
-        "(--label-names, for one of --ood --ood_label_names); where labels are not 0, 1, ... it is an object such as "
-        '{"1": "bad", "2": "good"}'
+        f"{where}: label {label[:60]!r} is none of {allowed}{nearest}; correct it, or give the label file that belongs "
+        "to it (--label-names, for one of --ood --ood_label_names); where labels are not 0, 1, ... it is an object "
+        'such as {"1": "bad", "2": "good"}'
     )
 
 
@@ -275,10 +243,43 @@ def beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 
 def write_predictions(
-    path: str | PathLike[str], predictions: Sequence[int], rows: Sequence[Row], labels: Labels | None = None
+    path: str | PathLike[str],
+    predictions: Sequence[int],
+    rows: Sequence[Row],
+    labels: Labels | None = None,
+    probabilities: Sequence[Sequence[float]] | None = None,
 ) -> None:
-    """Writes `{label} ||| {sentence}` lines atomically. predictions: class ids; written as numbers without `labels`."""
+    """Writes the predicted class ids atomically, as the ending of `path` says.
+
+    .csv, .jsonl: the label, the probability of each class (with `labels`) and the columns of the row's file. Others:
+    lines of `{label} ||| {sentence}`, with class ids as numbers without `labels`. probabilities: (rows, classes).
+    """
     written = None if labels is None else class_labels(labels)
+    predicted = [n if written is None else written[n] for n in predictions]
+    kind = Path(path).suffix.lower()
+    if kind not in (".csv", ".jsonl"):
+        with atomic_file(path) as file:
+            for label, row in zip(predicted, rows, strict=True):
+                file.write(f"{label}{SEPARATOR}{row.sentence}\n")
+        return
+    classes = [] if labels is None else class_names(_as_mapping(labels))
+    records = []
+    for i, (label, row) in enumerate(zip(predicted, rows, strict=True)):
+        ours: dict[str, Any] = {PREDICTED: json_label(str(label)) if kind == ".jsonl" else label}
+        if probabilities is not None and classes:
+            ours |= {f"{PROBABILITY}{name}": round(p, 6) for name, p in zip(classes, probabilities[i], strict=True)}
+        own = {"text": row.sentence} if row.cells is None else row.cells
+        records.append({name: value for name, value in own.items() if name not in ours} | ours)
     with atomic_file(path) as file:
-        for number, row in zip(predictions, rows, strict=True):
-            file.write(f"{number if written is None else written[number]}{SEPARATOR}{row.sentence}\n")
+        if kind == ".jsonl":
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            return
+        names = list(dict.fromkeys(name for record in records for name in record))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(f"column {name}" if name.isdigit() else name for name in names)
+        writer.writerows([as_text(record.get(name)) for name in names] for record in records)
+
+
+def json_label(label: str) -> int | str:
+    """A label for JSON output: an int if the text is a plain decimal integer, else the text."""
+    return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else label

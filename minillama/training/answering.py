@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minillama.layers.precision import autocast, to_device
-from minillama.text.batches import shuffled_batches
-from minillama.text.examples import Example, pack
+from minillama.text.batches import shuffled_batches, spread
+from minillama.text.examples import Example, pack, shared_rows
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import answer_prompts, answer_scores, summed_loss
 from minillama.training.task import Score
@@ -49,7 +49,13 @@ class Instruction:
 
     @property
     def steps(self) -> int:
-        return self.epochs * -(-len(self.examples) // self.batch_size)
+        return self.first_step(self.epochs + 1)
+
+    def first_step(self, epoch: int) -> int:
+        return (epoch - 1) * -(-len(self.examples) // self.batch_size)
+
+    def name(self, epoch: int) -> str:
+        return f"epoch {epoch}"
 
     def checksum(self) -> int:
         splits = [[(one.ids, one.prompt_length) for one in split] for split in (self.examples, self.dev_examples)]
@@ -64,6 +70,11 @@ class Instruction:
     def tokens(self, positions: list[int]) -> int:
         return sum(len(self.examples[i].ids) - 1 for i in positions)
 
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        lengths = [len(self.examples[i].ids) - 1 for i in positions]
+        rows = shared_rows(lengths, self.window)
+        return len(rows), max(sum(lengths[i] for i in row) for row in rows)
+
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self._losses(model, [self.examples[i] for i in positions], dtype)
 
@@ -77,6 +88,19 @@ class Instruction:
         shape = len(examples) + 1
         loss_sums = losses.new_zeros(shape).index_add(0, segments, losses)[1:]  # [0]: padding
         return loss_sums, right.new_zeros(shape).index_add(0, segments, right)[1:]
+
+    @property
+    def _judged(self) -> Sequence[Example]:
+        """The examples of dev to answer."""
+        return self.dev_examples[:: math.ceil(len(self.dev_examples) / self.answer_rows)] if self.answer_rows else ()
+
+    def sample(self, rows: int) -> tuple[Instruction, float]:
+        """Answers may be as long as the longest of dev: an untrained model does not stop, a trained one does."""
+        some = spread(self.dev_examples, rows)
+        longest = min(self.max_new_tokens, max(example.targets for example in self.dev_examples))
+        answer_rows = len(some) if self.answer_rows else 0
+        task = replace(self, dev_examples=some, answer_rows=answer_rows, max_new_tokens=longest)
+        return task, len(self._judged or self.dev_examples) / len(some)
 
     @torch.no_grad()
     def score(
@@ -94,7 +118,7 @@ class Instruction:
         metrics: dict[str, float | None] = {"dev_loss": nats}
         text, quality = f"dev loss {nats:.4f}", -nats
         if self.answer_rows:
-            judged = dev[:: math.ceil(len(dev) / self.answer_rows)]
+            judged = self._judged
             settings: dict[str, Any] = {"dtype": dtype, "processes": processes, "check": check, "name": f"dev, {name}"}
             limits = (self.batch_size, self.max_new_tokens)
             found = answer_scores(answer_prompts(model, judged, self.tokenizer, *limits, **settings), judged)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama.layers.precision import to_device
-from minillama.text.batches import shuffled_batches, to_batch
+from minillama.text.batches import shuffled_batches, spread, to_batch
 from minillama.text.labelled import Row
+from minillama.training.class_shares import one_class_warning, training_remedy
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import describe, evaluate, forward
 from minillama.training.regularizers import MovingAverage, Smart, random_state, replayed, symmetric_kl
@@ -44,6 +45,8 @@ class Classification:
     smart: Smart | None = None
     average: MovingAverage | None = None  # for the Bregman penalty
     r_drop: float = 0.0  # weight of the divergence of two passes under dropout (arXiv 2106.14448)
+    class_weights: Sequence[float] | None = None  # by class id: a row's loss, with all its terms, times its class's
+    label_names: Sequence[str] = ()  # for warnings
 
     unit = "row"
     judged_by = "dev accuracy"
@@ -54,7 +57,13 @@ class Classification:
 
     @property
     def steps(self) -> int:
-        return self.epochs * -(-len(self.rows) // self.batch_size)
+        return self.first_step(self.epochs + 1)
+
+    def first_step(self, epoch: int) -> int:
+        return (epoch - 1) * -(-len(self.rows) // self.batch_size)
+
+    def name(self, epoch: int) -> str:
+        return f"epoch {epoch}"
 
     def checksum(self) -> int:
         rows = [[(row.label, row.ids) for row in split] for split in (self.rows, self.dev_rows)]
@@ -68,6 +77,9 @@ class Classification:
 
     def tokens(self, positions: list[int]) -> int:
         return sum(len(self.rows[i].ids) for i in positions)
+
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        return len(positions), max(len(self.rows[i].ids) for i in positions)
 
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         batch = to_batch(self.rows, positions, self.pad_id)
@@ -92,7 +104,17 @@ class Classification:
         if self.smart is not None:
             clean = log_probs if dtype == torch.float32 else again()
             losses = losses + self.smart.penalty(model, batch.ids.shape, again, clean)
+        if self.class_weights is not None:
+            # The loop divides by the number of rows, not by the sum of their weights: then a row counts the same in
+            # every batch, piece and process. The mean weight of the training set is 1.
+            losses = losses * to_device(torch.tensor(self.class_weights)[batch.labels], device)
         return losses, right
+
+    def sample(self, rows: int) -> tuple[Classification, float]:
+        judged = (*self.dev_rows, *(self.rows if self.evaluate_train else ()))
+        some = spread(judged, rows)
+        tokens = [sum(len(row.ids) for row in part) for part in (judged, some)]
+        return replace(self, dev_rows=some, evaluate_train=False), tokens[0] / tokens[1]
 
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str
@@ -107,4 +129,6 @@ class Classification:
         metrics |= {f"{split}_macro_f1": one.macro_f1 for split, one in found.items()}
         metrics["dev_loss"] = found["dev"].loss  # the name train_loss is used for the epoch's running mean
         text = ", ".join(f"{split} {describe(one, with_loss=True)}" for split, one in found.items())
-        return Score(found["dev"].accuracy, text, metrics)
+        remedy = training_remedy(weighted=self.class_weights is not None)
+        warning = one_class_warning(found["dev"], self.dev_rows, self.label_names, remedy)
+        return Score(found["dev"].accuracy, text, metrics, warning=warning)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from minillama.environment import this_process
 from minillama.formats.files import release_pages
+from minillama.layers.precision import sum_dtype
 from optimizer import local
 
 ROWS_AT_ONCE = 1024  # of a tensor that is read from a file
@@ -50,7 +51,7 @@ class Processes:
             return [float(number) for number in numbers]
         if device is None:
             device = this_device()
-        total = torch.zeros(len(numbers), dtype=torch.float64, device=device)
+        total = torch.zeros(len(numbers), dtype=sum_dtype(device), device=device)
         for place, number in zip(total, numbers, strict=True):
             place += number
         if self.world > 1:

@@ -8,7 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minillama.decoding import sampling
-from minillama.layers.precision import autocast, not_finite, to_device
+from minillama.layers.precision import autocast, not_finite, sum_dtype, to_device
 from minillama.text.batches import by_length, cut_in_batches, pad, to_batch
 from minillama.text.examples import Example
 from minillama.text.labelled import Row, has_gold_labels
@@ -31,7 +31,7 @@ class Evaluation:
     """Predicted class ids in the order of the rows, and the scores, which are None without gold labels.
 
     loss: the mean negative log-likelihood of the gold labels. confusion: a row of counts for each true class, with a
-    column for each predicted class.
+    column for each predicted class. probabilities: of each class, for every row.
     """
 
     predictions: list[int]
@@ -39,6 +39,7 @@ class Evaluation:
     macro_f1: float | None
     loss: float | None = None
     confusion: list[list[int]] | None = None
+    probabilities: list[list[float]] = field(default_factory=list, repr=False)
 
     def scores(self, split: str) -> dict[str, Any]:
         """The scores by their names in a run's metrics."""
@@ -78,6 +79,11 @@ def shared_batches(
     model.train(was_training)
 
 
+def _widest(x: Tensor) -> Tensor:
+    """x in the dtype of long sums on its device."""
+    return x.to(sum_dtype(x.device))
+
+
 def summed_loss(
     count: int, batch_size: int, processes: Processes, check: Callable[[], None], losses: Callable[[list[int]], Tensor]
 ) -> float:
@@ -86,7 +92,7 @@ def summed_loss(
     for positions in cut_in_batches(range(count), batch_size):
         check()
         mine, counted = processes.share(positions)
-        total = total + losses(mine)[:counted].sum().double()  # on the device, which is read once
+        total = total + _widest(losses(mine)[:counted].sum())  # on the device, which is read once
     return processes.sum(total)[0]
 
 
@@ -133,15 +139,17 @@ def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int, **settings:
     """
     log_probs = class_log_probs(model, rows, batch_size, **settings)
     predictions, classes = log_probs.argmax(-1).tolist(), list(range(log_probs.shape[-1]))
+    probabilities = log_probs.softmax(-1).tolist()  # the words of a prompt do not sum to 1
     if not has_gold_labels(rows):
-        return Evaluation(predictions, None, None)
+        return Evaluation(predictions, None, None, probabilities=probabilities)
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score  # the import takes a second
 
     gold = [row.label for row in rows]
     macro_f1 = f1_score(gold, predictions, labels=classes, average="macro", zero_division=0)
     loss = F.nll_loss(log_probs, torch.tensor(gold))
     confusion = confusion_matrix(gold, predictions, labels=classes).tolist()
-    return Evaluation(predictions, float(accuracy_score(gold, predictions)), float(macro_f1), float(loss), confusion)
+    accuracy = float(accuracy_score(gold, predictions))
+    return Evaluation(predictions, accuracy, float(macro_f1), float(loss), confusion, probabilities)
 
 
 @torch.no_grad()
@@ -167,7 +175,7 @@ def answer_prompts(
         model, order, batch_size, processes=processes, check=check, name=name, divided=divided
     ):
         ids, mask = pad([examples[i].prompt_ids for i in mine], tokenizer.pad_id, "left")
-        settings = {"temperature": 0.0, "eos_ids": tokenizer.stop_ids, "banned_ids": tokenizer.unused_ids}
+        settings: dict[str, Any] = {"temperature": 0.0, "tokenizer": tokenizer}
         mask = None if mask is None else mask.to(device)
         with writing(model, dtype, sharded=processes.fsdp) as llama:
             made = sampling.generate(llama, ids.to(device), max_new_tokens, attention_mask=mask, **settings)
@@ -295,14 +303,43 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def describe_chance(evaluation: Evaluation, rows: Sequence[Row], classes: int) -> str:
+def intervals(
+    evaluation: Evaluation, rows: Sequence[Row], seed: int, draws: int = 1000
+) -> dict[str, tuple[float, float]]:
+    """95 % confidence intervals: of accuracy by Wilson's formula, of macro-F1 by the bootstrap over rows (percentiles).
+
+    Needs gold labels.
+    """
+    import numpy as np
+
+    gold, predicted = np.array([row.label for row in rows]), np.array(evaluation.predictions)
+    classes = len(evaluation.confusion or [])
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        drawn = generator.integers(len(gold), size=len(gold))
+        counts = np.bincount(gold[drawn] * classes + predicted[drawn], minlength=classes**2).reshape(classes, classes)
+        found.append(float(np.mean(2 * counts.diagonal() / np.maximum(1, counts.sum(0) + counts.sum(1)))))
+    low, high = np.percentile(found, (2.5, 97.5))
+    right = int((gold == predicted).sum())
+    return {"accuracy": wilson_interval(right, len(gold)), "macro_f1": (float(low), float(high))}
+
+
+def commonest_class(rows: Sequence[Row]) -> tuple[int, float]:
+    """The most frequent gold class (of equal ones the smallest id), and its share of the rows."""
+    counts = Counter(row.label for row in rows)
+    label = min(counts, key=lambda label: (-counts[label], label))
+    return label, counts[label] / len(rows)
+
+
+def describe_chance(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:
     """The accuracy's confidence interval, and those of chance and of the commonest class; "" without gold labels."""
     if evaluation.accuracy is None:
         return ""
-    gold = [row.label for row in rows]
     low, high = wilson_interval(round(evaluation.accuracy * len(rows)), len(rows))
-    common = max(map(gold.count, set(gold))) / len(rows)
-    return f"95 % interval {low:.3f} to {high:.3f}, chance {1 / classes:.3f}, commonest class {common:.3f}"
+    label, share = commonest_class(rows)
+    chance = f"chance {1 / len(label_names):.3f}, commonest class {share:.3f} ({label_names[label]})"
+    return f"95 % interval {low:.3f} to {high:.3f}, {chance}"
 
 
 def describe_classes(evaluation: Evaluation, rows: Sequence[Row], label_names: Sequence[str]) -> str:

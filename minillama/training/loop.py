@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from tqdm import tqdm
 
 from minillama.environment import keep_freed_memory
 from minillama.formats.files import raw_bytes, read_torch, release_pages
-from minillama.layers.precision import at_least_float32
+from minillama.layers.precision import at_least_float32, sum_dtype
 from minillama.training.distributed import Processes
 from minillama.training.interrupts import Interrupts, Stopped
+from minillama.training.progress import Pace, Progress, advance, describe_epoch, describe_part, epoch_bar
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
 from minillama.training.task import Score, Task, cut_batch
@@ -54,22 +54,6 @@ class Settings:
     save_every: int = 500  # steps; the end of an epoch is always saved
 
 
-@dataclass
-class Progress:
-    """The position of a run, and its running sums."""
-
-    epoch: int = 1
-    batch: int = 0  # batches of this epoch that are done
-    step: int = 0  # optimizer steps of the whole run
-    loss_sum: float = 0.0  # this and the next two: over the targets of this epoch so far
-    correct: int = 0
-    seen: int = 0
-    best_epoch: int = 0
-    best_quality: float | None = None
-    finished: bool = False
-    skipped: int = 0  # steps of the whole run that fp16 skipped
-
-
 def train(
     model: nn.Module,
     task: Task,
@@ -78,19 +62,23 @@ def train(
     *,
     processes: Processes | None = None,
     write_best: Callable[[dict[str, Tensor], int, Score], None] = lambda state, epoch, score: None,
+    begun: Callable[[], None] = lambda: None,
     log: Callable[[str], None] = print,
 ) -> nn.Module:
     """Trains the parameters of `model` that require gradients, and restores the weights of the best epoch.
 
     The model is scored after each epoch. Of equal epochs the first is best; without scores, the last. Training resumes
-    from the state in `run`, if any. write_best(state dict, epoch, score) is called in the main process for each epoch
-    that is the best so far. Returns the model, which FSDP divides among the processes.
+    from the state in `run`, if any; a finished run goes on if the task has more epochs now. begun() is called once that
+    state is accepted, write_best(state dict, epoch, score) in the main process for each epoch that is the best so far.
+    Returns the model, which FSDP divides among the processes.
 
-    Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state belongs to
-    other weights or rows. Raises OSError if the disk is full, and Stopped after SIGINT or SIGTERM, with a saved state.
+    Raises ValueError if the loss is NaN or infinite, the device's memory is too small, or the saved state was removed
+    or belongs to other weights or rows. Raises OSError if the disk is full, and Stopped, with a saved state, after
+    SIGINT or SIGTERM.
     """
     training = Training(model, task, settings, run, processes or Processes(), log)
     training.restore()
+    begun()
     with Interrupts() as interrupts:
         training.interrupts = interrupts
         try:
@@ -107,6 +95,7 @@ def train(
                 f"{rows} rows at once do not fit into the memory of {training.device}; {training.last_good()}. "
                 f"Try --micro_batch_size {max(1, rows // 2)}, which takes the same steps"
             ) from error
+    run.note_end({"base": training.base, "progress": asdict(training.progress)})
     training.load_best()
     return training.model.eval()
 
@@ -141,6 +130,8 @@ class Training:
         # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
         self.progress = Progress()
+        self.pace = Pace()
+        self.warned = False  # whether the warning of a score was given
         self.interrupts = Interrupts()
         self.interrupted = True  # whether a process may have received a signal; known after each step
         self.took_step = False  # whether the last step changed the weights; fp16 skips a step that overflows
@@ -197,10 +188,10 @@ class Training:
     def restore(self) -> None:
         """Restores the last state saved in the run's folder, if any."""
         begun = self.run.metrics_path.exists()
-        if self.processes.fsdp:
+        if self.processes.fsdp and not self.run.last_path.exists():
             folder = self.run.shards()
             state = None if folder is None else self.run.load_shards(folder, self.state())
-        else:
+        else:  # with FSDP, only the end of a finished run
             state = self.run.load()
         self.processes.wait()
         if state is None:
@@ -214,6 +205,29 @@ class Training:
             )
         if state["progress"]["best_epoch"] and not self.run.best_path.exists():
             raise ValueError(f"{self.run.best_path}, the run's best model, is missing; restore it, or start a new run")
+        self.progress = progress = Progress(**state["progress"])
+        if progress.step != self.task.first_step(progress.epoch) + progress.batch:
+            raise ValueError(f"{self.run.path} is of a version with more or fewer steps an epoch; start a new run")
+        stopped_early = self.is_stale(progress.epoch - 1)
+        progress.finished &= stopped_early or progress.epoch > self.task.epochs  # else it has got more epochs
+        if "model" in state:
+            self.restore_weights(state)
+        elif not progress.finished:
+            raise ValueError(
+                f"{self.run.path} is finished and its optimizer's state was removed, so it takes no more epochs; start "
+                "a new run with more --epochs, and with --keep_state if it may get more later"
+            )
+        self.saved_at = (progress.epoch, progress.step)
+        done = "; the run is finished" + ": it stopped early" * stopped_early if progress.finished else ""
+        self.log(f"resumed at epoch {progress.epoch}, step {progress.step}, from {self.run.path}{done}")
+
+    def is_stale(self, epoch: int) -> bool:
+        """Whether `epoch` has used up the patience."""
+        patience, best = self.settings.patience, self.progress.best_epoch
+        return patience is not None and best > 0 and epoch - best >= patience
+
+    def restore_weights(self, state: dict[str, Any]) -> None:
+        """Restores the weights, the optimizer and the generators."""
         set_model_state_dict(self.model, state["model"], options=StateDictOptions(strict=False))  # without frozen ones
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         if not state["updated"]:
@@ -221,14 +235,10 @@ class Training:
         if self.task.average is not None:
             self.task.average.load(state["average"])
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
         mine = state["generators"][self.processes.rank]
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine:
             torch.cuda.set_rng_state(mine["cuda"], self.device)
-        self.saved_at = (self.progress.epoch, self.progress.step)
-        done = "; the run is finished" if self.progress.finished else ""
-        self.log(f"resumed at epoch {self.progress.epoch}, step {self.progress.step}, from {self.run.path}{done}")
 
     def check_weights(self) -> None:
         """Raises ValueError if a weight is NaN or infinite after the last update."""
@@ -254,15 +264,8 @@ class Training:
         """Trains on the remaining batches of this epoch."""
         self.model.train()
         progress, settings, task = self.progress, self.settings, self.task
-        plan = task.plan(progress.epoch)
-        with tqdm(
-            total=sum(map(task.targets, plan)),
-            initial=progress.seen,
-            desc=f"epoch {progress.epoch}",
-            unit=task.unit,
-            leave=False,
-            disable=None if self.processes.is_main else True,
-        ) as bar:
+        plan, name = task.plan(progress.epoch), task.name(progress.epoch)
+        with epoch_bar(name, sum(map(task.targets, plan)), progress, task.unit, self.processes.is_main) as bar:
             for positions in plan[progress.batch :]:
                 if self.interrupted or self.processes.world == 1:
                     self.check_interrupts()
@@ -283,16 +286,18 @@ class Training:
                 self.run.metric(
                     progress.step, epoch=progress.epoch, loss=loss, lr=lr, seconds=round(seconds, 4), **skipped
                 )
-                bar.update(targets)
-                bar.set_postfix(
-                    loss=f"{progress.loss_sum / progress.seen:.4f}",
-                    accuracy=f"{progress.correct / progress.seen:.3f}",
-                    lr=f"{lr:.2g}",
-                    tokens_s=f"{task.tokens(positions) / seconds:,.0f}",
-                    refresh=False,
-                )
+                self.pace.add_step(seconds)
+                speed = f"{task.tokens(positions) / seconds:,.0f}"
+                advance(bar, name, left := self.time_left(), progress, targets, lr=f"{lr:.2g}", tokens_s=speed)
+                if bar.disable and self.pace.is_due():  # no terminal shows the bar
+                    self.log(describe_part(name, progress, bar.total, task.unit, left))
                 if progress.step % settings.save_every == 0:
                     self.save()
+
+    def time_left(self, scored: int = 0) -> str:
+        """The estimated time to the end of the run. scored: evaluations of this epoch that are done."""
+        evaluations = self.task.epochs - self.progress.epoch + 1 - scored
+        return self.pace.left(self.task.steps - self.progress.step, evaluations)
 
     def step(self, positions: list[int], lr: float) -> tuple[float, int]:
         """Updates the weights from the rows at `positions`: (mean loss, number of correctly predicted targets).
@@ -302,7 +307,7 @@ class Training:
         """
         settings, world, targets = self.settings, self.processes.world, self.task.targets(positions)
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits, read once at the end
+        sums = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)  # loss and hits, read once at the end
         pieces = cut_batch(self.task, positions, self.device, world, settings.micro_batch_size)
         for number, piece in enumerate(pieces, start=1):
             mine, counted = self.processes.share(piece)
@@ -311,7 +316,7 @@ class Training:
                 loss = losses.sum() * (counted / len(mine))
                 # Times world: torch averages the gradients over the processes, but the sum is needed.
                 self.scaler.scale(loss * (world / targets)).backward()
-            sums += torch.stack((loss.detach().double(), hits[:counted].sum().double()))
+            sums += torch.stack((loss.detach().to(sums.dtype), hits[:counted].sum().to(sums.dtype)))
         loss_sum, right, interrupted = self.processes.sum(*sums, self.interrupts.number)
         self.interrupted = bool(interrupted)
         if not math.isfinite(loss_sum):
@@ -352,29 +357,31 @@ class Training:
         """Evaluates, keeps the model if it is the best so far, and saves."""
         self.check_weights()
         progress, settings = self.progress, self.settings
-        score = self.task.score(
-            self.model, settings.dtype, self.processes, self.check_interrupts, f"epoch {progress.epoch}"
-        )
+        name = self.task.name(progress.epoch)
+        start = time.perf_counter()
+        score = self.task.score(self.model, settings.dtype, self.processes, self.check_interrupts, name)
+        self.pace.add_score(time.perf_counter() - start)
         best = progress.best_quality
         is_best = progress.best_epoch == 0 or best is None or (score.quality is not None and score.quality > best)
-        loss, running = progress.loss_sum / progress.seen, progress.correct / progress.seen
-        self.log(
-            f"epoch {progress.epoch}: loss {loss:.4f}, running train accuracy {running:.3f}, {score.text}"
-            + " (best so far)" * (is_best and score.quality is not None)
-            + f", {progress.skipped} steps skipped so far" * bool(progress.skipped)
-            + f"\n    {score.sample}" * bool(score.sample)
-        )
-        metrics = score.metrics | ({"sample": score.sample} if score.sample else {})
-        self.run.metric(progress.step, epoch=progress.epoch, train_loss=loss, running_train_accuracy=running, **metrics)
         if is_best:
             progress.best_epoch, progress.best_quality = progress.epoch, score.quality
+        stops_early = self.is_stale(progress.epoch)
+        finished = stops_early or progress.epoch >= self.task.epochs
+        left = "" if finished else self.time_left(scored=1)
+        self.log(describe_epoch(name, progress, score, is_best and score.quality is not None, left))
+        if score.warning and not self.warned:
+            self.warned = True
+            self.log(f"warning: {score.warning}")
+        metrics: dict[str, Any] = {"train_loss": progress.mean_loss, "running_train_accuracy": progress.accuracy}
+        metrics |= score.metrics | ({"sample": score.sample} if score.sample else {})
+        self.run.metric(progress.step, epoch=progress.epoch, **metrics)
+        if is_best:
             options = StateDictOptions(full_state_dict=True, cpu_offload=self.processes.fsdp)
             whole: dict[str, Any] = get_model_state_dict(self.model, options=options)
             if self.processes.is_main:
                 write_best(whole, progress.epoch, score)
-        stale = progress.epoch - progress.best_epoch
-        stops_early = settings.patience is not None and stale >= settings.patience
         if stops_early and progress.epoch < self.task.epochs:
+            stale = progress.epoch - progress.best_epoch
             self.log(f"stopped early: {stale} epochs without a better {self.task.judged_by}")
         self.progress = Progress(
             epoch=progress.epoch + 1,
@@ -382,7 +389,7 @@ class Training:
             best_epoch=progress.best_epoch,
             best_quality=progress.best_quality,
             skipped=progress.skipped,
-            finished=stops_early or progress.epoch >= self.task.epochs,
+            finished=finished,
         )
         self.save()
 

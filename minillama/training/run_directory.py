@@ -3,7 +3,8 @@
     options.json     the resolved options, and the versions of Python, torch and the project
     metrics.jsonl    a line for each step and each epoch, and a last line with the scores of dev and test
     log.txt          the messages of the run
-    last.pt          everything that training needs to resume (with FSDP a folder of shards, named in last.json)
+    last.pt          everything that training needs to resume (with FSDP a folder of shards, named in last.json); of a
+                     finished run without --keep_state only its position and checksum
     best.pt          the best model so far
     lock             the id of the process that trains the run, which locks this file
     events.*         the same metrics for TensorBoard, if it is installed
@@ -178,6 +179,7 @@ class RunDirectory:
         self.last_path = self.path / "last.pt"
         self.shards_path = self.path / "last.json"  # names the folder of the last good shards
         self.tensorboard = TensorBoard(self.path)
+        self.end: dict[str, Any] = {}  # the position and the checksum of a finished run
 
     def check_free(self) -> None:
         """Raises ValueError if the folder holds a run, or a part of one."""
@@ -195,6 +197,13 @@ class RunDirectory:
         write_json(
             self.path / "options.json", {"options": options, "versions": {**versions, "commit": project_commit()}}
         )
+
+    def change_options(self, **values: Any) -> None:
+        """Replaces some of the saved options."""
+        path = self.path / "options.json"
+        if self.writes:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, content | {"options": content["options"] | values})
 
     def options(self) -> dict[str, Any]:
         """The options of the run. Raises FileNotFoundError or ValueError if they are missing or damaged."""
@@ -264,13 +273,28 @@ class RunDirectory:
                 for half in self.path.glob(f".{name}.*.tmp"):
                     half.unlink()
 
+    def note_end(self, end: dict[str, Any]) -> None:
+        """Notes the end of training, for `drop_state`: the position and the checksum, as in the whole state."""
+        self.end = end | {"metrics_bytes": self._metrics_bytes()}
+
+    def drop_state(self) -> None:
+        """Removes the weights and the optimizer's state of the finished run. Its position and checksum stay, so that a
+        resumed run still checks its data, and predicts again from best.pt.
+        """
+        if not self.writes or not self.end:
+            return
+        write_torch(self.last_path, self.end)
+        self.shards_path.unlink(missing_ok=True)
+        for shards in self.path.glob("last-*"):
+            shutil.rmtree(shards, ignore_errors=True)
+
     def _metrics_bytes(self) -> int:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def _settle_metrics(self) -> None:
         """Waits until the metrics are on disk, before a state refers to them."""
         if self.metrics_path.exists():
-            with self.metrics_path.open("rb") as file:
+            with self.metrics_path.open("ab") as file:  # Windows flushes no file that is open for reading only
                 os.fsync(file.fileno())
 
     # Sharded states: a new folder for each save, and a file with its name, which is replaced last

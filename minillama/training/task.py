@@ -26,6 +26,7 @@ class Score:
     text: str
     metrics: dict[str, float | None]
     sample: str = ""  # text that the model wrote
+    warning: str = ""  # a fault of the predictions, and what to try
 
 
 class Task(Protocol):
@@ -57,14 +58,28 @@ class Task(Protocol):
     def plan(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, determined by seed and epoch."""
 
+    def first_step(self, epoch: int) -> int:
+        """Optimizer steps before this epoch."""
+
+    def name(self, epoch: int) -> str:
+        """The name of an epoch in the log."""
+
     def targets(self, positions: list[int]) -> int:
         """Number of targets in these rows."""
 
     def tokens(self, positions: list[int]) -> int:
         """Number of tokens in these rows."""
 
+    def shape(self, positions: list[int]) -> tuple[int, int]:
+        """The tensor that these rows make: its rows, and its tokens per row, padding included."""
+
     def losses(self, model: nn.Module, positions: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The summed loss of each row (B,), and the number of its correctly predicted targets (B,)."""
+
+    def sample(self, rows: int) -> tuple[Task, float]:
+        """This task with at most `rows` of the rows that `score` reads, of all lengths, to measure its time; and how
+        many times as long `score` takes with all rows.
+        """
 
     def score(
         self, model: nn.Module, dtype: torch.dtype, processes: Processes, check: Callable[[], None], name: str

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from minillama.cli.loading import choose_device
+from minillama.cli.loading import choose_device, choose_dtype
+from minillama.decoding import filters
+from minillama.layers.precision import sum_dtype
 
 
 @pytest.fixture
@@ -86,3 +88,46 @@ def test_on_cuda_cudnns_attention_is_off_and_deterministic_kernels_can_be_asked_
     chosen(use_gpu=True, deterministic=True)
     assert calls[1:] == [("cudnn", False), ("deterministic", True)]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+# A Mac's GPU, which nobody has tried
+
+
+def test_a_macs_gpu_is_let_through_with_a_notice_and_in_float32(cards, capsys, monkeypatch):
+    cards(0)  # torch.empty succeeds for "mps", as on a Mac
+    mac = chosen("mps")
+    assert mac == torch.device("mps")
+    assert "notice: --device mps is untested; leave it out to use the CPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)  # as an M2's
+    dtypes = {name: choose_dtype(SimpleNamespace(dtype=name), mac) for name in ("auto", "bf16")}
+    assert dtypes == {"auto": torch.float32, "bf16": torch.bfloat16}
+    under_torchrun(monkeypatch, 0, 2, 0)
+    with pytest.raises(ValueError, match="--device mps runs in a single process; start it without torchrun"):
+        chosen("mps")
+
+
+def test_without_a_mac_or_on_another_device_the_message_says_so():
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="--device mps is not available here; give cpu, cuda or cuda:N"):
+            chosen("mps")
+    with pytest.raises(ValueError, match="--device meta is not supported; give cpu, cuda, cuda:N or mps"):
+        chosen("meta")
+
+
+def test_where_there_is_no_float64_the_random_share_is_float32_and_a_draw_follows_the_probabilities(monkeypatch):
+    """A Mac's GPU refuses float64. The share is drawn there, and the CPU adds up."""
+    assert (sum_dtype(torch.device("mps")), sum_dtype(torch.device("cpu"))) == (torch.float32, torch.float64)
+    monkeypatch.setattr(filters, "sum_dtype", lambda device: torch.float32)
+    dtypes, rand = [], torch.rand
+
+    def drawn(*size, dtype, **settings):
+        dtypes.append(dtype)
+        return rand(*size, dtype=dtype, **settings)
+
+    monkeypatch.setattr(torch, "rand", drawn)
+    probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(20_000, -1)
+    counts = torch.bincount(filters.draw(probabilities, torch.Generator().manual_seed(0)), minlength=4) / 20_000
+    assert dtypes == [torch.float32] and counts[1] == 0
+    assert counts.tolist() == pytest.approx([0.1, 0.0, 0.6, 0.3], abs=0.015)
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, **settings: torch.full(size, 1 - 2**-24, dtype=dtype))
+    assert filters.draw(probabilities[:1]).tolist() == [3]  # the largest share is below the whole

@@ -13,7 +13,7 @@ from conftest import ROOT
 from minillama.cli import loading as environment
 from minillama.cli.checks import check_options
 from minillama.cli.header import display_path
-from minillama.cli.loading import fit_tokenizer, load_tokenizer, open_checkpoint
+from minillama.cli.loading import fit_tokenizer, is_chat_model, load_tokenizer, open_checkpoint
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from models import tiny_llama
@@ -119,13 +119,7 @@ def test_the_courses_data_is_taken_where_it_is(resolve, option):
     assert (args.dev_out, args.test_out) == tuple(f"cfimdb-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:])
 
 
-OUTPUTS_WARNED_OF = (
-    "warning: predictions go to cfimdb-dev-finetuning-output.txt and cfimdb-test-finetuning-output.txt; --dev_out and "
-    "--test_out change that"
-)
-
-
-@pytest.mark.parametrize("typed", [*(f"--{split}" for split in SPLITS), "--label-names"])
+@pytest.mark.parametrize("typed", ["--dev", "--test", "--label-names"])
 def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(resolve, typed):
     args, lines = resolve("--option", "finetune", typed, "mine", there=["stories42M.pt"])
     assert getattr(args, typed[2:].replace("-", "_")) == "mine"
@@ -133,10 +127,25 @@ def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(res
     del left[typed]
     assert data_of(args) == {split: left.get(f"--{split}", "mine") for split in SPLITS}
     defaults = ", ".join(f"{flag} {path}" for flag, path in left.items())
-    warnings = [f"warning: {defaults} by default; check that they belong to the files you named"]
-    if typed in ("--dev", "--test"):
-        warnings.append(OUTPUTS_WARNED_OF)
-    assert lines == warnings
+    assert lines == [f"warning: {defaults} by default; check that they belong to the files you named"]
+    for split in SPLITS[1:]:
+        whose = "mine" if typed == f"--{split}" else "cfimdb"
+        assert getattr(args, f"{split}_out") == f"{whose}-{split}-finetuning-output.txt"
+
+
+def test_own_training_data_needs_no_other_file(resolve):
+    args, lines = resolve("--option", "lora", "--train", "mine.csv", there=["stories42M.pt", *COURSE])
+    assert (args.train, args.dev, args.test, args.label_names) == ("mine.csv", "0.1", None, None) and lines == []
+    assert (args.dev_out, args.test_out) == ("mine-dev-predictions.csv", None)
+    args, _ = resolve("--option", "prompt", "--test", "mine.jsonl", there=["stories42M.pt", *COURSE])
+    assert (args.dev, args.test, args.label_names) == (None, "mine.jsonl", None)
+    assert (args.dev_out, args.test_out) == (None, "mine-test-predictions.jsonl")
+
+
+def test_the_courses_training_file_keeps_its_defaults(resolve):
+    args, _ = resolve("--option", "finetune", "--train", "elsewhere/cfimdb-train.txt", there=COURSE)
+    assert (args.dev, args.test, args.label_names) == ("data/cfimdb-dev.txt", "data/cfimdb-test.txt", COURSE[-1])
+    assert args.dev_out == "cfimdb-dev-finetuning-output.txt"
 
 
 def test_data_typed_in_full_is_not_warned_of(resolve):
@@ -318,3 +327,11 @@ def test_a_tokenizer_from_elsewhere_may_lack_a_few_pieces_or_those_up_to_a_round
 def test_a_tokenizer_of_another_model_is_refused(small_tokenizer, vocab_size):
     with pytest.raises(ValueError, match=rf"vocabulary of {vocab_size} tokens, but .* has 320; give the --tokenizer"):
         fit_tokenizer("model.pt", tiny_llama(vocab_size=vocab_size).config, Tokenizer(tokenizer_model=small_tokenizer))
+
+
+@pytest.mark.parametrize(
+    "stop_ids, special_ids, chats", [((5,), {"<|eot_id|>": 5}, True), ((4,), {"<|eot_id|>": 5}, False), ((), {}, False)]
+)
+def test_a_model_whose_texts_end_with_llama_3s_turns_is_a_chat_model(tmp_path, stop_ids, special_ids, chats):
+    checkpoint = SimpleNamespace(path=tmp_path / "model.pt", stop_ids=stop_ids)
+    assert is_chat_model(checkpoint, SimpleNamespace(special_ids=special_ids)) is chats

@@ -222,9 +222,10 @@ def test_a_file_and_its_record_are_of_one_run(tmp_path):
 
 def test_the_data_of_what_would_be_lost_are_named(command):
     assert command.classify()[0] == 0
-    write_rows(command.folder / "more.txt", SENTENCES[:2])
-    code, _, err = command.classify("prompt", "--dev", "more.txt")
-    assert code == 2 and f"{DEFAULT} holds predictions for 4 rows of dev.txt, not for the 2 of more.txt" in err
+    (command.folder / "more").mkdir()
+    write_rows(command.folder / "more" / "dev.txt", SENTENCES[:2])
+    code, _, err = command.classify("prompt", "--dev", "more/dev.txt")
+    assert code == 2 and f"{DEFAULT} holds predictions for 4 rows of dev.txt, not for the 2 of more/dev.txt" in err
 
 
 def test_predictions_of_the_same_rows_are_written_over(command):

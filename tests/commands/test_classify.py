@@ -15,8 +15,8 @@ import torch
 from classifier import classifier_of
 from conftest import ROOT
 from minillama.cli import classifiers
-from minillama.commands import classify as labelling
 from minillama.formats.checkpoint import read_fine_tuned
+from minillama.text import labelled as labelling
 from minillama.text.batches import tokenize_rows
 from minillama.text.labelled import read_rows
 from minillama.training.evaluation import class_log_probs
@@ -136,7 +136,12 @@ def test_lines_of_a_data_file_and_line_breaks_within_a_sentence(command):
     fine_tuned(command)
     code, out, err = classify(command, "--prompt_file", "dev.txt")
     assert code == 0 and out.count("\n") == len((command.folder / "dev.txt").read_text().splitlines())
-    assert "sentences begin with a label" in err
+    assert "the labels of these lines are not read" in err
+    gold = sentences(command.folder / "dev.txt")
+    assert [line.partition(" ||| ")[2] for line in out.splitlines()] == gold
+    (command.folder / "other.txt").write_text("x ||| a bad film\nplain\n", encoding="utf-8")
+    code, out, err = classify(command, "--prompt_file", "other.txt")
+    assert "1 of 2 sentences begin with a label" in err and out.splitlines()[0].endswith(" ||| x ||| a bad film")
     code, out, err = classify(command, "--prompt", "one\r\ntwo ||| three")
     assert code == 0 and out.partition(" ||| ")[2] == "one two ||| three\n" and "warning" not in err
 
@@ -220,6 +225,14 @@ def test_sentences_are_typed_one_by_one_and_a_bad_one_ends_nothing(command, pipe
     assert code == 0, err
     assert [json.loads(line)["sentence"] for line in out.splitlines()] == ["so it was", "the end"]
     assert "Ctrl-D" in err
+
+
+def test_a_word_ends_the_typing(command, piped):
+    fine_tuned(command)
+    piped(b"so it was\nquit\nthe end\n")
+    code, out, err = classify(command, "--interactive", "--json")
+    assert code == 0 and [json.loads(line)["sentence"] for line in out.splitlines()] == ["so it was"]
+    assert "Ctrl-D ends, and so does the line quit, exit or :q" in err
 
 
 @pytest.mark.parametrize(

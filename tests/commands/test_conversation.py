@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 
 from minillama.decoding import sampling as generation
+from minillama.formats.checkpoint import write_checkpoint
+from models import tiny_llama
 from programs import made_of
 
 
@@ -74,3 +77,43 @@ def test_ctrl_c_at_the_prompt_ends_nothing(command, monkeypatch):
     monkeypatch.setattr("builtins.input", typed)
     code, out, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "4")
     assert code == 0 and out.lstrip("\n").startswith("one day") and "Ctrl-C stops an answer; Ctrl-D ends" in err
+
+
+@pytest.mark.parametrize("word", ["quit", "exit", ":q", "  quit "])
+def test_a_word_ends_the_session_and_the_greeting_names_it(command, monkeypatch, word):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"one day\n{word}\nhe was\n"))
+    code, out, err = command("--interactive", "--temperature", "0", "--max_new_tokens", "4")
+    assert code == 0 and out.startswith("one day") and "he was" not in out
+    assert "Ctrl-D ends, and so does the line quit, exit or :q" in err
+
+
+def test_a_line_that_only_begins_with_such_a_word_is_a_prompt(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("quit it\n"))
+    code, out, _ = command("--interactive", "--temperature", "0", "--max_new_tokens", "4")
+    assert code == 0 and out.startswith("quit it")
+
+
+CHAT = ["--chat", "--prompt", "one day", "--temperature", "0", "--max_new_tokens", "4"]
+
+
+def test_a_chat_with_a_model_that_seems_to_be_none_is_warned_of(command):
+    warning = "seems to be no chat model"
+    code, _, err = command(*CHAT)
+    assert code == 0 and err.count(f"warning: {command.folder / 'model.pt'} {warning}".split("/")[-1]) == 1
+    assert warning not in command(*CHAT[1:])[2]
+    (command.folder / "model.pt").rename(command.folder / "my-Chat.pt")
+    assert warning not in command(*CHAT, "--pretrained-model-path", "my-Chat.pt")[2]
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_folder_with_a_chat_template_is_a_chat_model(command, file):
+    model = tiny_llama(vocab_size=320, norm="rmsnorm", causal=True)
+    write_checkpoint("model.pt", model.state_dict(), model.config)
+    assert command("--option", "convert", "--to", "huggingface", "--model_out", "folder")[0] == 0
+    chat = [*CHAT, "--pretrained-model-path", "folder"]
+    assert "seems to be no chat model" in command(*chat)[2]
+    path = command.folder / "folder" / file
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}), encoding="utf-8")
+    code, _, err = command(*chat)
+    assert code == 0 and "seems to be no chat model" not in err

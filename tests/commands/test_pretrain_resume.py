@@ -36,7 +36,17 @@ def signals_at_judgement(monkeypatch, number):
 @pytest.mark.parametrize("stop", [lambda m: crashes_at_step(m, 5), lambda m: signals_at_judgement(m, 2)])
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(command, monkeypatch, stop):
     """Through a pass's end, too: the corpus has fewer windows than the run takes."""
-    more = ["--save_every", "2", "--max_steps", "9", "--batch_size", "40", "--corpus", "stories.txt=0.4"]
+    more = [
+        "--save_every",
+        "2",
+        "--max_steps",
+        "9",
+        "--batch_size",
+        "40",
+        "--corpus",
+        "stories.txt=0.4",
+        "--keep_state",
+    ]
     assert command.pretrain(*more, out="whole.safetensors", run_dir="whole")[0] == 0
     with monkeypatch.context() as patched:
         stop(patched)

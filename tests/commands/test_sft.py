@@ -293,3 +293,8 @@ def test_a_run_does_not_go_on_with_another_answer(command):
     (command.folder / "dev.jsonl").write_text(jsonl(lines), encoding="utf-8")
     code, _, err = command("--resume", "--run_dir", "run")
     assert code == 2 and "was started with another model, or other training or dev tokens" in err
+
+
+def test_the_same_examples_for_train_and_dev_are_told(command):
+    code, _, err = command.sft("--dev", "train.jsonl", "--epochs", "1")
+    assert code == 0 and "warning: --train and --dev have the same 17 rows (train.jsonl)" in err

@@ -255,7 +255,7 @@ def another_base(folder):
 
 
 BAD = [
-    ("no file", ["--finetuned", "none.pt"], None, "none.pt: no such file; give the best.pt of a run"),
+    ("no file", ["--finetuned", "none.pt"], None, "none.pt: no such file; give the folder of a run"),
     ("a base in its place", ["--finetuned", "model.pt"], None, "model.pt is not a fine-tuned classifier"),
     ("a text in its place", ["--finetuned", "dev.txt"], None, "dev.txt is not a fine-tuned"),
     ("a base that is gone", [], lambda f: (f / "model.pt").unlink(), "model.pt, the base model of run/best.pt,"),

@@ -110,9 +110,9 @@ def test_the_interval_is_wilsons(right, count):
 
 def test_accuracy_is_held_against_chance_and_the_commonest_class():
     rows = [Row(label, "", (1,)) for label in (0, 2, 2, 2, 2)]
-    text = describe_chance(Evaluation([0, 1, 1, 1, 2], 0.4, 0.5), rows, 4)
-    assert text == "95 % interval 0.118 to 0.769, chance 0.250, commonest class 0.800"
-    assert describe_chance(Evaluation([0], None, None), rows[:1], 4) == ""
+    text = describe_chance(Evaluation([0, 1, 1, 1, 2], 0.4, 0.5), rows, "abcd")
+    assert text == "95 % interval 0.118 to 0.769, chance 0.250, commonest class 0.800 (c)"
+    assert describe_chance(Evaluation([0], None, None), rows[:1], "abcd") == ""
 
 
 def test_scores_that_are_no_numbers_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fitting import LENGTH, a_llama, a_task, by_hand, judged, some_tokens
 from minillama.text.corpus import Corpus, Text, evenly
 from minillama.training.distributed import Processes
-from minillama.training.language_modelling import LanguageModelling
+from minillama.training.language_modelling import LanguageModelling, evaluations
 from models import some_stories
 
 
@@ -39,6 +40,36 @@ def test_an_epoch_is_as_many_steps_as_lie_between_two_judgements(tokenizer):
     assert task.epochs == 3 and [len(plan) for plan in plans] == [4, 4, 2]
     assert [batch for plan in plans for batch in plan] == [task.corpus.batch(step, 4) for step in range(10)]
     assert a_task(tokenizer, steps=8).epochs == 2
+    assert [task.first_step(epoch) for epoch in (1, 2, 3, 4)] == [0, 4, 8, 10]
+    assert [task.name(epoch) for epoch in (1, 2, 3)] == ["step 4", "step 8", "step 10"]
+
+
+@pytest.mark.parametrize("every", [1, 3, 200])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 60])
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_each_pass_ends_with_an_evaluation(passes, batch_size, every):
+    """A pass ends with the step that takes its last window; also if a batch is larger than a pass."""
+    length = 25
+    steps = -(-passes * length // batch_size)
+    found = evaluations(steps, every, passes, length, batch_size)
+    ends = [0, *found]
+    assert ends[-1] == steps and all(0 < b - a <= every for a, b in itertools.pairwise(ends))
+    for number in range(1, passes + 1):
+        (end,) = [
+            step for step in range(1, steps + 1) if (step - 1) * batch_size < number * length <= step * batch_size
+        ]
+        assert int(found[end].removeprefix("epoch ")) >= number
+    assert found[steps] == f"epoch {passes}"
+    longer = evaluations(-(-(passes + 1) * length // batch_size), every, passes + 1, length, batch_size)
+    same = {end: name for end, name in longer.items() if end < steps}
+    assert same == {end: name for end, name in found.items() if end < steps}
+
+
+def test_evaluations_within_a_pass_are_named_by_their_step():
+    assert evaluations(9, 3, 2, 9, 2) == {
+        2: "epoch 1, step 2", 5: "epoch 1", 7: "epoch 2, step 7", 9: "epoch 2",
+    }  # fmt: skip
+    assert evaluations(10, 4, None, 9, 2) == {4: "step 4", 8: "step 8", 10: "step 10"}
 
 
 def test_bits_per_byte_count_what_a_held_out_text_costs(tokenizer):
