@@ -32,6 +32,13 @@ def share_of(path: str | None) -> float | None:
     return float(path) or None
 
 
+def check_share(options: Options) -> None:
+    """Raises ValueError if --dev is a number, but no share of the training rows."""
+    path = options.dev
+    if path is not None and share_of(path) is None and re.fullmatch(r"[0-9.]+ ?%?", path) and not Path(path).exists():
+        raise ValueError(f"--dev {path} is neither a file nor a share of --train between 0 and 1, as in 0.2")
+
+
 def source(options: Options, split: str) -> str:
     """The file with the rows of a split: --train for a --dev that is held out."""
     path = getattr(options, split)

@@ -189,12 +189,7 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
     path = Path(name)
     advice = f"name another file with --{option}, or move this file"
     if path.stem.endswith("predictions") and path.suffix in (".csv", ".jsonl"):  # named after the data
-        record = find_record(path.parent, path.name, path.read_bytes())
-        if record is None or not _same_path(record.get("data"), source(options, split)):
-            whose = (
-                f"predictions for {record['data']}" if record and record.get("data") else "no predictions as written"
-            )
-            raise ValueError(f"{path} already exists and holds {whose}; {advice}")
+        check_made_from(path, source(options, split), advice)
         return
     try:
         content = path.read_bytes()
@@ -210,6 +205,14 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
             f"{path} holds predictions for {len(held)} rows{whose}, not for the {len(sentences)} of "
             f"{getattr(options, split)}; {advice}"
         )
+
+
+def check_made_from(path: Path, data: str, advice: str) -> None:
+    """Raises ValueError if an existing file was not made from the rows of `data`, or was changed since."""
+    record = find_record(path.parent, path.name, path.read_bytes())
+    if record is None or not _same_path(record.get("data"), data):
+        whose = f"predictions for {record['data']}" if record and record.get("data") else "no predictions as written"
+        raise ValueError(f"{path} already exists and holds {whose}; {advice}")
 
 
 def _same_path(one: str | None, other: str) -> bool:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from minillama.cli import classifiers, flags
 from minillama.cli.checks import check_prompts
-from minillama.cli.console import HOW_TO_END, check_stdin, read_prompts, stdout_is_utf8, typed_lines
-from minillama.cli.header import report
+from minillama.cli.console import HOW_TO_END, STDIN, check_stdin, read_prompts, stdout_is_utf8, typed_lines
+from minillama.cli.header import report, warn
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options, OwnFlag
-from minillama.formats.names import PREDICTED, TABLES, is_table, without_ending
+from minillama.cli.provenance import Origin, check_made_from, lock_predictions
+from minillama.formats.names import TABLES, is_table, without_ending
 
 if TYPE_CHECKING:
     from minillama.formats.checkpoint import FineTuned
@@ -41,8 +42,8 @@ def check(options: Options) -> None:
     if options.out is not None and not options.out.lower().endswith(classifiers.PREDICTION_TABLES):
         raise ValueError(f"--out is {options.out}; its name must end in {' or '.join(classifiers.PREDICTION_TABLES)}")
     path = out_file(options)
-    if path is not None and options.out is None and Path(path).exists() and not is_ours(path):
-        raise ValueError(f"{path} already exists and was not written by classify; name another file with --out")
+    if path is not None and options.out is None and Path(path).is_file():
+        check_made_from(Path(path), options.prompt_file, "name another file with --out")
 
 
 def out_file(options: Options) -> str | None:
@@ -53,33 +54,27 @@ def out_file(options: Options) -> str | None:
     return f"{Path(without_ending(options.prompt_file)).name}-classified{kind}"
 
 
-def is_ours(path: str) -> bool:
-    """Whether a file has the column that classify writes."""
-    with open(path, "rb") as file:
-        return PREDICTED.encode() in file.readline(1 << 20)
-
-
 def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -> list[Row]:
     """The rows of a table with its own columns, or of `sentences`. Labels that a file has are not read."""
     from minillama.text.labelled import Row, read_file
     from minillama.text.tables import LINE_END, SEPARATOR
 
+    known = {*found.labels, *found.label_names}
     if is_table(options.prompt_file or ""):
         learnt = found.options.get("columns")
         columns = options.columns or (
             {"text": learnt["text"]} if isinstance(learnt, dict) and "text" in learnt else None
         )
         try:
-            table = read_file(options.prompt_file, columns, labelled=False)
+            table = read_file(options.prompt_file, columns, known, labelled=False)
         except ValueError:
             if options.columns or not columns:
                 raise
-            table = read_file(options.prompt_file, labelled=False)  # it may have other names than the training data
+            table = read_file(options.prompt_file, None, known, labelled=False)  # other names than the training data's
         classifiers.tell_table(replace(table, label=""))
         if table.is_labelled:
             report(f"notice: {table.label} is not read; --option evaluate scores a model on labelled rows")
         return [Row(0, record.text, cells=record.cells) for record in table.records]
-    known = {*found.labels, *found.label_names}
     parts = [sentence.partition(SEPARATOR) for sentence in sentences]
     if options.prompt_file is not None and all(sign and label.strip() in known for label, sign, _ in parts):
         report("notice: the labels of these lines are not read; --option evaluate scores a model on labelled rows")
@@ -112,6 +107,9 @@ def run(options: Options) -> None:
     classifier, tokenizer, prompt = classifiers.load_classifier(options, found, device, dtype)
     model = classifier.to(device)
     labels = class_labels(found.labels)
+    is_file = options.prompt_file not in (None, *STDIN)
+    data = {"test": (options.prompt_file, len(rows))} if is_file else {}
+    origin = Origin.of(options, data, str(found.path)) if out_file(options) else None
     how = classifiers.reading_arguments(options, tokenizer, dtype)
 
     def label(rows: list[Row]) -> None:
@@ -119,7 +117,9 @@ def run(options: Options) -> None:
         log_probs = class_log_probs(model, rows, **how, name="classifying")
         likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
         if (path := out_file(options)) is not None:
-            write_predictions(path, likeliest, rows, found.labels, probabilities)
+            with lock_predictions(path):
+                write_predictions(path, likeliest, rows, found.labels, probabilities)
+                warn(origin.write_record(path, "test" if data else None) if origin else None)
             counts = Counter(found.label_names[best] for best in likeliest)
             shares = ", ".join(
                 f"{name} {counts[name]:,} ({counts[name] / len(rows):.0%})" for name in found.label_names

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from minillama.cli import classifiers, flags
 from minillama.cli.bundled import use_bundled_rows
 from minillama.cli.checks import check_template, check_training
-from minillama.cli.data_files import model_file
+from minillama.cli.data_files import check_share, model_file
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import add_lora
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
@@ -111,6 +111,7 @@ def check(options: Options) -> None:
             raise ValueError(f"--{name} is a setting of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
     classifiers.check_whole_batches(options)
     check_training(options)
+    check_share(options)
     classifiers.check_predictions(options, ENDINGS[options.option])
 
 

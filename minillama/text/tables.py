@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,13 +98,16 @@ def read_table(
         rows, escapes = _csv_rows(path, text, 2 if labelled else 1)
     first = [str(cell).strip() for cell in rows[0][1]]
     columns = columns or {}
-    has_head = _is_head(first, labels) or any(not name.isdigit() for name in columns.values())
-    if has_head:
-        return _by_name(path, first, rows[1:], columns, labelled)
     names = [str(n) for n in range(1, len(first) + 1)]
+    has_head = _is_head(first, labels) or any(not name.isdigit() for name in columns.values())
+    if not has_head and (at := _find(path, names, columns.get("label"), ())) is not None:
+        has_head = first[at] not in labels and _is_odd([as_text(cells[at]).strip() for _, cells in rows])
+    if has_head:
+        return _by_name(path, _distinct(first), rows[1:], columns, labelled)
     if columns:
         return _by_name(path, names, rows, columns, labelled)
-    if labelled and first[0] not in labels and _is_odd(first[0], [as_text(cells[0]).strip() for _, cells in rows[1:]]):
+    values = [as_text(cells[0]).strip() for _, cells in rows]
+    if len(names) > 1 and first[0] not in labels and (_is_odd(values) or (not labelled and set(values) - set(labels))):
         raise ValueError(f"{path} seems to have columns {_listed(first)}; say which ones to read: {COLUMNS_EXAMPLE}")
     return _by_position(path, names, rows, kind, labelled, escapes)
 
@@ -219,15 +223,24 @@ def _plain(name: str) -> str:
 
 
 def _is_head(cells: Sequence[str], labels: Collection[str]) -> bool:
-    """Whether the cells of a first line name columns: one is a usual name, none a number, and the first no label."""
-    plain = [_plain(cell) for cell in cells]
+    """Whether the cells of a first line name columns: one is a usual name, and the first is no number and no label."""
     usual = {*LABEL_NAMES, *TEXT_NAMES} - {"y"}
-    short = all(len(cell) <= LONGEST_NAME and not cell.strip().isdigit() for cell in cells)
-    return short and len(set(plain)) == len(plain) and bool(usual & set(plain)) and cells[0].strip() not in labels
+    first = cells[0].strip()
+    return bool(usual & {_plain(cell) for cell in cells}) and not first.isdigit() and first not in labels
 
 
-def _is_odd(first: str, others: Sequence[str]) -> bool:
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names of columns, of which later ones of the same name get a number: text, text 2."""
+    found: list[str] = []
+    for name in names:
+        again = next(new for n in count(1) if (new := name if n == 1 else f"{name} {n}") not in found)
+        found.append(again)
+    return found
+
+
+def _is_odd(values: Sequence[str]) -> bool:
     """Whether the first value of a column is unlike the others: it may be the column's name."""
+    first, *others = values
     counts = Counter(others)
     a_number = re.compile(r"[-+]?[0-9.]+")
     alone = not a_number.fullmatch(first) and len(others) >= 2 and all(a_number.fullmatch(one) for one in counts)
@@ -340,6 +353,8 @@ def _table(
             left_out.append(number)
             continue
         label = None if label_at is None else as_text(cells[label_at]).strip() or None
+        if label is not None and (whole := re.fullmatch(r"(-?[0-9]+)\.0+", label)):
+            label = whole[1]  # a spreadsheet or pandas made 3.0 of 3
         fold = None if fold_at is None else as_text(cells[fold_at])
         records.append(Record(number, label, text, fold, dict(zip(names, cells, strict=True))))
     shown = [f'"{names[n]}"' if not names[n].isdigit() else f"column {names[n]}" for n in range(len(names))]
