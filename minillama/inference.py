@@ -58,6 +58,7 @@ def complete(
         raise ValueError(f"texts is one string ({texts[:40]!r}); give a list, such as [text]")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    texts = list(texts)
     stops = [stop] if isinstance(stop, str) else list(stop)
     if "" in stops:
         raise ValueError("stop has an empty text, which would stop at once; leave it out")
@@ -120,6 +121,7 @@ class TextClassifier:
         """
         if isinstance(texts, str):
             raise ValueError(f"texts is one string ({texts[:40]!r}); give a list, such as [text]")
+        texts = list(texts)
         for number, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(f"text {number} is empty; leave it out")

@@ -153,7 +153,7 @@ CASES = {
         "a.csv",
         table(None, [(t, n) for n, t in ROWS]),
         error="a.csv, column 1 has 40 different labels in 40 rows, so it holds no classes; say which columns hold text "
-        "and label: --columns text=NAME,label=NAME",
+        "and label: --columns text=NAME,label=NAME, or list the classes in a file for --label-names",
     ),
     "labels of two spellings": Case(
         "a.csv",
@@ -171,7 +171,7 @@ CASES = {
     "uneven rows": Case(
         "a.csv",
         own("label", "text", of=[*ROWS[:3], ("pos", "a", "b")]),
-        error="a.csv, line 5: 3 columns, not 2 as above; a record is `label,text` or more",
+        error='a.csv, line 5: 3 columns, not 2 as above; a text with "," in it needs double quotes around it',
     ),
     "a broken object": Case(
         "a.jsonl",
@@ -227,7 +227,9 @@ def test_one_command_trains_on_a_file_and_another_one_labels_it(program, case):
         )
     else:
         csv.field_size_limit(10_000_000)
-        rows = list(csv.DictReader(io.StringIO(lines, newline="")))
+        head = lines.lstrip("\ufeff").partition("\n")[0]
+        separator = max(",;\t", key=head.count)
+        rows = list(csv.DictReader(io.StringIO(lines.lstrip("\ufeff"), newline=""), delimiter=separator))
         own = None
     assert len(rows) == case.rows
     for row in rows:
@@ -246,12 +248,92 @@ def test_the_columns_of_a_table_come_back_as_they_were(program):
     (program.folder / "all.csv").write_text(table(["id", "review", "stars"], rows), encoding="utf-8", newline="")
     assert program("--option", "lora", "--epochs", "1", "--train", "all.csv", "--run_dir", "run", *MODEL)[0] == 0
     assert (program.folder / "all-lora-1-2e-05.pt").exists()
-    (program.folder / "new.csv").write_text(
-        table(["id", "review"], [row[:2] for row in rows], ";"), encoding="utf-8", newline=""
-    )
+    new = table(["id", "review"], [row[:2] for row in rows], ";")
+    (program.folder / "new.csv").write_text(new, encoding="utf-8-sig", newline="")
     code, _, err = program("--option", "classify", "--finetuned", "run", "--prompt_file", "new.csv", "--out", "n.csv")
     assert code == 0, err
-    with (program.folder / "n.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
+    assert (program.folder / "n.csv").read_bytes().startswith(b"\xef\xbb\xbfid;review;predicted")
+    with (program.folder / "n.csv").open(encoding="utf-8-sig", newline="") as file:
+        found = list(csv.DictReader(file, delimiter=";"))
     assert [(int(row["id"]), row["review"]) for row in found] == [row[:2] for row in rows]
     assert list(found[0]) == ["id", "review", "predicted", "p_neg", "p_pos"]
+
+
+def test_predictions_are_not_written_over_those_for_other_data(program):
+    for folder in (".", "other"):
+        (program.folder / folder).mkdir(exist_ok=True)
+        (program.folder / folder / "a.csv").write_text(table(["label", "text"], ROWS), encoding="utf-8", newline="")
+    assert program("--option", "finetune", "--epochs", "1", "--train", "a.csv", "--run_dir", "run", *MODEL)[0] == 0
+    assert (program.folder / "a-dev-finetuning-output.csv").exists()
+    classify = ["--option", "classify", "--finetuned", "run", "--prompt_file"]
+    assert program(*classify, "a.csv")[0] == program(*classify, "a.csv")[0] == 0
+    before = program.files()
+    code, out, err = program(*classify, "other/a.csv")
+    assert code == 2 and "a-classified.csv already exists and holds predictions for a.csv; name another" in err
+    code, _, err = program("--option", "finetune", "--epochs", "1", "--train", "other/a.csv", *MODEL)
+    assert code == 2 and "a-dev-finetuning-output.csv already exists and holds predictions for a.csv" in err
+    (program.folder / "new.csv").write_text(table(["text", "predicted"], [("good", "x")]), encoding="utf-8", newline="")
+    code, _, err = program(*classify, "new.csv")
+    assert code == 0 and "warning: new.csv: the columns predicted are replaced by the new predictions" in err
+    (program.folder / "new-classified.csv").write_text("unpredicted sales\n1\n", encoding="utf-8")
+    code, _, err = program(*classify, "new.csv")
+    assert code == 2 and "new-classified.csv already exists and holds no predictions as written" in err
+    assert {name: program.files()[name] for name in before} == before
+
+
+def test_mixing_knows_which_rows_were_held_out(program):
+    (program.folder / "a.csv").write_text(table(["label", "text"], ROWS), encoding="utf-8", newline="")
+    train = ["--option", "finetune", "--epochs", "1", "--train", "a.csv", "--dev", "0.2", "--seed", "3", *MODEL]
+    code, out, _ = program(*train, "--run_dir", "run")
+    told = out.split(",")[0]
+    mix = ["--option", "wise_ft", "--finetuned", "run", "--alphas", "1"]
+    code, out, err = program(*mix)
+    assert code == 0 and f"\n{told}," in out and "(8 rows)" in out and "ignored" not in err
+    code, _, err = program(*mix, "--dev", "0.5")
+    assert code == 2 and "--dev 0.5 would hold out rows that run/best.pt was trained on; give a file" in err
+    code, _, err = program(*mix, "--dev_out", "a.csv")
+    assert code == 2 and "a.csv is both input and output" in err
+
+
+@pytest.mark.parametrize("share", ["0", "1", "20%", "1.5"])
+def test_a_number_that_is_no_share_is_refused(program, share):
+    (program.folder / "a.csv").write_text(table(["label", "text"], ROWS), encoding="utf-8", newline="")
+    code, _, err = program("--option", "lora", "--train", "a.csv", "--dev", share, *MODEL)
+    assert code == 2 and f"--dev {share} is neither a file nor a share of --train between 0 and 1, as in 0.2" in err
+
+
+def test_a_test_file_may_lack_the_label_that_was_named(program):
+    names = ["Bewertung", "Meinung", "Ort"]
+    (program.folder / "a.csv").write_text(table(names, [(*row, "x") for row in ROWS]), encoding="utf-8", newline="")
+    (program.folder / "t.csv").write_text(
+        table(names[1:], [(row[1], "x") for row in ROWS]), encoding="utf-8", newline=""
+    )
+    columns = ["--columns", "text=Meinung,label=Bewertung"]
+    run = ["--option", "finetune", "--epochs", "1", "--train", "a.csv", "--test", "t.csv", "--run_dir", "run", *MODEL]
+    code, out, err = program(*run, *columns)
+    assert code == 0 and "test has no gold labels" in out, err
+    code, _, err = program("--option", "evaluate", "--finetuned", "run", "--test", "t.csv")
+    assert code == 2 and "t.csv has no labels, or the same one in all rows" in err
+
+
+def test_numbers_of_columns_are_of_their_file_alone_and_names_of_others_are_found(program):
+    rows = [(i, text, label) for i, (label, text) in enumerate(ROWS)]
+    (program.folder / "a.csv").write_text(table(None, rows), encoding="utf-8", newline="")
+    run = ["--option", "finetune", "--epochs", "1", "--train", "a.csv", "--run_dir", "run", *MODEL]
+    assert program(*run, "--columns", "text=2,label=3")[0] == 0
+    new = table(["day", "id", "text"], [("x", i, text) for i, text, _ in rows])
+    (program.folder / "new.csv").write_text(new, encoding="utf-8", newline="")
+    code, _, err = program("--option", "classify", "--finetuned", "run", "--prompt_file", "new.csv")
+    assert code == 0 and 'text = "text"' in err
+    (program.folder / "t.csv").write_text(table(["label", "text"], ROWS), encoding="utf-8", newline="")
+    code, out, err = program("--option", "evaluate", "--finetuned", "run", "--test", "t.csv")
+    assert code == 0 and 'text = "text", label = "label"' in err and "rows      40" in out
+
+
+def test_many_classes_are_allowed_if_their_column_was_named(program):
+    rows = [(f"class {i % 30}", f"{TEXTS[i % 4]} {i}") for i in range(90)]
+    (program.folder / "a.csv").write_text(table(["label", "text"], rows), encoding="utf-8", newline="")
+    run = ["--option", "lora", "--epochs", "1", "--train", "a.csv", *MODEL]
+    code, _, err = program(*run)
+    assert code == 2 and "has 30 different labels in 90 rows" in err
+    assert program(*run, "--columns", "label=label")[0] == 0

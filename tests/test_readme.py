@@ -173,7 +173,7 @@ def test_each_option_runs_as_its_page_says(course_folder, command):
         assert out.startswith(("train ", "demo-train ")) and not made
         return
     if "all.csv" in command:
-        assert made == {"all-finetune-10-0.0003.pt", "all-dev-predictions.csv", "runs"}
+        assert made == {"all-finetune-10-0.0003.pt", "all-dev-finetuning-output.csv", "runs"}
         return
     if option in ("report", "perplexity", "tokenizer", "pretrain", "sft", "convert", "wise_ft", "classify", "evaluate"):
         wanted = {

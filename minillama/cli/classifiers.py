@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,7 +111,6 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
         infer_labels,
         missing_classes,
         near_misses,
-        read_file,
         read_labels,
         rows_of,
     )
@@ -133,10 +132,9 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
             )
             continue
         known = () if labels is None else {*labels, *(name for name in labels.values() if name is not None)}
-        columns = options.columns if is_table(path) else None
-        table = read_file(path, columns, known, labelled=split != "test" or labels is None)
+        table = read_table_file(options, path, options.columns, known, labelled=split != "test" or labels is None)
         if labels is None:
-            labels = infer_labels(table)
+            labels = infer_labels(table, named="label" in (options.columns or {}))
             for line in near_misses(table, labels):
                 report(f"warning: {path}: {line}; if it is a slip, correct it and start again")
         rows[split] = rows_of(table, labels, may_lack_labels=split == "test")
@@ -160,6 +158,23 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
     return Data(rows, dict(labels), words)
 
 
+def read_table_file(
+    options: Options, path: str, columns: Mapping[str, str] | None, known: Collection[str], labelled: bool
+) -> Table:
+    """The file `path`. columns: of tables; if they were not typed but are those of the training data, a table without
+    them is read by its own names.
+    """
+    from minillama.text.labelled import read_file
+
+    columns = columns if is_table(path) else None
+    try:
+        return read_file(path, columns, known, labelled)
+    except ValueError:
+        if columns is None or "columns" in options.typed:
+            raise
+        return read_file(path, None, known, labelled)
+
+
 def tell_table(table: Table, classes: Sequence[str] = ()) -> None:
     """Says which columns of a table are read, and what was left out. classes: those found in it."""
     parts = [f"{len(table.records):,} rows"]
@@ -171,7 +186,9 @@ def tell_table(table: Table, classes: Sequence[str] = ()) -> None:
         report(f"{table.path}: {', '.join(parts)}{found}")
     if table.left_out:
         shown = ", ".join(map(str, table.left_out[:5])) + (", ..." if len(table.left_out) > 5 else "")
-        report(f"warning: {table.path}: {len(table.left_out):,} rows have no text and are left out (lines {shown})")
+        many = len(table.left_out) > 1
+        told = f"{len(table.left_out):,} rows have no text and are" if many else "1 row has no text and is"
+        report(f"warning: {table.path}: {told} left out (line{'s' * many} {shown})")
 
 
 def tokenize_data(

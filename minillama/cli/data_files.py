@@ -13,7 +13,7 @@ from minillama.formats.names import COLUMNS, COLUMNS_EXAMPLE, is_table, path_and
 
 HELD_OUT = "0.1"  # the share of --train that becomes dev
 DATA_OPTIONS = ("train", "dev", "test", "label_names")
-SPLIT_NAMES = re.compile(r"[-_. ]?(train(ing)?|dev|test(ing)?|valid(ation)?|val)$", re.IGNORECASE)
+SPLIT_NAMES = re.compile(r"(^|[-_. ])(train(ing)?|dev|test(ing)?|valid(ation)?|val)$", re.IGNORECASE)
 
 
 def columns(text: str) -> dict[str, str]:
@@ -75,14 +75,14 @@ def data_name(path: str) -> str:
 
     "" if the file is named after its split alone.
     """
-    return SPLIT_NAMES.sub("", Path(without_ending(path_and_fold(path)[0])).name)
+    return SPLIT_NAMES.sub("", Path(without_ending(path_and_fold(path)[0])).name).lstrip("-")  # which begins a flag
 
 
 def prediction_file(options: Options, split: str, ending: str) -> str | None:
     """The default file for the predictions of a split; None without rows.
 
-    Tables get a table named after the data. Lines of `label ||| sentence` get the course's ending, and its whole name
-    if their file has no name of its own, as in "dev.txt".
+    Its name ends as the course's does; for a table it is a table. Lines of `label ||| sentence` get the course's whole
+    name if their file has no name of its own, as in "dev.txt".
     """
     if getattr(options, split) is None:
         return None
@@ -91,7 +91,7 @@ def prediction_file(options: Options, split: str, ending: str) -> str | None:
     if not is_table(path):
         return f"{base or 'cfimdb'}-{split}-{ending}"
     kind = ".jsonl" if Path(path).suffix.lower().startswith(".json") else ".csv"
-    return "-".join(part for part in (base, split, f"predictions{kind}") if part)
+    return "-".join(part for part in (base, split, f"{without_ending(ending)}{kind}") if part)
 
 
 def model_file(options: Options) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli.console import stdout_is_utf8
+from minillama.cli.data_files import source
 from minillama.cli.options import Options
 from minillama.cli.plan_text import plan_lines
 from minillama.cli.room import DoesNotFit, advice
@@ -57,7 +58,8 @@ def plan_rows(
         classes = {split: [names[row.label] for row in rows] for split, rows in data.items()}
         full = full_lengths(session, data, names)
         limit = model.llama.config.max_seq_len  # type: ignore[union-attr]
-        found = inspect_splits(options, texts, classes, full)
+        lines = {split: [row.line for row in rows] for split, rows in data.items()}
+        found = inspect_splits(options, texts, classes, full, lines)
         for split, rows in data.items():
             cut = sum(length > len(row.ids) for length, row in zip(full[split], rows, strict=True))
             counts = Counter(classes[split])
@@ -67,7 +69,7 @@ def plan_rows(
                 "cut": {"rows": cut, "context": limit, "max_sentence_len": options.max_sentence_len},
             }
         found["sample"] = [
-            {"row": n + 1, "label": classes["train"][n], "text": texts["train"][n], "tokens": pieces}
+            {"row": lines["train"][n], "label": classes["train"][n], "text": texts["train"][n], "tokens": pieces}
             for n, pieces in sample_tokens(session, [row.ids for row in data["train"]])
         ]
         return found
@@ -92,12 +94,13 @@ def plan_examples(session: Session, model: nn.Module, task: Task, data: Mapping[
             full[split] = [
                 begin + len(ids) + one.targets for begin, ids, one in zip(begins, prompts, examples, strict=True)
             ]
-        found = inspect_splits(options, texts, answers, full)
+        lines = {split: [example.line for example in examples] for split, examples in data.items()}
+        found = inspect_splits(options, texts, answers, full, lines)
         for split, examples in data.items():
             cut = sum(length > len(one.ids) for length, one in zip(full[split], examples, strict=True))
             found[split]["cut"] = {"rows": cut, "context": None, "max_sentence_len": None}
         found["sample"] = [
-            {"row": n + 1, "label": answers["train"][n], "text": texts["train"][n], "tokens": pieces}
+            {"row": lines["train"][n], "label": answers["train"][n], "text": texts["train"][n], "tokens": pieces}
             for n, pieces in sample_tokens(session, [example.ids for example in data["train"]])
         ]
         return found
@@ -217,8 +220,11 @@ def inspect_splits(
     texts: Mapping[str, Sequence[str]],
     labels: Mapping[str, Sequence[str]],
     lengths: Mapping[str, Sequence[int]],
+    lines: Mapping[str, Sequence[int]],
 ) -> Facts:
-    """The facts of each split: rows, lengths, repeats and contradictions. Numbers of rows count from 1."""
+    """The facts of each split: rows, lengths, repeats and contradictions. lines: of the rows in their files, which name
+    them.
+    """
     from minillama.text.inspection import TextIndex, contradictions, length_quantiles, longer_than
 
     found: Facts = {}
@@ -227,16 +233,18 @@ def inspect_splits(
         repeats = train.repeats if split == "train" else train.find(sentences)
         pairs = [(repeat.row, repeat.other, repeat.exact) for repeat in repeats]
         found[split] = {
-            "path": getattr(options, split),
+            "path": source(options, split),
             "rows": len(sentences),
             "tokens": length_quantiles(lengths[split]),
             "longer_than": longer_than(lengths[split]),
             "repeats" if split == "train" else "in_train": {
-                "exact": [[row + 1, other + 1] for row, other, exact in pairs if exact],
-                "near": [[row + 1, other + 1] for row, other, exact in pairs if not exact],
+                "exact": [[lines[split][row], lines["train"][other]] for row, other, exact in pairs if exact],
+                "near": [[lines[split][row], lines["train"][other]] for row, other, exact in pairs if not exact],
                 "other_label": sum(labels[split][row] != labels["train"][other] for row, other, exact in pairs),
             },
-            "contradictions": [[row + 1 for row in rows] for rows in contradictions(sentences, labels[split])],
+            "contradictions": [
+                [lines[split][row] for row in rows] for rows in contradictions(sentences, labels[split])
+            ],
         }
     return found
 

@@ -20,7 +20,7 @@ def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             yield from split_lines(split, data[split], "answer" if plan["option"] == "sft" else "label")
     for row in data.get("sample", ()):
         yield ""
-        yield from shown(f"row {row['row']} ({row['label']}): {row['text']}", 2)
+        yield from shown(f"line {row['row']} ({row['label']}): {row['text']}", 2)
         yield from shown(f"{len(row['tokens'])} tokens: {' '.join(row['tokens'])}", 4)
     yield ""
     yield from memory_lines(plan["memory"])
@@ -61,7 +61,7 @@ def split_lines(split: str, facts: Mapping[str, Any], label: str) -> Iterator[st
         yield from pair_lines("in train", leaks, "a row of train", label)
     groups = facts["contradictions"]
     if groups:
-        some = "; ".join(f"rows {', '.join(map(str, rows[:5]))}" for rows in groups[:SHOWN])
+        some = "; ".join(f"lines {', '.join(map(str, rows[:5]))}" for rows in groups[:SHOWN])
         more = "; ..." * (len(groups) > SHOWN)
         yield f"  {label}s{' ' * (9 - len(label))}{counted(len(groups), 'text')} with several {label}s: {some}{more}"
 
@@ -75,7 +75,7 @@ def pair_lines(name: str, pairs: Mapping[str, Any], of_what: str, label: str) ->
     yield f"  {name:10}{counted(exact + near, 'row')} of {of_what}: {exact:,} exact, {near:,} near{other}"
     for kind in ("exact", "near"):
         if pairs[kind]:
-            some = ", ".join(f"{row} of {earlier}" for row, earlier in pairs[kind][:SHOWN])
+            some = ", ".join(f"line {row} of {earlier}" for row, earlier in pairs[kind][:SHOWN])
             yield f"            {kind}: {some}{', ...' * (len(pairs[kind]) > SHOWN)}"
 
 
@@ -132,10 +132,10 @@ def bar_lines(bar: Mapping[str, Any], rows: int) -> Iterator[str]:
     paired = ", ".join(f"{smallest[f'same_rows_{share}']:.3f}" for share in shares)
     count = counted(rows, "row")
     yield f"            the smallest difference that {count} can show (95 %): {paired} between two models"
-    yield (
-        f"            that disagree on {', '.join(map(str, shares))} % of these rows; "
-        f"{smallest['different_rows']:.3f} against an accuracy on other rows"
-    )
+    line = f"            that disagree on {', '.join(map(str, shares))} % of these rows"
+    if smallest["different_rows"]:  # 0 if the bar is 1
+        line += f"; {smallest['different_rows']:.3f} against an accuracy on other rows"
+    yield line
 
 
 def counted(count: int, noun: str) -> str:

@@ -188,7 +188,7 @@ def check_default_output(options: Options, split: str, sentences: Sequence[str])
         return
     path = Path(name)
     advice = f"name another file with --{option}, or move this file"
-    if path.stem.endswith("predictions") and path.suffix in (".csv", ".jsonl"):  # named after the data
+    if path.stem.endswith("-output") and path.suffix in (".csv", ".jsonl"):  # named after the data
         check_made_from(path, source(options, split), advice)
         return
     try:

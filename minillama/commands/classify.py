@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minillama.cli import classifiers, flags
 from minillama.cli.checks import check_prompts
@@ -16,7 +16,7 @@ from minillama.cli.header import report, warn
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options, OwnFlag
 from minillama.cli.provenance import Origin, check_made_from, lock_predictions
-from minillama.formats.names import TABLES, is_table, without_ending
+from minillama.formats.names import PREDICTED, PROBABILITY, TABLES, is_table, without_ending
 
 if TYPE_CHECKING:
     from minillama.formats.checkpoint import FineTuned
@@ -54,27 +54,30 @@ def out_file(options: Options) -> str | None:
     return f"{Path(without_ending(options.prompt_file)).name}-classified{kind}"
 
 
-def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -> list[Row]:
-    """The rows of a table with its own columns, or of `sentences`. Labels that a file has are not read."""
-    from minillama.text.labelled import Row, read_file
+def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a table with its own columns, or of `sentences`; and how its file is written, for
+    `write_predictions`. Labels that a file has are not read.
+    """
+    from minillama.text.labelled import Row
     from minillama.text.tables import LINE_END, SEPARATOR
 
     known = {*found.labels, *found.label_names}
     if is_table(options.prompt_file or ""):
         learnt = found.options.get("columns")
-        columns = options.columns or (
-            {"text": learnt["text"]} if isinstance(learnt, dict) and "text" in learnt else None
-        )
-        try:
-            table = read_file(options.prompt_file, columns, known, labelled=False)
-        except ValueError:
-            if options.columns or not columns:
-                raise
-            table = read_file(options.prompt_file, None, known, labelled=False)  # other names than the training data's
+        text = learnt.get("text") if isinstance(learnt, dict) else None
+        own = {"text": text} if text and not text.replace("+", "").isdigit() else None  # numbers are of that file alone
+        path = options.prompt_file
+        table = classifiers.read_table_file(options, path, options.columns or own, known, labelled=False)
         classifiers.tell_table(replace(table, label=""))
         if table.is_labelled:
             report(f"notice: {table.label} is not read; --option evaluate scores a model on labelled rows")
-        return [Row(0, record.text, cells=record.cells) for record in table.records]
+        replaced = [
+            name for name in table.names if name == PREDICTED or name in {PROBABILITY + n for n in found.label_names}
+        ]
+        if replaced:
+            report(f"warning: {table.path}: the columns {', '.join(replaced)} are replaced by the new predictions")
+        rows = [Row(0, record.text, cells=record.cells) for record in table.records]
+        return rows, {"separator": table.separator, "marked": table.marked}
     parts = [sentence.partition(SEPARATOR) for sentence in sentences]
     if options.prompt_file is not None and all(sign and label.strip() in known for label, sign, _ in parts):
         report("notice: the labels of these lines are not read; --option evaluate scores a model on labelled rows")
@@ -83,7 +86,7 @@ def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -
         re.match(rf"\S{{1,20}}{re.escape(SEPARATOR)}", sentence) is not None for sentence in sentences
     ):
         report(f'warning: {labelled} of {len(sentences)} sentences begin with a label and "{SEPARATOR}", read as text')
-    return [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences]
+    return [Row(0, LINE_END.sub(" ", sentence.strip())) for sentence in sentences], {}
 
 
 def run(options: Options) -> None:
@@ -100,7 +103,7 @@ def run(options: Options) -> None:
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
     found = read_fine_tuned(options.finetuned)
-    rows = [] if options.interactive else rows_to_classify(options, found, sentences)
+    rows, form = ([], {}) if options.interactive else rows_to_classify(options, found, sentences)
     options = classifiers.inherit_options(options, found, classifiers.OPTIONS_FROM_FINE_TUNED)
     device = choose_device(options)
     dtype = choose_dtype(options, device)
@@ -118,7 +121,7 @@ def run(options: Options) -> None:
         likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
         if (path := out_file(options)) is not None:
             with lock_predictions(path):
-                write_predictions(path, likeliest, rows, found.labels, probabilities)
+                write_predictions(path, likeliest, rows, found.labels, probabilities, **form)
                 warn(origin.write_record(path, "test" if data else None) if origin else None)
             counts = Counter(found.label_names[best] for best in likeliest)
             shares = ", ".join(

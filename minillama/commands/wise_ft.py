@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from minillama.cli import classifiers, flags
 from minillama.cli.charts import chart, colour, document
-from minillama.cli.checks import check_differ
-from minillama.cli.data_files import share_of, source
+from minillama.cli.checks import check_differ, check_paths
+from minillama.cli.data_files import share_of
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
@@ -145,9 +145,8 @@ def run(options: Options) -> None:
     found = read_fine_tuned(options.finetuned)
     options = classifiers.inherit_options(options, found, INHERITED_OPTIONS)
     labels = labels_of(options, found)
-    if share_of(options.dev) is not None:  # the rows that the run held out
-        options = options.replace(**{name: found.options[name] for name in ("train", "seed", "columns")})
-    raw = classifiers.read_data(options, ("train", "dev", "test") if share_of(options.dev) else ("dev", "test"), labels)
+    check_paths(options)  # again, with the files of the run
+    raw = read_rows_of_run(options, found, labels)
     sets = [DataSet("dev", raw.rows["dev"], found.label_names), *out_of_domain(options, found, labels)]
     tests = [DataSet("test", raw.rows["test"], found.label_names)] if "test" in raw.rows else []
     for one, path in zip(sets, [options.dev, *options.ood], strict=True):
@@ -159,7 +158,8 @@ def run(options: Options) -> None:
     model, tokenizer, prompt = classifiers.load_classifier(
         options, found, device, dtype, "its base" if mixes else "its base, not needed"
     )
-    data = {one.name: (source(options, one.name), len(one.rows)) for one in (sets[0], *tests)}
+    paths = {"dev": found.options["train"] if share_of(options.dev) is not None else options.dev, "test": options.test}
+    data = {one.name: (paths[one.name], len(one.rows)) for one in (sets[0], *tests)}
     origin = Origin.of(options, data, options.finetuned)
     theta_1 = copy.deepcopy(model.llama.state_dict())  # deepcopy keeps tied weights tied
     theta_0 = base_of(options, found) if mixes else theta_1
@@ -208,6 +208,19 @@ def run(options: Options) -> None:
     if options.model_out:
         report(f"wrote {options.model_out}, the model at alpha {alpha:g}")
         report_next("--option", "classify", "--finetuned", options.model_out, "--prompt", "your sentence")
+
+
+def read_rows_of_run(options: Options, found: FineTuned, labels: dict[str, str | None]) -> classifiers.Data:
+    """The rows of dev and test. A share as --dev means the rows that the run held out. Raises ValueError for another
+    share: the model was trained on some of those rows.
+    """
+    if share_of(options.dev) is None:
+        return classifiers.read_data(options, ("dev", "test"), labels)
+    if options.dev != found.options.get("dev"):
+        raise ValueError(f"--dev {options.dev} would hold out rows that {found.path} was trained on; give a file")
+    run = {name: found.options.get(name) for name in ("train", "seed", "columns")}
+    check_paths(options.replace(dev=run["train"]))
+    return classifiers.read_data(options.replace(**run), ("train", "dev", "test"), labels)
 
 
 def write_mixed(options: Options, found: FineTuned, model: nn.Module, alpha: float, dev: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import json
@@ -24,12 +25,13 @@ Labels = Sequence[str] | Mapping[str, str | None]  # names of the labels 0, 1, .
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file. ids: its tokens; cells: the columns of its table, by name."""
+    """One row of a data file. ids: its tokens; cells: the columns of its table, by name; line: its first line."""
 
     label: int
     sentence: str
     ids: tuple[int, ...] = ()
     cells: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    line: int = field(default=0, compare=False, repr=False)
 
 
 def read_text(path: str | PathLike[str], what: str) -> str:
@@ -99,9 +101,11 @@ def read_file(
     """
     name, pattern = path_and_fold(str(path))
     file = Path(name)
-    kind = f"data file of `{'label,text' if is_table(name) else 'label ||| sentence'}` records"
+    kind = "data file (a table of texts and labels)" if is_table(name) else "data file of `label ||| sentence` records"
     text = read_text(file, kind).rstrip(" \r\n")  # a tab at the end belongs to a column
-    table = read_table(file, text, columns, labels, labelled)
+    with file.open("rb") as content:
+        marked = content.read(3) == codecs.BOM_UTF8
+    table = replace(read_table(file, text, columns, labels, labelled), marked=marked)
     if pattern is None:
         return table
     folds = {record.fold for record in table.records if record.fold is not None}
@@ -113,18 +117,19 @@ def read_file(
     return replace(table, records=records)
 
 
-def infer_labels(table: Table) -> dict[str, str | None]:
+def infer_labels(table: Table, named: bool = False) -> dict[str, str | None]:
     """The class of each label in a training file: the label itself. Numbers are in numeric order, other labels sorted.
 
-    Raises ValueError if the labels are no classes: one for almost every row, only one, or two that differ only in case.
+    Raises ValueError if the labels are no classes: many for few rows (unless the user `named` the column), only one, or
+    two that differ only in case.
     """
     counts = Counter(record.label for record in table.records if record.label is not None)
     where = f"{table.path}{f', {table.label}' if table.label else ''}"
     rows = sum(counts.values())
-    if len(counts) > max(20, rows / 10) or len(counts) == rows > 2:
+    if (len(counts) > max(20, rows / 4) and not named) or len(counts) == rows > 2:
         raise ValueError(
             f"{where} has {len(counts):,} different labels in {rows:,} rows, so it holds no classes; say which columns "
-            f"hold text and label: {COLUMNS_EXAMPLE}"
+            f"hold text and label: {COLUMNS_EXAMPLE}, or list the classes in a file for --label-names"
         )
     if len(counts) < 2:
         one = f'one class, "{next(iter(counts))}"' if counts else "no label"
@@ -164,7 +169,7 @@ def rows_of(table: Table, label_names: Labels, may_lack_labels: bool = True) -> 
     values = {record.label for record in table.records}
     unlabelled = values == {None} or (len(values) == 1 and values <= {"-1", "?"})  # -1: as in GLUE's test files
     if may_lack_labels and table.names and unlabelled:
-        return [Row(0, record.text, cells=record.cells) for record in table.records]
+        return [Row(0, record.text, cells=record.cells, line=record.line) for record in table.records]
     rows = []
     for record in table.records:
         where = f"{table.path}, line {record.line}"
@@ -172,7 +177,7 @@ def rows_of(table: Table, label_names: Labels, may_lack_labels: bool = True) -> 
             raise ValueError(f"{where}: the label is missing; write one, or remove the row")
         found = _class_of(record.label, labels, where)
         if found is not None:
-            rows.append(Row(ids[found], record.text, cells=record.cells))
+            rows.append(Row(ids[found], record.text, cells=record.cells, line=record.line))
     if not rows:
         raise ValueError(f"{table.path}: no rows are left")
     return rows
@@ -199,7 +204,8 @@ def _class_of(label: str, labels: Mapping[str, str | None], where: str) -> str |
     if is_number and str(int(label)) in labels:
         return labels[str(int(label))]
     classes = ["left out" if name is None else name for name in labels.values()]
-    allowed = ", ".join(f"{known} ({name})" for known, name in zip(labels, classes, strict=True))
+    pairs = zip(labels, classes, strict=True)
+    allowed = ", ".join(known if known == name else f"{known} ({name})" for known, name in pairs)
     if list(labels) == [str(n) for n in range(len(labels))]:
         allowed = f"0 to {len(labels) - 1} ({', '.join(classes)})"
     known = {one.casefold(): one for one in [*labels, *(name for name in labels.values() if name is not None)]}
@@ -248,11 +254,14 @@ def write_predictions(
     rows: Sequence[Row],
     labels: Labels | None = None,
     probabilities: Sequence[Sequence[float]] | None = None,
+    separator: str = ",",
+    marked: bool = False,
 ) -> None:
     """Writes the predicted class ids atomically, as the ending of `path` says.
 
-    .csv, .jsonl: the label, the probability of each class (with `labels`) and the columns of the row's file. Others:
+    .csv, .jsonl: the columns of the row's file, the label, and the probability of each class (with `labels`). Others:
     lines of `{label} ||| {sentence}`, with class ids as numbers without `labels`. probabilities: (rows, classes).
+    separator: between the cells of a .csv; marked: whether it begins with a byte order mark, as Excel likes.
     """
     written = None if labels is None else class_labels(labels)
     predicted = [n if written is None else written[n] for n in predictions]
@@ -275,7 +284,8 @@ def write_predictions(
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             return
         names = list(dict.fromkeys(name for record in records for name in record))
-        writer = csv.writer(file, lineterminator="\n")
+        file.write("\ufeff" * marked)
+        writer = csv.writer(file, delimiter=separator, lineterminator="\n")
         writer.writerow(f"column {name}" if name.isdigit() else name for name in names)
         writer.writerows([as_text(record.get(name)) for name in names] for record in records)
 

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +52,15 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The records of a file. text, label: where they were found, in words; names: all columns."""
+    """The records of a file. text, label: where they were found, in words; names: all columns; separator: of a .csv."""
 
     path: str
     records: list[Record]
     text: str = ""
     label: str = ""
     names: Sequence[str] = ()
+    separator: str = ","
+    marked: bool = False  # whether the file begins with a byte order mark
     left_out: list[int] = field(default_factory=list)  # lines without a text
 
     @property
@@ -91,11 +93,11 @@ def read_table(
     if kind in (".jsonl", ".json"):
         names, rows = _objects(path, text)
         return _by_name(path, names, rows, columns or {}, labelled)
-    escapes = None
+    escapes, separator = None, ","
     if kind == ".tsv":
         rows = _tab_rows(path, text, 2 if labelled else 1)
     else:
-        rows, escapes = _csv_rows(path, text, 2 if labelled else 1)
+        rows, escapes, separator = _csv_rows(path, text, 2 if labelled else 1)
     first = [str(cell).strip() for cell in rows[0][1]]
     columns = columns or {}
     names = [str(n) for n in range(1, len(first) + 1)]
@@ -103,13 +105,13 @@ def read_table(
     if not has_head and (at := _find(path, names, columns.get("label"), ())) is not None:
         has_head = first[at] not in labels and _is_odd([as_text(cells[at]).strip() for _, cells in rows])
     if has_head:
-        return _by_name(path, _distinct(first), rows[1:], columns, labelled)
+        return replace(_by_name(path, _distinct(first), rows[1:], columns, labelled), separator=separator)
     if columns:
-        return _by_name(path, names, rows, columns, labelled)
+        return replace(_by_name(path, names, rows, columns, labelled), separator=separator)
     values = [as_text(cells[0]).strip() for _, cells in rows]
     if len(names) > 1 and first[0] not in labels and (_is_odd(values) or (not labelled and set(values) - set(labels))):
         raise ValueError(f"{path} seems to have columns {_listed(first)}; say which ones to read: {COLUMNS_EXAMPLE}")
-    return _by_position(path, names, rows, kind, labelled, escapes)
+    return replace(_by_position(path, names, rows, kind, labelled, escapes), separator=separator)
 
 
 # Files to rows of cells
@@ -142,8 +144,9 @@ def _tab_rows(path: Path, text: str, least: int) -> Rows:
     return rows
 
 
-def _csv_rows(path: Path, text: str, least: int) -> tuple[Rows, bool | None]:
-    """At least `least` cells between commas, semicolons or tabs, and True if backslashes are known to be escapes.
+def _csv_rows(path: Path, text: str, least: int) -> tuple[Rows, bool | None, str]:
+    """At least `least` cells between commas, semicolons or tabs; True if backslashes are known to be escapes; the sign
+    between cells.
 
     Quotes inside a field are doubled, or else escaped by a backslash.
     """
@@ -153,15 +156,15 @@ def _csv_rows(path: Path, text: str, least: int) -> tuple[Rows, bool | None]:
     head = text[start : text.find("\n", start) + 1 or None]
     # The sign that occurs most often in the first line is the likeliest separator: its problem would be told.
     separators = [marked[1]] if marked else sorted(",;\t", key=head.count, reverse=True)
-    found: list[tuple[Rows, bool | None]] = []
+    found: list[tuple[Rows, bool | None, str]] = []
     error: ValueError | None = None
     for sign in separators:
         try:
-            found.append((_cells(path, text[start:], sign, 1 + bool(marked), least), None))
+            found.append((_cells(path, text[start:], sign, 1 + bool(marked), least), None, sign))
         except ValueError as problem:
             escaped = re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text[start:])
             with suppress(ValueError):
-                found.append((_cells(path, escaped, sign, 1 + bool(marked), least), True))
+                found.append((_cells(path, escaped, sign, 1 + bool(marked), least), True, sign))
                 continue
             error = error or problem
     if not found:
@@ -180,8 +183,10 @@ def _cells(path: Path, text: str, separator: str, first_line: int, least: int) -
             if any(cell.strip() for cell in cells):
                 width = width or len(cells)
                 if len(cells) != width or width < least:
-                    columns = _columns(cells, width)
-                    raise ValueError(f"{path}, line {number}: {columns}; a record is `label,text` or more")
+                    remedy = "a record is `label,text` or more"
+                    if len(cells) != width:
+                        remedy = f'a text with "{separator}" in it needs double quotes around it'
+                    raise ValueError(f"{path}, line {number}: {_columns(cells, width)}; {remedy}")
                 rows.append((number, list(cells)))
             number = lines.line_num + first_line
     except csv.Error as error:
@@ -251,6 +256,9 @@ def _by_name(path: Path, names: list[str], rows: Rows, columns: Mapping[str, str
     """The table whose columns are named, or numbered by `columns`."""
     if not rows:
         raise ValueError(f"{path} has names of columns ({_listed(names)}), but no row; give a file with rows")
+    wanted = columns.get("label")
+    if wanted is not None and not labelled and _plain(wanted) not in map(_plain, names) and not wanted.isdigit():
+        columns = {part: name for part, name in columns.items() if part != "label"}  # a file without labels
     label_at = _find(path, names, columns.get("label"), LABEL_NAMES)
     others = [n for n in range(len(names)) if n != label_at]
     if "text" in columns:
@@ -359,7 +367,7 @@ def _table(
         records.append(Record(number, label, text, fold, dict(zip(names, cells, strict=True))))
     shown = [f'"{names[n]}"' if not names[n].isdigit() else f"column {names[n]}" for n in range(len(names))]
     where = "" if label_at is None else shown[label_at]
-    return Table(str(path), records, " + ".join(shown[n] for n in text_at), where, names, left_out)
+    return Table(str(path), records, " + ".join(shown[n] for n in text_at), where, names, left_out=left_out)
 
 
 def as_text(value: Any) -> str:

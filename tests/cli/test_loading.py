@@ -12,6 +12,7 @@ import tokenizer as tokenizer_module
 from conftest import ROOT
 from minillama.cli import loading as environment
 from minillama.cli.checks import check_options
+from minillama.cli.data_files import data_name
 from minillama.cli.header import display_path
 from minillama.cli.loading import fit_tokenizer, is_chat_model, load_tokenizer, open_checkpoint
 from minillama.formats.checkpoint import write_checkpoint, write_safetensors
@@ -136,10 +137,10 @@ def test_typed_data_never_gives_way_and_mixing_it_with_defaults_is_warned_of(res
 def test_own_training_data_needs_no_other_file(resolve):
     args, lines = resolve("--option", "lora", "--train", "mine.csv", there=["stories42M.pt", *COURSE])
     assert (args.train, args.dev, args.test, args.label_names) == ("mine.csv", "0.1", None, None) and lines == []
-    assert (args.dev_out, args.test_out) == ("mine-dev-predictions.csv", None)
+    assert (args.dev_out, args.test_out) == ("mine-dev-lora-output.csv", None)
     args, _ = resolve("--option", "prompt", "--test", "mine.jsonl", there=["stories42M.pt", *COURSE])
     assert (args.dev, args.test, args.label_names) == (None, "mine.jsonl", None)
-    assert (args.dev_out, args.test_out) == (None, "mine-test-predictions.jsonl")
+    assert (args.dev_out, args.test_out) == (None, "mine-test-prompting-output.jsonl")
 
 
 def test_the_courses_training_file_keeps_its_defaults(resolve):
@@ -335,3 +336,12 @@ def test_a_tokenizer_of_another_model_is_refused(small_tokenizer, vocab_size):
 def test_a_model_whose_texts_end_with_llama_3s_turns_is_a_chat_model(tmp_path, stop_ids, special_ids, chats):
     checkpoint = SimpleNamespace(path=tmp_path / "model.pt", stop_ids=stop_ids)
     assert is_chat_model(checkpoint, SimpleNamespace(special_ids=special_ids)) is chats
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [("x/reviews-train.csv", "reviews"), ("reviews.csv", "reviews"), ("train.tsv", ""), ("strain.csv", "strain")]
+    + [("latest.jsonl", "latest"), ("my_valid.txt", "my"), ("-x.csv", "x"), ("r.tsv#fold=a*", "r"), ("all.csv", "all")],
+)
+def test_data_have_the_name_of_their_file_without_that_of_the_split(path, name):
+    assert data_name(path) == name

@@ -206,7 +206,7 @@ def test_a_csv_field_may_hold_quotes_commas_and_line_breaks(tmp_path):
         ("a.csv", "1,a\n\n3,c\n", r"a.csv, line 3: label '3' is none of 1"),
         ("a.tsv", "1\ta\n\n3\tc\n", r"a.tsv, line 3: label '3' is none of 1"),
         ("a.csv", "1 a\n", "a.csv, line 1: 1 column; a record is `label,text`"),
-        ("a.csv", "", "a.csv is empty; it should be a data file of `label,text` records"),
+        ("a.csv", "", "a.csv is empty; it should be a data file"),
         ("a.tsv", "1\ta\n2 b\n", "a.tsv, line 2: 1 column, not 2 as above"),
         ("a.tsv", "1\ta\nx\tb\n", "a.tsv, line 2: label 'x' is none of 1"),
         ("a.tsv", "1 ||| a\n", "a.tsv, line 1: 1 column; a line is `label TAB text`"),
