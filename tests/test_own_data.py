@@ -337,3 +337,38 @@ def test_many_classes_are_allowed_if_their_column_was_named(program):
     code, _, err = program(*run)
     assert code == 2 and "has 30 different labels in 90 rows" in err
     assert program(*run, "--columns", "label=label")[0] == 0
+
+
+def test_a_model_reads_other_tables_by_the_columns_of_its_training(program):
+    rows = [(label, "So", text) for label, text in ROWS]
+    first = table(["label", "title", "description"], rows)
+    (program.folder / "a.csv").write_text(first, encoding="utf-8", newline="")
+    assert program("--option", "lora", "--epochs", "1", "--train", "a.csv", "--run_dir", "run", *MODEL)[0] == 0
+    new = table(["id", "description", "text", "title"], [(1, "good day", "other", "So")])
+    (program.folder / "new.csv").write_text(new, encoding="utf-8", newline="")
+    classify = ["--option", "classify", "--finetuned", "run", "--prompt_file"]
+    code, _, err = program(*classify, "new.csv")
+    assert code == 0 and 'text = "title" + "description"' in err
+    (program.folder / "t.csv").write_text(table(["review"], [("good day",)]), encoding="utf-8", newline="")
+    code, _, err = program(*classify, "t.csv")
+    assert code == 0 and 'text = "review"' in err
+
+
+def test_nothing_that_is_read_is_written_over(program):
+    rows = table(["fold", "label", "text"], [("dev" if i % 2 else "x", *row) for i, row in enumerate(ROWS)])
+    (program.folder / "a.csv").write_text(rows, encoding="utf-8", newline="")
+    assert program("--option", "finetune", "--epochs", "1", "--train", "a.csv", "--run_dir", "run", *MODEL)[0] == 0
+    before = {path: path.read_bytes() for path in program.folder.rglob("*") if path.is_file()}
+    for command in (
+        ["classify", "--prompt_file", "a.csv#fold=dev", "--out", "a.csv"],
+        ["evaluate", "--test", "a.csv", "--test_out", "run/best.pt"],
+        ["evaluate", "--test", "a.csv", "--test_out", "run/options.json"],
+        ["wise_ft", "--alphas", "1", "--dev_out", "a.csv"],
+        ["wise_ft", "--alphas", "1", "--curve_out", "a.csv"],
+    ):
+        code, out, err = program("--option", *command, "--finetuned", "run")
+        assert code == 2 and "is both input and output" in err, command
+    assert {path: path.read_bytes() for path in program.folder.rglob("*") if path.is_file()} == before
+    (program.folder / "a.csv").write_text(rows + "x,pos,more\r\n", encoding="utf-8", newline="")
+    code, _, err = program("--option", "wise_ft", "--alphas", "1", "--finetuned", "run")
+    assert code == 2 and "a.csv is missing or has changed since run/best.pt was trained" in err

@@ -11,7 +11,7 @@ from typing import Any
 
 from minillama.cli.options import Options, all_flags
 from minillama.cli.parser import POSITIVE
-from minillama.formats.names import RUN_FILES, RUNS, tokenizer_beside
+from minillama.formats.names import RUN_FILES, RUNS, path_and_fold, tokenizer_beside
 
 CORPUS_ENDINGS = (".txt", ".tokens")
 
@@ -28,8 +28,11 @@ def check_options(options: Options) -> None:
 def check_paths(options: Options) -> None:
     """Raises ValueError if an output is also an input, or would be written into a folder that is read."""
     outputs = options.command.outputs(options)
-    read = [options.config, options.tokenizer, options.adapter, options.prompt_file, *options.command.inputs(options)]
+    texts = path_and_fold(options.prompt_file)[0] if options.prompt_file else None
+    read = [options.config, options.tokenizer, options.adapter, texts, *options.command.inputs(options)]
     inputs = {str(Path(path).resolve()) for path in read if path}
+    run = options.finetuned if options.finetuned and Path(options.finetuned).is_dir() else None
+    inputs |= {str(Path(run, name).resolve()) for name in RUN_FILES if run}
     corpora = options.corpus if "corpus" in options.command.keys else []
     inputs |= {str(Path(text_and_weight(text)[0]).resolve()) for text in corpora}
     named = (options.pretrained_model_path, options.adapter, options.tokenizer)

@@ -95,11 +95,14 @@ def check_fine_tuned(options: Options) -> None:
 
 
 class Data(NamedTuple):
-    """The rows of each split, without token ids; the class of each label; the word for each class in a prompt."""
+    """The rows of each split, without token ids; the class of each label; the word for each class in a prompt; the
+    columns of the first table.
+    """
 
     rows: dict[str, list[Row]]
     labels: dict[str, str | None]
     words: list[str]
+    columns: dict[str, str] | None
 
 
 def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str | None] | None = None) -> Data:
@@ -118,7 +121,7 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
 
     if labels is None and options.label_names is not None:
         labels = read_labels(options.label_names)
-    inferred = labels is None
+    inferred, columns = labels is None, options.columns
     given = [split for split in splits if getattr(options, split) is not None]
     rows: dict[str, list[Row]] = {}
     for split in given:
@@ -132,7 +135,8 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
             )
             continue
         known = () if labels is None else {*labels, *(name for name in labels.values() if name is not None)}
-        table = read_table_file(options, path, options.columns, known, labelled=split != "test" or labels is None)
+        table = read_table_file(options, path, columns, known, labelled=split != "test" or labels is None)
+        columns = columns or table.columns
         if labels is None:
             labels = infer_labels(table, named="label" in (options.columns or {}))
             for line in near_misses(table, labels):
@@ -155,7 +159,7 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
     for split in rows:
         if split != "train":
             check_default_output(options, split, [row.sentence for row in rows[split]])
-    return Data(rows, dict(labels), words)
+    return Data(rows, dict(labels), words, columns)
 
 
 def read_table_file(
@@ -167,12 +171,14 @@ def read_table_file(
     from minillama.text.labelled import read_file
 
     columns = columns if is_table(path) else None
-    try:
+    if columns is None or "columns" in options.typed:
         return read_file(path, columns, known, labelled)
+    numbers = all(name.replace("+", "").isdigit() for name in columns.values())
+    first, second = (None, columns) if numbers else (columns, None)  # numbers are for a table without names
+    try:
+        return read_file(path, first, known, labelled)
     except ValueError:
-        if columns is None or "columns" in options.typed:
-            raise
-        return read_file(path, None, known, labelled)
+        return read_file(path, second, known, labelled)
 
 
 def tell_table(table: Table, classes: Sequence[str] = ()) -> None:

@@ -104,7 +104,7 @@ def typed_lines() -> Iterable[str]:
         while True:
             try:
                 line = input(input_prompt)
-                if line.strip() in ENDS:
+                if line.strip().lower() in ENDS:
                     return
                 yield line
             except EOFError:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli import classifiers, flags
-from minillama.cli.checks import check_prompts
+from minillama.cli.checks import check_prompts, refuse
 from minillama.cli.console import HOW_TO_END, STDIN, check_stdin, read_prompts, stdout_is_utf8, typed_lines
 from minillama.cli.header import report, warn
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options, OwnFlag
 from minillama.cli.provenance import Origin, check_made_from, lock_predictions
-from minillama.formats.names import PREDICTED, PROBABILITY, TABLES, is_table, without_ending
+from minillama.formats.names import PREDICTED, PROBABILITY, TABLES, is_table, path_and_fold, without_ending
 
 if TYPE_CHECKING:
     from minillama.formats.checkpoint import FineTuned
@@ -41,6 +41,8 @@ def check(options: Options) -> None:
         raise ValueError(f"--columns names columns of a table; give --prompt_file with {', '.join(TABLES)}")
     if options.out is not None and not options.out.lower().endswith(classifiers.PREDICTION_TABLES):
         raise ValueError(f"--out is {options.out}; its name must end in {' or '.join(classifiers.PREDICTION_TABLES)}")
+    if options.out is not None:
+        refuse(options, ["json"], "--out writes the results, which --json would print")
     path = out_file(options)
     if path is not None and options.out is None and Path(path).is_file():
         check_made_from(Path(path), options.prompt_file, "name another file with --out")
@@ -50,8 +52,9 @@ def out_file(options: Options) -> str | None:
     """The table to write: --out, or one named after the table that is read. None: results go to stdout."""
     if options.out is not None or options.json or not is_table(options.prompt_file or ""):
         return options.out
-    kind = ".jsonl" if Path(options.prompt_file).suffix.lower().startswith(".json") else ".csv"
-    return f"{Path(without_ending(options.prompt_file)).name}-classified{kind}"
+    path = path_and_fold(options.prompt_file)[0]
+    kind = ".jsonl" if Path(path).suffix.lower().startswith(".json") else ".csv"
+    return f"{Path(without_ending(path)).name.lstrip('-')}-classified{kind}"
 
 
 def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -> tuple[list[Row], dict[str, Any]]:
@@ -65,7 +68,7 @@ def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -
     if is_table(options.prompt_file or ""):
         learnt = found.options.get("columns")
         text = learnt.get("text") if isinstance(learnt, dict) else None
-        own = {"text": text} if text and not text.replace("+", "").isdigit() else None  # numbers are of that file alone
+        own = {"text": text} if text else None
         path = options.prompt_file
         table = classifiers.read_table_file(options, path, options.columns or own, known, labelled=False)
         classifiers.tell_table(replace(table, label=""))

@@ -17,6 +17,8 @@ from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import FRACTION, NOT_NEGATIVE, POSITIVE
 from minillama.cli.plan import plan_rows
 from minillama.cli.session import PARTS, open_session
+from minillama.environment import file_sha256
+from minillama.formats.names import path_and_fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,7 +127,8 @@ def run(options: Options) -> None:
     from classifier import LlamaEmbeddingClassifier, LlamaPromptClassifier, acting_dropout
     from minillama.text.batches import prompt_parts
 
-    raw, labels, words = classifiers.read_data(options, ("train", "dev", "test"))
+    raw, labels, words, columns = classifiers.read_data(options, ("train", "dev", "test"))
+    options = options.replace(columns=columns)  # which other tables of this model are read by, too
     with open_session(options) as session:
         options, tokenizer = session.options, session.tokenizer
         origin = session.origin(raw)
@@ -177,6 +180,7 @@ def train(
     from minillama.training.regularizers import MovingAverage, Smart
 
     options, run = session.options, session.run
+    train_sha256 = file_sha256(path_and_fold(options.train)[0])  # for the rows that were held out of it
     config = model.llama.config
 
     def write_best(state: dict[str, Tensor], epoch: int, score: Score) -> None:
@@ -188,7 +192,7 @@ def train(
             head=options.head,
             label_names=class_names(labels),
             labels=labels,
-            options=session.saved_options,
+            options=session.saved_options | {"train_sha256": train_sha256},
             epoch=epoch,
             dev_accuracy=score.quality,
         )

@@ -46,7 +46,7 @@ def run(options: Options) -> None:
     from classifier import LlamaZeroShotClassifier
     from minillama.text.batches import prompt_parts
 
-    raw, labels, words = classifiers.read_data(options, ("dev", "test"))
+    raw, labels, words, _ = classifiers.read_data(options, ("dev", "test"))
     with open_session(options) as session:
         tokenizer = session.tokenizer
         origin = session.origin(raw)

@@ -19,6 +19,7 @@ from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.provenance import Origin, write_with_record
+from minillama.environment import file_sha256
 from minillama.formats.names import path_and_fold, without_ending
 
 if TYPE_CHECKING:
@@ -219,6 +220,12 @@ def read_rows_of_run(options: Options, found: FineTuned, labels: dict[str, str |
     if options.dev != found.options.get("dev"):
         raise ValueError(f"--dev {options.dev} would hold out rows that {found.path} was trained on; give a file")
     run = {name: found.options.get(name) for name in ("train", "seed", "columns")}
+    path = path_and_fold(run["train"])[0] if run["train"] else ""
+    if not path or file_sha256(path) != found.options.get("train_sha256"):
+        raise ValueError(
+            f"{path or 'the training file'} is missing or has changed since {found.path} was trained, so nobody knows "
+            "which rows were held out; give --dev FILE"
+        )
     check_paths(options.replace(dev=run["train"]))
     return classifiers.read_data(options.replace(**run), ("train", "dev", "test"), labels)
 

@@ -59,6 +59,7 @@ class Table:
     text: str = ""
     label: str = ""
     names: Sequence[str] = ()
+    columns: dict[str, str] | None = None  # the names that were found, as for --columns
     separator: str = ","
     marked: bool = False  # whether the file begins with a byte order mark
     left_out: list[int] = field(default_factory=list)  # lines without a text
@@ -169,7 +170,13 @@ def _csv_rows(path: Path, text: str, least: int) -> tuple[Rows, bool | None, str
             error = error or problem
     if not found:
         raise error or ValueError(f"{path}: no columns")
-    return max(found, key=lambda one: (_is_head(one[0][0][1], ()), len(one[0][0][1])))
+
+    def likelihood(one: tuple[Rows, bool | None, str]) -> tuple[bool, int, int]:
+        """Names of columns speak for a separator; quotes within cells speak against it."""
+        rows = one[0]
+        return _is_head(rows[0][1], ()), -sum('"' in cell for _, cells in rows for cell in cells), len(rows[0][1])
+
+    return max(found, key=likelihood)
 
 
 def _cells(path: Path, text: str, separator: str, first_line: int, least: int) -> Rows:
@@ -215,6 +222,8 @@ def _objects(path: Path, text: str) -> tuple[list[str], Rows]:
     for number, found in objects:
         if not isinstance(found, dict):
             raise ValueError(f"{path}, line {number}: not an object; {wanted}")
+        if "\\ud" in text and re.search("[\ud800-\udfff]", json.dumps(found, ensure_ascii=False)):
+            raise ValueError(f"{path}, line {number}: half of a character (\\ud800 to \\udfff); remove it")
     names = list(dict.fromkeys(str(key) for _, found in objects for key in found))
     return names, [(number, [found.get(name) for name in names]) for number, found in objects]
 
@@ -230,8 +239,9 @@ def _plain(name: str) -> str:
 def _is_head(cells: Sequence[str], labels: Collection[str]) -> bool:
     """Whether the cells of a first line name columns: one is a usual name, and the first is no number and no label."""
     usual = {*LABEL_NAMES, *TEXT_NAMES} - {"y"}
-    first = cells[0].strip()
-    return bool(usual & {_plain(cell) for cell in cells}) and not first.isdigit() and first not in labels
+    first, plain = cells[0].strip(), {_plain(cell) for cell in cells}
+    text_first = _plain(first) in TEXT_NAMES and bool(plain & set(LABEL_NAMES))  # even if a class has that name
+    return bool(usual & plain) and not first.isdigit() and (text_first or first not in labels)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -367,7 +377,9 @@ def _table(
         records.append(Record(number, label, text, fold, dict(zip(names, cells, strict=True))))
     shown = [f'"{names[n]}"' if not names[n].isdigit() else f"column {names[n]}" for n in range(len(names))]
     where = "" if label_at is None else shown[label_at]
-    return Table(str(path), records, " + ".join(shown[n] for n in text_at), where, names, left_out=left_out)
+    found = {"text": "+".join(names[n] for n in text_at)} | ({} if label_at is None else {"label": names[label_at]})
+    columns = None if any(name.isdigit() for name in found.values()) else found
+    return Table(str(path), records, " + ".join(shown[n] for n in text_at), where, names, columns, left_out=left_out)
 
 
 def as_text(value: Any) -> str:

@@ -78,6 +78,7 @@ def train(
     """
     training = Training(model, task, settings, run, processes or Processes(), log)
     training.restore()
+    run.rewind_metrics()  # only now: a state that is refused keeps its metrics
     begun()
     with Interrupts() as interrupts:
         training.interrupts = interrupts

@@ -179,6 +179,7 @@ class RunDirectory:
         self.last_path = self.path / "last.pt"
         self.shards_path = self.path / "last.json"  # names the folder of the last good shards
         self.tensorboard = TensorBoard(self.path)
+        self.saved_bytes = 0  # of the metrics, at the state that was read
         self.end: dict[str, Any] = {}  # the position and the checksum of a finished run
 
     def check_free(self) -> None:
@@ -248,20 +249,21 @@ class RunDirectory:
         write_torch(self.last_path, state | {"metrics_bytes": self._metrics_bytes()})
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, or None; cuts the metrics back to that step. Raises ValueError if it is damaged."""
+        """The last saved state, or None; see `rewind_metrics`. Raises ValueError if it is damaged."""
         state = read_torch(self.last_path) if self.last_path.exists() else None
         if state is not None and not (isinstance(state, dict) and "base" in state and "metrics_bytes" in state):
             raise ValueError(f"{self.last_path} is not the state of a run; restore it, or start a new run")
-        self.rewind_metrics(state["metrics_bytes"] if state else 0)
+        self.saved_bytes = state["metrics_bytes"] if state else 0
         return state
 
-    def rewind_metrics(self, size: int) -> None:
-        """Cuts the metrics to `size` bytes, because later steps will be repeated, and removes half-written files.
+    def rewind_metrics(self) -> None:
+        """Cuts the metrics back to the state that was read, because later steps will be repeated, and removes
+        half-written files.
 
         This happens under the lock, and only if this process writes. Raises ValueError if lines are missing, or if
         another process has the lock.
         """
-        found = self._metrics_bytes()
+        found, size = self._metrics_bytes(), self.saved_bytes
         if found < size:
             raise ValueError(f"{self.metrics_path} has {found} of {size} bytes; restore it, or start a new run")
         if not self.writes:
@@ -342,12 +344,12 @@ class RunDirectory:
         return state
 
     def shards(self) -> Path | None:
-        """The folder of the last good shards, or None; cuts the metrics back to them."""
+        """The folder of the last good shards, or None; see `rewind_metrics`."""
         pointer = self.shards_path
         try:
             saved = json.loads(pointer.read_text(encoding="utf-8")) if pointer.exists() else None
             size = int(saved["metrics_bytes"]) if saved else 0
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{pointer} is damaged; restore it, or start a new run") from error
-        self.rewind_metrics(size)
+        self.saved_bytes = size
         return self.path / saved["folder"] if saved else None

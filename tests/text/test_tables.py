@@ -55,3 +55,19 @@ def test_whole_numbers_with_a_point_are_whole_numbers(tmp_path):
 def test_a_record_of_lines_has_no_columns(tmp_path):
     table = read_file(written(tmp_path, "label ||| text\n1 ||| one\n", "a.txt"))
     assert table.records == [Record(2, "1", "one")] and table.names == ()
+
+
+def test_separators_within_quotes_are_text(tmp_path):
+    table = read_file(written(tmp_path, "".join(f'{i % 2},"a; b; {i}"\n' for i in range(6))))
+    assert [(record.label, record.text) for record in table.records][:2] == [("0", "a; b; 0"), ("1", "a; b; 1")]
+
+
+def test_a_class_may_have_the_name_of_a_column(tmp_path):
+    content = "question,label\nwhat,question\nso,statement\n"
+    table = read_file(written(tmp_path, content), labels=("question", "statement"))
+    assert [record[1:3] for record in table.records] == [("question", "what"), ("statement", "so")]
+
+
+def test_half_a_character_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="line 1: half of a character"):
+        read_file(written(tmp_path, '{"text": "a \\ud800", "label": 1}\n', "a.jsonl"))
