@@ -57,6 +57,8 @@ def complete(options: Options, reads: Sequence[str]) -> Options:
     are those of the file. Otherwise a warning names the defaults that remain.
     """
     typed, first = options.typed, reads[0]
+    if "train" in typed and "train" not in reads and not {"dev", "test"} & set(typed):
+        raise ValueError(f"--option {options.option} trains nothing; give the rows to classify as --dev or --test")
     named = first in typed or (first == "dev" and "test" in typed)
     own = named and not is_courses(getattr(options, first if first in typed else "test"))
     if own:

@@ -169,8 +169,10 @@ FINETUNED = Flag(
 ROW_FORMATS = """\
 A data file is a .csv (comma, semicolon or tab), a .tsv or a .jsonl, or has lines of `label ||| sentence`.
 Columns are found by usual names such as text and label, or by --columns; else the label is the first column.
-With --train FILE alone, a tenth of it is held out as dev, nothing is tested, and its labels are the classes.
 PATH#fold=PATTERN reads only the rows whose fold matches, as in "reviews.tsv#fold=cv[0-8]*"."""
+TRAIN_ALONE = (
+    "With --train FILE alone, a tenth of it is held out as dev, nothing is tested, and its labels are the classes."
+)
 TRAIN, DEV, TEST = (
     Flag(
         f"--{split} FILE",
@@ -208,7 +210,7 @@ DEV_OUT, TEST_OUT = (
     )
     for split in ("dev", "test")
 )
-DATA = Group("data", (TRAIN, DEV, TEST, COLUMNS, LABEL_NAMES, DEV_OUT, TEST_OUT), ROW_FORMATS)
+DATA = Group("data", (TRAIN, DEV, TEST, COLUMNS, LABEL_NAMES, DEV_OUT, TEST_OUT), f"{ROW_FORMATS}\n{TRAIN_ALONE}")
 BATCH_SIZE = Flag("--batch_size N", "rows per step", COUNT, 8)
 ROWS = Group(
     "rows",

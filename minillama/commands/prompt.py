@@ -84,7 +84,7 @@ COMMAND = Command(
     "prompt",
     "classify sentences by asking the model, without training",
     (
-        flags.DATA,
+        flags.DATA._replace(note=flags.ROW_FORMATS),
         Group("prompt", (flags.TEMPLATE, flags.LABEL_WORDS, CALIBRATE)),
         flags.ROWS,
         flags.MODEL,
