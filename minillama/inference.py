@@ -123,8 +123,10 @@ class TextClassifier:
             raise ValueError(f"texts is one string ({texts[:40]!r}); give a list, such as [text]")
         texts = list(texts)
         for number, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"text {number} is {text!r}; give texts that are not empty")
+            if not isinstance(text, str):
+                raise ValueError(f"text {number} is {text!r}; give strings")
+            if not text.strip():
+                raise ValueError(f"text {number} is empty; leave it out")
         plain = [Row(0, LINE_END.sub(" ", text.strip())) for text in texts]
         before, question = self.prompt or ("", None)
         rows, cut = tokenize_rows(
