@@ -372,3 +372,17 @@ def test_nothing_that_is_read_is_written_over(program):
     (program.folder / "a.csv").write_text(rows + "x,pos,more\r\n", encoding="utf-8", newline="")
     code, _, err = program("--option", "wise_ft", "--alphas", "1", "--finetuned", "run")
     assert code == 2 and "a.csv is missing or has changed since run/best.pt was trained" in err
+
+
+def test_json_of_a_table_keeps_the_labels_that_it_has(program):
+    (program.folder / "a.csv").write_text(table(["label", "text"], ROWS), encoding="utf-8", newline="")
+    run = ["--option", "finetune", "--epochs", "1", "--train", "a.csv", "--run_dir", "run", *MODEL]
+    code, _, err = program(*run)
+    assert "data        train a.csv, dev 0.1 of train, labels those of train" in err
+    assert err.rstrip().endswith("--prompt_file new.csv")
+    code, out, _ = program("--option", "classify", "--finetuned", "run", "--prompt_file", "a.csv", "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [(row["label"], row["text"]) for row in found] == ROWS
+    assert all(list(row)[2:] == ["predicted", "p_neg", "p_pos"] for row in found)
+    code, _, err = program("--option", "evaluate", "--finetuned", "run", "--test", "a.csv")
+    assert code == 0 and "warning: run/best.pt was trained on a.csv, so these scores say nothing" in err

@@ -56,7 +56,11 @@ class Run:
             return []
         if "classes" not in self.final:
             return ["dev and test: the run has not finished, or an older version made it"]
-        return [f"{split}: no gold labels" for split in ("dev", "test") if split not in self.matrices()]
+        return [f"{split}: no gold labels" for split in self.judged() if split not in self.matrices()]
+
+    def judged(self) -> list[str]:
+        """The splits that the run predicted."""
+        return [split for split in ("dev", "test") if self.options.get(split)]
 
     def samples(self) -> list[tuple[object, str]]:
         """(epoch, text) of at most MOST_SAMPLES evenly spaced samples."""

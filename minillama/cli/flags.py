@@ -124,8 +124,8 @@ PROMPT = Flag(
 )
 PROMPT_FILE = OwnFlag(
     "--prompt_file FILE",
-    "instead of --prompt: each line of a file (-: standard input) is a prompt; --batch_size of them form a batch. "
-    "Above temperature 0, the text depends on the other lines of the batch",
+    "instead of --prompt: each line of a file (-: standard input) is a prompt, for classify also each row of a table; "
+    "--batch_size of them form a batch. Above temperature 0, a text depends on the other lines of its batch",
 )
 INTERACTIVE = OwnFlag(
     "--interactive",

@@ -72,10 +72,10 @@ def pair_lines(name: str, pairs: Mapping[str, Any], of_what: str, label: str) ->
         yield f"  {name:10}none"
         return
     other = f", {pairs['other_label']:,} of them with another {label}" if pairs["other_label"] else ""
-    yield f"  {name:10}{counted(exact + near, 'row')} of {of_what}: {exact:,} exact, {near:,} near{other}"
+    yield f"  {name:10}{counted(exact + near, 'row')} like {of_what}: {exact:,} exact, {near:,} near{other}"
     for kind in ("exact", "near"):
         if pairs[kind]:
-            some = ", ".join(f"line {row} of {earlier}" for row, earlier in pairs[kind][:SHOWN])
+            some = ", ".join(f"line {row} like {earlier}" for row, earlier in pairs[kind][:SHOWN])
             yield f"            {kind}: {some}{', ...' * (len(pairs[kind]) > SHOWN)}"
 
 

@@ -97,7 +97,15 @@ def run(options: Options) -> None:
     probabilities of all classes. Of a table, or with --out, writes a table instead.
     """
     from minillama.formats.checkpoint import read_fine_tuned
-    from minillama.text.labelled import LINE_END, SEPARATOR, Row, class_labels, json_label, write_predictions
+    from minillama.text.labelled import (
+        LINE_END,
+        SEPARATOR,
+        Row,
+        class_labels,
+        json_label,
+        prediction_records,
+        write_predictions,
+    )
     from minillama.training.evaluation import class_log_probs
 
     check_alone(options)
@@ -133,12 +141,16 @@ def run(options: Options) -> None:
             print(f"{len(rows):,} rows: {shares}")
             report(f"wrote {path}")
             return
+        if options.json and is_table(options.prompt_file or ""):
+            records = prediction_records(likeliest, rows, found.labels, probabilities)
+            print("\n".join(json.dumps(record, ensure_ascii=not stdout_is_utf8()) for record in records), flush=True)
+            return
         for row, best, shares_of in zip(rows, likeliest, probabilities, strict=True):
             name = found.label_names[best]
             if not options.json:
                 print(f"{name} {shares_of[best]:.3f}{SEPARATOR}{row.sentence}", flush=True)
                 continue
-            result = dict(row.cells or {}) | {
+            result = {
                 "sentence": row.sentence,
                 "label": json_label(labels[best]),
                 "class": name,

@@ -13,6 +13,7 @@ from minillama.cli.header import report
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options
 from minillama.cli.provenance import Origin, write_with_record
+from minillama.environment import file_sha256
 from minillama.formats.names import path_and_fold
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def run(options: Options) -> None:
             f"{', '.join(found.label_names)}; leave out --label-names"
         )
     raw = classifiers.read_data(options, ("test",), labels).rows
+    if file_sha256(path_and_fold(options.test)[0]) == found.options.get("train_sha256"):
+        report(f"warning: {found.path} was trained on {options.test}, so these scores say nothing about other rows")
     if not has_gold_labels(raw["test"]):
         raise ValueError(
             f"{options.test} has no labels, or the same one in all rows, so there is nothing to score; "

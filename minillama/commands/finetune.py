@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from minillama.cli import classifiers, flags
 from minillama.cli.bundled import use_bundled_rows
 from minillama.cli.checks import check_template, check_training
-from minillama.cli.data_files import check_share, model_file
+from minillama.cli.data_files import check_share, model_file, share_of
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import add_lora
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
@@ -18,7 +18,7 @@ from minillama.cli.parser import FRACTION, NOT_NEGATIVE, POSITIVE
 from minillama.cli.plan import plan_rows
 from minillama.cli.session import PARTS, open_session
 from minillama.environment import file_sha256
-from minillama.formats.names import path_and_fold
+from minillama.formats.names import is_table, path_and_fold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,7 +132,8 @@ def run(options: Options) -> None:
     with open_session(options) as session:
         options, tokenizer = session.options, session.tokenizer
         origin = session.origin(raw)
-        files = ", ".join(f"{split} {getattr(options, split)}" for split in raw)
+        held_out = {"dev": " of train"} if share_of(options.dev) is not None else {}
+        files = ", ".join(f"{split} {getattr(options, split)}{held_out.get(split, '')}" for split in raw)
         llama, _ = session.load_llama(f"{files}, labels {options.label_names or 'those of train'}")
         config = SimpleNamespace(
             llama=llama,
@@ -160,7 +161,8 @@ def run(options: Options) -> None:
             return
         classifiers.predict(session, trained, rows, labels, origin)
         report(f"wrote {model_file(options)}, the best model on dev")
-        report_next("--option", "classify", "--finetuned", model_file(options), "--prompt", "your sentence")
+        more = ("--prompt_file", "new.csv") if is_table(options.train) else ("--prompt", "your sentence")
+        report_next("--option", "classify", "--finetuned", model_file(options), *more)
 
 
 def train(

@@ -35,7 +35,7 @@ from minillama.formats.names import RUNS, path_and_fold, without_ending
 Curve = tuple[str, list[str], list[list[float | None]]]  # path, header and rows, see `read_curves`
 NONE = "–"  # shown for a missing score
 # Options that do not count as settings, or are part of a group's heading.
-NOT_SETTINGS = {*RESUME_MAY_CHANGE, "option", "seed", "train", "dev", "test", "label_names", "corpus"}
+NOT_SETTINGS = {*RESUME_MAY_CHANGE, "option", "seed", "train", "dev", "test", "columns", "label_names", "corpus"}
 NOT_SETTINGS |= {"pretrained_model_path", "continued", "processes", "tokenizer", "out_dtype"}
 
 

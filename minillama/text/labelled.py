@@ -263,22 +263,13 @@ def write_predictions(
     lines of `{label} ||| {sentence}`, with class ids as numbers without `labels`. probabilities: (rows, classes).
     separator: between the cells of a .csv; marked: whether it begins with a byte order mark, as Excel likes.
     """
-    written = None if labels is None else class_labels(labels)
-    predicted = [n if written is None else written[n] for n in predictions]
     kind = Path(path).suffix.lower()
     if kind not in (".csv", ".jsonl"):
         with atomic_file(path) as file:
-            for label, row in zip(predicted, rows, strict=True):
+            for label, row in zip(labels_of(predictions, labels), rows, strict=True):
                 file.write(f"{label}{SEPARATOR}{row.sentence}\n")
         return
-    classes = [] if labels is None else class_names(_as_mapping(labels))
-    records = []
-    for i, (label, row) in enumerate(zip(predicted, rows, strict=True)):
-        ours: dict[str, Any] = {PREDICTED: json_label(str(label)) if kind == ".jsonl" else label}
-        if probabilities is not None and classes:
-            ours |= {f"{PROBABILITY}{name}": round(p, 6) for name, p in zip(classes, probabilities[i], strict=True)}
-        own = {"text": row.sentence} if row.cells is None else row.cells
-        records.append({name: value for name, value in own.items() if name not in ours} | ours)
+    records = prediction_records(predictions, rows, labels, probabilities)
     with atomic_file(path) as file:
         if kind == ".jsonl":
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -288,6 +279,30 @@ def write_predictions(
         writer = csv.writer(file, delimiter=separator, lineterminator="\n")
         writer.writerow(f"column {name}" if name.isdigit() else name for name in names)
         writer.writerows([as_text(record.get(name)) for name in names] for record in records)
+
+
+def labels_of(predictions: Sequence[int], labels: Labels | None) -> list[str]:
+    """The labels of predicted class ids; the ids themselves without `labels`."""
+    written = None if labels is None else class_labels(labels)
+    return [str(n) if written is None else written[n] for n in predictions]
+
+
+def prediction_records(
+    predictions: Sequence[int],
+    rows: Sequence[Row],
+    labels: Labels | None,
+    probabilities: Sequence[Sequence[float]] | None,
+) -> list[dict[str, Any]]:
+    """For each row its own columns (or its text), the predicted label, and the probability of each class."""
+    classes = [] if labels is None or probabilities is None else class_names(_as_mapping(labels))
+    records = []
+    for i, (label, row) in enumerate(zip(labels_of(predictions, labels), rows, strict=True)):
+        ours: dict[str, Any] = {PREDICTED: json_label(label)}
+        if probabilities is not None and classes:
+            ours |= {f"{PROBABILITY}{name}": round(p, 6) for name, p in zip(classes, probabilities[i], strict=True)}
+        own = {"text": row.sentence} if row.cells is None else row.cells
+        records.append({name: value for name, value in own.items() if name not in ours} | ours)
+    return records
 
 
 def json_label(label: str) -> int | str:

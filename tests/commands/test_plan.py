@@ -87,10 +87,10 @@ def test_the_text_has_the_same_facts(command):
     assert code == 0
     for words in (
         "train       train.txt: 14 rows",
-        "4 rows of an earlier row: 2 exact, 2 near, 2 of them with another label",
-        "exact: line 11 of 1, line 14 of 6",
+        "4 rows like an earlier row: 2 exact, 2 near, 2 of them with another label",
+        "exact: line 11 like 1, line 14 like 6",
         "labels    1 text with several labels: lines 6, 14",
-        "2 rows of a row of train: 1 exact, 1 near",
+        "2 rows like a row of train: 1 exact, 1 near",
         "placeholders, so there is no accuracy",
         "cut       0 rows (the context of 64)",
         "counting words",
