@@ -1,4 +1,4 @@
-"""The workflow of the continuous integration: three systems, PyTorch for the CPU, pinned actions."""
+"""The workflow of the continuous integration: three systems, an allowed PyTorch, pinned actions."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ def test_the_matrix_has_three_systems_and_the_oldest_python(job):
     assert len({row["python"] for row in rows if row["system"] == "ubuntu"}) == 2
     oldest = re.search(r'^target-version = "py3(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     assert f"3.{oldest}" in {row["python"] for row in rows} and all(isinstance(row["python"], str) for row in rows)
-    assert all(row["index"].endswith("/whl/cpu") for row in rows if row["system"] != "macos")
 
 
 def test_actions_are_pinned_and_an_allowed_pytorch_is_installed(job):
     used = [step["uses"] for step in job["steps"] if "uses" in step]
     assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", action) for action in used)
     allowed = re.search(r"^torch\S+", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)[0]
-    (install,) = [step["run"] for step in job["steps"] if "--index-url" in step.get("run", "")]
-    assert f'pip install "{allowed}" --index-url' in install
+    (install,) = [step["run"] for step in job["steps"] if "torch>" in step.get("run", "")]
+    assert f'pip install "{allowed}"\n' in install
 
 
 def test_its_commands_are_understood_and_its_tests_exist(job, monkeypatch):
