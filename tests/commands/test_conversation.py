@@ -93,16 +93,16 @@ def test_a_line_that_only_begins_with_such_a_word_is_a_prompt(command, monkeypat
     assert code == 0 and out.startswith("quit it")
 
 
-CHAT = ["--chat", "--prompt", "one day", "--temperature", "0", "--max_new_tokens", "4"]
+ONE_TURN = ["--chat", "--prompt", "one day", "--temperature", "0", "--max_new_tokens", "4"]
 
 
 def test_a_chat_with_a_model_that_seems_to_be_none_is_warned_of(command):
     warning = "seems to be no chat model"
-    code, _, err = command(*CHAT)
+    code, _, err = command(*ONE_TURN)
     assert code == 0 and err.count(f"warning: {command.folder / 'model.pt'} {warning}".split("/")[-1]) == 1
-    assert warning not in command(*CHAT[1:])[2]
+    assert warning not in command(*ONE_TURN[1:])[2]
     (command.folder / "model.pt").rename(command.folder / "my-Chat.pt")
-    assert warning not in command(*CHAT, "--pretrained-model-path", "my-Chat.pt")[2]
+    assert warning not in command(*ONE_TURN, "--pretrained-model-path", "my-Chat.pt")[2]
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
@@ -110,7 +110,7 @@ def test_a_folder_with_a_chat_template_is_a_chat_model(command, file):
     model = tiny_llama(vocab_size=320, norm="rmsnorm", causal=True)
     write_checkpoint("model.pt", model.state_dict(), model.config)
     assert command("--option", "convert", "--to", "huggingface", "--model_out", "folder")[0] == 0
-    chat = [*CHAT, "--pretrained-model-path", "folder"]
+    chat = [*ONE_TURN, "--pretrained-model-path", "folder"]
     assert "seems to be no chat model" in command(*chat)[2]
     path = command.folder / "folder" / file
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
