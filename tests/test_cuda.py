@@ -345,6 +345,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ON_CPU and CARDS < 2, reason="needs two GPUs")
 def test_a_process_that_fails_ends_the_run_with_its_message(tmp_path):
     """While the other one waits for it in a collective."""

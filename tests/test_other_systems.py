@@ -153,6 +153,7 @@ def test_a_closed_pipe_ends_the_program_with_its_code(windows):
     assert windows("-c", code).returncode == 128 + 13
 
 
+@pytest.mark.slow
 def test_fine_tuning_stopping_and_going_on_and_a_report(windows):
     folder = windows.folder
     rows = [f"{i % 2} ||| the film number {i} is {'bad' if i % 2 else 'good'}\n" for i in range(8)]

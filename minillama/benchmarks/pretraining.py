@@ -60,7 +60,7 @@ def ours(llama: Llama, windows: Tensor, device: str, dtype: torch.dtype) -> Call
     """The step of the training loop, on a corpus that consists of the windows (B, T + 1)."""
     length, rows = windows.shape[1] - 1, list(range(len(windows)))
     text: Any = SimpleNamespace(train=SimpleNamespace(length=length), weight=1.0, checksum=0)
-    corpus: Any = SimpleNamespace(texts=[text], window=lambda i: windows[i].numpy())
+    corpus: Any = SimpleNamespace(texts=[text], pass_length=len(windows), window=lambda i: windows[i].numpy())
     tokenizer: Any = SimpleNamespace(encode=lambda *_, **more: [])
     task = LanguageModelling(corpus, tokenizer, STEPS, len(windows), STEPS)
     settings = Settings(LR, dtype, BETAS, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM)

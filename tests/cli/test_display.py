@@ -90,7 +90,7 @@ def test_training_ends_with_its_files_and_says_that_the_display_was_lost(shell):
     assert "\ntest accuracy" in (shell.folder / "run" / "log.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("way", ["left", "both closed"])
+@pytest.mark.parametrize("way", [pytest.param("left", marks=pytest.mark.slow), "both closed"])
 def test_both_generated_texts_are_whole(shell, way):
     assert shell("generate", "--prompt", "one day", way=WAYS[way]).returncode == 0
     for temperature in (0, 1):

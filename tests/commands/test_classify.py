@@ -198,7 +198,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, piped, monkeypatch):
     assert code == 0 and out.endswith(" ||| two\n") and out.count("\n") == 1 and "stopped" in err
 
 
-@pytest.mark.parametrize("redirected", ["2>&-", "2>/dev/null"])
+@pytest.mark.parametrize("redirected", ["2>&-", pytest.param("2>/dev/null", marks=pytest.mark.slow)])
 def test_without_stderr_stdout_holds_the_answers_alone(command, redirected):
     fine_tuned(command)
     (command.folder / "texts.txt").write_text("one\ntwo caf\u00e9\n", encoding="utf-8")

@@ -66,7 +66,7 @@ KINDS = {
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("rmsnorm", "differential") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+    [kind if kind == "rmsnorm" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
 def test_compiled_it_gives_the_same_losses_and_gradients(kind, counters):
     model = tiny_llama(**KINDS[kind]).double().train()

@@ -74,7 +74,7 @@ def assert_equals_the_run_alone(folder, run, alone="alone"):
         torch.testing.assert_close(tensor, reference[name], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("more", [[], pytest.param(["--fsdp"], marks=pytest.mark.slow)], ids=["replicas", "FSDP2"])
 def test_two_processes_equal_one_through_a_stop_and_a_resumption(folder, more):
     """In micro-batches of one row; stopped by SIGTERM in the middle, and resumed."""
     run = f"two {len(more)}"
@@ -117,6 +117,7 @@ def test_a_run_goes_on_with_as_many_processes_as_before(folder):
     )
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_run_share_the_folder_that_one_of_them_made_and_locked(folder):
     process = start(folder, None, "--epochs", "1")
     _, err = process.communicate(timeout=120)

@@ -24,7 +24,10 @@ from models import tiny_llama
 from programs import Crash
 
 
-@pytest.mark.parametrize("option, dtype", [("finetune", torch.float32), ("dora", torch.float16)])
+@pytest.mark.parametrize(
+    "option, dtype",
+    [("finetune", torch.float32), pytest.param("dora", torch.float16, marks=pytest.mark.slow)],
+)
 def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, monkeypatch, option, dtype):
     """Crashes at the n-th of all moments at which something is computed, written, or put in place, for many n."""
     monkeypatch.setitem(PIECE_COST, "cpu", 4)  # most batches are cut
