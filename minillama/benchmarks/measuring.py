@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 from llama import Llama
+from minillama.training.memory import peak_memory
 
 
 def their_config(llama: Llama, **more: Any) -> Any:
@@ -46,12 +41,7 @@ def peak_bytes(device: str) -> int:
 
     0 where the system does not say (Windows).
     """
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory(torch.device(device)) or 0
 
 
 def matrix_weights(llama: Llama) -> int:

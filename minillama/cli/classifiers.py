@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from minillama.formats.checkpoint import FineTuned
     from minillama.text.labelled import Row
     from minillama.text.tables import Table
+    from minillama.training.evaluation import Evaluation
     from tokenizer import Tokenizer
 
 PREDICTION_TABLES = (".csv", ".jsonl")  # endings of predictions with probabilities
@@ -236,7 +237,7 @@ def predict(
     """Classifies dev and test, and writes both prediction files with their records. Reports the scores on stdout and in
     the run's log and metrics, even if a file cannot be written or the user stops the command.
     """
-    from minillama.text.labelled import class_names, write_predictions
+    from minillama.text.labelled import class_names
     from minillama.training.class_shares import final_warning, training_remedy
     from minillama.training.evaluation import describe, describe_chance, describe_classes, evaluate
 
@@ -251,11 +252,7 @@ def predict(
             seconds[split] = time.perf_counter() - start
         if origin is not None:
             for split, result in results.items():
-                rows = data[split]
-                found: dict[str, Any] = {"predictions": result.predictions, "probabilities": result.probabilities}
-                write = partial(write_predictions, rows=rows, labels=labels, **found)
-                scores = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
-                write_with_record(options, origin, split, [row.sentence for row in rows], write, **scores)
+                write_split(options, origin, split, data[split], result, labels)
     finally:
         log = make_log(run)
         lines = []
@@ -277,6 +274,37 @@ def predict(
                 log(f"warning: {warning}")
             scores = {name: value for split, result in results.items() for name, value in result.scores(split).items()}
             run.finish(classes=label_names, **scores)
+
+
+def write_split(
+    options: Options,
+    origin: Origin,
+    split: str,
+    rows: Sequence[Row],
+    result: Evaluation,
+    labels: Mapping[str, str | None],
+    **more: Any,
+) -> None:
+    """Writes the predictions of a split and their record. more: for the record, before the scores."""
+    from minillama.text.labelled import write_predictions
+
+    found: dict[str, Any] = {"predictions": result.predictions, "probabilities": result.probabilities}
+    write = partial(write_predictions, rows=rows, labels=labels, **found)
+    scores = {**more, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
+    write_with_record(options, origin, split, [row.sentence for row in rows], write, **scores)
+
+
+def labels_of(options: Options, found: FineTuned) -> dict[str, str | None]:
+    """The class of each label in the data. Raises ValueError if the model was trained with other classes."""
+    from minillama.text.labelled import class_names, read_labels
+
+    labels = found.labels if options.label_names is None else read_labels(options.label_names)
+    if (names := class_names(labels)) != found.label_names:
+        raise ValueError(
+            f"{options.label_names} has {', '.join(names)}, but {found.path} was trained with "
+            f"{', '.join(found.label_names)}; leave out --label-names"
+        )
+    return labels
 
 
 # Fine-tuned models

@@ -62,7 +62,7 @@ def smaller_model(options: Options) -> str:
 
 
 def advice(options: Options, memory: Memory) -> str:
-    """What does not fit, and the setting that does."""
+    """The memory that does not suffice, and the setting that fits."""
     assert memory.peak is not None and memory.limit is not None
     spare = " (some of it has to stay free)" * (memory.peak <= memory.limit)
     line = f"the run needs {in_gigabytes(memory.peak)}, and {in_gigabytes(memory.limit)} are free{spare}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli import classifiers, flags
@@ -12,7 +11,7 @@ from minillama.cli.data_files import source
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options
-from minillama.cli.provenance import Origin, write_with_record
+from minillama.cli.provenance import Origin
 from minillama.environment import file_sha256
 from minillama.formats.names import path_and_fold
 
@@ -34,18 +33,13 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Prints the scores, with --json as one object, and writes the predictions if --test_out is given."""
     from minillama.formats.checkpoint import read_fine_tuned
-    from minillama.text.labelled import class_names, has_gold_labels, read_labels, write_predictions
+    from minillama.text.labelled import has_gold_labels
     from minillama.training.evaluation import commonest_class, describe_classes, evaluate, intervals
 
     check_alone(options)
     found = read_fine_tuned(options.finetuned)
     options = classifiers.inherit_options(options, found, INHERITED)
-    labels = found.labels if options.label_names is None else read_labels(options.label_names)
-    if (names := class_names(labels)) != found.label_names:
-        raise ValueError(
-            f"{options.label_names} has the classes {', '.join(names)}, but {found.path} was trained with "
-            f"{', '.join(found.label_names)}; leave out --label-names"
-        )
+    labels, names = classifiers.labels_of(options, found), found.label_names
     raw = classifiers.read_data(options, ("test",), labels).rows
     if file_sha256(path_and_fold(options.test)[0]) == found.options.get("train_sha256"):
         report(f"warning: {found.path} was trained on {options.test}, so these scores say nothing about other rows")
@@ -62,10 +56,7 @@ def run(options: Options) -> None:
     how = classifiers.reading_arguments(options, tokenizer, dtype)
     result = evaluate(model.to(device), rows, **how, name="scoring")
     if options.test_out is not None:
-        made: dict[str, Any] = {"predictions": result.predictions, "probabilities": result.probabilities}
-        write = partial(write_predictions, rows=rows, labels=labels, **made)
-        scores = {"accuracy": result.accuracy, "macro_f1": result.macro_f1}
-        write_with_record(options, origin, "test", [row.sentence for row in rows], write, **scores)
+        classifiers.write_split(options, origin, "test", rows, result, labels)
         report(f"wrote {options.test_out}")
     ranges = intervals(result, rows, options.seed)
     if options.json:
@@ -85,17 +76,17 @@ def scores_of(
     result: Evaluation, rows: Sequence[Row], names: Sequence[str], ranges: dict[str, tuple[float, float]]
 ) -> dict[str, Any]:
     """All scores by name, for --json."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     from minillama.training.evaluation import commonest_class
 
-    labels = [row.label for row in rows]
     common, share = commonest_class(rows)
-    assert result.confusion is not None
-    classes = {}
-    for k, name in enumerate(names):
-        predicted, right = sum(line[k] for line in result.confusion), result.confusion[k][k]
-        precision, recall = right / predicted if predicted else 0.0, right / max(1, labels.count(k))
-        f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-        classes[name] = {"precision": precision, "recall": recall, "f1": f1, "rows": labels.count(k)}
+    gold, known = [row.label for row in rows], list(range(len(names)))
+    scores = precision_recall_fscore_support(gold, result.predictions, labels=known, zero_division=0)
+    columns = ("precision", "recall", "f1", "rows")
+    classes = {
+        name: dict(zip(columns, (part[k].item() for part in scores), strict=True)) for k, name in enumerate(names)
+    }
     return {
         "rows": len(rows),
         "accuracy": result.accuracy,

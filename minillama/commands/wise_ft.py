@@ -7,9 +7,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minillama.cli import classifiers, flags
 from minillama.cli.charts import chart, colour, document
@@ -18,7 +17,7 @@ from minillama.cli.data_files import share_of
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
-from minillama.cli.provenance import Origin, write_with_record
+from minillama.cli.provenance import Origin
 from minillama.environment import file_sha256
 from minillama.formats.names import path_and_fold, without_ending
 
@@ -138,14 +137,14 @@ def run(options: Options) -> None:
 
     from classifier import MergedClasses
     from minillama.formats.checkpoint import read_fine_tuned
-    from minillama.text.labelled import has_gold_labels, write_predictions
+    from minillama.text.labelled import has_gold_labels
     from minillama.training.evaluation import describe, evaluate
     from minillama.training.weight_mixing import interpolate
 
     check_alone(options)
     found = read_fine_tuned(options.finetuned)
     options = classifiers.inherit_options(options, found, INHERITED_OPTIONS)
-    labels = labels_of(options, found)
+    labels = classifiers.labels_of(options, found)
     check_paths(options)  # again, with the files of the run
     raw = read_rows_of_run(options, found, labels)
     sets = [DataSet("dev", raw.rows["dev"], found.label_names), *out_of_domain(options, found, labels)]
@@ -196,11 +195,7 @@ def run(options: Options) -> None:
         for one, result in ((sets[0], dev), *tested):
             if getattr(options, f"{one.name}_out") is None:
                 continue
-            sentences = [row.sentence for row in one.rows]
-            made: dict[str, Any] = {"predictions": result.predictions, "probabilities": result.probabilities}
-            write = partial(write_predictions, rows=one.rows, labels=labels, **made)
-            scores = {"alpha": alpha, "accuracy": result.accuracy, "macro_f1": result.macro_f1}
-            write_with_record(options, origin, one.name, sentences, write, **scores)
+            classifiers.write_split(options, origin, one.name, one.rows, result, labels, alpha=alpha)
         write_mixed(options, found, model, alpha, dev)
     finally:  # print the scores even if a file cannot be written
         print(f"alpha {alpha:g}{', the best on dev' if len(curve) > 1 else ''}")
@@ -246,19 +241,6 @@ def write_mixed(options: Options, found: FineTuned, model: nn.Module, alpha: flo
             wise_ft=mixed,
             **described,
         )
-
-
-def labels_of(options: Options, found: FineTuned) -> dict[str, str | None]:
-    """The class of each label in dev and test. Raises ValueError if the model was trained with other classes."""
-    from minillama.text.labelled import class_names, read_labels
-
-    labels = found.labels if options.label_names is None else read_labels(options.label_names)
-    if (names := class_names(labels)) != found.label_names:
-        raise ValueError(
-            f"{options.label_names} has {', '.join(names)}, but {found.path} was trained with "
-            f"{', '.join(found.label_names)}; leave out --label-names"
-        )
-    return labels
 
 
 def base_of(options: Options, found: FineTuned) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -157,17 +156,19 @@ def _csv_rows(path: Path, text: str, least: int) -> tuple[Rows, bool | None, str
     head = text[start : text.find("\n", start) + 1 or None]
     # The sign that occurs most often in the first line is the likeliest separator: its problem would be told.
     separators = [marked[1]] if marked else sorted(",;\t", key=head.count, reverse=True)
+    forms: list[tuple[str, bool | None]] = [(text[start:], None)]
+    if "\\" in text:  # quotes may be escaped, which the second form undoes
+        doubled = re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text[start:])
+        forms.append((doubled, True))
     found: list[tuple[Rows, bool | None, str]] = []
     error: ValueError | None = None
     for sign in separators:
-        try:
-            found.append((_cells(path, text[start:], sign, 1 + bool(marked), least), None, sign))
-        except ValueError as problem:
-            escaped = re.sub(r'\\([\\"])', lambda pair: '""' if pair[1] == '"' else pair[0], text[start:])
-            with suppress(ValueError):
-                found.append((_cells(path, escaped, sign, 1 + bool(marked), least), True, sign))
-                continue
-            error = error or problem
+        for form, escapes in forms:
+            try:
+                found.append((_cells(path, form, sign, 1 + bool(marked), least), escapes, sign))
+                break
+            except ValueError as problem:
+                error = error or problem
     if not found:
         raise error or ValueError(f"{path}: no columns")
 
@@ -219,10 +220,11 @@ def _objects(path: Path, text: str) -> tuple[list[str], Rows]:
             objects.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}); {wanted}") from error
+    escapes = "\\ud" in text
     for number, found in objects:
         if not isinstance(found, dict):
             raise ValueError(f"{path}, line {number}: not an object; {wanted}")
-        if "\\ud" in text and re.search("[\ud800-\udfff]", json.dumps(found, ensure_ascii=False)):
+        if escapes and re.search("[\ud800-\udfff]", json.dumps(found, ensure_ascii=False)):
             raise ValueError(f"{path}, line {number}: half of a character (\\ud800 to \\udfff); remove it")
     names = list(dict.fromkeys(str(key) for _, found in objects for key in found))
     return names, [(number, [found.get(name) for name in names]) for number, found in objects]

@@ -19,7 +19,7 @@ def class_weights(rows: Sequence[Row], classes: int) -> list[float]:
 
 
 def training_remedy(weighted: bool) -> str:
-    """What to try after a run that has learnt too little. weighted: whether --class_weights is balanced already."""
+    """Advice after a run that has learnt too little. weighted: whether --class_weights is balanced already."""
     remedies = "more --epochs, or a higher or lower --lr"
     return remedies if weighted else remedies.replace(", or ", ", ") + ", or --class_weights balanced"
 
