@@ -1,10 +1,10 @@
-"""AdamW (arXiv 1711.05101, Algorithm 2) as the course states it; parameter groups; learning rates.
+"""AdamW (arXiv 1711.05101, Algorithm 2) as the course states it; Muon (arXiv 2502.16982); parameter groups.
 
 Convention: the gradient step comes first, then the weight decay p -= lr * weight_decay * p. torch.optim.AdamW decays
 first. It also adds eps to sqrt(v / (1 - b2^t)); here eps is added to sqrt(v), and the bias correction is in the step
 size, as in the efficient variant of Adam (arXiv 1412.6980, end of section 2).
 
-`one_by_one` is the readable form. `in_one_pass` computes the same with one kernel for all parameters.
+`one_by_one` is the readable form of AdamW. `in_one_pass` computes the same with one kernel for all parameters.
 """
 
 from __future__ import annotations
@@ -64,15 +64,19 @@ class AdamW(Optimizer):
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
             if group["max_grad_norm"] is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, group["max_grad_norm"])
-            for p in parameters:
-                state = self.state[p]
-                if not state:
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                state["step"] += 1
-            (in_one_pass if self.fused else one_by_one)(parameters, self.state, group)
+            self.update(parameters, group)
         return loss
+
+    def update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Updates the parameters of a group, all with gradients."""
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] += 1
+        (in_one_pass if self.fused else one_by_one)(parameters, self.state, group)
 
 
 def one_by_one(parameters: list[nn.Parameter], states: dict[Tensor, Any], group: dict[str, Any]) -> None:
@@ -126,6 +130,69 @@ def in_one_pass(parameters: list[nn.Parameter], states: dict[Tensor, Any], group
         )
 
 
+class Muon(AdamW):
+    """Muon (arXiv 2502.16982, Algorithm 1 with section 2.2) for groups with `hidden`; AdamW for the other groups.
+
+    A hidden matrix W (m, n) has a momentum M = momentum * M + G and moves by lr * 0.2 sqrt(max(m, n)) * O, where O is
+    `orthogonalized` (momentum * M + G), Nesterov's form. With the factor, the step is as large as AdamW's usually is,
+    so both take the same learning rates. dtype: of the products that make O; the paper uses bfloat16.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], momentum: float = 0.95, dtype: torch.dtype = torch.float32, **more: Any
+    ) -> None:
+        super().__init__(params, **more)
+        self.momentum, self.dtype = momentum, dtype
+
+    def update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        if not group.get("hidden"):
+            return super().update(parameters, group)
+        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for p in parameters:
+            shapes.setdefault(tuple(p.shape), []).append(p)
+        for shape, members in shapes.items():
+            directions = []
+            for p in members:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].mul_(self.momentum).add_(p.grad)
+                directions.append(whole(p.grad + self.momentum * state["momentum"]))
+            steps = orthogonalized(torch.stack(directions).to(self.dtype))  # matrices of one shape go together
+            size = group["lr"] * 0.2 * math.sqrt(max(shape))
+            for p, step in zip(members, steps, strict=True):
+                p.sub_(like(step.to(p.dtype), p), alpha=size)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices, roughly: (..., m, n) -> (..., m, n), in the dtype of the input.
+
+    For U S V^T it is U f(S / |S|) V^T, where f applies 3.4445 s - 4.7750 s^3 + 2.0315 s^5 `steps` times. These
+    Newton-Schulz steps bring singular values near 1, most between 0.7 and 1.2, and need only matrix products.
+    """
+    x = (matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices).contiguous()  # the smaller square below
+    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7).to(x.dtype)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a sharded tensor, which every process then holds; any other tensor unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(tensor: Tensor, p: Any) -> Tensor:
+    """A tensor that every process holds, sharded as `p` is."""
+    if not hasattr(p, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def local(tensor: Any) -> Tensor:
     """The local shard of a sharded tensor, enough for an elementwise update; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -135,19 +202,23 @@ def decay_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float,
     lr_multipliers: Mapping[str, float] | None = None,
+    hidden: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: matrices with weight decay, vectors (biases, weights of norms) without.
 
-    Frozen parameters are left out. lr_multipliers: factors of the learning rate, by the last part of the names.
+    Frozen parameters are left out. lr_multipliers: factors of the learning rate, by the last part of the names. hidden:
+    put the matrices of the layers in groups of their own, for `Muon`.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, p in named_parameters:
         if p.requires_grad:
             multiplier = (lr_multipliers or {}).get(name.rpartition(".")[2], 1.0)
-            groups.setdefault((p.dim() < 2, multiplier), []).append(p)
+            is_hidden = hidden and p.dim() == 2 and "layers" in name.split(".")
+            groups.setdefault((p.dim() < 2, multiplier, is_hidden), []).append(p)
     return [
         {"params": params, "weight_decay": 0.0 if is_vector else weight_decay, "lr_multiplier": multiplier}
-        for (is_vector, multiplier), params in sorted(groups.items(), key=lambda group: group[0][0])
+        | ({"hidden": True} if is_hidden else {})
+        for (is_vector, multiplier, is_hidden), params in sorted(groups.items(), key=lambda group: group[0][0])
     ]
 
 

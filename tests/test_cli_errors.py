@@ -138,6 +138,13 @@ BAD = [
     ("a device there is not", "prompt", ["--device", "cuda:99"], None, "cuda:99"),
     ("a device of no such name", "prompt", ["--device", "gpu"], None, "--device gpu"),
     ("a minimum above", "lora", ["--min_lr", "1"], None, "--min_lr 1 is above --lr 0.001"),
+    (
+        "a share of another schedule",
+        "lora",
+        ["--decay_share", "0.2"],
+        None,
+        "--decay_share is for --schedule linear, not constant",
+    ),
     ("a file for a run", "lora", ["--run_dir", "train.txt"], None, "train.txt is a file; --run_dir takes a folder"),
     ("shards in fp16", "lora", ["--fsdp", "--dtype", "fp16"], None, "--fsdp does not go with --dtype fp16"),
     ("shards of one process", "lora", ["--fsdp"], None, "--fsdp needs several processes"),

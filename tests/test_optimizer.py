@@ -343,6 +343,16 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
     assert learning_rate(3, 3, 2.0, "cosine", 3) == 2.0  # all of it warm-up
 
 
+def test_the_learning_rate_falls_linearly_in_the_last_share_of_the_steps():
+    rates = [learning_rate(step, 100, 2.0, "linear", 10, 0.5, 0.4) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert set(rates[10:61]) == {2.0}
+    assert rates[61:] == pytest.approx([2.0 - 1.5 * i / 40 for i in range(1, 41)])
+    whole = [learning_rate(step, 100, 2.0, "linear", 10) for step in range(101)]  # falls from the end of the warm-up
+    assert whole[10:] == pytest.approx([2.0 - 2.0 * i / 90 for i in range(91)])
+    assert learning_rate(3, 3, 2.0, "linear", 3) == 2.0
+
+
 def test_a_copied_optimizer_goes_on():
     parameters = random_parameters()
     optimizer = AdamW(parameters)

@@ -153,6 +153,8 @@ def check_training(options: Options) -> None:
         raise ValueError("--plan measures a single process; start it without torchrun")
     if options.fsdp and options.dtype == "fp16":
         raise ValueError("--fsdp does not go with --dtype fp16 (each shard would choose its own loss scale); give bf16")
+    if options.changed("decay_share") and options.schedule != "linear":
+        raise ValueError(f"--decay_share is for --schedule linear, not {options.schedule}; give only one of them")
     if options.min_lr > options.lr:
         raise ValueError(f"--min_lr {options.min_lr:g} is above --lr {options.lr:g}; give at most that")
 

@@ -12,7 +12,7 @@ from typing import Any
 from config import NORMS
 from minillama.cli.data_files import columns
 from minillama.cli.options import Flag, Group, OwnFlag
-from minillama.cli.parser import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, number
+from minillama.cli.parser import COUNT, COUNT_OR_ZERO, FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, number
 from minillama.formats.names import COURSE_TEMPLATE, RUNS
 
 COURSE_PROMPT = (
@@ -256,9 +256,15 @@ TRAINING = Group(
     (
         Flag("--epochs N", "passes over the training set", COUNT, 5),
         Flag("--lr RATE", "learning rate; LoRA needs about ten times more than full fine-tuning", POSITIVE, 2e-5),
-        Flag("--schedule", "shape of the learning rate after the warmup", ("constant", "cosine"), "constant"),
+        Flag("--schedule", "shape of the learning rate after the warmup", ("constant", "cosine", "linear"), "constant"),
+        Flag(
+            "--decay_share S",
+            "share of the steps, at the end, in which the linear schedule falls; the rate is constant before",
+            SHARE,
+            1.0,
+        ),
         Flag("--warmup_steps N", "steps over which the learning rate rises to --lr", COUNT_OR_ZERO, 0),
-        Flag("--min_lr RATE", "final learning rate of the cosine schedule", NOT_NEGATIVE, 0.0),
+        Flag("--min_lr RATE", "final learning rate of the cosine and the linear schedule", NOT_NEGATIVE, 0.0),
         Flag("--weight_decay W", "weight decay of matrices; norms and biases have none", NOT_NEGATIVE, 0.0),
         Flag("--adam_beta2 B", "AdamW's decay rate for the average of squared gradients", FRACTION, 0.999),
         Flag("--max_grad_norm G", "clip the norm of the gradient to G", POSITIVE),

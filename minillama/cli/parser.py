@@ -129,3 +129,4 @@ SEED = number(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value
 POSITIVE = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
 FRACTION = number(float, "in [0, 1)", lambda value: 0 <= value < 1)
+SHARE = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)

@@ -181,7 +181,7 @@ class Session:
         if not self.processes.is_main or (before := self.run.options()["epochs"]) == options.epochs:
             return
         self.run.change_options(epochs=options.epochs)
-        causes = {"--schedule cosine": options.schedule == "cosine"}
+        causes = {f"--schedule {options.schedule}": options.schedule != "constant"}
         causes["--bregman without --bregman_beta"] = bool(options.bregman) and options.bregman_beta is None
         if found := next((name for name, depends in causes.items() if depends), None):
             make_log(self.run)(
@@ -259,7 +259,7 @@ def settings_of(options: Options, dtype: torch.dtype) -> Settings:
     """The settings of the training loop, from the options."""
     from minillama.training.loop import Settings
 
-    same = ("lr", "micro_batch_size", "schedule", "warmup_steps", "min_lr", "weight_decay", "max_grad_norm", "patience")
-    values = {name: getattr(options, name) for name in (*same, "save_every")}
+    same = ("lr", "micro_batch_size", "optimizer", "schedule", "decay_share", "warmup_steps", "min_lr", "weight_decay")
+    values = {name: getattr(options, name) for name in (*same, "max_grad_norm", "patience", "save_every")}
     multipliers = {"lora_B": options.lora_plus}
     return Settings(dtype=dtype, betas=(0.9, options.adam_beta2), lr_multipliers=multipliers, **values)

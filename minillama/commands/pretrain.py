@@ -78,6 +78,13 @@ TEXTS = Group(
         Flag("--sample_prompt TEXT", "prompt for a sample after each evaluation", str, "Once upon a time"),
         Flag("--tokens_dir DIR", "folder for tokenized texts", str, "runs/tokens"),
         flags.VOCAB_SIZE,
+        Flag(
+            "--optimizer",
+            "muon trains the matrices of the layers by Muon, and everything else by AdamW",
+            ("adamw", "muon"),
+            "adamw",
+            elsewhere="belongs to --option pretrain",
+        ),
         flags.OUT_DTYPE,
         flags.MODEL_OUT,
     ),

@@ -33,7 +33,7 @@ from minillama.training.progress import Pace, Progress, advance, describe_epoch,
 from minillama.training.run_directory import RunDirectory
 from minillama.training.schedules import learning_rate
 from minillama.training.task import Score, Task, cut_batch
-from optimizer import AdamW, decay_groups, local, set_learning_rate
+from optimizer import AdamW, Muon, decay_groups, local, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Settings:
     dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
     betas: tuple[float, float] = (0.9, 0.999)
     micro_batch_size: int | None = None  # most rows of a batch computed at once; gradients are accumulated
-    schedule: str = "constant"  # or "cosine"
+    optimizer: str = "adamw"  # or "muon"
+    schedule: str = "constant"  # or "cosine", "linear"
+    decay_share: float = 1.0  # of the steps, in which "linear" falls
     warmup_steps: int = 0
     min_lr: float = 0.0
     lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
@@ -101,6 +103,17 @@ def train(
     return training.model.eval()
 
 
+def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
+    """The optimizer of the parameters that require gradients."""
+    muon = settings.optimizer == "muon"
+    named = model.named_parameters()
+    groups = decay_groups(named, settings.weight_decay, settings.lr_multipliers, hidden=muon)
+    if not muon:
+        return AdamW(groups, lr=settings.lr, betas=settings.betas)
+    half = settings.dtype == torch.bfloat16  # fp16 has too small a range for it
+    return Muon(groups, dtype=torch.bfloat16 if half else torch.float32, lr=settings.lr, betas=settings.betas)
+
+
 class Training:
     """The state of a run, and the steps that change it."""
 
@@ -126,8 +139,7 @@ class Training:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if task.average is not None:
             task.average.start(model)
-        groups = decay_groups(self.model.named_parameters(), settings.weight_decay, settings.lr_multipliers)
-        self.optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas)
+        self.optimizer = make_optimizer(model, settings)
         # fp16 gradients underflow without a scaled loss; bf16 has float32's range.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.dtype == torch.float16)
         self.progress = Progress()
@@ -273,7 +285,13 @@ class Training:
                 start = time.perf_counter()
                 taken = progress.step - progress.skipped
                 lr = learning_rate(
-                    taken, task.steps, settings.lr, settings.schedule, settings.warmup_steps, settings.min_lr
+                    taken,
+                    task.steps,
+                    settings.lr,
+                    settings.schedule,
+                    settings.warmup_steps,
+                    settings.min_lr,
+                    settings.decay_share,
                 )
                 loss, correct = self.step(positions, lr)
                 targets = task.targets(positions)

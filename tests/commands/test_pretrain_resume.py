@@ -33,8 +33,11 @@ def signals_at_judgement(monkeypatch, number):
     monkeypatch.setattr(tasks.LanguageModelling, "score", signalling)
 
 
-@pytest.mark.parametrize("stop", [lambda m: crashes_at_step(m, 5), lambda m: signals_at_judgement(m, 2)])
-def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(command, monkeypatch, stop):
+@pytest.mark.parametrize(
+    ("stop", "optimizer"),
+    [(lambda m: crashes_at_step(m, 5), "muon"), (lambda m: signals_at_judgement(m, 2), "adamw")],
+)
+def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(command, monkeypatch, stop, optimizer):
     """Through a pass's end, too: the corpus has fewer windows than the run takes."""
     more = [
         "--save_every",
@@ -46,6 +49,9 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(command, mo
         "--corpus",
         "stories.txt=0.4",
         "--keep_state",
+        "--optimizer",
+        optimizer,
+        *("--schedule", "linear", "--decay_share", "0.5"),
     ]
     assert command.pretrain(*more, out="whole.safetensors", run_dir="whole")[0] == 0
     with monkeypatch.context() as patched:
@@ -87,7 +93,11 @@ def test_a_run_does_not_go_on_with_another_text(command, document):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", [[], ["--differential", "--n_kv_heads", "2"]], ids=["softmax", "differential"])
+@pytest.mark.parametrize(
+    "choice",
+    [[], ["--differential", "--n_kv_heads", "2"], ["--optimizer", "muon"]],
+    ids=["softmax", "differential", "muon"],
+)
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
 def test_two_processes_equal_one(command, more, choice):
     """With batches that do not divide evenly, in micro-batches of one row."""

@@ -23,7 +23,7 @@ from minillama.training.distributed import Processes
 from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
 from models import random_ids, tiny_config, tiny_llama
-from optimizer import local
+from optimizer import Muon, decay_groups, local
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -66,7 +66,27 @@ def measured(folder):
 
 
 def memory_and_precision(processes, folder):
-    return {"memory": memory(processes, folder), "precision": precision(processes)}
+    return {"memory": memory(processes, folder), "precision": precision(processes), "muon": muon(processes)}
+
+
+def muon(processes):
+    """The largest difference of weights after three steps of Muon, sharded and whole, from the same gradients."""
+    models = whole, sharded = tiny_llama(), tiny_llama()
+    processes.divide(sharded, torch.float32)
+    groups = [decay_groups(model.named_parameters(), 0.1, hidden=True) for model in models]
+    optimizers = [Muon(group, lr=0.01) for group in groups]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            (losses, _), _ = model(random_ids(2, 8, seed=step), random_ids(2, 8, seed=9 + step), losses=True)
+            losses.mean().backward()
+            optimizer.step()
+    pairs = zip(sharded.parameters(), whole.parameters(), strict=True)
+    return max(float((ours.full_tensor() - theirs).abs().max()) for ours, theirs in pairs)
+
+
+def test_sharded_matrices_are_orthogonalized_whole(two_ranks):
+    assert all(rank["muon"] < 1e-5 for rank in two_ranks), [rank["muon"] for rank in two_ranks]
 
 
 MEDIUM = LlamaConfig(vocab_size=4000, dim=512, n_layers=10, n_heads=8, norm="rmsnorm", causal=True)
