@@ -37,7 +37,13 @@ RESUME_MAY_CHANGE = (
     *("device", "use_gpu", "typed", "substituted", "plan", "json"),
 )
 # Settings of a regularizer, which have no effect if it is off.
-PARTS = {"smart_eps": "smart", "smart_step": "smart", "smart_noise": "smart", "bregman_beta": "bregman"}
+PARTS = {
+    "smart_eps": "smart",
+    "smart_step": "smart",
+    "smart_noise": "smart",
+    "smart_form": "smart",
+    "bregman_beta": "bregman",
+}
 
 
 def active_options(saved: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,13 @@ REGULARIZATION = Group(
         ),
         Flag("--smart_step X", "step size of the search for the worst change, for the largest gradient", POSITIVE, 0.1),
         Flag("--smart_noise X", "standard deviation of the noise where that search starts", POSITIVE, 1e-3),
+        Flag(
+            "--smart_form",
+            "program: as the authors' program does it since August 2020, scaled in each token so that the largest "
+            "change is --smart_eps (docs/results.md)",
+            ("paper", "program"),
+            "paper",
+        ),
         OwnFlag(
             "--bregman MU",
             "add MU times the symmetric KL between the class distributions of the model and of a moving average of its "
@@ -201,7 +208,7 @@ def train(
         link_or_copy(run.best_path, model_file(options))
 
     names = class_names(labels)
-    smart = (options.smart, options.smart_eps, options.smart_step, options.smart_noise)
+    smart = (options.smart, options.smart_eps, options.smart_step, options.smart_noise, options.smart_form)
     task = Classification(
         data["train"],
         data["dev"],

@@ -97,6 +97,35 @@ def test_the_step_goes_up_from_the_noise(monkeypatch):
     assert (at_worst > at_noise * (1 + 1e-4)).all()
 
 
+def test_the_form_of_the_authors_program(monkeypatch):
+    """The move has eps as its largest entry in each token; the targets of both divergences are constants."""
+    model = classifier(classes=3, layer_norm_eps=1e-3).double()
+    ids = torch.tensor([[5, 9, 13, 4], [7, 2, 2, 8]])
+    smart = Smart(2.0, eps=0.3, step=1e-3, noise=1e-5, form="program")
+    seen = []
+    monkeypatch.setattr(
+        "minillama.training.regularizers.shifted",
+        lambda embedding, by: seen.append(by) or shifted(embedding, by),
+    )
+    clean = model(ids)
+    found = smart.penalty(model, ids.shape, lambda: model(ids), clean)
+    noise, move = seen
+    (slope,) = torch.autograd.grad(symmetric_kl(moved(model, ids, noise), clean.detach()).sum(), noise)
+    direction = noise + 1e-3 * slope
+    torch.testing.assert_close(move, 0.3 * direction / direction.abs().max(-1, keepdim=True).values)
+    assert torch.allclose(move.abs().amax(-1), torch.full((2, 4), 0.3, dtype=torch.float64))
+
+    there = moved(model, ids, move)
+    torch.testing.assert_close(found, 2.0 * symmetric_kl(there, clean))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(found.sum(), weights, retain_graph=True)
+    # KL's gradient with a constant target p, by log q: -p.
+    outer = -2.0 * torch.cat([there.exp().detach(), clean.exp().detach()])
+    wanted = torch.autograd.grad(torch.cat([clean, there]), weights, outer)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("head", ["linear", "prompt"])
 @pytest.mark.parametrize("option", ["finetune", "lora"])
 def test_the_gradient_is_that_of_the_divergence_at_the_move_found(monkeypatch, head, option):
