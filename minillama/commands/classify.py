@@ -113,7 +113,7 @@ def run(options: Options) -> None:
     sentences = [] if options.interactive or is_table(options.prompt_file or "") else read_prompts(options)
     if any(not sentence.strip() for sentence in sentences):
         raise ValueError("--prompt is empty; give a sentence")
-    found = read_fine_tuned(options.finetuned)
+    found = read_fine_tuned(options.finetuned, options.pretrained_model_path)
     rows, form = ([], {}) if options.interactive else rows_to_classify(options, found, sentences)
     options = classifiers.inherit_options(options, found, classifiers.OPTIONS_FROM_FINE_TUNED)
     device = choose_device(options)

@@ -49,7 +49,7 @@ def outputs(options: Options) -> list[str]:
 def run(options: Options) -> None:
     """Writes a checkpoint in the format of --to, with --adapter merged; or writes only the adapter."""
     from config import check_rmsnorm
-    from minillama.formats.adapters import read_adapter, write_adapter, write_peft
+    from minillama.formats.adapters import read_adapter, write_peft
     from minillama.formats.checkpoint import read_checkpoint
     from minillama.formats.files import atomic_folder, check_free
 
@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     if options.adapter is not None:
         report(f"adapter     {options.adapter}{'' if options.to in ADAPTER_FORMATS else ', merged into the model'}")
     if options.to == "adapter":
-        write_adapter(options.model_out, read_adapter(Path(options.adapter), config), config)
+        write_own_adapter(options, config)
     elif options.to == "peft":
         check_rmsnorm(config, "the base of a peft adapter")
         adapter = read_adapter(Path(options.adapter), config)
@@ -75,6 +75,25 @@ def run(options: Options) -> None:
     report(f"wrote       {options.model_out} ({options.to})")
     if options.to.startswith("llama2c"):
         report("tokenizer   none is written; to open the model here, name one with --tokenizer")
+
+
+def write_own_adapter(options: Options, config: LlamaConfig) -> None:
+    """Writes the adapter, with the classes and the base's checksum if it is of a classifier, as our file."""
+    from minillama.formats.adapters import read_adapter, write_adapter
+    from minillama.formats.checkpoint import read_checkpoint, read_fine_tuned
+    from minillama.formats.files import read_torch
+    from minillama.layers.precision import DTYPES
+
+    base, path = options.pretrained_model_path, Path(options.adapter)
+    adapter = read_adapter(path, config)
+    is_classifier = path.is_file() and "label_names" in read_torch(path)
+    classifier = read_fine_tuned(path, base) if is_classifier else None
+    if classifier is not None and not classifier.has_base(read_checkpoint(base).complete_state(config)):
+        raise ValueError(f"{path} was trained on another model than {base}; name its base with --pretrained-model-path")
+    dtype = None if options.out_dtype is None else DTYPES[options.out_dtype]
+    write_adapter(options.model_out, adapter, config, base, classifier, dtype)
+    if classifier is not None:
+        report(f"classes     {', '.join(classifier.label_names)}; --option classify --finetuned {options.model_out}")
 
 
 def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -> dict[str, Tensor]:

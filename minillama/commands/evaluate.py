@@ -37,7 +37,7 @@ def run(options: Options) -> None:
     from minillama.training.evaluation import commonest_class, describe_classes, evaluate, intervals
 
     check_alone(options)
-    found = read_fine_tuned(options.finetuned)
+    found = read_fine_tuned(options.finetuned, options.pretrained_model_path)
     options = classifiers.inherit_options(options, found, INHERITED)
     labels, names = classifiers.labels_of(options, found), found.label_names
     raw = classifiers.read_data(options, ("test",), labels).rows

@@ -142,7 +142,7 @@ def run(options: Options) -> None:
     from minillama.training.weight_mixing import interpolate
 
     check_alone(options)
-    found = read_fine_tuned(options.finetuned)
+    found = read_fine_tuned(options.finetuned, options.pretrained_model_path)
     options = classifiers.inherit_options(options, found, INHERITED_OPTIONS)
     labels = classifiers.labels_of(options, found)
     check_paths(options)  # again, with the files of the run

@@ -11,12 +11,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from config import LlamaConfig, parameter_shapes, shown
 from lora import apply_lora, load_lora_state_dict, lora_layers, remove_lora, unmerge_lora
+from minillama.environment import file_sha256
 from minillama.formats import files
-from minillama.formats.checkpoint import fits_float32, write_checkpoint
+from minillama.formats.checkpoint import FineTuned, fits_float32, write_checkpoint
 from minillama.formats.keys import renamed, rotary_heads, to_pairs, to_split_halves
 
 PEFT_PREFIX = "base_model.model."
@@ -84,10 +86,27 @@ def adapter_of(path: Path, state: dict[str, Tensor], options: dict[str, Any]) ->
     return Adapter(adapter, rank, float(alpha), head, rslora)
 
 
-def write_adapter(path: str | PathLike[str], adapter: Adapter, config: LlamaConfig) -> None:
-    """Writes adapter, classifier head and settings as a file of `--option lora` without the base model."""
+def write_adapter(
+    path: str | PathLike[str],
+    adapter: Adapter,
+    config: LlamaConfig,
+    base: str | None = None,
+    classifier: FineTuned | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes adapter, classifier head and settings as a file of `--option lora` without the base model.
+
+    classifier: the one that has the adapter; then the file can be read as a classifier while `base`, its base model, is
+    there. dtype: of the tensors (default: as they are).
+    """
     options = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha, "rslora": adapter.rslora, "dora": adapter.dora}
-    write_checkpoint(path, adapter.state | adapter.head, config, kind="adapter", options=options)
+    described: dict[str, Any] = {}
+    if classifier is not None:
+        described = {name: getattr(classifier, name) for name in ("head", "label_names", "labels")}
+        place = {"pretrained_model_path": base, "base_sha256": None if base is None else file_sha256(base)}
+        options = classifier.options | options | place
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in (adapter.state | adapter.head).items()}
+    write_checkpoint(path, tensors, config, kind="adapter", options=options, **described)
 
 
 def _is_alpha(value: object) -> TypeGuard[float]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from config import LlamaConfig, parameter_shapes, shown
+from minillama.environment import HERE, file_sha256
 from minillama.formats import files
 from minillama.formats.huggingface import checked_stop_ids, is_meta_folder, read_huggingface
 from minillama.formats.keys import is_tied
@@ -194,7 +195,7 @@ def folder_vocabulary(folder: Path) -> int | None:
 
 @dataclass
 class FineTuned:
-    """The content of a fine-tuned classifier's file, as written by finetune, lora and wise_ft."""
+    """The content of a fine-tuned classifier's file, as written by finetune, lora, wise_ft, or convert --to adapter."""
 
     path: Path
     config: LlamaConfig
@@ -206,9 +207,17 @@ class FineTuned:
     words: list[str]  # one for each class, in the prompt
     options: dict[str, Any]  # of the run that made it
 
+    def has_base(self, state: dict[str, Tensor]) -> bool:
+        """Whether all weights of a base model, its state dict, are in the classifier unchanged, as LoRA leaves them."""
+        own = {name.replace(".original_layer.", ".").removeprefix("llama."): t for name, t in self.state.items()}
+        return all(name in own and torch.equal(own[name].float(), tensor.float()) for name, tensor in state.items())
 
-def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
-    """Reads the file of a fine-tuned classifier. Raises FileNotFoundError or ValueError."""
+
+def read_fine_tuned(path: str | PathLike[str], base: str | None = None) -> FineTuned:
+    """Reads the file of a fine-tuned classifier. Raises FileNotFoundError or ValueError.
+
+    base: where the base model of an adapter is, if not where it was.
+    """
     path = Path(path)
     wanted = "give the folder of a run, its best.pt, or the finetune-...pt or lora-...pt that it wrote"
     if path.is_dir():
@@ -217,8 +226,11 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
         raise FileNotFoundError(f"{path}: no such file; {wanted}")
     with path.open("rb") as file:
         content = files.read_torch(path) if files.is_torch(file.read(4)) else None
-    if not isinstance(content, dict) or content.get("kind") != "classifier":
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or kind not in ("classifier", "adapter"):
         raise ValueError(f"{path} is not a fine-tuned classifier; {wanted}")
+    if kind == "adapter" and "label_names" not in content:
+        raise ValueError(f"{path} is an adapter of a language model, not a fine-tuned classifier; {wanted}")
     _check_version(path, content)
     tables: list[Any] = [content.get(name, {}) for name in ("model", "model_args", "options")]
     head: Any = content.get("head", "linear")
@@ -239,7 +251,28 @@ def read_fine_tuned(path: str | PathLike[str]) -> FineTuned:
     for name, tensor in state.items():
         if not fits_float32(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity; train it again")
+    if kind == "adapter":
+        state = _with_base(path, state, options, base)
     return FineTuned(path, _config_from(path, arguments), state, head, names, labels, template, words, options)
+
+
+def _with_base(path: Path, state: dict[str, Tensor], options: dict[str, Any], base: str | None) -> dict[str, Tensor]:
+    """The tensors of a classifier by its own names, from its adapter and its base model."""
+    named = base or options.get("pretrained_model_path")
+    places = [folder / named for folder in (Path(), HERE)] if isinstance(named, str) else []
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path} is an adapter, and its base model {shown(named)} is missing; name it with --pretrained-model-path"
+        )
+    if file_sha256(found) != options.get("base_sha256"):
+        raise ValueError(
+            f"{path} is an adapter of another model than {found}; name its base with --pretrained-model-path"
+        )
+    checkpoint = read_checkpoint(found)
+    whole = {f"llama.{name}": tensor for name, tensor in checkpoint.complete_state(checkpoint.config).items()}
+    own = {name if name.startswith("classifier_head.") else f"llama.{name}": tensor for name, tensor in state.items()}
+    return whole | own
 
 
 def _are_names(value: Any) -> bool:

@@ -68,6 +68,31 @@ def test_it_says_of_dev_what_the_run_predicted(command, option, head):
     assert out.splitlines() == shown
 
 
+def test_an_adapter_says_what_its_whole_model_says_while_its_base_is_there(command):
+    path = fine_tuned(command, "lora", "linear", "--lora_targets", "all", "--lora_rank", "2")
+    adapter = ["--to", "adapter", "--adapter", str(path), "--model_out", "small.pt"]
+    code, _, err = command("convert", *adapter, "--pretrained-model-path", "model.pt")
+    assert code == 0 and "classes     " in err, err
+    assert os.path.getsize("small.pt") < os.path.getsize(path) / 2
+    sentence = sentences(command.folder / "dev.txt")[0]
+    said = [classify(command, "--prompt", sentence, "--json", "--finetuned", file) for file in (path, "small.pt")]
+    assert said[0][0] == said[1][0] == 0, said
+    assert said[0][1] == said[1][1]  # the same numbers
+
+    (command.folder / "model.pt").rename(command.folder / "moved.pt")
+    code, _, err = classify(command, "--prompt", sentence, "--finetuned", "small.pt")
+    assert code == 2 and "small.pt is an adapter, and its base model 'model.pt' is missing" in err
+    there = ["--finetuned", "small.pt", "--pretrained-model-path", "moved.pt"]
+    assert classify(command, "--prompt", sentence, "--json", *there)[1] == said[0][1]
+    other = torch.load(command.folder / "moved.pt", weights_only=True)
+    other["model"]["norm.weight"] += 0.5
+    torch.save(other, command.folder / "model.pt")
+    code, _, err = classify(command, "--prompt", sentence, "--finetuned", "small.pt")
+    assert code == 2 and "small.pt is an adapter of another model than model.pt" in err
+    code, _, err = command("convert", *adapter, "--pretrained-model-path", "model.pt")
+    assert code == 2 and "was trained on another model than model.pt" in err
+
+
 @pytest.mark.parametrize(
     "labels", [{"1": "bad", "2": "good"}, {"neg": "bad", "pos": "good"}, {"01": "bad", "2": "good"}]
 )
