@@ -24,8 +24,9 @@ from minillama.training.classification import Classification, row_losses
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import forward
 from minillama.training.language_modelling import LanguageModelling
-from minillama.training.loop import Settings, train
+from minillama.training.loop import train
 from minillama.training.run_directory import RunDirectory
+from minillama.training.settings import Settings
 from models import some_stories, tiny_llama
 
 

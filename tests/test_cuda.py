@@ -34,8 +34,9 @@ from minillama.text.labelled import Row
 from minillama.training.classification import Classification
 from minillama.training.compilation import compile_model
 from minillama.training.distributed import Processes
-from minillama.training.loop import Settings, Training
+from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
+from minillama.training.settings import Settings
 from models import tiny_llama
 from optimizer import AdamW
 

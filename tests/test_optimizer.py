@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillama.training.schedules import learning_rate
+from minillama.training.settings import learning_rate
 from optimizer import AdamW, decay_groups, set_learning_rate
 
 SHAPES = ((3, 4), (5,))

@@ -24,8 +24,9 @@ from minillama.text.labelled import Row, class_names, read_labels, read_rows
 from minillama.training.classification import Classification
 from minillama.training.distributed import Processes
 from minillama.training.evaluation import evaluate
-from minillama.training.loop import Settings, Training
+from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
+from minillama.training.settings import Settings
 from optimizer import AdamW
 from tokenizer import Tokenizer
 

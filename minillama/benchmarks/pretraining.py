@@ -18,8 +18,9 @@ from minillama.environment import optional_package
 from minillama.layers.precision import DTYPES, autocast
 from minillama.training.distributed import Processes
 from minillama.training.language_modelling import LanguageModelling
-from minillama.training.loop import Settings, Training
+from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
+from minillama.training.settings import Settings
 
 STEPS = 6
 LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, (0.9, 0.95), 0.1, 1.0

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from llama import Llama
     from minillama.formats.checkpoint import Checkpoint
     from minillama.training.distributed import Processes
-    from minillama.training.loop import Settings
     from minillama.training.planning import Duration, Memory
     from minillama.training.run_directory import RunDirectory
+    from minillama.training.settings import Settings
     from minillama.training.task import Score, Task
     from tokenizer import Tokenizer
 
@@ -263,7 +263,7 @@ def open_session(options: Options, new_model: bool = False) -> Iterator[Session]
 
 def settings_of(options: Options, dtype: torch.dtype) -> Settings:
     """The settings of the training loop, from the options."""
-    from minillama.training.loop import Settings
+    from minillama.training.settings import Settings
 
     same = ("lr", "micro_batch_size", "optimizer", "schedule", "decay_share", "warmup_steps", "min_lr", "weight_decay")
     values = {name: getattr(options, name) for name in (*same, "max_grad_norm", "patience", "save_every")}

@@ -10,8 +10,8 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -31,29 +31,9 @@ from minillama.training.distributed import Processes
 from minillama.training.interrupts import Interrupts, Stopped
 from minillama.training.progress import Pace, Progress, advance, describe_epoch, describe_part, epoch_bar
 from minillama.training.run_directory import RunDirectory
-from minillama.training.schedules import learning_rate
+from minillama.training.settings import Settings, make_optimizer
 from minillama.training.task import Score, Task, cut_batch
-from optimizer import AdamW, Muon, decay_groups, local, set_learning_rate
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Training settings that do not depend on the task."""
-
-    lr: float
-    dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
-    betas: tuple[float, float] = (0.9, 0.999)
-    micro_batch_size: int | None = None  # most rows of a batch computed at once; gradients are accumulated
-    optimizer: str = "adamw"  # or "muon"
-    schedule: str = "constant"  # or "cosine", "linear"
-    decay_share: float = 1.0  # of the steps, in which "linear" falls
-    warmup_steps: int = 0
-    min_lr: float = 0.0
-    lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    patience: int | None = None  # stop after this many epochs without a better score
-    save_every: int = 500  # steps; the end of an epoch is always saved
+from optimizer import local, set_learning_rate
 
 
 def train(
@@ -101,17 +81,6 @@ def train(
     run.note_end({"base": training.base, "progress": asdict(training.progress)})
     training.load_best()
     return training.model.eval()
-
-
-def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
-    """The optimizer of the parameters that require gradients."""
-    muon = settings.optimizer == "muon"
-    named = model.named_parameters()
-    groups = decay_groups(named, settings.weight_decay, settings.lr_multipliers, hidden=muon)
-    if not muon:
-        return AdamW(groups, lr=settings.lr, betas=settings.betas)
-    half = settings.dtype == torch.bfloat16  # fp16 has too small a range for it
-    return Muon(groups, dtype=torch.bfloat16 if half else torch.float32, lr=settings.lr, betas=settings.betas)
 
 
 class Training:
@@ -284,15 +253,7 @@ class Training:
                     self.check_interrupts()
                 start = time.perf_counter()
                 taken = progress.step - progress.skipped
-                lr = learning_rate(
-                    taken,
-                    task.steps,
-                    settings.lr,
-                    settings.schedule,
-                    settings.warmup_steps,
-                    settings.min_lr,
-                    settings.decay_share,
-                )
+                lr = settings.learning_rate(taken, task.steps)
                 loss, correct = self.step(positions, lr)
                 targets = task.targets(positions)
                 progress.step += 1

@@ -16,8 +16,9 @@ from minillama.text.labelled import Row
 from minillama.training.classification import Classification
 from minillama.training.compilation import compile_model, writing
 from minillama.training.distributed import Processes
-from minillama.training.loop import Settings, Training
+from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
+from minillama.training.settings import Settings
 from models import random_ids, tiny_llama
 
 CPU = torch.device("cpu")

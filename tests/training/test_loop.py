@@ -23,7 +23,7 @@ from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.interrupts import Stopped
 from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
-from minillama.training.schedules import learning_rate
+from minillama.training.settings import learning_rate
 from minillama.training.task import PIECE_COST, cut_batch
 from optimizer import AdamW, decay_groups
 from run_llama import parse

@@ -12,9 +12,10 @@ import torch
 from fitting import assert_same, classifier, losses, plain, some_texts, state_of, task
 from minillama.text.batches import to_batch
 from minillama.training.evaluation import forward
-from minillama.training.loop import Settings, train
+from minillama.training.loop import train
 from minillama.training.regularizers import MovingAverage, Smart, symmetric_kl
 from minillama.training.run_directory import RunDirectory
+from minillama.training.settings import Settings
 from programs import Crash
 
 

@@ -12,7 +12,7 @@ from fitting import Bag, a_classifier, metrics, settings, some_rows, split
 from minillama.training import classification
 from minillama.training.distributed import Processes
 from minillama.training.loop import Training
-from minillama.training.schedules import learning_rate
+from minillama.training.settings import learning_rate
 from minillama.training.task import PIECE_COST, cut_batch
 
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")

@@ -1,0 +1,72 @@
+"""Settings of training that do not depend on the task, the learning rate of each step, and the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from optimizer import AdamW, Muon, decay_groups
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run."""
+
+    lr: float
+    dtype: torch.dtype = torch.float32  # of the matrix products; the weights themselves stay float32
+    betas: tuple[float, float] = (0.9, 0.999)
+    micro_batch_size: int | None = None  # most rows of a batch computed at once; gradients are accumulated
+    optimizer: str = "adamw"  # or "muon"
+    schedule: str = "constant"  # or "cosine", "linear"
+    decay_share: float = 1.0  # of the steps, in which "linear" falls
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+    lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    patience: int | None = None  # stop after this many epochs without a better score
+    save_every: int = 500  # steps; the end of an epoch is always saved
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, from 0 to steps - 1."""
+        how = (self.schedule, self.warmup_steps, self.min_lr, self.decay_share)
+        return learning_rate(step, steps, self.lr, *how)
+
+
+def learning_rate(
+    step: int,
+    total_steps: int,
+    peak: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    minimum: float = 0.0,
+    decay_share: float = 1.0,
+) -> float:
+    """The learning rate of a step from 0 to total_steps - 1: linear warm-up, then "constant", "cosine" or "linear".
+
+    "cosine" falls from `peak` to `minimum` at total_steps. "linear" does so along a line, in the last `decay_share` of
+    the steps, and never before the warm-up ends. With a share below 1 it is warmup-stable-decay (arXiv 2404.06395).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    begin = max(warmup_steps, (1 - decay_share) * total_steps) if schedule == "linear" else warmup_steps
+    progress = min(1.0, max(0.0, step - begin) / max(1, total_steps - begin))
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * left
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
+    """The optimizer of the parameters that require gradients."""
+    muon = settings.optimizer == "muon"
+    named = model.named_parameters()
+    groups = decay_groups(named, settings.weight_decay, settings.lr_multipliers, hidden=muon)
+    if not muon:
+        return AdamW(groups, lr=settings.lr, betas=settings.betas)
+    half = settings.dtype == torch.bfloat16  # fp16 has too small a range for it
+    return Muon(groups, dtype=torch.bfloat16 if half else torch.float32, lr=settings.lr, betas=settings.betas)
