@@ -17,7 +17,7 @@ Each contender runs in its own process, and they take turns. train compares:
   course        the course's procedure: float32, random batches padded to their longest row, attention and norms in
                 plain PyTorch, a Python loop over the parameters, and the training set evaluated after the epoch
 pretrain compares the pretraining step of run_llama.py with that of transformers' LlamaForCausalLM (RMSNorm, torch's
-fused AdamW): same sizes, random tokens, precision and gradient clipping. Rows are as long as the context.
+fused AdamW): same sizes, random tokens, precision and gradient clipping. Rows have 512 tokens, or the context.
 generate compares our text generation with that of transformers, on the same weights. It measures reading a prompt of
 512 tokens, decoding 1 and 16 rows, the time from process start to the first token, and the share of the memory
 bandwidth that is used. (The bandwidth is measured by reading 256 MB.) Decoding is greedy; ours also samples with

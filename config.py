@@ -197,7 +197,7 @@ META: dict[str, Any] = {"norm": "rmsnorm", "tie_embeddings": False}
 LLAMA2 = META | {"vocab_size": 32000, "max_seq_len": 4096, "multiple_of": 256}
 LLAMA3 = META | {"vocab_size": 128256, "max_seq_len": 8192, "n_kv_heads": 8, "rope_theta": 500000.0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "mini": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 512},  # the bundled model
+    "mini": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 1024},  # the bundled model
     "stories260K": {"dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "max_seq_len": 512, "multiple_of": 4},
     "stories15M": {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "max_seq_len": 256},
     "stories42M": {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "max_seq_len": 1024},
@@ -216,7 +216,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def check_rmsnorm(config: LlamaConfig, target: str) -> None:
     """Raises ValueError unless other programs can run the model: RMSNorm, causal, no `extras`."""
     if config.norm != "rmsnorm":
-        reason, remedy = "only RMSNorm, and this model has LayerNorm", "or pretrain one with --norm rmsnorm"
+        reason, remedy = "only RMSNorm, and this model has LayerNorm", "or pretrain one without --norm layernorm"
     elif not config.causal:
         reason = "only causal attention, and this model's is bidirectional"
         remedy = "or give --attention causal if it was trained that way"

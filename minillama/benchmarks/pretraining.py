@@ -23,6 +23,7 @@ from minillama.training.run_directory import RunDirectory
 from minillama.training.settings import Settings
 
 STEPS = 6
+LENGTH = 512  # tokens in a row, if the context has as many
 LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, (0.9, 0.95), 0.1, 1.0
 VOCABULARY = {"mini": 4096}  # the bundled model's; other presets have LlamaConfig's default
 
@@ -31,9 +32,10 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Measures some steps of one contender: seconds, and peak memory in bytes."""
     torch.manual_seed(args.seed)
     sizes = {name: size for name, size in [("vocab_size", VOCABULARY.get(args.preset))] if size}
-    llama = Llama(LlamaConfig(**PRESETS[args.preset] | sizes, causal=True))  # type: ignore[arg-type]
+    llama = Llama(LlamaConfig(**PRESETS[args.preset] | {"norm": "rmsnorm"} | sizes, causal=True))  # type: ignore[arg-type]
     config, dtype = llama.config, DTYPES[args.dtype]
-    windows = torch.randint(3, config.vocab_size, (args.batch_size, config.max_seq_len + 1))
+    length = min(LENGTH, config.max_seq_len)
+    windows = torch.randint(3, config.vocab_size, (args.batch_size, length + 1))
     make = {"ours": ours, "transformers": transformers}[args.contender]
     step = make(llama, windows, args.device, dtype)
     for _ in range(2):  # warm up
@@ -42,7 +44,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(STEPS):
         step()
     seconds = measuring.now(args.device) - start
-    tokens = STEPS * args.batch_size * config.max_seq_len
+    tokens = STEPS * args.batch_size * length
     # The input embedding is no product; a tied one is the output's, too.
     weights = measuring.matrix_weights(llama) + config.tie_embeddings * llama.output.weight.numel()
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 from minillama.cli.data_files import complete, is_courses, prediction_file
 from minillama.cli.header import display_path, report
 from minillama.cli.options import Options
-from minillama.cli.provenance import BUNDLED_MODEL
+from minillama.cli.provenance import BUNDLED_CLASSIFIER, BUNDLED_MODEL
 from minillama.environment import HERE
 
 DEMO_DATA = {
@@ -27,6 +27,15 @@ def use_bundled_model(options: Options) -> Options:
     bundled = display_path(BUNDLED_MODEL)
     report(f"{path} is missing (python fetch_data.py downloads it); using the bundled model, {bundled}")
     return substitute(options, pretrained_model_path=bundled)
+
+
+def use_bundled_classifier(options: Options) -> Options:
+    """The options, with the bundled classifier if no fine-tuned model is named."""
+    if options.finetuned is not None:
+        return options
+    bundled = display_path(BUNDLED_CLASSIFIER)
+    report(f"no --finetuned is given; using the bundled classifier of opinions on films, {bundled}")
+    return substitute(options, finetuned=bundled)
 
 
 def use_demo_data(options: Options, files: dict[str, str]) -> Options:

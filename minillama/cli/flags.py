@@ -74,7 +74,7 @@ ADAPTER = Flag(
     "LoRA adapter to merge into the model: a file of --option lora, or a folder of peft",
     elsewhere="is for commands that run or convert a model",
 )
-NORM = Flag("--norm", "the model's norm", NORMS, default_text="the checkpoint's; a new model: layernorm")
+NORM = Flag("--norm", "the model's norm", NORMS, default_text="the checkpoint's; a new model: rmsnorm")
 ATTENTION = Flag(
     "--attention",
     "causal: a token attends only to itself and earlier tokens; bidirectional: to all tokens",

@@ -80,13 +80,13 @@ def plain(name: str) -> str:
 
 
 def closest(name: str, known: Iterable[Any]) -> str | None:
-    """The known name nearest to a typed one: the only one with this prefix, else the most similar one, or None. Dashes
-    at the start do not count.
+    """The known name nearest to a typed one: of those with this prefix, if any, the most similar one; None if none is
+    similar. Dashes at the start do not count.
     """
     by_plain = {plain(str(one)).lower().lstrip("-"): str(one) for one in known}
     typed = plain(name).lower().lstrip("-")
     begun = [one for one in by_plain if one.startswith(typed)] if len(typed) > 1 else []
-    near = begun if len(begun) == 1 else difflib.get_close_matches(typed, by_plain, n=1, cutoff=0.54)
+    near = difflib.get_close_matches(typed, begun or by_plain, n=1, cutoff=0.0 if begun else 0.54)
     return by_plain[near[0]] if near else None
 
 

@@ -23,6 +23,7 @@ from minillama.environment import HERE, file_sha256, project_commit, try_lock
 from minillama.formats.names import path_and_fold
 
 BUNDLED_MODEL = HERE / "data" / "mini-llama.safetensors"
+BUNDLED_CLASSIFIER = HERE / "data" / "mini-llama-opinions.pt"
 PROMPT = " Is this movie "  # in the course's prediction files, the prompt may follow the sentence
 NOT_RECORDED = ("typed", "substituted")  # options that have separate fields in the record
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli import classifiers, flags
+from minillama.cli.bundled import use_bundled_classifier
 from minillama.cli.checks import check_prompts, refuse
 from minillama.cli.console import HOW_TO_END, STDIN, check_stdin, read_prompts, stdout_is_utf8, typed_lines
 from minillama.cli.header import report, warn
@@ -190,6 +191,7 @@ COMMAND = Command(
     ),
     run,
     """
+python run_llama.py --option classify --prompt "I loved every minute of it."
 python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A dull story, and a great film."
 python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --interactive
@@ -199,7 +201,11 @@ python run_llama.py --option classify --finetuned reviews-finetune-10-0.0003.pt 
     default_texts=dict.fromkeys(
         (*classifiers.OPTIONS_FROM_FINE_TUNED, "columns"), "that of the run that wrote --finetuned"
     )
-    | {"prompt": "none; give this, --prompt_file or --interactive"},
+    | {
+        "prompt": "none; give this, --prompt_file or --interactive",
+        "finetuned": "the bundled classifier of opinions on films",
+    },
+    resolve=use_bundled_classifier,
     check=check,
     inputs=lambda options: [options.finetuned, options.pretrained_model_path],
     outputs=lambda options: [path] if (path := out_file(options)) else [],

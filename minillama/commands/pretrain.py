@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minillama.training.distributed import Processes
     from tokenizer import Tokenizer
 
+LR, LR_OF_CONTINUED = 4e-3, 4e-4
 SIZES = {
     "dim": "width",
     "n_layers": "layers",
@@ -82,13 +83,19 @@ TEXTS = Group(
             "--optimizer",
             "muon trains the matrices of the layers by Muon, and everything else by AdamW",
             ("adamw", "muon"),
-            "adamw",
+            "muon",
             elsewhere="belongs to --option pretrain",
         ),
         flags.OUT_DTYPE,
         flags.MODEL_OUT,
     ),
 )
+
+
+def resolve(options: Options) -> Options:
+    """The options, with a lower learning rate for a model that is trained already, unless one was typed."""
+    lower = options.continued and "lr" not in options.typed
+    return options.replace(lr=LR_OF_CONTINUED) if lower else options
 
 
 def check(options: Options) -> None:
@@ -102,13 +109,12 @@ def check(options: Options) -> None:
 
 
 def new_config(options: Options, vocab_size: int) -> LlamaConfig:
-    """The config of a new model: the sizes of the preset, overridden by the options; causal by default."""
+    """The config of a new model: the sizes of the preset, overridden by the options; a usual Llama by default."""
     from config import LlamaConfig
 
     given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     sizes = PRESETS[options.preset or flags.DEFAULT_PRESET] | given
-    if options.norm is not None:
-        sizes["norm"] = options.norm
+    sizes["norm"] = options.norm or "rmsnorm"
     if options.dim is not None:
         sizes["hidden_dim"] = None  # the preset's was for its own width
     sizes |= {
@@ -235,9 +241,9 @@ python run_llama.py --option pretrain --corpus README.md --tokenizer mine.model 
 python run_llama.py --option pretrain --corpus README.md CHANGELOG.md=3 --max_steps 20 --model_out mine.safetensors
 """,
     defaults={
-        "lr": 1e-3,
-        "batch_size": 32,
-        "schedule": "cosine",
+        "lr": LR,
+        "batch_size": 8,
+        "schedule": "linear",
         "warmup_steps": 100,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
@@ -249,11 +255,13 @@ python run_llama.py --option pretrain --corpus README.md CHANGELOG.md=3 --max_st
         "pretrained_model_path": "a new model with random weights",
         "tokenizer": "tokenizer.model, else data/tokenizer.model, else the bundled one",
         "held_out": "0.01",
+        "lr": f"{LR:g}; {LR_OF_CONTINUED:g} for a checkpoint",
         "window": "the model's context",
         "dropout": "0, or the checkpoint's",
         "out_dtype": "fp32",
         "vocab_size": "that of the tokenizer",
     },
+    resolve=resolve,
     check=check,
     inputs=lambda options: [options.pretrained_model_path] if options.continued else [],
     outputs=model_files,

@@ -73,7 +73,7 @@ def test_a_switch_that_a_file_turns_off_counts_as_typed(configured):
 
 
 def test_pretraining_in_a_file_has_its_own_defaults_and_knows_where_it_starts(configured):
-    assert configured({"option": "pretrain"}).batch_size == 32
+    assert configured({"option": "pretrain"}).batch_size == 8
     assert not configured({"option": "pretrain"}).continued
     assert configured({"option": "pretrain", "pretrained-model-path": "a.pt"}).continued
 
