@@ -10,7 +10,7 @@ size, as in the efficient variant of Adam (arXiv 1412.6980, end of section 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -201,20 +201,19 @@ def local(tensor: Any) -> Tensor:
 def decay_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float,
-    lr_multipliers: Mapping[str, float] | None = None,
+    lr_multiplier: Callable[[str], float] = lambda name: 1.0,
     hidden: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: matrices with weight decay, vectors (biases, weights of norms) without.
 
-    Frozen parameters are left out. lr_multipliers: factors of the learning rate, by the last part of the names. hidden:
-    put the matrices of the layers in groups of their own, for `Muon`.
+    Frozen parameters are left out. lr_multiplier(name): the factor of a parameter's learning rate. hidden: put the
+    matrices of the layers in groups of their own, for `Muon`.
     """
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, p in named_parameters:
         if p.requires_grad:
-            multiplier = (lr_multipliers or {}).get(name.rpartition(".")[2], 1.0)
             is_hidden = hidden and p.dim() == 2 and "layers" in name.split(".")
-            groups.setdefault((p.dim() < 2, multiplier, is_hidden), []).append(p)
+            groups.setdefault((p.dim() < 2, lr_multiplier(name), is_hidden), []).append(p)
     return [
         {"params": params, "weight_decay": 0.0 if is_vector else weight_decay, "lr_multiplier": multiplier}
         | ({"hidden": True} if is_hidden else {})

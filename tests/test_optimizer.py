@@ -314,7 +314,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_a_group_for_each_multiplier_gets_the_learning_rate_times_it():
     model = torch.nn.ModuleDict({"b": torch.nn.LayerNorm(4), "a": torch.nn.Linear(3, 4)})
-    groups = decay_groups(model.named_parameters(), 0.3, {"bias": 8.0, "absent": 3.0})
+    groups = decay_groups(model.named_parameters(), 0.3, lambda name: 8.0 if name.endswith("bias") else 1.0)
     optimizer = AdamW(groups)
     set_learning_rate(optimizer, 0.5)
     assert [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups] == [

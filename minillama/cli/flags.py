@@ -266,6 +266,12 @@ TRAINING = Group(
         Flag("--warmup_steps N", "steps over which the learning rate rises to --lr", COUNT_OR_ZERO, 0),
         Flag("--min_lr RATE", "final learning rate of the cosine and the linear schedule", NOT_NEGATIVE, 0.0),
         Flag("--weight_decay W", "weight decay of matrices; norms and biases have none", NOT_NEGATIVE, 0.0),
+        Flag(
+            "--layer_decay D",
+            "from each layer to the one below, and to the embedding at last, the learning rate is multiplied by D",
+            SHARE,
+            1.0,
+        ),
         Flag("--adam_beta2 B", "AdamW's decay rate for the average of squared gradients", FRACTION, 0.999),
         Flag("--max_grad_norm G", "clip the norm of the gradient to G", POSITIVE),
         Flag(

@@ -265,7 +265,9 @@ def settings_of(options: Options, dtype: torch.dtype) -> Settings:
     """The settings of the training loop, from the options."""
     from minillama.training.settings import Settings
 
-    same = ("lr", "micro_batch_size", "optimizer", "schedule", "decay_share", "warmup_steps", "min_lr", "weight_decay")
-    values = {name: getattr(options, name) for name in (*same, "max_grad_norm", "patience", "save_every")}
-    multipliers = {"lora_B": options.lora_plus}
-    return Settings(dtype=dtype, betas=(0.9, options.adam_beta2), lr_multipliers=multipliers, **values)
+    same = (
+        *("lr", "micro_batch_size", "optimizer", "schedule", "decay_share", "warmup_steps", "min_lr", "weight_decay"),
+        *("lora_plus", "layer_decay", "max_grad_norm", "patience", "save_every"),
+    )
+    values = {name: getattr(options, name) for name in same}
+    return Settings(dtype=dtype, betas=(0.9, options.adam_beta2), **values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +24,33 @@ class Settings:
     decay_share: float = 1.0  # of the steps, in which "linear" falls
     warmup_steps: int = 0
     min_lr: float = 0.0
-    lr_multipliers: Mapping[str, float] | None = None  # of parameters, by the last part of their names
+    lora_plus: float = 1.0  # factor of the learning rate of every lora_B
+    layer_decay: float = 1.0  # factor of the learning rate from each layer to the one below
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     patience: int | None = None  # stop after this many epochs without a better score
     save_every: int = 500  # steps; the end of an epoch is always saved
 
+    def lr_multiplier(self, name: str, layers: int) -> float:
+        """The factor of the learning rate of a parameter in a model of so many layers.
+
+        With a `layer_decay` of d it is d in the last layer, d^2 in the one below, and so on, down to the embedding.
+        Norm and head above the layers have 1. (Discriminative fine-tuning, arXiv 1801.06146, section 3.2.)
+        """
+        number = layer_number(name)
+        below = layers - number if number is not None else (layers + 1) * ("tok_embeddings" in name)
+        return self.layer_decay**below * (self.lora_plus if name.endswith(".lora_B") else 1.0)
+
     def learning_rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, from 0 to steps - 1."""
         how = (self.schedule, self.warmup_steps, self.min_lr, self.decay_share)
         return learning_rate(step, steps, self.lr, *how)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that has the parameter of this name; None for others."""
+    parts = name.split(".")
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
 
 
 def learning_rate(
@@ -64,8 +80,9 @@ def learning_rate(
 def make_optimizer(model: nn.Module, settings: Settings) -> AdamW:
     """The optimizer of the parameters that require gradients."""
     muon = settings.optimizer == "muon"
-    named = model.named_parameters()
-    groups = decay_groups(named, settings.weight_decay, settings.lr_multipliers, hidden=muon)
+    named = list(model.named_parameters())
+    layers = 1 + max((number for number in map(layer_number, dict(named)) if number is not None), default=-1)
+    groups = decay_groups(named, settings.weight_decay, lambda name: settings.lr_multiplier(name, layers), hidden=muon)
     if not muon:
         return AdamW(groups, lr=settings.lr, betas=settings.betas)
     half = settings.dtype == torch.bfloat16  # fp16 has too small a range for it

@@ -23,7 +23,7 @@ from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.interrupts import Stopped
 from minillama.training.loop import Training
 from minillama.training.run_directory import RunDirectory
-from minillama.training.settings import learning_rate
+from minillama.training.settings import Settings, learning_rate, make_optimizer
 from minillama.training.task import PIECE_COST, cut_batch
 from optimizer import AdamW, decay_groups
 from run_llama import parse
@@ -233,7 +233,7 @@ def test_lora_plus_moves_every_b_by_its_own_rate(fit):
     rows = some_rows(12)
     chosen = settings(epochs=2, batch_size=4, lr=1e-3, schedule="cosine", weight_decay=0.1)
     model, plain = a_classifier("lora"), a_classifier("lora")
-    fit(model, rows, rows, settings(**vars(chosen), lr_multipliers={"lora_B": 16.0}))
+    fit(model, rows, rows, settings(**vars(chosen), lora_plus=16.0))
     model.load_state_dict(torch.load(fit.run("1").last_path, weights_only=True)["model"], strict=False)
     named = [(name, p) for name, p in plain.named_parameters() if p.requires_grad]
     kinds = [
@@ -259,12 +259,30 @@ def test_lora_plus_moves_every_b_by_its_own_rate(fit):
 def test_the_option_lora_plus_is_of_lora_b_alone():
     options = parse(["--option", "lora", "--lora_plus", "16"])
     named = [(name, p) for name, p in a_classifier("lora").named_parameters() if p.requires_grad]
-    groups = decay_groups(named, 0.0, settings_of(options, torch.float32).lr_multipliers)
+    chosen = settings_of(options, torch.float32)
+    groups = decay_groups(named, 0.0, lambda name: chosen.lr_multiplier(name, 2))
     rates = {id(p): group["lr_multiplier"] for group in groups for p in group["params"]}
     assert {name: rates[id(p)] for name, p in named} == {
         name: 16.0 if name.endswith("lora_B") else 1.0 for name, _ in named
     }
     assert set(rates.values()) == {1.0, 16.0}
+
+
+def test_layer_decay_lowers_the_rate_from_layer_to_layer():
+    model = a_classifier()
+    optimizer = make_optimizer(model, Settings(lr=1.0, layer_decay=0.5))
+    rates = {id(p): group["lr_multiplier"] for group in optimizer.param_groups for p in group["params"]}
+    layers = len(model.llama.layers)
+    for name, parameter in model.named_parameters():
+        if "tok_embeddings" in name:
+            wanted = 0.5 ** (layers + 1)
+        elif ".layers." in name:
+            wanted = 0.5 ** (layers - int(name.split(".layers.")[1].split(".")[0]))
+        else:
+            wanted = 1.0
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == wanted, name
+    assert set(rates.values()) == {0.5**i for i in range(layers + 2)}
 
 
 def test_label_smoothing_is_torchs():

@@ -32,7 +32,7 @@ def test_a_run_that_crashes_anywhere_ends_bit_for_bit_as_one_that_did_not(fit, m
     """Crashes at the n-th of all moments at which something is computed, written, or put in place, for many n."""
     monkeypatch.setitem(PIECE_COST, "cpu", 4)  # most batches are cut
     rows = some_rows(11)
-    chosen = settings(epochs=2, save_every=2, lr=1e-3, dtype=dtype, lr_multipliers={"lora_B": 16.0})
+    chosen = settings(epochs=2, save_every=2, lr=1e-3, dtype=dtype, lora_plus=16.0)
     moments = {"count": 0, "crash at": 0}
 
     def may_crash(function):
