@@ -33,7 +33,7 @@ ROWS, LENGTH = 2, 16  # of the token ids
 PROMPT = (1, 610, 553, 261, 461)  # "Once upon a time"
 NEW_TOKENS = 24
 MARGIN = 1e-3  # of the likeliest token's logit over the next one's; far above what float32 adds or takes away
-FIXED = {"norm": "layernorm", "causal": True, "tie_embeddings": True}  # what is implemented here
+FIXED = {"causal": True, "tie_embeddings": True}  # what is implemented here
 
 
 class Model(NamedTuple):
@@ -59,10 +59,12 @@ def read_model(path: Path) -> Model:
             begin, end = (start + offset for offset in entry["data_offsets"])
             weights[name] = widened(content[begin:end], entry["dtype"]).reshape(entry["shape"])
         conventions = {name: config[name] for name in FIXED}
+        norm = config["norm"]
     except (KeyError, TypeError, ValueError, MemoryError) as error:
         raise ValueError(f"{path} is damaged, or no safetensors file that this project wrote") from error
-    if conventions != FIXED:
-        raise ValueError(f"{path} has {conventions}; references are made for {FIXED} only")
+    if conventions != FIXED or norm not in NORMS:
+        allowed = f"{FIXED} and the norms {', '.join(NORMS)}"
+        raise ValueError(f"{path} has {conventions} and {norm}; references are made for {allowed} only")
     return Model(config, weights, hashlib.sha256(content).hexdigest())
 
 
@@ -79,6 +81,16 @@ def layer_norm(x: np.ndarray, model: Model, name: str) -> np.ndarray:
     variance = (centred**2).mean(-1, keepdims=True)
     normed = centred / np.sqrt(variance + model.config["layer_norm_eps"])
     return normed * model.weights[f"{name}.weight"] + model.weights[f"{name}.bias"]
+
+
+def rms_norm(x: np.ndarray, model: Model, name: str) -> np.ndarray:
+    """x / sqrt(mean of the squares + eps) * weight."""
+    return (
+        x / np.sqrt((x**2).mean(-1, keepdims=True) + model.config["layer_norm_eps"]) * model.weights[f"{name}.weight"]
+    )
+
+
+NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
 
 
 def turned(x: np.ndarray, theta: float) -> np.ndarray:
@@ -123,12 +135,12 @@ def feed_forward(x: np.ndarray, model: Model, name: str) -> np.ndarray:
 
 def forward(model: Model, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """ids (T,) -> logits (T, V) and the hidden states (T, D) after the final norm."""
-    embedding = model.weights["tok_embeddings.weight"]
+    embedding, norm = model.weights["tok_embeddings.weight"], NORMS[model.config["norm"]]
     x = embedding[ids]
     for i in range(model.config["n_layers"]):
-        x = x + attention(layer_norm(x, model, f"layers.{i}.attention_norm"), model, f"layers.{i}.attention")
-        x = x + feed_forward(layer_norm(x, model, f"layers.{i}.ffn_norm"), model, f"layers.{i}.feed_forward")
-    hidden = layer_norm(x, model, "norm")
+        x = x + attention(norm(x, model, f"layers.{i}.attention_norm"), model, f"layers.{i}.attention")
+        x = x + feed_forward(norm(x, model, f"layers.{i}.ffn_norm"), model, f"layers.{i}.feed_forward")
+    hidden = norm(x, model, "norm")
     return hidden @ embedding.T, hidden
 
 

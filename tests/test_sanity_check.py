@@ -204,13 +204,14 @@ PROMPT = (1, 5, 9)
 
 
 @pytest.fixture
-def bundled(tmp_path, monkeypatch):
-    """A tiny model in the place of the bundled one, and its reference; returns the model."""
+def bundled(request, tmp_path, monkeypatch):
+    """A tiny model in the place of the bundled one, and its reference; returns the model. The parameter is its norm."""
+    norm = getattr(request, "param", "rmsnorm")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sanity_check, "HERE", tmp_path)
     monkeypatch.setattr(sanity_check, "BUNDLED", Path("model.safetensors"))
     monkeypatch.setattr(sanity_check, "BUNDLED_EXPECTED", Path("expected.safetensors"))
-    model = tiny_llama(norm="layernorm", causal=True, rope_theta=500.0)
+    model = tiny_llama(norm=norm, causal=True, rope_theta=500.0)
     write_bundled(model)
     read = make_bundled_reference.read_model(sanity_check.BUNDLED)
     outputs, lead = make_bundled_reference.reference_outputs(read, PROMPT)
@@ -230,10 +231,12 @@ def pretend_the_reference_is_of_this_model():
     make_bundled_reference.write_reference(sanity_check.BUNDLED_EXPECTED, outputs, sha256)
 
 
+@pytest.mark.parametrize("bundled", ["rmsnorm", "layernorm"], indirect=True)
 def test_the_bundled_model_agrees_with_float64_numpy(bundled, capsys):
     assert sanity_check.check_bundled().agrees is True
     out = capsys.readouterr().out
-    assert out.startswith("model.safetensors, the bundled model (LayerNorm, causal attention)\n    agrees: ")
+    norm = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[bundled.config.norm]
+    assert out.startswith(f"model.safetensors, the bundled model ({norm}, causal attention)\n    agrees: ")
     for what in ("last logits", "hidden states", "log-probabilities", "greedy tokens 0.0e+00"):
         assert what in out
 
@@ -244,7 +247,7 @@ def test_the_bundled_model_agrees_with_float64_numpy(bundled, capsys):
         "tok_embeddings.weight",
         "layers.0.attention.compute_key.weight",
         "layers.1.feed_forward.w3.weight",
-        "layers.1.ffn_norm.bias",
+        "layers.1.ffn_norm.weight",
         "norm.weight",
     ],
 )
@@ -259,7 +262,7 @@ def test_a_changed_weight_of_the_bundled_model_is_caught(bundled, capsys, name):
 
 @pytest.mark.parametrize("change", [{"rope_theta": 510.0}, {"layer_norm_eps": 1e-4}, {"n_kv_heads": 4}, {"n_heads": 2}])
 def test_another_convention_of_the_bundled_model_is_caught(bundled, capsys, change):
-    changed = tiny_llama(**({"norm": "layernorm", "causal": True, "rope_theta": 500.0} | change))
+    changed = tiny_llama(**({"norm": "rmsnorm", "causal": True, "rope_theta": 500.0} | change))
     same = {
         name: tensor
         for name, tensor in bundled.state_dict().items()
@@ -276,7 +279,7 @@ def test_a_reference_of_another_model_is_told_and_gives_exit_code_1(bundled, mon
     monkeypatch.setattr(sanity_check, "course_references", list)
     monkeypatch.setattr(sanity_check, "check_conformance", check)
     assert sanity_check.main([]) == 0
-    write_bundled(tiny_llama(seed=1, norm="layernorm", causal=True))
+    write_bundled(tiny_llama(seed=1, norm="rmsnorm", causal=True))
     capsys.readouterr()
     assert sanity_check.main([]) == 1
     out = capsys.readouterr().out
@@ -324,7 +327,7 @@ def test_the_script_writes_what_the_check_reads(bundled, capsys):
     [
         (["--model", "nowhere"], "nowhere: No such file"),
         (["--model", "expected.safetensors"], "is damaged, or no safetensors file that this project wrote"),
-        (["--model", "rmsnorm.safetensors"], "references are made for"),
+        (["--model", "untied.safetensors"], "references are made for"),
         (["--model", "short.safetensors"], "context of 24 tokens is too short for the 27"),
         (["--prompt", "64"], "ids of this model are 0 to 63"),
         (["--prompt", "one"], "invalid int value"),
@@ -332,7 +335,7 @@ def test_the_script_writes_what_the_check_reads(bundled, capsys):
     ],
 )
 def test_the_script_explains_in_one_line_and_exits_with_2(bundled, capsys, arguments, wanted):
-    for name, change in (("rmsnorm", {"norm": "rmsnorm"}), ("short", {"max_seq_len": 24})):
+    for name, change in (("untied", {"tie_embeddings": False}), ("short", {"max_seq_len": 24})):
         model = tiny_llama(**({"causal": True} | change))
         write_safetensors(f"{name}.safetensors", model.state_dict(), model.config)
     made = sanity_check.BUNDLED_EXPECTED.read_bytes()
