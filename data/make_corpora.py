@@ -9,10 +9,9 @@ DIR has the folders corpora/ (tinystories.txt, tinystories_recased.txt, books/, 
   stories-held-out.txt  the last 980 of tinystories.txt
   books.txt, prose.txt  unchanged
   reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
-  reviews-written.txt   the same in usual spelling: capitals, and no spaces before punctuation
   reviews-held-out.txt  fold 9, unchanged
-  opinions.txt          parts of the same reviews, a few sentences long, in usual spelling, and product opinions, each
-                        with a verdict; in two of three cases the question of `--option prompt` comes before the verdict
+  opinions.txt          parts of the same reviews, a few sentences long, and product opinions, each with a verdict; in
+                        two of three cases the question of `--option prompt` comes before the verdict
 
 They contain no sentence of SST or CFIMDB. rt-polarity and the "subjectivity" set are not used, because most of their
 sentences are in SST.
@@ -21,7 +20,6 @@ sentences are in SST.
 from __future__ import annotations
 
 import random
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,18 +39,6 @@ QUESTIONS = (
     prompt_question(["awful", "bad", "average", "good", "excellent"]),
     " This movie is ",
 )
-
-
-def as_written(text: str) -> str:
-    """A review, published in lower case with spaces around each sign, in usual spelling. Names stay in lower case."""
-    text = re.sub(r"\b(e|i) \. (g|e) \.", r"\1.\2.", text.replace(" . . .", "..."))
-    text = re.sub(r" ([.,!?;:)%])", r"\1", text).replace("( ", "(")
-    inside = re.split(r'" ?([^"]*?) ?"', text)  # every second part was in quotation marks
-    text = "".join(f'"{part}"' if i % 2 else part for i, part in enumerate(inside))
-    text = re.sub(r"\bi\b(?!\.)", "I", text)  # not in i.e.
-    return re.sub(
-        r'(^["(]?|(?<!\.\.|\.[ge])[.!?]["\')]? ["(]?)([a-z])', lambda found: found[1] + found[2].upper(), text
-    )
 
 
 def verdict(label: int, draw: random.Random) -> str:
@@ -102,11 +88,8 @@ def make(source: Path, into: Path, seed: int = 0) -> None:
     write(into / "reviews-held-out.txt", (text for _, fold, text in films if fold.startswith(HELD_OUT_FOLD)))
     learnt = [(label, text) for label, fold, text in films if not fold.startswith(HELD_OUT_FOLD)]
     draw.shuffle(learnt)
-    ends = [f" This movie is {draw.choice(WORDS[label])}." for label, _ in learnt]
-    reviews_with_ends = [(text, end) for (_, text), end in zip(learnt, ends, strict=True)]
-    write(into / "reviews.txt", (text + end for text, end in reviews_with_ends))
-    write(into / "reviews-written.txt", (as_written(text) + end for text, end in reviews_with_ends))
-    opinions = [f"{as_written(piece)}{verdict(label, draw)}" for label, text in learnt for piece in pieces(text, draw)]
+    write(into / "reviews.txt", (f"{text} This movie is {draw.choice(WORDS[label])}." for label, text in learnt))
+    opinions = [f"{piece}{verdict(label, draw)}" for label, text in learnt for piece in pieces(text, draw)]
     opinions += [
         f"{text} This is {draw.choice(WORDS[int(label)])}." for label, text in table(reviews / "pros_cons.tsv")
     ]

@@ -1,9 +1,8 @@
-"""Writes the demo data: short opinions about films in five classes, plain ones and tricky ones.
+"""Writes the demo data: short opinions about films in five classes, made by the grammar below.
 
-The plain ones are what people type. They come from film reviews and from a small grammar (plain_sentences.py). The
-tricky ones are made by the grammar below. Most have a verdict and a decoy from the same lists (a rejected opinion, a
-hope, a fear, one part of the film). So praise and blame occur in every class, and counting words is not enough. The
-label is the meaning of the whole sentence. The wording of both grammars is the project's own and in the public domain.
+The label is the meaning of the whole sentence. Most sentences have a verdict and a decoy from the same lists (a
+rejected opinion, a hope, a fear, one part of the film). So praise and blame occur in every class, and counting words
+is not enough. All wording is the project's own and in the public domain.
 """
 
 from __future__ import annotations
@@ -17,18 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from plain_sentences import grammar_sentence, review_sentences  # noqa: E402
-
 from minillama.cli.parser import OneLineParser, into_and_seed  # noqa: E402
 
 Rows = dict[str, list[tuple[int, str]]]  # (label, sentence) by split
 
 LABELS = ["awful", "bad", "average", "good", "excellent"]
-TRICKY = {"train": 100, "dev": 20, "test": 20}  # for each class
-PLAIN = {"train": 120, "dev": 20, "test": 20}
-FROM_REVIEWS = {"train": 80, "dev": 4, "test": 4}  # at most this many of the plain ones
+SIZES = {"train": 600, "dev": 150, "test": 150}  # a fifth for each class
 
 # Lists of fillers, separated by "/". Those after "//" are not in the training set.
 NEUTRAL = {
@@ -251,36 +244,20 @@ class Grammar:
             return re.sub(r"(^|[.?!] )([a-z])", lambda start: start[1] + start[2].upper(), text), (template, *opinions)
 
 
-def make_rows(source: Path, seed: int = 0) -> Rows:
-    """The rows by split; no sentence occurs twice. source: the folder with reviews/, see make_corpora.py.
-
-    No two tricky ones have the same frame, so no two differ only in the film, its parts or the people.
-    """
+def make_rows(seed: int = 0) -> Rows:
+    """The rows by split. No two have the same frame, so no two differ only in the film, its parts or the people."""
     draw = random.Random(seed)
-    rows: Rows = {split: [] for split in TRICKY}
-    frames, known = set(), set()
-    of_reviews = {held_out: list(review_sentences(source, held_out)) for held_out in (False, True)}
-    for sentences in of_reviews.values():
-        draw.shuffle(sentences)
-    for split in rows:
-        held_out = split != "train"
-        grammar = Grammar(draw, held_out)
-        for label in range(5):
-            for _ in range(TRICKY[split]):
+    rows: Rows = {}
+    frames = set()
+    for split, size in SIZES.items():
+        grammar = Grammar(draw, held_out=split != "train")
+        rows[split] = []
+        for label in list(range(5)) * (size // 5):
+            sentence, frame = grammar.sentence(label)
+            while frame in frames:
                 sentence, frame = grammar.sentence(label)
-                while frame in frames:
-                    sentence, frame = grammar.sentence(label)
-                frames.add(frame)
-                rows[split].append((label, sentence))
-            real = [text for of, text in of_reviews[held_out] if of == label and text not in known]
-            plain = real[: FROM_REVIEWS[split]]
-            known.update(plain)
-            while len(plain) < PLAIN[split]:
-                sentence = grammar_sentence(label, draw, held_out)
-                if sentence not in known:
-                    known.add(sentence)
-                    plain.append(sentence)
-            rows[split] += [(label, sentence) for sentence in plain]
+            frames.add(frame)
+            rows[split].append((label, sentence))
         draw.shuffle(rows[split])
     return rows
 
@@ -306,15 +283,11 @@ def baseline(rows: Rows) -> dict[str, float | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    about = """Writes the demo data: opinions about films in five classes, plain ones and tricky ones. Then prints the
-accuracy of counting words: logistic regression on TF-IDF features."""
+    about = """Writes the demo data: opinions about films in five classes, from a grammar in which counting words is not
+enough. Then prints the accuracy of counting words: logistic regression on TF-IDF features."""
     parser = OneLineParser(prog="make_demo_data.py", description=about)
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="where the collections are")
     options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
-    try:
-        rows = make_rows(options.source, options.seed)
-    except OSError as error:
-        parser.error(f"--source {options.source}: {error.filename}: {error.strerror or error}")
+    rows = make_rows(options.seed)
     try:
         write_files(options.into, rows)
     except OSError as error:

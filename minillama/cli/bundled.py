@@ -30,8 +30,8 @@ def use_bundled_model(options: Options) -> Options:
 
 
 def use_bundled_classifier(options: Options) -> Options:
-    """The options, with the bundled classifier if no fine-tuned model is named."""
-    if options.finetuned is not None:
+    """The options, with the bundled classifier, if there is one, and no fine-tuned model is named."""
+    if options.finetuned is not None or not BUNDLED_CLASSIFIER.exists():
         return options
     bundled = display_path(BUNDLED_CLASSIFIER)
     report(f"no --finetuned is given; using the bundled classifier of opinions on films, {bundled}")

@@ -1,8 +1,8 @@
-"""data/make_demo_data.py: the demo data is what the script makes, plain and tricky, and needs more than counting words."""
+"""data/make_demo_data.py: the demo data is what the script makes, and needs more than counting words."""
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from collections import Counter
 
 import pytest
@@ -13,10 +13,14 @@ from minillama.text.labelled import class_names, read_labels, read_rows
 FILES = [f"demo-{split}.txt" for split in ("train", "dev", "test")] + ["demo-label-mapping.json"]
 
 
-sys.path.insert(0, str(ROOT / "data"))
+def load_script():
+    spec = importlib.util.spec_from_file_location("make_demo_data", ROOT / "data" / "make_demo_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-import make_demo_data  # noqa: E402
-import plain_sentences  # noqa: E402
+
+make_demo_data = load_script()
 
 
 @pytest.fixture(scope="module")
@@ -25,47 +29,15 @@ def rows():
     return {split: read_rows(ROOT / "data" / f"demo-{split}.txt", names) for split in ("train", "dev", "test")}
 
 
-@pytest.fixture(scope="module")
-def collections(asset):
-    return asset("reviews/movie_reviews_2000.tsv").parents[1]
-
-
-def test_the_files_are_what_the_script_makes(tmp_path, collections):
-    make_demo_data.write_files(tmp_path, make_demo_data.make_rows(collections, seed=0))
+def test_the_files_are_what_the_script_makes(tmp_path):
+    make_demo_data.write_files(tmp_path, make_demo_data.make_rows(seed=0))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes(), f"{name}: run the script again"
 
 
-def test_another_seed_gives_other_rows(collections):
-    assert make_demo_data.make_rows(collections, 1) != make_demo_data.make_rows(collections, 0)
-
-
-def test_rows_of_dev_and_test_are_from_reviews_that_no_model_has_read(rows, collections):
-    sentences = {
-        held_out: {text for _, text in plain_sentences.review_sentences(collections, held_out)} for held_out in (0, 1)
-    }
-    found = {split: {row.sentence for row in rows[split]} for split in rows}
-    assert len(found["train"] & sentences[0]) >= 250 and not found["train"] & (sentences[1] - sentences[0])
-    for split in ("dev", "test"):
-        assert len(found[split] & sentences[1]) >= 15 and not found[split] & (sentences[0] - sentences[1])
-
-
-def test_a_sentence_of_a_review_says_plainly_what_the_review_says(tmp_path):
-    (tmp_path / "reviews").mkdir()
-    reviews = [
-        (1, "cv100", "the acting is superb . the film is not good . the plot is good , but slow . it is a fun movie !"),
-        (0, "cv200", "a dull plot . the acting is superb . a terrible film . see it"),
-        (1, "cv900", "the music is great ."),
-    ]
-    text = "".join(f"{label}\t{fold}\t{text}\n" for label, fold, text in reviews)
-    (tmp_path / "reviews" / plain_sentences.REVIEWS).write_text(text, encoding="utf-8")
-    assert list(plain_sentences.review_sentences(tmp_path, held_out=False)) == [
-        (4, "The acting is superb."),
-        (3, "It is a fun movie!"),
-        (0, "A terrible film."),
-    ]
-    assert list(plain_sentences.review_sentences(tmp_path, held_out=True)) == [(4, "The music is great.")]
+def test_another_seed_gives_other_rows():
+    assert make_demo_data.make_rows(1) != make_demo_data.make_rows(0)
 
 
 def test_the_labels_are_those_of_sst():
@@ -74,19 +46,19 @@ def test_the_labels_are_those_of_sst():
 
 
 def test_every_class_has_as_many_rows(rows):
-    for split, each in (("train", 220), ("dev", 40), ("test", 40)):
+    for split, each in (("train", 120), ("dev", 30), ("test", 30)):
         assert Counter(row.label for row in rows[split]) == dict.fromkeys(range(5), each)
 
 
 def test_no_sentence_comes_twice(rows):
     sentences = [row.sentence for split in rows.values() for row in split]
-    assert len(set(sentences)) == len(sentences) == 1500
+    assert len(set(sentences)) == len(sentences) == 900
 
 
 def test_sentences_are_whole_and_of_moderate_length(rows):
     for row in (row for split in rows.values() for row in split):
-        assert 3 <= len(row.sentence.split()) <= 40
-        assert row.sentence.lstrip('"')[0].isupper() and row.sentence.endswith((".", '."', "!")), row.sentence
+        assert 8 <= len(row.sentence.split()) <= 40
+        assert row.sentence.lstrip('"')[0].isupper() and row.sentence.endswith((".", '."')), row.sentence
         assert not set("{}*_/") & set(row.sentence) and "  " not in row.sentence, row.sentence
 
 
