@@ -5,8 +5,9 @@ other data. --alphas 1 scores only the fine-tuned classifier.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,15 @@ MIXING = Group(
             nargs="+",
         ),
         Flag(
+            "--score",
+            "the score of the mixtures, which also chooses alpha on dev; balanced_accuracy is the mean over the classes, "
+            "for classes of unequal size",
+            ("accuracy", "balanced_accuracy"),
+            "accuracy",
+        ),
+        Flag(
             "--curve_out FILE.csv",
-            "table of the accuracies; a chart as an HTML page goes beside it",
+            "table of the scores; a chart as an HTML page goes beside it",
             str,
             "wise-ft-curve.csv",
         ),
@@ -178,20 +186,21 @@ def run(options: Options) -> None:
         how = classifiers.reading_arguments(options, tokenizer, dtype)
         return evaluate(judge, one.rows, **how, name=f"{one.name}, alpha {alpha:g}")
 
+    of: Callable[[Evaluation], float | None] = attrgetter(options.score)
     curve: list[list[Evaluation]] = []
     with tqdm(options.alphas, desc="mixing", unit="alpha", leave=False, disable=None) as bar:
         for alpha in bar:
             model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
             curve.append([judged(one, alpha) for one in sets])
-            shown = ("-" if one.accuracy is None else f"{one.accuracy:.3f}" for one in curve[-1])
+            shown = ("-" if (score := of(one)) is None else f"{score:.3f}" for one in curve[-1])
             line = "  ".join(f"{one.name} {score}" for one, score in zip(sets, shown, strict=True))
             bar.write(f"alpha {alpha:<5g} {line}")
-    best = max(range(len(curve)), key=lambda i: (curve[i][0].accuracy or 0.0, options.alphas[i]))
+    best = max(range(len(curve)), key=lambda i: (of(curve[i][0]) or 0.0, options.alphas[i]))
     alpha, dev = options.alphas[best], curve[best][0]
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
     tested = [(one, judged(one, alpha)) for one in tests]
     try:
-        write_curve(options, sets, [[one.accuracy for one in scores] for scores in curve])
+        write_curve(options, sets, [[of(one) for one in scores] for scores in curve])
         for one, result in ((sets[0], dev), *tested):
             if getattr(options, f"{one.name}_out") is None:
                 continue
@@ -314,24 +323,23 @@ def counting(one: DataSet, classes: Sequence[str]) -> str:
     return "; ".join([*mapped, *([f"{', '.join(members[0])} left out"] if members[0] else [])])
 
 
-def write_curve(options: Options, sets: list[DataSet], accuracies: list[list[float | None]]) -> None:
-    """Writes the accuracies by alpha as CSV, and as a chart with the accuracy of random guessing."""
+def write_curve(options: Options, sets: list[DataSet], curve: list[list[float | None]]) -> None:
+    """Writes the scores by alpha as CSV, and as a chart with the accuracy of random guessing."""
     from minillama.formats.files import atomic_file
 
     with atomic_file(options.curve_out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["alpha", *(one.name for one in sets)])
-        for alpha, scores in zip(options.alphas, accuracies, strict=True):
+        for alpha, scores in zip(options.alphas, curve, strict=True):
             writer.writerow([f"{alpha:g}", *("" if score is None else f"{score:.6f}" for score in scores)])
     lines = []
     for i, one in enumerate(sets):
-        points = [
-            (a, score) for a, row in zip(options.alphas, accuracies, strict=True) if (score := row[i]) is not None
-        ]
+        points = [(a, score) for a, row in zip(options.alphas, curve, strict=True) if (score := row[i]) is not None]
         lines.append((one.name, points, colour(i)))
     for i, n in enumerate(sorted({len(one.names) for one in sets}), start=1):
         lines.append((f"chance, {n} classes ({1 / n:.3g})", [(0.0, 1 / n), (1.0, 1 / n)], colour(-i, dashed=True)))
-    picture = chart("WiSE-FT: accuracy of the mixed weights", "alpha (0: the base model, 1: the fine-tuned one)", lines)
+    score = options.score.replace("_", " ")
+    picture = chart(f"WiSE-FT: {score} of the mixed weights", "alpha (0: the base model, 1: the fine-tuned one)", lines)
     with atomic_file(curve_picture(options)) as file:
         file.write(document("WiSE-FT", [picture]))
 

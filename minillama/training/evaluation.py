@@ -41,6 +41,14 @@ class Evaluation:
     confusion: list[list[int]] | None = None
     probabilities: list[list[float]] = field(default_factory=list, repr=False)
 
+    @property
+    def balanced_accuracy(self) -> float | None:
+        """The share of rows that are right in each class that has rows, averaged over these classes."""
+        if self.confusion is None:
+            return None
+        shares = [counts[i] / sum(counts) for i, counts in enumerate(self.confusion) if sum(counts)]
+        return sum(shares) / len(shares)
+
     def scores(self, split: str) -> dict[str, Any]:
         """The scores by their names in a run's metrics."""
         return {f"{split}_{name}": getattr(self, name) for name in ("accuracy", "macro_f1", "loss", "confusion")}

@@ -101,6 +101,20 @@ def test_between_it_judges_the_mixture_with_the_head_that_was_trained(command):
     assert len({line["dev"] for line in found}) > 1
 
 
+def test_balanced_accuracy_is_scikit_learns(command):
+    from sklearn.metrics import balanced_accuracy_score
+
+    fine_tuned(command)
+    code, _, err = wise_ft(command, "--alphas", "1", "--score", "balanced_accuracy", "--dev_out", "d.txt")
+    assert code == 0, err
+    gold, predicted = (
+        [line[0] for line in (command.folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("dev.txt", "d.txt")
+    )
+    assert curve(command.folder)[0]["dev"] == pytest.approx(balanced_accuracy_score(gold, predicted), abs=1e-6)
+    assert "balanced accuracy of the mixed weights" in (command.folder / "wise-ft-curve.html").read_text()
+
+
 def test_test_is_judged_once_at_the_best_alpha_on_dev_the_largest_of_equals(command, monkeypatch):
     fine_tuned(command)
     names, scores = [], {"0": 0.2, "0.25": 0.7, "0.5": 0.7, "1": 0.6}
