@@ -73,8 +73,8 @@ MIXING = Group(
         ),
         Flag(
             "--score",
-            "the score of the mixtures, which also chooses alpha on dev; balanced_accuracy is the mean over the classes, "
-            "for classes of unequal size",
+            "the score of the mixtures, which also chooses alpha on dev; balanced_accuracy, the mean of the accuracies "
+            "within the classes, is for classes of unequal size",
             ("accuracy", "balanced_accuracy"),
             "accuracy",
         ),
