@@ -83,7 +83,7 @@ TEXTS = Group(
             "--optimizer",
             "muon trains the matrices of the layers by Muon, and everything else by AdamW",
             ("adamw", "muon"),
-            "muon",
+            "adamw",
             elsewhere="belongs to --option pretrain",
         ),
         flags.OUT_DTYPE,
@@ -242,6 +242,7 @@ python run_llama.py --option pretrain --corpus README.md CHANGELOG.md=3 --max_st
 """,
     defaults={
         "lr": LR,
+        "optimizer": "muon",
         "batch_size": 8,
         "schedule": "linear",
         "warmup_steps": 100,

@@ -9,10 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT
 from minillama.cli.checks import check_options
 from minillama.cli.options import all_flags, build_parser, given_options
+from minillama.cli.session import settings_of
 from minillama.commands import COMMANDS
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.formats.names import tokenizer_beside, without_ending
@@ -76,6 +78,12 @@ def test_pretraining_in_a_file_has_its_own_defaults_and_knows_where_it_starts(co
     assert configured({"option": "pretrain"}).batch_size == 8
     assert not configured({"option": "pretrain"}).continued
     assert configured({"option": "pretrain", "pretrained-model-path": "a.pt"}).continued
+
+
+@pytest.mark.parametrize("option", ["finetune", "lora", "sft", "pretrain"])
+def test_only_pretraining_uses_muon(option):
+    chosen = settings_of(parse(["--option", option]), torch.float32)
+    assert chosen.optimizer == ("muon" if option == "pretrain" else "adamw")
 
 
 def test_what_a_file_names_does_not_fall_back(configured, capsys):
