@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     if options.adapter is not None:
         report(f"adapter     {options.adapter}{'' if options.to in ADAPTER_FORMATS else ', merged into the model'}")
     if options.to == "adapter":
-        write_own_adapter(options, config)
+        write_own_adapter(options, config, checkpoint)
     elif options.to == "peft":
         check_rmsnorm(config, "the base of a peft adapter")
         adapter = read_adapter(Path(options.adapter), config)
@@ -77,18 +77,18 @@ def run(options: Options) -> None:
         report("tokenizer   none is written; to open the model here, name one with --tokenizer")
 
 
-def write_own_adapter(options: Options, config: LlamaConfig) -> None:
+def write_own_adapter(options: Options, config: LlamaConfig, checkpoint: Checkpoint) -> None:
     """Writes the adapter, with the classes and the base's checksum if it is of a classifier, as our file."""
     from minillama.formats.adapters import read_adapter, write_adapter
-    from minillama.formats.checkpoint import read_checkpoint, read_fine_tuned
+    from minillama.formats.checkpoint import read_fine_tuned
     from minillama.formats.files import read_torch
     from minillama.layers.precision import DTYPES
 
     base, path = options.pretrained_model_path, Path(options.adapter)
     adapter = read_adapter(path, config)
-    is_classifier = path.is_file() and "label_names" in read_torch(path)
+    is_classifier = path.is_file() and "label_names" in read_torch(path, mapped=True)
     classifier = read_fine_tuned(path, base) if is_classifier else None
-    if classifier is not None and not classifier.has_base(read_checkpoint(base).complete_state(config)):
+    if classifier is not None and not classifier.has_base(checkpoint.complete_state(config)):
         raise ValueError(f"{path} was trained on another model than {base}; name its base with --pretrained-model-path")
     dtype = None if options.out_dtype is None else DTYPES[options.out_dtype]
     write_adapter(options.model_out, adapter, config, base, classifier, dtype)
