@@ -18,7 +18,7 @@ Line = tuple[str, Sequence[Point], str]  # name, points, CSS class
 WIDTH, HEIGHT = 400, 240  # of the drawing of a chart
 MOST_POINTS = 150  # per curve; more points are averaged
 COLOURS = 8
-STYLE = Path(__file__).with_name("charts.css")
+STYLE = Path(__file__).parent.parent / "templates" / "style.css"
 
 
 def text(value: object) -> str:

@@ -10,6 +10,7 @@ from minillama.cli.checks import check_template
 from minillama.cli.header import report
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.session import open_session
+from minillama.cli.xray import XRAY, check_xray, write_tokens
 
 if TYPE_CHECKING:
     from classifier import LlamaZeroShotClassifier
@@ -36,6 +37,7 @@ def check(options: Options) -> None:
             f"--calibrate {options.calibrate}, or --pooling"
         )
     check_template(options)
+    check_xray(options)
     classifiers.check_predictions(options, ENDING)
 
 
@@ -60,6 +62,9 @@ def run(options: Options) -> None:
         if options.calibrate != "none":
             calibrate(session, model, words, prompt)
         classifiers.predict(session, model, rows, labels, origin)
+        if options.xray:  # of the first sentence
+            ids = next(iter(rows.values()))[0].ids
+            write_tokens(options, llama, tokenizer, ids, len(ids))
 
 
 def calibrate(session: Session, model: LlamaZeroShotClassifier, words: list[str], prompt: tuple[str, str]) -> None:
@@ -87,6 +92,7 @@ COMMAND = Command(
         flags.DATA._replace(note=flags.ROW_FORMATS),
         Group("prompt", (flags.TEMPLATE, flags.LABEL_WORDS, CALIBRATE)),
         flags.ROWS,
+        XRAY,
         flags.MODEL,
         flags.DEVICE,
     ),
@@ -99,5 +105,5 @@ python run_llama.py --option prompt --calibrate contextual --batch_size 10
     default_texts=classifiers.output_texts(ENDING),
     check=check,
     inputs=classifiers.row_files,
-    outputs=lambda options: [path for path in (options.dev_out, options.test_out) if path],
+    outputs=lambda options: [path for path in (options.dev_out, options.test_out, options.xray) if path],
 )
