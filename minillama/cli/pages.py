@@ -41,13 +41,15 @@ def _environment() -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template with these values. script: the name of a script to include; data: what it reads, as JSON.
+    """The page of a template with these values.
 
-    The data may hold anything that JSON can: no text in it can end the script element.
+    script: the name of a script to include; data: what it reads, anything that JSON can hold: no text in it can end the
+    script element; connects: whether the script may ask the page's own server.
     """
     from markupsafe import Markup
 
     script, data = values.pop("script", None), values.pop("data", None)
+    connects = "; connect-src 'self'" if values.pop("connects", False) else ""
     code = (TEMPLATES / script).read_text(encoding="utf-8") if script else ""
     allowed = "'none'"
     if code:
@@ -55,7 +57,7 @@ def render(template: str, **values: Any) -> str:
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return _environment().get_template(template).render(
         style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}",
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}{connects}",
         script=Markup(code),
         data=Markup(text),
         **values,

@@ -68,19 +68,34 @@ def write_tokens(
     given: int,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the page of a text. given: how many of its tokens are the prompt; settings: of the decoding."""
+    """Writes the page of a text, see `page_of_tokens`."""
     from minillama.cli.pages import write_page
+
+    path = options.pretrained_model_path
+    write_page(options.xray, page_of_tokens(path, llama, tokenizer, tokens, given, settings, options.against))
+    report(f"wrote {options.xray}")
+
+
+def page_of_tokens(
+    path: str,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    given: int,
+    settings: dict[str, Any] | None = None,
+    against: str | None = None,
+) -> str:
+    """The page of a text. given: how many of its tokens are the prompt; settings: of the decoding; against: a second
+    model's file.
+    """
     from minillama.cli.xray_page import Text, page
 
     shown = shown_tokens(tokens, given)
-    subject = subject_of(options.pretrained_model_path, llama, shown)
+    subject = subject_of(path, llama, shown)
     likeliest = int(subject.trace.logits[-1].argmax())
-    text = Text(tokenizer, min(given, len(shown)), [*shown[1:], likeliest], settings=settings or {})
-    other = None
-    if options.against is not None:
-        other = subject_of(options.against, read_other(options.against, llama.config, tokenizer), shown)
-    write_page(options.xray, page(subject, text, other))
-    report(f"wrote {options.xray}")
+    text = Text(tokenizer, given, [*shown[1:], likeliest], settings=settings or {})
+    other = subject_of(against, read_other(against, llama.config, tokenizer), shown) if against else None
+    return page(subject, text, other)
 
 
 def write_classes(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli.pages import render
+from minillama.text.token_texts import token_text
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,6 @@ SLIDERS = (
     ("min_p", "min-p: at least this share of the likeliest", 0, 1, 0.01),
     ("typical_p", "typical-p: of typical surprise, with this total", 0, 1, 0.01),
 )
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass
@@ -287,24 +286,6 @@ def packed(values: Tensor, kind: str) -> dict[str, Any]:
     else:
         array = values.numpy().astype("<f4")
     return {"kind": kind, "scale": scale, "data": base64.b64encode(array.tobytes()).decode()}
-
-
-def visible_text(text: str) -> str:
-    """A text on one line, with visible spaces, and unprintable characters as numbers."""
-    text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return CONTROLS.sub(lambda found: f"<0x{ord(found[0]):02X}>", text)
-
-
-def token_text(tokenizer: Tokenizer, token: int, before: Sequence[int] = ()) -> str:
-    """The text of a token on one line, after the tokens `before`; its number if it is a part of a character."""
-    if token in tokenizer.stop_ids:
-        return "<end>" if token != tokenizer.bos_id else "<start>"
-    try:
-        earlier = tokenizer.decode(before)
-        text = tokenizer.decode([*before, token])[len(earlier) :]
-    except ValueError:  # an id without a piece
-        text = ""
-    return visible_text(text) if text and "\ufffd" not in text else f"<{token}>"
 
 
 def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
