@@ -67,7 +67,12 @@ class Engine:
     """A model that answers requests. name: of the model; classifier: for `classify`."""
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, device: torch.device, name: str, classifier: TextClassifier | None = None
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        name: str,
+        classifier: TextClassifier | None = None,
     ) -> None:
         self.model, self.tokenizer, self.device, self.name, self.classifier = model, tokenizer, device, name, classifier
         self.context = model.config.max_seq_len
@@ -150,7 +155,9 @@ class Engine:
     def tokenizer_info(self) -> dict[str, Any]:
         """The special tokens, by the names that lm-evaluation-harness asks for."""
         names = {i: name for name, i in self.tokenizer.special_ids.items()}
-        bos, eos = (names.get(i, default) for i, default in ((self.tokenizer.bos_id, "<s>"), (self.tokenizer.eos_id, "</s>")))
+        bos, eos = (
+            names.get(i, default) for i, default in ((self.tokenizer.bos_id, "<s>"), (self.tokenizer.eos_id, "</s>"))
+        )
         return {"bos_token": bos, "eos_token": eos, "pad_token": eos, "vocab_size": self.model.config.vocab_size}
 
     def tokenize(self, request: dict[str, Any]) -> dict[str, Any]:

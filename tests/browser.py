@@ -94,7 +94,9 @@ class Page:
     def click(self, selector, x=0.5, y=0.5):
         """A click of the mouse on the first element that a selector finds, at a share of its width and height."""
         place = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
-        box = self.run(f"(() => {{ {place} const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] }})()")
+        box = self.run(
+            f"(() => {{ {place} const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] }})()"
+        )
         at = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)

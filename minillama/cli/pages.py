@@ -9,15 +9,40 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillama.environment import HERE
 
 TEMPLATES = HERE / "minillama" / "templates"
+STYLE = TEMPLATES / "style.css"
 # What HTML forbids, and lone surrogates, which no file can hold.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+NONE = "–"  # shown for a missing number
+
+
+class Table(NamedTuple):
+    """A table. rows: text cells; link: where the first cell of each row leads; note: below it. words: indices of the
+    columns that hold text; the others hold numbers.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    links: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    words: Sequence[int] = (0,)
+
+    def without_empty(self) -> Table:
+        """The table without the columns that have a dash in every row."""
+        kept = [i for i in range(len(self.head)) if any(row[i] != NONE for row in self.rows)]
+        words = [kept.index(i) for i in self.words if i in kept]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return self._replace(head=[self.head[i] for i in kept], rows=rows, words=words)
 
 
 def clean(value: Any) -> Any:
@@ -55,12 +80,16 @@ def render(template: str, **values: Any) -> str:
     if code:
         allowed = f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return _environment().get_template(template).render(
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}{connects}",
-        script=Markup(code),
-        data=Markup(text),
-        **values,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup(STYLE.read_text(encoding="utf-8")),
+            policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src {allowed}{connects}",
+            script=Markup(code),
+            data=Markup(text),
+            **values,
+        )
     )
 
 

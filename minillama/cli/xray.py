@@ -24,13 +24,13 @@ XRAY = Group(
     (
         Flag(
             "--xray PAGE.html",
-            "write a page that shows the forward pass: attention, positions, what each layer would answer, what adds to "
-            "the choice, and the candidates",
+            "write a page that shows the forward pass: attention, positions, what each layer would answer, what adds "
+            "to the choice, and the candidates",
             elsewhere=BELONGS,
         ),
         Flag(
             "--against MODEL",
-            "with --xray: a second checkpoint of the same sizes, such as the model before fine-tuning, beside the first",
+            "with --xray: also show a second model of the same sizes, such as the one before fine-tuning",
             elsewhere=BELONGS,
         ),
     ),

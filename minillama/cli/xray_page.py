@@ -11,7 +11,6 @@ from minillama.cli.pages import render
 from minillama.text.token_texts import token_text
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from minillama.decoding.xray import Difference, Lens, Trace
@@ -66,7 +65,7 @@ class Text:
 def check_length(count: int) -> None:
     """Raises ValueError for more tokens than a page shows."""
     if count > MOST_TOKENS:
-        raise ValueError(f"the X-ray page shows at most {MOST_TOKENS} tokens, and the text has {count}; give a shorter one")
+        raise ValueError(f"--xray shows at most {MOST_TOKENS} tokens, and the text has {count}; give a shorter one")
 
 
 def page(subject: Subject, text: Text, against: Subject | None = None) -> str:
@@ -251,7 +250,11 @@ def slopes_of(config: Any) -> list[float] | None:
 
     if config.position_embedding_type != "alibi":
         return None
-    return 2 * alibi_slopes(config.n_heads // 2) if config.attention_type == "differential" else alibi_slopes(config.n_heads)
+    return (
+        2 * alibi_slopes(config.n_heads // 2)
+        if config.attention_type == "differential"
+        else alibi_slopes(config.n_heads)
+    )
 
 
 def distances(found: Trace) -> dict[str, Any]:

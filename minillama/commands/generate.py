@@ -21,8 +21,8 @@ from minillama.cli.provenance import Origin, lock_predictions
 from minillama.cli.xray import XRAY, check_xray, shown_tokens, write_tokens
 
 if TYPE_CHECKING:
-    from minillama.decoding.decoders import Continuation, Watch, Writer
     from llama import Llama
+    from minillama.decoding.decoders import Continuation, Watch, Writer
     from minillama.decoding.filters import Filter
     from tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ TEXT = Group(
         flags.JSON,
         OwnFlag(
             "--explain",
-            "show which candidates the filters kept and removed for each token, as a table (--xray shows them on a page)",
+            "print which candidates the filters kept and removed for each token; --xray shows them on a page",
             bool,
         ),
         flags.QUANTIZE,
@@ -115,7 +115,14 @@ DECODING = Group(
 
 def writes_two_files(options: Options) -> bool:
     """Whether generate writes the two files of the course, one at temperature 0 and one at 1."""
-    other = (options.prompt_file, options.interactive, options.json, options.num_samples > 1, options.explain, options.xray)
+    other = (
+        options.prompt_file,
+        options.interactive,
+        options.json,
+        options.num_samples > 1,
+        options.explain,
+        options.xray,
+    )
     return options.temperature is None and options.decoder == "sample" and not any(other)
 
 

@@ -201,7 +201,9 @@ class Server(ThreadingHTTPServer):
         tokenizer = self.engine.tokenizer
         data = {"context": self.engine.context, "classes": self.engine.classifier is not None}
         data["start"] = tokenizer.bos_id if tokenizer.adds_bos else None
-        return render("serve.html", script="serve.js", data=data, title=f"mini-llama: {self.engine.name}", connects=True)
+        return render(
+            "serve.html", script="serve.js", data=data, title=f"mini-llama: {self.engine.name}", connects=True
+        )
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Forgets clients that have left, and reports other errors in one line."""

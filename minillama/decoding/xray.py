@@ -354,7 +354,7 @@ def differences(a: Trace, b: Trace) -> list[Difference]:
 
     def difference(stage: str, layer: int | None, one: Tensor, other: Tensor) -> Difference:
         if one.shape != other.shape:
-            raise ValueError(f"{stage}: one model's have the shape {tuple(one.shape)}, the other's {tuple(other.shape)}")
+            raise ValueError(f"{stage}: one model has the shape {tuple(one.shape)}, the other {tuple(other.shape)}")
         gap = (one.double() - other.double()).abs()
         index = [int(place) for place in torch.unravel_index(gap.argmax(), gap.shape)]
         return Difference(stage, layer, float(gap.max() / other.double().abs().max().clamp(min=1e-30)), index)

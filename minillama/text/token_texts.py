@@ -10,7 +10,7 @@ VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
 def printable(text: str) -> str:
-    """A text in which unprintable characters and lone surrogates are numbers, such as <0x1B>. Newlines and tabs stay."""
+    """A text with unprintable characters and lone surrogates as numbers, such as <0x1B>. Newlines and tabs stay."""
     return "".join(one if one.isprintable() or one in "\n\t" else f"<0x{ord(one):02X}>" for one in text)
 
 

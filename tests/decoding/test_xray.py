@@ -199,5 +199,5 @@ def test_only_models_of_one_shape_are_compared():
         differences(one, trace(tiny_llama(), ids(5)))
     with pytest.raises(ValueError, match="2 layers and the other 3"):
         differences(one, trace(tiny_llama(n_layers=3), ids()))
-    with pytest.raises(ValueError, match="keys: one model's have the shape"):
+    with pytest.raises(ValueError, match="keys: one model has the shape"):
         differences(one, trace(tiny_llama(n_kv_heads=4), ids()))
