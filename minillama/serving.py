@@ -1,7 +1,7 @@
-"""Answers of the server: requests in OpenAI's form in, dictionaries out. No HTTP here (commands/serve.py).
+"""Answers of the server: requests in OpenAI's form in, dictionaries out. HTTP is in commands/serve.py.
 
-One lock guards the model. It is held for one token at a time, so that several texts grow at once, and a reader that
-stops reading keeps nobody waiting.
+One lock guards the model. It is held for one token at a time, so several texts grow at once, and a client that stops
+reading keeps nobody waiting.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,288 +22,242 @@ from minillama.inference import TextClassifier
 from minillama.text.token_texts import token_text
 from tokenizer import Tokenizer
 
-MOST_CHOICES = 64  # texts of one request
-MOST_LOGPROBS = 20
-FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")
-# What OpenAI's clients may send, and the values that change nothing here.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "suffix": ("",),
-}
-IGNORED = ("model", "user", "metadata", "store", "stream_options")
-Field = tuple[type | tuple[type, ...], Callable[[Any], bool], str, Any]  # kind, test, what is allowed, default
-NUMBER = (int, float)
-FIELDS: dict[str, Field] = {
-    "max_tokens": (int, lambda x: x >= 0, "a whole number, 0 or more", 16),
-    "temperature": (NUMBER, lambda x: 0 <= x <= 100, "a number from 0 to 100", 1.0),
-    "n": (int, lambda x: 1 <= x <= MOST_CHOICES, f"a whole number from 1 to {MOST_CHOICES}", 1),
-    "stream": (bool, lambda x: True, "true or false", False),
-    "echo": (bool, lambda x: True, "true or false", False),
-    "logprobs": (int, lambda x: 0 <= x <= MOST_LOGPROBS, f"a whole number from 0 to {MOST_LOGPROBS}", None),
-    "seed": (int, lambda x: -(2**63) <= x < 2**63, "a whole number of 64 bits", None),
-    "stop": ((str, list), lambda x: True, "a text or a list of texts", ()),
-    "epsilon": (NUMBER, lambda x: 0 <= x < 1, "a number from 0, below 1", 0.0),
-    "repetition_penalty": (NUMBER, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100", 1.0),
-} | {name: (NUMBER, lambda x: True, "a number", None) for name in FILTERS}
+MOST = 64  # texts of a request
+FILTERS = ("epsilon", "eta", "top_k", "top_p", "min_p", "typical_p")
+# Fields of a request: the least and the largest value, and the default. A whole number if the least one is.
+NUMBERS: dict[str, tuple[float, float, Any]] = {
+    "max_tokens": (0, 10**6, 16),
+    "n": (1, MOST, 1),
+    "logprobs": (0, 20, None),
+    "seed": (-(2**63), 2**63 - 1, None),
+    "top_k": (1, 10**6, None),
+    "temperature": (0.0, 100.0, 1.0),
+    "repetition_penalty": (0.01, 100.0, 1.0),
+} | {name: (0.0, 1.0, None) for name in FILTERS if name != "top_k"}
+UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "suffix": "", "best_of": 1}
 
 
-class BadRequest(ValueError):
-    """A request that cannot be answered, in one sentence."""
+class Refused(ValueError):
+    """A request that is not answered, with the reason and HTTP's status."""
+
+    def __init__(self, reason: object, status: int = 400) -> None:
+        super().__init__(str(reason))
+        self.status = status
 
 
 @dataclass
 class Token:
-    """A token of an answer, with its log-probability and the likeliest tokens; None for the first token of a text."""
+    """A token with its log-probability and the likeliest tokens with theirs; the first token of a text has neither."""
 
     id: int
     logprob: float | None = None
-    top: list[tuple[int, float]] | None = None
+    top: dict[int, float] = field(default_factory=dict)
 
 
 class Engine:
     """A model that answers requests. name: of the model; classifier: for `classify`."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Tokenizer,
-        device: torch.device,
-        name: str,
-        classifier: TextClassifier | None = None,
+        self, model: Any, tokenizer: Tokenizer, device: torch.device, name: str, classifier: TextClassifier | None
     ) -> None:
-        self.model, self.tokenizer, self.device, self.name, self.classifier = model, tokenizer, device, name, classifier
-        self.context = model.config.max_seq_len
-        self.lock = threading.Lock()
-        self.started = int(time.time())
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self.name, self.classifier = name, classifier
+        self.context, self.vocabulary = model.config.max_seq_len, model.config.vocab_size
+        self.lock, self.started = threading.Lock(), int(time.time())
         before = tokenizer.encode("a", bos=False, eos=False)
-        self.texts = [token_text(tokenizer, token, before, plain=True) for token in range(model.config.vocab_size)]
+        self.texts = [token_text(tokenizer, token, before, plain=True) for token in range(self.vocabulary)]
+        names = {i: name for name, i in tokenizer.special_ids.items()}
+        self.bos, self.eos = names.get(tokenizer.bos_id, "<s>"), names.get(tokenizer.eos_id, "</s>")
 
-    # Requests
-
-    def settings(self, request: dict[str, Any], *more: str) -> dict[str, Any]:
-        """The checked fields of a request. more: names of others that the caller reads."""
-        for name, value in request.items():
-            if name in WITHOUT_EFFECT and value is not None and value not in WITHOUT_EFFECT[name]:
-                raise BadRequest(f"{name} is not supported; leave it out")
-            if name not in (*FIELDS, *WITHOUT_EFFECT, *IGNORED, *more):
-                raise BadRequest(f"{name[:40]!r} is not a field of this request")
-        found = {}
-        for name, (kind, allowed, words, default) in FIELDS.items():
-            value = request.get(name)
-            if value is None:
-                value = default
-            elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not allowed(value):
-                raise BadRequest(f"{name} is {str(value)[:40]}; it must be {words}")
-            found[name] = value
-        if found["max_tokens"] > self.context:
-            raise BadRequest(f"max_tokens is {found['max_tokens']}; the model's context is {self.context}")
-        stops = [found["stop"]] if isinstance(found["stop"], str) else list(found["stop"])
-        if len(stops) > 16 or not all(isinstance(stop, str) and stop for stop in stops):
-            raise BadRequest("stop must be a text or a list of at most 16 texts, none of them empty")
-        return found | {"stop": stops}
-
-    def decoding(self, settings: dict[str, Any], number: int) -> Decoding:
-        """The settings of the text with this number."""
-        seed = torch.seed() % 2**62 if settings["seed"] is None else settings["seed"] % 2**62 + number
-        try:
-            filters = filters_by_name(settings["epsilon"], **{name: settings[name] for name in FILTERS})
-        except ValueError as error:
-            raise BadRequest(str(error)) from None
-        return Decoding(
-            max_new_tokens=settings["max_tokens"],
-            temperature=float(settings["temperature"]),
-            filters=filters,
-            repetition_penalty=float(settings["repetition_penalty"]),
-            stops=settings["stop"],
-            seed=seed,
-            shows_prompt=False,
-        )
-
-    def prompts(self, value: Any) -> list[list[int]]:
-        """The prompts of a request as tokens: of a text, a list of texts, a list of tokens, or a list of such lists."""
-        many = value if isinstance(value, list) and value and isinstance(value[0], str | list) else [value]
-        if len(many) > MOST_CHOICES:
-            raise BadRequest(f"there are {len(many)} prompts; at most {MOST_CHOICES} are answered at once")
-        return [self.encoded(one) for one in many]
-
-    def encoded(self, prompt: Any) -> list[int]:
-        """The tokens of one prompt."""
-        if isinstance(prompt, str):
-            try:
-                ids = self.tokenizer.encode_prompt(prompt)
-            except ValueError as error:
-                raise BadRequest(str(error)) from None
-        elif isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt):
-            ids = prompt
-            if outside := [one for one in ids if not 0 <= one < self.model.config.vocab_size]:
-                raise BadRequest(f"token {outside[0]} is not in the vocabulary of {self.model.config.vocab_size}")
-        else:
-            raise BadRequest("prompt must be a text, a list of texts, or a list of token ids that is not empty")
-        if len(ids) > self.context:
-            raise BadRequest(f"the prompt has {len(ids)} tokens, more than the model's context of {self.context}")
-        return ids
-
-    # Answers
+    # Small requests
 
     def models(self) -> dict[str, Any]:
         facts = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llama"}
         return {"object": "list", "data": [facts | {"max_model_len": self.context}]}
 
     def tokenizer_info(self) -> dict[str, Any]:
-        """The special tokens, by the names that lm-evaluation-harness asks for."""
-        names = {i: name for name, i in self.tokenizer.special_ids.items()}
-        bos, eos = (
-            names.get(i, default) for i, default in ((self.tokenizer.bos_id, "<s>"), (self.tokenizer.eos_id, "</s>"))
-        )
-        return {"bos_token": bos, "eos_token": eos, "pad_token": eos, "vocab_size": self.model.config.vocab_size}
+        """The names of the special tokens, for lm-evaluation-harness."""
+        return {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.eos, "vocab_size": self.vocabulary}
 
     def tokenize(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"prompt": text} -> its tokens. A text that is the name of a special token is that token."""
-        text = request.get("prompt")
+        text, tokenizer = request.get("prompt"), self.tokenizer
         if not isinstance(text, str):
-            raise BadRequest("prompt must be a text")
-        info = self.tokenizer_info()
-        special = {info["bos_token"]: self.tokenizer.bos_id, info["eos_token"]: self.tokenizer.eos_id}
+            raise Refused("prompt must be a text")
+        special = {self.bos: tokenizer.bos_id, self.eos: tokenizer.eos_id}
         try:
-            ids = [special[text]] if text in special else self.tokenizer.encode(text, bos=False, eos=False)
+            ids = [special[text]] if text in special else tokenizer.encode(text, bos=False, eos=False)
         except ValueError as error:
-            raise BadRequest(str(error)) from None
-        if request.get("add_special_tokens") and self.tokenizer.adds_bos:
-            ids = [self.tokenizer.bos_id, *ids]
+            raise Refused(error) from None
+        ids = [tokenizer.bos_id, *ids] if request.get("add_special_tokens") and tokenizer.adds_bos else ids
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context, "texts": [self.texts[i] for i in ids]}
 
     def detokenize(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"tokens": ids} -> their text."""
         tokens = request.get("tokens")
-        if tokens == []:
-            return {"prompt": ""}
-        if not isinstance(tokens, list):
-            raise BadRequest("tokens must be a list of token ids")
-        return {"prompt": self.tokenizer.decode(self.encoded(tokens))}
+        return {"prompt": "" if tokens == [] else self.tokenizer.decode(self.encoded(tokens))}
 
     def classify(self, request: dict[str, Any]) -> dict[str, Any]:
-        """{"text": a text or a list of texts} -> the class and the probability of every class, for each."""
+        """{"text": a text or a list of texts} -> for each, the class and the probability of every class."""
         if self.classifier is None:
-            raise BadRequest("this server has no classifier; start it with --finetuned FILE")
+            raise Refused("this server has no classifier; start it with --finetuned FILE")
         texts = [request["text"]] if isinstance(request.get("text"), str) else request.get("text")
-        if not isinstance(texts, list) or not 0 < len(texts) <= MOST_CHOICES:
-            raise BadRequest(f"text must be a text, or a list of 1 to {MOST_CHOICES} texts")
+        if not isinstance(texts, list) or not 0 < len(texts) <= MOST:
+            raise Refused(f"text must be a text, or a list of 1 to {MOST} texts")
         try:
             with self.lock:
                 found = self.classifier(texts)
         except ValueError as error:
-            raise BadRequest(str(error)) from None
+            raise Refused(error) from None
         return {"results": [{"class": next(iter(one)), "probabilities": one} for one in found]}
 
-    def complete(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The answer to /v1/completions: one dictionary, or with "stream" one for each piece of text."""
-        settings = self.settings(request, "prompt")
-        prompts = [one for one in self.prompts(request.get("prompt")) for _ in range(settings["n"])]
-        if len(prompts) > MOST_CHOICES:
-            raise BadRequest(f"{len(prompts)} texts are asked for; at most {MOST_CHOICES} are answered at once")
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        head["model"] = self.name
-        decodings = [self.decoding(settings, number) for number in range(len(prompts))]
-        return self._complete(head, settings, prompts, decodings)
+    # Texts
 
-    def _complete(
-        self, head: dict[str, Any], settings: dict[str, Any], prompts: list[list[int]], decodings: list[Decoding]
+    def settings(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The checked fields of a request."""
+        for name, harmless in UNSUPPORTED.items():
+            if request.get(name) not in (None, harmless):
+                raise Refused(f"{name} is not supported; leave it out")
+        found: dict[str, Any] = {name: request.get(name) is True for name in ("stream", "echo")}
+        for name, (least, largest, default) in NUMBERS.items():
+            kind = (int,) if isinstance(least, int) else (int, float)
+            value = default if request.get(name) is None else request[name]
+            if value is not None and (type(value) not in kind or not least <= value <= largest):
+                what = "a whole number" if kind == (int,) else "a number"
+                raise Refused(f"{name} is {str(value)[:40]}; it must be {what} from {least:g} to {largest:g}")
+            found[name] = value
+        if found["max_tokens"] > self.context:
+            raise Refused(f"max_tokens is {found['max_tokens']}, above the model's context of {self.context}")
+        stops = request.get("stop") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(one, str) and one for one in stops):
+            raise Refused("stop must be a text, or a list of at most 16 texts, none of them empty")
+        return found | {"stop": stops}
+
+    def decoding(self, settings: dict[str, Any], number: int) -> Decoding:
+        """The settings of the text with this number."""
+        seed = torch.seed() if settings["seed"] is None else settings["seed"] + number
+        try:
+            filters = filters_by_name(
+                **{name: settings[name] for name in FILTERS} | {"epsilon": settings["epsilon"] or 0.0}
+            )
+        except ValueError as error:
+            raise Refused(error) from None
+        return Decoding(
+            max_new_tokens=settings["max_tokens"],
+            temperature=float(settings["temperature"]),
+            filters=filters,
+            repetition_penalty=float(settings["repetition_penalty"]),
+            stops=settings["stop"],
+            seed=seed % 2**62,
+            shows_prompt=False,
+        )
+
+    def encoded(self, prompt: Any) -> list[int]:
+        """The tokens of a prompt, a text or a list of tokens."""
+        if isinstance(prompt, str):
+            try:
+                prompt = self.tokenizer.encode_prompt(prompt)
+            except ValueError as error:
+                raise Refused(error) from None
+        if not isinstance(prompt, list) or not prompt or any(type(one) is not int for one in prompt):
+            raise Refused("a prompt must be a text, or a list of token ids that is not empty")
+        if outside := [one for one in prompt if not 0 <= one < self.vocabulary]:
+            raise Refused(f"token {outside[0]} is not in the vocabulary of {self.vocabulary}")
+        if len(prompt) > self.context:
+            raise Refused(f"the prompt has {len(prompt)} tokens, more than the model's context of {self.context}")
+        return prompt
+
+    def complete(self, request: dict[str, Any], chat: bool = False) -> Iterator[dict[str, Any]]:
+        """The answer to /v1/completions, or of a chat: one dictionary, or with "stream" one for each piece of text."""
+        if chat:
+            limit = request.get("max_completion_tokens", request.get("max_tokens"))
+            given = self.settings(request | {"max_tokens": min(256, self.context) if limit is None else limit})
+            settings = given | {"echo": False, "logprobs": None}
+            try:
+                prompts = [self.encoded(self.tokenizer.encode_chat(request.get("messages") or []))]
+            except (TypeError, ValueError) as error:
+                raise Refused(error) from None
+        else:
+            settings, asked = self.settings(request), request.get("prompt")
+            many = asked if isinstance(asked, list) and asked and isinstance(asked[0], str | list) else [asked]
+            prompts = [self.encoded(one) for one in many[: MOST + 1]]
+        prompts = [prompt for prompt in prompts for _ in range(settings["n"])]
+        if len(prompts) > MOST:
+            raise Refused(f"at most {MOST} texts are answered at once; this request asks for more")
+        decodings = [self.decoding(settings, number) for number in range(len(prompts))]
+        return self._answers(prompts, decodings, settings, chat)
+
+    def _answers(
+        self, prompts: list[list[int]], decodings: list[Decoding], settings: dict[str, Any], chat: bool
     ) -> Iterator[dict[str, Any]]:
-        choices, made = [], 0
+        stream = settings["stream"]
+        kind = f"chat.completion{'.chunk' * stream}" if chat else "text_completion"
+        head = {"id": f"{'chat' * chat}cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+        head["model"] = self.name
+
+        def choice(text: str, tokens: list[Token], start: int = 0) -> dict[str, Any]:
+            found = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(tokens, settings, start)}
+            if chat:
+                return found | {"delta" if stream else "message": {"role": "assistant", "content": text}}
+            return found | {"text": text}
+
+        choices, read, made = [], sum(map(len, prompts)), 0
         for index, (prompt, decoding) in enumerate(zip(prompts, decodings, strict=True)):
-            text, tokens, finish = "", [], None
+            text, tokens, finish = "", list[Token](), None
             for piece, new, finish in self.pieces(prompt, decoding, settings):
-                if settings["stream"]:
-                    choice = {"index": index, "text": piece, "finish_reason": finish}
-                    yield head | {"choices": [choice | {"logprobs": self.logprobs(new, settings, len(text))}]}
+                piece = piece.lstrip() if chat and not text else piece
+                if stream:
+                    yield head | {"choices": [choice(piece, new, len(text))]}
                 text, tokens = text + piece, tokens + new
-            choice = {"index": index, "text": text, "finish_reason": finish}
-            choices.append(choice | {"logprobs": self.logprobs(tokens, settings)})
-            made += len(tokens) - (len(prompt) if settings["echo"] else 0)
-        read = sum(map(len, prompts))
-        if not settings["stream"]:
+            choices.append(choice(text, tokens))
+            made += len(tokens) - len(prompt) * settings["echo"]
+        if not stream:
             usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
             yield head | {"choices": choices, "usage": usage}
-
-    def chat(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The answer to /v1/chat/completions."""
-        if "max_completion_tokens" in request:
-            request = request | {"max_tokens": request["max_completion_tokens"]}
-        settings = self.settings({"max_tokens": 256} | request, "messages", "max_completion_tokens")
-        try:
-            prompt = self.encoded(self.tokenizer.encode_chat(request.get("messages") or []))
-        except (ValueError, TypeError) as error:
-            raise BadRequest(str(error)) from None
-        decoding = self.decoding(settings, 0)
-        kind = "chat.completion.chunk" if settings["stream"] else "chat.completion"
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
-        return self._chat(head, settings | {"echo": False, "logprobs": None}, prompt, decoding)
-
-    def _chat(
-        self, head: dict[str, Any], settings: dict[str, Any], prompt: list[int], decoding: Decoding
-    ) -> Iterator[dict[str, Any]]:
-        text, count, finish = "", 0, None
-        for piece, new, finish in self.pieces(prompt, decoding, settings):
-            piece = piece if text else piece.lstrip()
-            if settings["stream"]:
-                delta = {"content": piece} if text else {"role": "assistant", "content": piece}
-                yield head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-            text, count = text + piece, count + len(new)
-        if not settings["stream"]:
-            message = {"role": "assistant", "content": text}
-            usage = {"prompt_tokens": len(prompt), "completion_tokens": count, "total_tokens": len(prompt) + count}
-            yield head | {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
 
     # Tokens
 
     def pieces(
         self, prompt: list[int], decoding: Decoding, settings: dict[str, Any]
     ) -> Iterator[tuple[str, list[Token], str | None]]:
-        """The text of a continuation in pieces, each with its tokens; with the last one, why it ended.
+        """The text of a continuation in pieces, each with its tokens; with the last one, why the text ended.
 
         With "echo" the prompt is the first piece.
         """
-        wanted = settings["logprobs"]
+        wanted, last = settings["logprobs"], 0
+        waiting: list[Token] = []
         if settings["echo"]:
             yield self.tokenizer.decode(prompt), self.scored(prompt, wanted), None
-        if not decoding.max_new_tokens:
-            yield "", [], "length"
-            return
-        taken: list[Token] = []
-        waiting: list[Token] = []
 
         def ids() -> Iterator[int]:
-            for token in self.steps(prompt, decoding, wanted):
-                taken.append(token)
+            nonlocal last
+            for token in self.steps(prompt, decoding, wanted) if decoding.max_new_tokens else ():
                 waiting.append(token)
+                last = token.id
                 yield token.id
 
-        # After the prompt, because some tokenizers drop a text's first space.
+        # The prompt comes first, because some tokenizers drop the first space of a text.
         found = text_pieces(self.tokenizer, prompt, ids(), decoding.stops)
-        next(found)  # the prompt
+        next(found)
         while True:
             try:
                 piece = next(found)
             except StopIteration as end:
-                ended = end.value or taken[-1].id in self.tokenizer.stop_ids
+                ended = end.value or (decoding.max_new_tokens > 0 and last in self.tokenizer.stop_ids)
                 yield "", waiting, "stop" if ended else "length"
                 return
-            if piece:
-                yield piece, waiting, None
-                waiting = []
+            yield piece, waiting[:], None
+            waiting.clear()
 
     def steps(self, prompt: list[int], decoding: Decoding, wanted: int | None) -> Iterator[Token]:
-        """The new tokens, one by one. The lock is held for one at a time."""
-        writer = Writer(self.model, self.tokenizer, self.device, decoding)
+        """The new tokens, one by one."""
         seen: list[Token] = []
 
         def watch(logits: Tensor, chosen: Tensor) -> None:
             seen.append(self.token(int(chosen), logits[0], wanted))
 
-        steps = writer.ids(prompt, watch=watch)
+        steps = Writer(self.model, self.tokenizer, self.device, decoding).ids(prompt, watch=watch)
         while True:
             with self.lock:
                 if next(steps, None) is None:
@@ -311,45 +265,42 @@ class Engine:
             yield seen.pop()
 
     def scored(self, prompt: list[int], wanted: int | None) -> list[Token]:
-        """The tokens of a prompt with their log-probabilities; the first has none."""
+        """The tokens of a prompt with their log-probabilities."""
         if wanted is None or len(prompt) < 2:
             return [Token(token) for token in prompt]
         idx = torch.tensor([prompt], device=self.device)
         with self.lock:
             logits, _ = self.model(idx, idx)
-        later = [self.token(token, row, wanted) for token, row in zip(prompt[1:], logits[0], strict=False)]
-        return [Token(prompt[0]), *later]
+        later = zip(prompt[1:], logits[0], strict=False)
+        return [Token(prompt[0]), *(self.token(token, row, wanted) for token, row in later)]
 
     def token(self, chosen: int, logits: Tensor, wanted: int | None) -> Token:
         """A token and its log-probability under logits (V,), at temperature 1 and without filters."""
         if wanted is None:
             return Token(chosen)
         logprobs = logits.float().log_softmax(-1)
-        best = logprobs.topk(min(wanted, len(logprobs)))
-        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Token(chosen, float(logprobs[chosen]), top)
+        best = logprobs.topk(min(wanted, len(logprobs))).indices.tolist()
+        return Token(
+            chosen, float(logprobs[chosen]), {one: float(logprobs[one]) for one in dict.fromkeys([*best, chosen])}
+        )
 
-    def logprobs(self, tokens: Sequence[Token], settings: dict[str, Any], start: int = 0) -> dict[str, Any] | None:
-        """Log-probabilities in OpenAI's form; beyond it `token_ids` and `top_ids`. start: of the text of `tokens`."""
+    def logprobs(self, tokens: Sequence[Token], settings: dict[str, Any], start: int) -> dict[str, Any] | None:
+        """Log-probabilities in OpenAI's form; `token_ids` and `top_ids` are beyond it. start: of the tokens' text."""
         if settings["logprobs"] is None:
             return None
-        offsets, texts = [], [self.texts[token.id] for token in tokens]
-        for text in texts:
+        offsets, tops = [], []
+        for token in tokens:
             offsets.append(start)
-            start += len(text)
+            start += 0 if token.id in self.tokenizer.stop_ids else len(self.texts[token.id])
+            top: dict[str, float] = {}
+            for one, logprob in token.top.items():  # of two tokens with one text, the second is shown by its number
+                top[f"<{one}>" if self.texts[one] in top else self.texts[one]] = logprob
+            tops.append(top if token.logprob is not None else None)
         return {
-            "tokens": texts,
+            "tokens": [self.texts[token.id] for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [None if token.top is None else self.by_text(token) for token in tokens],
+            "top_logprobs": tops,
             "text_offset": offsets,
             "token_ids": [token.id for token in tokens],
-            "top_ids": [[] if token.top is None else [one for one, _ in token.top] for token in tokens],
+            "top_ids": [list(token.top) for token in tokens],
         }
-
-    def by_text(self, token: Token) -> dict[str, float]:
-        """The likeliest tokens and the chosen one, by text; of two with the same text the second is shown by number."""
-        found: dict[str, float] = {}
-        chosen = [] if token.logprob is None or token.id in dict(token.top or []) else [(token.id, token.logprob)]
-        for one, logprob in (*(token.top or []), *chosen):
-            found[self.texts[one] if self.texts[one] not in found else f"<{one}>"] = logprob
-        return found

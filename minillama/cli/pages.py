@@ -71,7 +71,9 @@ def render(template: str, **values: Any) -> str:
     script: the name of a script to include; data: what it reads, anything that JSON can hold: no text in it can end the
     script element; connects: whether the script may ask the page's own server.
     """
-    from markupsafe import Markup
+    from jinja2.utils import markupsafe
+
+    Markup = markupsafe.Markup
 
     script, data = values.pop("script", None), values.pop("data", None)
     connects = "; connect-src 'self'" if values.pop("connects", False) else ""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minillama.cli.pages import render
-from minillama.text.token_texts import token_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +125,8 @@ def page_data(
 ) -> tuple[dict[str, Any], int]:
     """What the script reads, and the number of tokens that are not among the candidates. kind: see `packed`."""
     import torch
+
+    from minillama.text.token_texts import token_text
 
     found, config = subject.trace, subject.trace.model.config
     T, first = len(found.tokens), found.layers[0]
@@ -293,4 +294,6 @@ def packed(values: Tensor, kind: str) -> dict[str, Any]:
 
 def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     """The text that each token of a sequence adds."""
+    from minillama.text.token_texts import token_text
+
     return [token_text(tokenizer, token, tokens[max(0, i - 8) : i]) for i, token in enumerate(tokens)]

@@ -16,7 +16,7 @@ async function ask(path, body, signal) {
   throw new Error((await answer.json()).error.message);
 }
 function show() {
-  $("tokens").replaceChildren(...story.map((token, i) => token.top
+  $("story").replaceChildren(...story.map((token, i) => token.top
     ? make("button", { type: "button", className: i === chosen ? "written strong" : "written", title: token.p.toFixed(3), onclick: () => choose(i) }, token.text)
     : make("span", {}, token.text)));
   $("xray").hidden = story.length === 0;
@@ -62,8 +62,7 @@ async function write() {
 }
 function take({ logprobs, finish_reason }) {
   logprobs.token_ids.forEach((id, i) => {
-    const texts = Object.entries(logprobs.top_logprobs[i]);
-    const top = texts.slice(0, 10).map(([text, logprob], j) => ({ id: logprobs.top_ids[i][j], text, p: Math.exp(logprob) })).filter((one) => one.id !== undefined);
+    const top = Object.entries(logprobs.top_logprobs[i]).map(([text, logprob], j) => ({ id: logprobs.top_ids[i][j], text, p: Math.exp(logprob) }));
     story.push({ id, text: logprobs.tokens[i], p: Math.exp(logprobs.token_logprobs[i]), top });
   });
   if (finish_reason) $("message").textContent = finish_reason === "stop" ? "The model ended its text." : "";
