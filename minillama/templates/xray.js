@@ -31,7 +31,7 @@ function make(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "style") for (const [rule, to] of Object.entries(value)) node.style.setProperty(rule, to);
-    else if (value !== false && value !== undefined) node.setAttribute(name, value === true ? "" : value);
+    else node.setAttribute(name, value);
   }
   node.append(...children.filter((child) => child !== null));
   return node;
@@ -49,7 +49,9 @@ const settings = { ...data.settings };
 function choose(change) {
   if ("t" in change || "layer" in change || "head" in change) if (!("s" in change)) change.s = null;
   Object.assign(state, change);
+  const inside = document.activeElement.closest("#tokens, #grid"); // what has the focus is drawn anew
   draw();
+  if (inside) inside.querySelector("[aria-pressed=true]").focus();
 }
 // The token that is read: the chosen one, else the one that is read most, apart from the token itself.
 function read() {
@@ -88,7 +90,6 @@ $("tokens").addEventListener("keydown", (event) => {
   if (step === undefined) return;
   event.preventDefault();
   choose({ t: Math.min(T - 1, Math.max(0, state.t + step)) });
-  $("tokens").children[state.t].focus();
 });
 
 // 1. Attention
@@ -126,7 +127,6 @@ $("grid").addEventListener("keydown", (event) => {
   if (down === undefined) return;
   event.preventDefault();
   choose({ layer: (state.layer + down + L) % L, head: (state.head + right + H) % H });
-  $("grid").querySelector("[aria-pressed=true]").focus();
 });
 function cellOf(event) {
   const box = $("map").getBoundingClientRect();
