@@ -196,8 +196,8 @@ class Engine:
         head = {"id": f"{'chat' * chat}cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
         head["model"] = self.name
 
-        def choice(text: str, tokens: list[Token], start: int = 0) -> dict[str, Any]:
-            found = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(tokens, settings, start)}
+        def choice(index: int, finish: str | None, text: str, tokens: list[Token], start: int = 0) -> dict[str, Any]:
+            found = {"index": index, "finish_reason": finish, "logprobs": self.logprobs(tokens, settings, text, start)}
             if chat:
                 return found | {"delta" if stream else "message": {"role": "assistant", "content": text}}
             return found | {"text": text}
@@ -208,9 +208,9 @@ class Engine:
             for piece, new, finish in self.pieces(prompt, decoding, settings):
                 piece = piece.lstrip() if chat and not text else piece
                 if stream:
-                    yield head | {"choices": [choice(piece, new, len(text))]}
+                    yield head | {"choices": [choice(index, finish, piece, new, len(text))]}
                 text, tokens = text + piece, tokens + new
-            choices.append(choice(text, tokens))
+            choices.append(choice(index, finish, text, tokens))
             made += len(tokens) - len(prompt) * settings["echo"]
         if not stream:
             usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
@@ -284,14 +284,20 @@ class Engine:
             chosen, float(logprobs[chosen]), {one: float(logprobs[one]) for one in dict.fromkeys([*best, chosen])}
         )
 
-    def logprobs(self, tokens: Sequence[Token], settings: dict[str, Any], start: int) -> dict[str, Any] | None:
-        """Log-probabilities in OpenAI's form; `token_ids` and `top_ids` are beyond it. start: of the tokens' text."""
+    def logprobs(
+        self, tokens: Sequence[Token], settings: dict[str, Any], text: str, start: int
+    ) -> dict[str, Any] | None:
+        """Log-probabilities in OpenAI's form; `token_ids` and `top_ids` are beyond it. text: of the tokens, which
+        begins at `start` of the choice.
+        """
         if settings["logprobs"] is None:
             return None
         offsets, tops = [], []
-        for token in tokens:
-            offsets.append(start)
-            start += 0 if token.id in self.tokenizer.stop_ids else len(self.texts[token.id])
+        sizes = [0 if token.id in self.tokenizer.stop_ids else len(self.texts[token.id]) for token in tokens]
+        place = start - (start == 0 and sum(sizes) == len(text) + 1)  # decoding drops the first space of a text
+        for token, size in zip(tokens, sizes, strict=True):
+            offsets.append(max(0, place))
+            place += size
             top: dict[str, float] = {}
             for one, logprob in token.top.items():  # of two tokens with one text, the second is shown by its number
                 top[f"<{one}>" if self.texts[one] in top else self.texts[one]] = logprob
