@@ -22,7 +22,7 @@ from conftest import ROOT
 from llama import Llama, LlamaConfig, load_pretrained
 from minillama.formats.checkpoint import write_checkpoint
 
-USER_PAGES = ("understand", "generate", "classify", "pretrain", "course", "plan", "runs", "checkpoints")
+USER_PAGES = ("understand", "xray", "generate", "classify", "pretrain", "course", "plan", "runs", "checkpoints")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in USER_PAGES)])
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.M | re.S)
