@@ -123,7 +123,6 @@ def test_flags_that_a_page_names_exist():
     known = set(re.findall(r"--[\w-]+", shown + "".join(scripts))) | {"--help"}
     elsewhere = {"--nproc_per_node", "--index-url", "--temp"}  # flags of torchrun, pip and llama.cpp
     elsewhere |= {"--model", "--model_args", "--tasks"}  # of lm_eval
-        elsewhere |= {"--model", "--model_args", "--tasks"}  # of lm_eval
     for page in PAGES:
         named = set(re.findall(r"(?<![\w`-])--[a-z][\w-]*|(?<=`)--[a-z][\w-]*", text_of(page)))
         assert named <= known | elsewhere, f"{page_name(page)}: {sorted(named - known - elsewhere)}"
