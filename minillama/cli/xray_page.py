@@ -172,7 +172,7 @@ def page_data(
         "first": lens.first().tolist(),
         "lens": lens_data(lens, names),
         "shares": share,
-        "shareNames": ["logit", "lead"],
+        
         "hasBias": config.norm == "layernorm" or subject.bias is not None,
         "logits": packed(shown, kind),
         "ranked": ranked,

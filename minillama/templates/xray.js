@@ -36,9 +36,17 @@ function make(tag, attributes = {}, ...children) {
   node.append(...children.filter((child) => child !== null));
   return node;
 }
+// A table that scrolls. A row has a head, cells (texts of numbers, or td elements) and may have a class.
+function table(head, rows, caption) {
+  const line = (row) => make("tr", { class: row.class || "" }, make("th", { scope: "row" }, row.head),
+    ...row.cells.map((cell) => (typeof cell === "string" ? make("td", { class: "n" }, cell) : cell)));
+  const heads = head.map((name, i) => make("th", { class: i ? "n" : "" }, name));
+  return make("div", { class: "scroll" }, make("table", {}, caption ? make("caption", {}, caption) : null,
+    make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows.map(line))));
+}
 const fill = (id, ...children) => $(id).replaceChildren(...children.filter((child) => child !== null));
-const bare = (text) => text.replace(/^␣(?=.)/, "");
-const quoted = (t) => `“${bare(tokens[t])}”`;
+const quote = (text) => `“${text.replace(/^␣(?=.)/, "")}”`;
+const quoted = (t) => quote(tokens[t]);
 const mapName = (l, h) => `layer ${l + 1}, ${data.mapNames[h]}`;
 
 // What is chosen
@@ -47,8 +55,7 @@ const state = { t: Math.max(0, data.prompt - 1), s: null, layer: 0, head: 0, vie
 const settings = { ...data.settings };
 
 function choose(change) {
-  if ("t" in change || "layer" in change || "head" in change) if (!("s" in change)) change.s = null;
-  Object.assign(state, change);
+  Object.assign(state, { s: null }, change);
   const inside = document.activeElement.closest("#tokens, #grid"); // what has the focus is drawn anew
   draw();
   if (inside) inside.querySelector("[aria-pressed=true]").focus();
@@ -56,7 +63,7 @@ function choose(change) {
 // The token that is read: the chosen one, else the one that is read most, apart from the token itself.
 function read() {
   if (state.s !== null && visible(state.t, state.s)) return state.s;
-  const [first] = best(T, (s) => (s === state.t || !visible(state.t, s) ? -1 : weight(state.layer, state.head, state.t, s)));
+  const [first] = best(T, (s) => (s === state.t || !visible(state.t, s) ? -1 : here(s)));
   return visible(state.t, first) ? first : state.t;
 }
 function visible(t, s) {
@@ -72,17 +79,19 @@ function weight(l, h, t, s) {
   const own = weightIn(maps, l, h, t, s);
   return state.view === "difference" ? own - weightIn(otherMaps, l, h, t, s) : own;
 }
+const here = (s) => weight(state.layer, state.head, state.t, s); // how much the chosen token reads of token s
+const chosenMap = () => mapName(state.layer, state.head);
 
 // The tokens
 
 function drawTokens() {
-  const reads = (s) => (visible(state.t, s) ? Math.abs(weight(state.layer, state.head, state.t, s)) : 0);
+  const reads = (s) => (visible(state.t, s) ? Math.abs(here(s)) : 0);
   fill("tokens", ...range(T).map((t) => make("button", {
     type: "button", "aria-pressed": t === state.t, tabindex: t === state.t ? 0 : -1, class: t < data.prompt ? "given" : "written",
     title: `token ${t + 1}, id ${data.ids[t]}`, style: { "--share": Math.sqrt(reads(t)) }, onclick: () => choose({ t }),
   }, tokens[t])));
-  const next = data.kind === "classes" ? `the class at this token is ${data.answers[state.t]}` :
-    state.t + 1 < T ? `the next token is ${quoted(state.t + 1)}` : `the likeliest next token is “${bare(data.answers[state.t])}”`;
+  const next = data.kind === "classes" ? `the class is ${data.answers[state.t]}` :
+    state.t + 1 < T ? `the next token is ${quoted(state.t + 1)}` : `the likeliest next token is ${quote(data.answers[state.t])}`;
   fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${next}.`);
 }
 $("tokens").addEventListener("keydown", (event) => {
@@ -136,7 +145,8 @@ function cellOf(event) {
 $("map").addEventListener("click", (event) => choose(cellOf(event)));
 $("map").addEventListener("mousemove", (event) => {
   const { t, s } = cellOf(event);
-  fill("cell", visible(t, s) ? `${quoted(t)} reads ${quoted(s)}: ${fixed(weight(state.layer, state.head, t, s))}` : `${quoted(t)} comes before ${quoted(s)} and cannot read it`);
+  fill("cell", visible(t, s) ? `${quoted(t)} reads ${quoted(s)}: ${fixed(weight(state.layer, state.head, t, s))}` :
+    `${quoted(t)} cannot read ${quoted(s)}`);
 });
 function drawLines() {
   const step = 20, width = 340, middle = [120, 220], s = read();
@@ -146,17 +156,16 @@ function drawLines() {
     onclick: () => choose(side ? { s: i } : { t: i }),
   }, tokens[i].slice(0, 14))));
   const lines = range(T).filter((i) => visible(state.t, i)).map((i) => {
-    const value = weight(state.layer, state.head, state.t, i);
+    const value = here(i), size = Math.abs(value), style = { opacity: Math.sqrt(size), "stroke-width": 0.5 + 5 * size };
     return make("line", { x1: middle[0], y1: step * (state.t + 0.5), x2: middle[1], y2: step * (i + 0.5),
-      class: value < 0 ? "minus" : "plus", style: { opacity: Math.sqrt(Math.abs(value)), "stroke-width": 0.5 + 5 * Math.abs(value) } });
+      class: value < 0 ? "minus" : "plus", style });
   });
   fill("lines", make("svg", { viewBox: `0 0 ${width} ${step * T}`, width, height: step * T, role: "img",
     "aria-label": `what ${tokens[state.t]} reads` }, ...lines, ...nodes));
   const box = $("lines"), centre = step * state.t - box.clientHeight / 2;
   if (centre < box.scrollTop - box.clientHeight / 2 || centre > box.scrollTop + box.clientHeight / 2) box.scrollTop = centre;
-  const order = best(T, (i) => (visible(state.t, i) ? Math.abs(weight(state.layer, state.head, state.t, i)) : -1)).slice(0, 5);
-  const what = order.filter((i) => visible(state.t, i)).map((i) => `${quoted(i)} ${fixed(weight(state.layer, state.head, state.t, i))}`);
-  fill("reads", `In ${mapName(state.layer, state.head)}, ${quoted(state.t)} reads ${what.join(", ")}.`);
+  const order = best(T, (i) => (visible(state.t, i) ? Math.abs(here(i)) : -1)).slice(0, 5).filter((i) => visible(state.t, i));
+  fill("reads", `In ${chosenMap()}, ${quoted(state.t)} reads ${order.map((i) => `${quoted(i)} ${fixed(here(i))}`).join(", ")}.`);
   const heads = best(L * H, (i) => weight(Math.floor(i / H), i % H, state.t, s)).slice(0, 5);
   fill("readers", `Maps in which ${quoted(state.t)} reads ${quoted(s)} most: `, ...heads.flatMap((i) => {
     const [l, h] = [Math.floor(i / H), i % H];
@@ -167,7 +176,10 @@ function drawLines() {
 
 // 2. Positions
 
-const vector = (values, count, l, h, t) => values.subarray((((l * count + h) * T) + t) * hd, (((l * count + h) * T) + t + 1) * hd);
+function vector(values, count, l, h, t) {
+  const start = ((l * count + h) * T + t) * hd;
+  return values.subarray(start, start + hd);
+}
 // A query or key at its position: each pair of features is turned by position times frequency.
 function placed(plain, position) {
   if (data.frequencies === null) return plain;
@@ -176,10 +188,10 @@ function placed(plain, position) {
     return x * Math.cos(angle) + (i % 2 ? pair : -pair) * Math.sin(angle);
   });
 }
+const placedKey = (s) => placed(vector(data.key, K, state.layer, Math.floor((state.head * K) / H), s), s);
 function queryAndKey() {
-  const s = read(), group = H / K;
-  return [placed(vector(data.query, H, state.layer, state.head, state.t), state.t),
-    placed(vector(data.key, K, state.layer, Math.floor(state.head / group), s), s), s];
+  const s = read();
+  return [placed(vector(data.query, H, state.layer, state.head, state.t), state.t), placedKey(s), s];
 }
 function drawPositions() {
   const [query, key, s] = queryAndKey();
@@ -187,7 +199,7 @@ function drawPositions() {
   const longest = [query, key].map((x) => Math.max(...range(hd / 2).map((i) => length(x, i)), 1e-9));
   const hand = (x, i, which) => make("line", { x1: 20, y1: 20, class: ["plus", "minus"][which],
     x2: 20 + (18 * x[2 * i]) / longest[which], y2: 20 - (18 * x[2 * i + 1]) / longest[which] });
-  if (data.frequencies === null) fill("clocks", "This model has no rotary positions: ALiBi subtracts a number from the score that grows with the distance.");
+  if (data.frequencies === null) fill("clocks", "This model has no rotary positions: ALiBi makes distant scores smaller.");
   else fill("clocks", ...range(hd / 2).map((i) => {
     const product = (query[2 * i] * key[2 * i] + query[2 * i + 1] * key[2 * i + 1]) / Math.sqrt(hd);
     const turn = (2 * Math.PI) / data.frequencies[i];
@@ -195,8 +207,10 @@ function drawPositions() {
       make("svg", { viewBox: "0 0 40 40" }, make("circle", { cx: 20, cy: 20, r: 19 }), hand(query, i, 0), hand(key, i, 1)),
       make("figcaption", { class: product < 0 ? "minus" : "plus" }, fixed(product, 2)));
   }));
-  fill("pair", `The query of ${quoted(state.t)} (blue) and the key of ${quoted(s)} (orange), ${Math.abs(state.t - s)} tokens apart, in ${mapName(state.layer, state.head)}.`);
-  const line = range(T).map((d) => data.distance[(state.layer * H + state.head) * T + d]).map((y, d) => [d, y]).filter(([, y]) => Number.isFinite(y));
+  const apart = Math.abs(state.t - s);
+  fill("pair", `The query of ${quoted(state.t)} (blue) and the key of ${quoted(s)} (orange), ${apart} tokens apart, in ${chosenMap()}.`);
+  const means = data.distance.subarray((state.layer * H + state.head) * T, (state.layer * H + state.head + 1) * T);
+  const line = range(T).map((d) => [d, means[d]]).filter(([, y]) => Number.isFinite(y));
   const low = Math.min(...line.map(([, y]) => y)), high = Math.max(...line.map(([, y]) => y), low + 1e-6);
   const at = ([d, y]) => [40 + (310 * d) / Math.max(1, T - 1), 110 - (100 * (y - low)) / (high - low)];
   fill("distance", make("svg", { viewBox: "0 0 360 140", role: "img", "aria-label": "mean score by distance" },
@@ -208,51 +222,51 @@ function drawPositions() {
 
 // 3. Logit lens
 
-const stateName = (i) => (i === 0 ? "embedding" : `layer ${i}`);
-function lensTable(lens, title) {
-  const n = lens.texts[0][0].length;
-  const rows = range(L + 1).reverse().map((i) => {
-    const cells = lens.texts[i][state.t].map((name, j) => {
-      const p = lens.p[(i * T + state.t) * n + j];
-      return make("td", { style: { "--share": p }, class: name === data.answers[state.t] ? "share strong" : "share" }, name, make("small", {}, ` ${fixed(p, 2)}`));
-    });
-    return make("tr", { class: i === data.first[state.t] && title === null ? "marked" : "" }, make("th", { scope: "row" }, stateName(i)), ...cells,
-      make("td", { class: "n" }, fixed(lens.answer[i * T + state.t])), make("td", { class: "n" }, `${lens.rank[i][state.t]}`));
-  });
-  const head = ["after", ...range(n).map((i) => `${i + 1}.`), `“${bare(data.answers[state.t])}”`, "rank"];
-  return make("div", { class: "scroll" }, make("table", {}, title && make("caption", {}, title),
-    make("thead", {}, make("tr", {}, ...head.map((name) => make("th", {}, name)))), make("tbody", {}, ...rows)));
+function lensTable(lens, caption) {
+  const { t } = state, n = lens.texts[0][0].length, answer = data.answers[t];
+  const rows = range(L + 1).reverse().map((i) => ({
+    head: i === 0 ? "embedding" : `layer ${i}`,
+    class: caption === "" && i === data.first[t] ? "marked" : "",
+    cells: [
+      ...lens.texts[i][t].map((name, j) => {
+        const p = lens.p[(i * T + t) * n + j], small = make("small", {}, ` ${fixed(p, 2)}`);
+        return make("td", { style: { "--share": p }, class: `share ${name === answer ? "strong" : ""}` }, name, small);
+      }),
+      fixed(lens.answer[i * T + t]), `${lens.rank[i][t]}`,
+    ],
+  }));
+  return table(["after", ...range(n).map((i) => `${i + 1}.`), quote(answer), "rank"], rows, caption);
 }
 function drawLens() {
-  const first = data.first[state.t];
-  fill("first", first > L ? `“${bare(data.answers[state.t])}” is not the likeliest, even after the last layer.` :
-    `“${bare(data.answers[state.t])}” is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked).`);
-  fill("lens", lensTable(data.lens, null), other && lensTable(data.other.lens, `The other model, ${other.model}`));
+  const first = data.first[state.t], answer = quote(data.answers[state.t]);
+  fill("first", first > L ? `${answer} is not the likeliest, even after the last layer.` :
+    `${answer} is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked).`);
+  fill("lens", lensTable(data.lens, ""), other && lensTable(other.lens, `The other model, ${other.model}`));
 }
 
 // 4. Shares
 
-function sharesTable(shares, title) {
-  const value = (l, m) => shares.heads[(l * M + m) * T + state.t];
-  const forward = (l) => shares.feedForward[l * T + state.t];
-  const top = Math.max(...range(L).flatMap((l) => [...range(M).map((m) => Math.abs(value(l, m))), Math.abs(forward(l))]), 1e-9);
-  const cell = (x) => make("td", { class: `n share ${x < 0 ? "minus" : "plus"}`, style: { "--share": Math.abs(x) / top } }, fixed(x, 2));
-  const rows = range(L).map((l) => {
-    const parts = [...range(M).map((m) => value(l, m)), forward(l)];
-    return make("tr", {}, make("th", { scope: "row" }, `layer ${l + 1}`), ...parts.map(cell), make("td", { class: "n" }, fixed(parts.reduce((a, b) => a + b), 2)));
-  });
-  const embedding = shares.embedding[state.t], bias = shares.bias[state.t];
-  const sum = embedding + bias + range(L).reduce((a, l) => a + forward(l) + range(M).reduce((b, m) => b + value(l, m), 0), 0);
-  const line = (name, x) => make("tr", {}, make("th", { scope: "row", colspan: M + 2 }, name), make("td", { class: "n" }, fixed(x, 2)));
-  const head = ["", ...range(M).map((m) => `head ${m + 1}`), "feed-forward", "sum"];
-  return make("div", { class: "scroll" }, make("table", {}, title && make("caption", {}, title),
-    make("thead", {}, make("tr", {}, ...head.map((name) => make("th", {}, name)))),
-    make("tbody", {}, line("embedding", embedding), ...rows, data.hasBias ? line("bias", bias) : null, line(data.shareNames[state.lead ? 1 : 0], sum))));
+function sharesTable(shares, caption) {
+  const { t } = state, sum = (values) => values.reduce((a, b) => a + b, 0);
+  const parts = range(L).map((l) => [...range(M).map((m) => shares.heads[(l * M + m) * T + t]), shares.feedForward[l * T + t]]);
+  const largest = Math.max(...parts.flat().map(Math.abs), 1e-9);
+  const cell = (x) => {
+    const kind = `n share ${x < 0 ? "minus" : "plus"}`;
+    return make("td", { class: kind, style: { "--share": Math.abs(x) / largest } }, fixed(x, 2));
+  };
+  const rows = parts.map((some, l) => ({ head: `layer ${l + 1}`, cells: [...some.map(cell), fixed(sum(some), 2)] }));
+  const line = (head, x) => ({ head, cells: [make("td", { colspan: M + 1 }), fixed(x, 2)] });
+  const total = shares.embedding[t] + shares.bias[t] + sum(parts.flat());
+  rows.unshift(line("embedding", shares.embedding[t]));
+  if (data.hasBias) rows.push(line("bias", shares.bias[t]));
+  rows.push(line(state.lead ? "lead" : "logit", total));
+  return table(["", ...range(M).map((m) => `head ${m + 1}`), "feed-forward", "sum"], rows, caption);
 }
 function drawShares() {
-  const which = state.lead ? "lead" : "answer";
-  fill("what", state.lead ? `by how much “${bare(data.answers[state.t])}” leads over “${bare(data.rivals[state.t])}”` : `the logit of “${bare(data.answers[state.t])}”`);
-  fill("shares", sharesTable(data.shares[which], null), other && sharesTable(data.other.shares[which], `The other model, ${other.model}`));
+  const which = state.lead ? "lead" : "answer", answer = quote(data.answers[state.t]);
+  fill("what", state.lead ? `the lead of ${answer} over ${quote(data.rivals[state.t])}` : `the logit of ${answer}`);
+  const second = other && sharesTable(other.shares[which], `The other model, ${other.model}`);
+  fill("shares", sharesTable(data.shares[which], ""), second);
 }
 
 // 5. Candidates
@@ -284,7 +298,8 @@ const filters = {
 // All candidates at a position with their probabilities before and after temperature and filters, likeliest first.
 function candidates(t, chosen) {
   const count = data.logits.length / T;
-  const all = range(count).map((i) => ({ id: data.ranked === null ? i : data.ranked[t * count + i], z: data.logits[t * count + i], n: 1 }));
+  const id = (i) => (data.ranked === null ? i : data.ranked[t * count + i]);
+  const all = range(count).map((i) => ({ id: id(i), z: data.logits[t * count + i], n: 1 }));
   if (data.rest) all.push({ id: -1, z: data.restLogits[t], n: data.rest });
   all.sort((a, b) => b.z - a.z);
   probabilities(all).forEach((p, i) => (all[i].before = p));
@@ -313,12 +328,13 @@ function drawCandidates() {
   const kept = all.filter((one) => one.after > 0), cut = all.filter((one) => one.after === 0);
   const size = (some) => some.reduce((total, one) => total + one.n, 0);
   const mass = cut.reduce((total, one) => total + one.n * one.before, 0);
-  const bar = (one) => make("tr", { class: one.after ? "" : "cut" }, make("td", {}, nameOf(one.id)),
-    make("td", { class: "bars" }, make("i", { style: { width: `${100 * one.before}%` } }), make("b", { style: { width: `${100 * one.after}%` } })),
-    make("td", { class: "n" }, fixed(one.before)), make("td", { class: "n" }, one.after ? fixed(one.after) : "cut"));
-  const head = make("thead", {}, make("tr", {}, ...["token", "", "before", "after"].map((name) => make("th", {}, name))));
-  fill("candidates", make("table", {}, head, make("tbody", {}, ...kept.slice(0, 12).map(bar), ...cut.slice(0, 6).map(bar))));
-  fill("counts", `Kept ${size(kept).toLocaleString("en")}, cut ${size(cut).toLocaleString("en")} with ${fixed(mass)} of the probability.`);
+  const bars = (one) => make("td", { class: "bars" },
+    ...[["i", one.before], ["b", one.after]].map(([tag, p]) => make(tag, { style: { width: `${100 * p}%` } })));
+  const row = (one) => ({ head: nameOf(one.id), class: one.after ? "" : "cut",
+    cells: [bars(one), fixed(one.before), one.after ? fixed(one.after) : "cut"] });
+  const shown = [...kept.slice(0, 12), ...cut.slice(0, 6)].map(row);
+  fill("candidates", table(["token", "", "before", "after"], shown, ""));
+  fill("counts", `Kept ${size(kept)}, cut ${size(cut)} with ${fixed(mass)} of the probability.`);
   const next = random(Number($("seed").value) || 0), drawn = new Map();
   for (let i = 0; i < 20; i++) {
     let share = next();
@@ -330,7 +346,8 @@ function drawCandidates() {
 function connectSliders() {
   for (const input of document.querySelectorAll("#sliders input[type=range]")) {
     const name = input.id, small = ["epsilon", "eta"].includes(name); // cubed, so that small values can be chosen
-    const show = () => (input.nextElementSibling.textContent = settings[name] ? Number(settings[name].toPrecision(3)) : name === "temperature" ? "0" : "off");
+    const off = name === "temperature" ? "0" : "off";
+    const show = () => (input.nextElementSibling.textContent = settings[name] ? Number(settings[name].toPrecision(3)) : off);
     input.value = small ? Math.cbrt(settings[name] || 0) : settings[name] || 0;
     input.addEventListener("input", () => {
       settings[name] = small ? Number((Number(input.value) ** 3).toPrecision(2)) : Number(input.value);
@@ -345,39 +362,35 @@ function connectSliders() {
 // 6. One cell in numbers
 
 function drawArithmetic() {
-  const [query, key, s] = queryAndKey();
-  const dot = range(hd).reduce((sum, i) => sum + query[i] * key[i], 0);
-  const scoreOf = (i) => {
-    const k = placed(vector(data.key, K, state.layer, Math.floor((state.head * K) / H), i), i);
-    return range(hd).reduce((sum, j) => sum + query[j] * k[j], 0) / Math.sqrt(hd) - (data.slopes ? data.slopes[state.head] * Math.abs(state.t - i) : 0);
-  };
-  const seen = range(T).filter((i) => visible(state.t, i)), scores = new Map(seen.map((i) => [i, scoreOf(i)]));
-  const top = Math.max(...scores.values()), sum = seen.reduce((total, i) => total + Math.exp(scores.get(i) - top), 0);
-  const row = (i) => make("tr", {}, ...[`${i}`, fixed(query[i]), fixed(key[i]), fixed(query[i] * key[i])].map((x) => make("td", { class: "n" }, x)));
-  const head = (...names) => make("thead", {}, make("tr", {}, ...names.map((name) => make("th", { class: "n" }, name))));
-  const bias = data.slopes ? ` − ${fixed(data.slopes[state.head], 4)} × ${state.t - s} (ALiBi)` : "";
-  const shown = [...new Set([s, ...best(T, (i) => (scores.has(i) ? scores.get(i) : -Infinity)).filter((i) => scores.has(i)).slice(0, 11)])].sort((a, b) => a - b);
+  const { t, layer, head } = state, [query, key, s] = queryAndKey();
+  const dot = (other) => range(hd).reduce((sum, i) => sum + query[i] * other[i], 0);
+  const slope = data.slopes ? data.slopes[head] : 0;
+  const seen = range(T).filter((i) => visible(t, i));
+  const scores = new Map(seen.map((i) => [i, dot(placedKey(i)) / Math.sqrt(hd) - slope * Math.abs(t - i)]));
+  const top = Math.max(...scores.values()), power = (i) => Math.exp(scores.get(i) - top);
+  const sum = seen.reduce((total, i) => total + power(i), 0);
+  const products = range(hd).map((i) => ({ head: `${i}`, cells: [query[i], key[i], query[i] * key[i]].map((x) => fixed(x)) }));
+  const shown = best(seen.length, (i) => scores.get(seen[i])).slice(0, 12).map((i) => seen[i]).sort((a, b) => a - b);
+  if (!shown.includes(s)) shown.push(s);
+  const shares = shown.map((i) => ({ head: tokens[i], class: i === s ? "marked" : "",
+    cells: [fixed(scores.get(i)), fixed(power(i), 4), fixed(power(i) / sum)] }));
+  const bias = slope ? `, minus ${fixed(slope, 4)} × ${t - s} (ALiBi)` : "", bold = (x, id = "") => make("b", { id }, fixed(x));
   fill("arithmetic",
-    make("p", {}, `How much does ${quoted(state.t)} read of ${quoted(s)} in ${mapName(state.layer, state.head)}?`),
+    make("p", {}, `How much does ${quoted(t)} read of ${quoted(s)} in ${mapName(layer, head)}?`),
     make("ol", {},
-      make("li", {}, `Multiply the query of ${quoted(state.t)} and the key of ${quoted(s)}, both with their positions, feature by feature.`,
-        make("details", {}, make("summary", {}, `all ${hd} products`), make("div", { class: "scroll" }, make("table", {}, head("feature", "query", "key", "product"), make("tbody", {}, ...range(hd).map(row)))))),
-      make("li", {}, `Add them up: `, make("b", {}, fixed(dot))),
-      make("li", {}, `Divide by the square root of the head's width, √${hd} = ${fixed(Math.sqrt(hd))}${bias}: the score is `, make("b", {}, fixed(scores.get(s)))),
-      make("li", {}, `Softmax: e^(score − ${fixed(top)}) = ${fixed(Math.exp(scores.get(s) - top), 4)}, divided by the sum over all ${seen.length} tokens that it can read, ${fixed(sum, 4)}: `, make("b", { id: "result" }, fixed(Math.exp(scores.get(s) - top) / sum)))),
-    make("div", { class: "scroll" }, make("table", {}, head("token", "score", "e^(score − largest)", "share"), make("tbody", {}, ...shown.map((i) =>
-      make("tr", { class: i === s ? "marked" : "" }, make("td", { class: "n" }, tokens[i]), ...[fixed(scores.get(i)), fixed(Math.exp(scores.get(i) - top), 4), fixed(Math.exp(scores.get(i) - top) / sum)].map((x) => make("td", { class: "n" }, x))))))));
+      make("li", {}, `Multiply the query of ${quoted(t)} and the key of ${quoted(s)}, both at their positions, feature by feature.`,
+        make("details", {}, make("summary", {}, `all ${hd} products`),
+          table(["feature", "query", "key", "product"], products, ""))),
+      make("li", {}, "Add them up: ", bold(dot(key))),
+      make("li", {}, `Divide by the square root of the head's width, √${hd} = ${fixed(Math.sqrt(hd))}${bias}. The score is `,
+        bold(scores.get(s))),
+      make("li", {}, `Softmax: e^(score − ${fixed(top)}) = ${fixed(power(s), 4)}, divided by the sum over the ${seen.length} tokens `,
+        `that ${quoted(t)} can read, ${fixed(sum, 4)}: `, bold(power(s) / sum, "result"))),
+    table(["token", "score", "e^(score − largest)", "share"], shares, ""));
 }
 
 function draw() {
-  drawTokens();
-  drawGrid();
-  drawLines();
-  drawPositions();
-  drawLens();
-  drawShares();
-  drawCandidates();
-  drawArithmetic();
+  for (const part of [drawTokens, drawGrid, drawLines, drawPositions, drawLens, drawShares, drawCandidates, drawArithmetic]) part();
 }
 $("view").addEventListener("change", (event) => choose({ view: event.target.value, s: state.s }));
 $("lead").addEventListener("change", (event) => choose({ lead: event.target.checked, s: state.s }));
