@@ -5,7 +5,6 @@
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const { L, H, K, M, T, hd } = data.sizes;
-const other = data.other;
 const range = (n) => [...Array(n).keys()];
 const fixed = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–");
 const best = (n, value) => range(n).sort((a, b) => value(b) - value(a));
@@ -22,8 +21,8 @@ function unpacked(value) {
   return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, unpacked(one)]));
 }
 for (const name of Object.keys(data)) data[name] = unpacked(data[name]);
-const { maps, tokens } = data;
-const otherMaps = data.other && data.other.maps;
+const { maps, tokens, other } = data;
+const otherMaps = other && other.maps;
 
 function make(tag, attributes = {}, ...children) {
   const svg = ["svg", "line", "circle", "path", "text", "polyline", "g", "rect"].includes(tag);

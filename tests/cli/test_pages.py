@@ -232,6 +232,7 @@ def test_a_second_model_is_shown_beside_the_first(opened):
     tab = opened(xray_page(against=other)[0])
     assert "layer 2: keys" in tab.text("section:last-of-type p") and "other.pt" in tab.text("section:last-of-type h2")
     assert tab.run("document.querySelectorAll('#lens table, #shares table').length") == 4
+    assert "–" not in tab.text("#lens") + tab.text("#shares"), "no number is missing"
     tab.run("choose({ layer: 1, head: 2, view: 'difference' })")
     (model, changed) = (tiny_llama(norm="rmsnorm", causal=True, max_seq_len=128), other)
     tokens = random_ids(1, 10)[0]
