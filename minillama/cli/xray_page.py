@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -97,24 +98,41 @@ def html(subject: Subject, text: Text, against: Subject | None, data: dict[str, 
         rest=f"{rest:,}" if rest else "",
         sliders=SLIDERS,
         against=against.name if against else "",
-        **(comparison(subject, against) if against else {}),
+        **(comparison(subject, against, data["tokens"]) if against else {}),
     )
 
 
-def comparison(subject: Subject, against: Subject) -> dict[str, Any]:
-    """The seventh part: a table of differences, a row for each layer."""
+def most_changed(subject: Subject, against: Subject, texts: Sequence[str], count: int = 5) -> list[dict[str, Any]]:
+    """The attention maps that differ most, each with the cell where it does."""
+    found = []
+    for i, (ours, theirs) in enumerate(zip(subject.trace.layers, against.trace.layers, strict=True)):
+        for head, (one, other) in enumerate(zip(ours.maps, theirs.maps, strict=True)):
+            gap = (one - other).abs()
+            t, s = divmod(int(gap.argmax()), gap.shape[1])
+            if float(gap[t, s]) > 1e-3:
+                choose = {"layer": i, "head": head, "t": t, "s": s, "view": "difference"}
+                numbers = {"ours": f"{float(one[t, s]):.3f}", "theirs": f"{float(other[t, s]):.3f}"}
+                named = {"name": f"layer {i + 1}, map {head + 1}", "reader": texts[t], "read": texts[s]}
+                found.append((float(gap[t, s]), {"choose": json.dumps(choose)} | numbers | named))
+    return [one for _, one in sorted(found, key=lambda pair: -pair[0])[:count]]
+
+
+def comparison(subject: Subject, against: Subject, texts: Sequence[str]) -> dict[str, Any]:
+    """The seventh part: a table of differences, a row for each layer, and the maps that differ most."""
     from minillama.decoding.xray import TOLERANCE, differences, first_difference
 
     found = differences(subject.trace, against.trace)
     first = first_difference(found)
 
     def cell(one: Difference) -> dict[str, Any]:
-        return {"stage": one.stage, "share": f"{one.share:.1e}", "marked": one is first}
+        share = f"{100 * one.share:.2g} %" if 0 < one.share < 1e4 else f"{one.share:g}"
+        return {"stage": one.stage, "share": share, "marked": one is first, "shade": f"{min(1.0, one.share):.3f}"}
 
     layers = range(len(subject.trace.layers))
     return {
         "first": str(first) if first else "",
-        "tolerance": f"{TOLERANCE:g}",
+        "tolerance": f"{100 * TOLERANCE:g} %",
+        "changes": most_changed(subject, against, texts),
         "stages": [{"cells": [cell(one) for one in found if one.layer == i]} for i in layers],
         "ends": [cell(one) for one in found if one.layer is None],
     }
@@ -172,14 +190,14 @@ def page_data(
         "first": lens.first().tolist(),
         "lens": lens_data(lens, names),
         "shares": share,
-        
         "hasBias": config.norm == "layernorm" or subject.bias is not None,
         "logits": packed(shown, kind),
         "ranked": ranked,
         "rest": rest,
         "restLogits": rest_logits,
         "vocabulary": names,
-        "settings": {name: text.settings.get(name) for name, *_ in SLIDERS},
+        "settings": {name: text.settings.get(name) for name, *_ in SLIDERS}
+        | ({"temperature": 1} if text.classes else {}),
         "other": None,
     }
     if against is not None:

@@ -3,10 +3,12 @@
 // Everything that a model or a user wrote reaches the page as textContent, never as HTML.
 
 const $ = (id) => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
-const { L, H, K, M, T, hd } = data.sizes;
+const unpacked = (name, value) => (value && value.kind && value.data ? unpack(value) : value);
+const data = JSON.parse($("data").textContent, unpacked);
+const { L, H, K, M, T, hd } = data.sizes, { maps, tokens, other } = data;
 const range = (n) => [...Array(n).keys()];
-const fixed = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–");
+const near0 = (x, digits) => (Math.abs(x) < 0.5 * 10 ** -digits ? 0 : x); // no "-0.00"
+const fixed = (x, digits = 3) => (Number.isFinite(x) ? near0(x, digits).toFixed(digits).replace("-", "−") : "–");
 const best = (n, value) => range(n).sort((a, b) => value(b) - value(a));
 
 function unpack(packed) {
@@ -14,16 +16,6 @@ function unpack(packed) {
   if (packed.kind === "f4") return new Float32Array(bytes.buffer);
   return Float32Array.from(new Int16Array(bytes.buffer), (x) => x * packed.scale);
 }
-function unpacked(value) {
-  if (value === null || typeof value !== "object") return value;
-  if (value.kind !== undefined && value.data !== undefined) return unpack(value);
-  if (Array.isArray(value)) return value.map(unpacked);
-  return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, unpacked(one)]));
-}
-for (const name of Object.keys(data)) data[name] = unpacked(data[name]);
-const { maps, tokens, other } = data;
-const otherMaps = other && other.maps;
-
 function make(tag, attributes = {}, ...children) {
   const svg = ["svg", "line", "circle", "path", "text", "polyline", "g", "rect"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -45,7 +37,8 @@ function table(head, rows, caption) {
 }
 const fill = (id, ...children) => $(id).replaceChildren(...children.filter((child) => child !== null));
 const quote = (text) => `“${text.replace(/^␣(?=.)/, "")}”`;
-const quoted = (t) => quote(tokens[t]);
+// A token of the text, with its number if the text has it twice.
+const quoted = (t) => quote(tokens[t]) + (tokens.indexOf(tokens[t]) === tokens.lastIndexOf(tokens[t]) ? "" : ` (${t + 1})`);
 const mapName = (l, h) => `layer ${l + 1}, ${data.mapNames[h]}`;
 
 // What is chosen
@@ -54,32 +47,32 @@ const state = { t: Math.max(0, data.prompt - 1), s: null, layer: 0, head: 0, vie
 const settings = { ...data.settings };
 
 function choose(change) {
-  Object.assign(state, { s: null }, change);
+  Object.assign(state, change);
   const inside = document.activeElement.closest("#tokens, #grid"); // what has the focus is drawn anew
   draw();
   if (inside) inside.querySelector("[aria-pressed=true]").focus();
 }
-// The token that is read: the chosen one, else the one that is read most, apart from the token itself.
+// The token that is read: the chosen one if it can be read, else the one that is read most, apart from the token itself.
 function read() {
   if (state.s !== null && visible(state.t, state.s)) return state.s;
   const [first] = best(T, (s) => (s === state.t || !visible(state.t, s) ? -1 : here(s)));
   return visible(state.t, first) ? first : state.t;
 }
-function visible(t, s) {
-  return !data.causal || (s <= t && (data.window === null || s > t - data.window));
-}
+const visible = (t, s) => !data.causal || (s <= t && (data.window === null || s > t - data.window));
 function weightIn(values, l, h, t, s) {
   if (data.causal) return s > t ? 0 : values[((l * H + h) * T * (T + 1)) / 2 + (t * (t + 1)) / 2 + s];
   return values[((l * H + h) * T + t) * T + s];
 }
 function weight(l, h, t, s) {
   if (state.view === "without") return weightIn(data.mapsWithout, l, h, t, s);
-  if (state.view === "other") return weightIn(otherMaps, l, h, t, s);
+  if (state.view === "other") return weightIn(other.maps, l, h, t, s);
   const own = weightIn(maps, l, h, t, s);
-  return state.view === "difference" ? own - weightIn(otherMaps, l, h, t, s) : own;
+  return state.view === "difference" ? own - weightIn(other.maps, l, h, t, s) : own;
 }
-const here = (s) => weight(state.layer, state.head, state.t, s); // how much the chosen token reads of token s
+const here = (s) => weight(state.layer, state.head, state.t, s);
 const chosenMap = () => mapName(state.layer, state.head);
+// Parts 2 and 6 have the queries and keys of this model.
+const ofThis = () => chosenMap() + { with: "", without: ", without positions" }[state.view] || `${chosenMap()} of this model`;
 
 // The tokens
 
@@ -93,19 +86,16 @@ function drawTokens() {
     state.t + 1 < T ? `the next token is ${quoted(state.t + 1)}` : `the likeliest next token is ${quote(data.answers[state.t])}`;
   fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${next}.`);
 }
-$("tokens").addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, Home: -T, End: T }[event.key];
-  if (step === undefined) return;
+  if (step === undefined || event.target.closest("input, select, #grid") || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
   choose({ t: Math.min(T - 1, Math.max(0, state.t + step)) });
 });
 
 // 1. Attention
 
-function colours() {
-  const style = getComputedStyle(document.documentElement);
-  return ["--plus", "--minus"].map((name) => style.getPropertyValue(name).split(",").map(Number));
-}
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).split(",").map(Number);
 function paint(canvas, l, h, [plus, minus]) {
   canvas.width = canvas.height = T;
   const context = canvas.getContext("2d");
@@ -117,8 +107,8 @@ function paint(canvas, l, h, [plus, minus]) {
   context.putImageData(image, 0, 0);
 }
 function drawGrid() {
-  const two = colours();
-  fill("grid", ...range(L).map((l) => make("div", { role: "row" }, make("span", { class: "quiet" }, `${l + 1}`),
+  const two = [colour("--plus"), colour("--minus")], heads = range(H).map((h) => make("span", { class: "quiet" }, data.mapNames[h].replace("head ", "")));
+  fill("grid", make("div", { role: "row", class: "heads" }, make("span", {}, ""), ...heads), ...range(L).map((l) => make("div", { role: "row" }, make("span", { class: "quiet" }, `${l + 1}`),
     ...range(H).map((h) => {
       const canvas = make("canvas");
       paint(canvas, l, h, two);
@@ -127,8 +117,10 @@ function drawGrid() {
         "aria-label": mapName(l, h), title: mapName(l, h), onclick: () => choose({ layer: l, head: h }) }, canvas);
     }))));
   paint($("map"), state.layer, state.head, two);
-  $("row").style.top = `${(100 * state.t) / T}%`;
-  $("row").style.height = `${100 / T}%`;
+  for (const [id, at, size, i] of [["row", "top", "height", state.t], ["column", "left", "width", read()]]) {
+    $(id).style[at] = `${(100 * i) / T}%`;
+    $(id).style[size] = `${100 / T}%`;
+  }
 }
 $("grid").addEventListener("keydown", (event) => {
   const [down, right] = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key] || [];
@@ -141,12 +133,20 @@ function cellOf(event) {
   const place = (at, start, size) => Math.min(T - 1, Math.max(0, Math.floor(((at - start) / size) * T)));
   return { t: place(event.clientY, box.top, box.height), s: place(event.clientX, box.left, box.width) };
 }
-$("map").addEventListener("click", (event) => choose(cellOf(event)));
+$("map").addEventListener("click", (event) => {
+  const { t, s } = cellOf(event);
+  if (visible(t, s)) choose({ t, s });
+});
 $("map").addEventListener("mousemove", (event) => {
   const { t, s } = cellOf(event);
-  fill("cell", visible(t, s) ? `${quoted(t)} reads ${quoted(s)}: ${fixed(weight(state.layer, state.head, t, s))}` :
-    `${quoted(t)} cannot read ${quoted(s)}`);
+  const said = visible(t, s) ? reading(s, weight(state.layer, state.head, t, s)) : `cannot read ${quoted(s)}, which comes later`;
+  fill("cell", `${quoted(t)} ${said}`);
 });
+// What is read of token s, in words.
+function reading(s, value) {
+  if (state.view !== "difference") return `reads ${quoted(s)} ${fixed(value)}`;
+  return `reads ${quoted(s)} ${fixed(Math.abs(value))} ${value < 0 ? "less" : "more"}`;
+}
 function drawLines() {
   const step = 20, width = 340, middle = [120, 220], s = read();
   const nodes = range(T).flatMap((i) => [0, 1].map((side) => make("text", {
@@ -161,39 +161,31 @@ function drawLines() {
   });
   fill("lines", make("svg", { viewBox: `0 0 ${width} ${step * T}`, width, height: step * T, role: "img",
     "aria-label": `what ${tokens[state.t]} reads` }, ...lines, ...nodes));
-  const box = $("lines"), centre = step * state.t - box.clientHeight / 2;
-  if (centre < box.scrollTop - box.clientHeight / 2 || centre > box.scrollTop + box.clientHeight / 2) box.scrollTop = centre;
+  $("lines").scrollTop = step * state.t - $("lines").clientHeight / 2;
   const order = best(T, (i) => (visible(state.t, i) ? Math.abs(here(i)) : -1)).slice(0, 5).filter((i) => visible(state.t, i));
-  fill("reads", `In ${chosenMap()}, ${quoted(state.t)} reads ${order.map((i) => `${quoted(i)} ${fixed(here(i))}`).join(", ")}.`);
-  const heads = best(L * H, (i) => weight(Math.floor(i / H), i % H, state.t, s)).slice(0, 5);
-  fill("readers", `Maps in which ${quoted(state.t)} reads ${quoted(s)} most: `, ...heads.flatMap((i) => {
-    const [l, h] = [Math.floor(i / H), i % H];
-    return [make("button", { type: "button", class: "link", onclick: () => choose({ layer: l, head: h, s }) },
-      `${mapName(l, h)}`), ` ${fixed(weight(l, h, state.t, s))}  `];
-  }));
+  fill("reads", `In ${chosenMap()}, ${quoted(state.t)} ${order.map((i) => reading(i, here(i))).join(", ").replaceAll(", reads", ",")}.`);
+  const of = (i) => weight(Math.floor(i / H), i % H, state.t, s), changed = state.view === "difference";
+  fill("readers", `Maps in which ${quoted(state.t)} reads ${quoted(s)} ${changed ? "most differently" : "most"}: `,
+    ...best(L * H, (i) => Math.abs(of(i))).slice(0, 5).flatMap((i, n) => [n ? ", " : "", mapLink(Math.floor(i / H), i % H), ` ${fixed(of(i))}`]), ".");
 }
+const mapLink = (l, h) => make("button", { type: "button", class: "link", onclick: () => choose({ layer: l, head: h, s: read() }) },
+  mapName(l, h));
 
 // 2. Positions
 
-function vector(values, count, l, h, t) {
-  const start = ((l * count + h) * T + t) * hd;
-  return values.subarray(start, start + hd);
-}
+const row = (values, n, width) => values.subarray(n * width, (n + 1) * width); // the n-th row of a table
 // A query or key at its position: each pair of features is turned by position times frequency.
 function placed(plain, position) {
-  if (data.frequencies === null) return plain;
+  if (data.frequencies === null || state.view === "without") return plain;
   return Float64Array.from(plain, (x, i) => {
     const angle = position * data.frequencies[i >> 1], pair = plain[i ^ 1];
     return x * Math.cos(angle) + (i % 2 ? pair : -pair) * Math.sin(angle);
   });
 }
-const placedKey = (s) => placed(vector(data.key, K, state.layer, Math.floor((state.head * K) / H), s), s);
-function queryAndKey() {
-  const s = read();
-  return [placed(vector(data.query, H, state.layer, state.head, state.t), state.t), placedKey(s), s];
-}
+const placedKey = (s) => placed(row(data.key, (state.layer * K + Math.floor((state.head * K) / H)) * T + s, hd), s);
+const placedQuery = (t) => placed(row(data.query, (state.layer * H + state.head) * T + t, hd), t);
 function drawPositions() {
-  const [query, key, s] = queryAndKey();
+  const s = read(), query = placedQuery(state.t), key = placedKey(s);
   const length = (x, i) => Math.hypot(x[2 * i], x[2 * i + 1]);
   const longest = [query, key].map((x) => Math.max(...range(hd / 2).map((i) => length(x, i)), 1e-9));
   const hand = (x, i, which) => make("line", { x1: 20, y1: 20, class: ["plus", "minus"][which],
@@ -207,8 +199,8 @@ function drawPositions() {
       make("figcaption", { class: product < 0 ? "minus" : "plus" }, fixed(product, 2)));
   }));
   const apart = Math.abs(state.t - s);
-  fill("pair", `The query of ${quoted(state.t)} (blue) and the key of ${quoted(s)} (orange), ${apart} tokens apart, in ${chosenMap()}.`);
-  const means = data.distance.subarray((state.layer * H + state.head) * T, (state.layer * H + state.head + 1) * T);
+  fill("pair", `The query of ${quoted(state.t)} (blue) and the key of ${quoted(s)} (orange), ${apart} token${apart === 1 ? "" : "s"} apart, in ${ofThis()}.`);
+  const means = row(data.distance, state.layer * H + state.head, T);
   const line = range(T).map((d) => [d, means[d]]).filter(([, y]) => Number.isFinite(y));
   const low = Math.min(...line.map(([, y]) => y)), high = Math.max(...line.map(([, y]) => y), low + 1e-6);
   const at = ([d, y]) => [40 + (310 * d) / Math.max(1, T - 1), 110 - (100 * (y - low)) / (high - low)];
@@ -238,7 +230,9 @@ function lensTable(lens, caption) {
 }
 function drawLens() {
   const first = data.first[state.t], answer = quote(data.answers[state.t]);
-  fill("first", first > L ? `${answer} is not the likeliest, even after the last layer.` :
+  const { texts, p, rank } = data.lens, own = quote(texts[L][state.t][0]), n = texts[0][0].length;
+  fill("first", first > L ? `The text goes on with ${answer}, which is the model's number ${rank[L][state.t]}; ` +
+    `its own choice would be ${own} (${fixed(p[(L * T + state.t) * n])}).` :
     `${answer} is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked).`);
   fill("lens", lensTable(data.lens, ""), other && lensTable(other.lens, `The other model, ${other.model}`));
 }
@@ -247,19 +241,21 @@ function drawLens() {
 
 function sharesTable(shares, caption) {
   const { t } = state, sum = (values) => values.reduce((a, b) => a + b, 0);
-  const parts = range(L).map((l) => [...range(M).map((m) => shares.heads[(l * M + m) * T + t]), shares.feedForward[l * T + t]]);
+  const parts = range(L).map((l) => [shares.feedForward[l * T + t], ...range(M).map((m) => shares.heads[(l * M + m) * T + t])]);
   const largest = Math.max(...parts.flat().map(Math.abs), 1e-9);
-  const cell = (x) => {
-    const kind = `n share ${x < 0 ? "minus" : "plus"}`;
-    return make("td", { class: kind, style: { "--share": Math.abs(x) / largest } }, fixed(x, 2));
-  };
-  const rows = parts.map((some, l) => ({ head: `layer ${l + 1}`, cells: [...some.map(cell), fixed(sum(some), 2)] }));
-  const line = (head, x) => ({ head, cells: [make("td", { colspan: M + 1 }), fixed(x, 2)] });
+  const cell = (x) => make("td", { class: `n share ${x < 0 ? "minus" : "plus"}`, style: { "--share": Math.abs(x) / largest } }, fixed(x, 2));
+  const rows = parts.map((some, l) => ({ head: `layer ${l + 1}`, cells: [fixed(sum(some), 2), ...some.map(cell)] }));
+  const line = (head, x) => ({ head, cells: [fixed(x, 2)] });
   const total = shares.embedding[t] + shares.bias[t] + sum(parts.flat());
   rows.unshift(line("embedding", shares.embedding[t]));
   if (data.hasBias) rows.push(line("bias", shares.bias[t]));
   rows.push(line(state.lead ? "lead" : "logit", total));
-  return table(["", ...range(M).map((m) => `head ${m + 1}`), "feed-forward", "sum"], rows, caption);
+  const named = parts.flatMap((some, l) => some.map((x, m) => [x, `${m ? `head ${m}` : "feed-forward"} of layer ${l + 1}`]));
+  named.sort(([a], [b]) => b - a);
+  const said = (some) => some.map(([x, name]) => `${name} ${fixed(x, 2)}`).join(", ");
+  const words = `Most for it: ${said(named.slice(0, 3))}. Most against it: ${said(named.slice(-2).reverse())}.`;
+  const heads = ["", "sum", "feed-forward", ...range(M).map((m) => `head ${m + 1}`)];
+  return make("div", {}, table(heads, rows, caption), make("p", {}, words));
 }
 function drawShares() {
   const which = state.lead ? "lead" : "answer", answer = quote(data.answers[state.t]);
@@ -277,8 +273,7 @@ function probabilities(kept) {
 }
 const entropyOf = (kept, p) => kept.reduce((total, one, i) => total - (p[i] > 0 ? one.n * p[i] * Math.log(p[i]) : 0), 0);
 // The fewest entries, in their order, that reach the total: the index of the last one.
-function reached(entries, total) {
-  let sum = 0;
+function reached(entries, total, sum = 0) {
   return Math.max(0, entries.findIndex(([p, n]) => (sum += p * n) >= total - 1e-9));
 }
 const filters = {
@@ -313,13 +308,9 @@ function candidates(t, chosen) {
   for (const one of all) one.after = after.get(one.id) || 0;
   return all;
 }
-function random(seed) { // mulberry32, a small generator: numbers in [0, 1)
-  return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let x = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x;
-    return ((x ^ (x >>> 14)) >>> 0) / 4294967296;
-  };
+function random(seed) { // numbers in (0, 1), by Park and Miller's "minimal standard" generator (1988)
+  let x = 1 + ((seed * 69621) % 2147483646);
+  return () => (x = (x * 48271) % 2147483647) / 2147483647;
 }
 const nameOf = (id) => (id < 0 ? `one of ${data.rest} rarer tokens` : data.vocabulary[id]);
 function drawCandidates() {
@@ -329,10 +320,13 @@ function drawCandidates() {
   const mass = cut.reduce((total, one) => total + one.n * one.before, 0);
   const bars = (one) => make("td", { class: "bars" },
     ...[["i", one.before], ["b", one.after]].map(([tag, p]) => make(tag, { style: { width: `${100 * p}%` } })));
-  const row = (one) => ({ head: nameOf(one.id), class: one.after ? "" : "cut",
+  const line = (one) => ({ head: nameOf(one.id), class: one.after ? "" : "cut",
     cells: [bars(one), fixed(one.before), one.after ? fixed(one.after) : "cut"] });
-  const shown = [...kept.slice(0, 12), ...cut.slice(0, 6)].map(row);
-  fill("candidates", table(["token", "", "before", "after"], shown, ""));
+  const rest = (some, word) => (some.length ? [{ head: `${size(some)} more ${word}`, class: "cut", cells: [make("td"),
+    ...["before", "after"].map((when) => fixed(some.reduce((total, one) => total + one.n * one[when], 0)))] }] : []);
+  const rows = [...kept.slice(0, 12).map(line), ...rest(kept.slice(12), "kept"), ...cut.slice(0, 6).map(line), ...rest(cut.slice(6), "cut")];
+  fill("candidates", table([data.kind === "classes" ? "class" : "token", "", "before", "after"], rows, ""));
+  if (data.kind === "classes") return;
   fill("counts", `Kept ${size(kept)}, cut ${size(cut)} with ${fixed(mass)} of the probability.`);
   const next = random(Number($("seed").value) || 0), drawn = new Map();
   for (let i = 0; i < 20; i++) {
@@ -345,39 +339,41 @@ function drawCandidates() {
 function connectSliders() {
   for (const input of document.querySelectorAll("#sliders input[type=range]")) {
     const name = input.id, small = ["epsilon", "eta"].includes(name); // cubed, so that small values can be chosen
-    const off = name === "temperature" ? "0" : "off";
+    const total = ["top_p", "typical_p"].includes(name), off = name === "temperature" ? "0" : "off"; // a total of 1 is off
     const show = () => (input.nextElementSibling.textContent = settings[name] ? Number(settings[name].toPrecision(3)) : off);
-    input.value = small ? Math.cbrt(settings[name] || 0) : settings[name] || 0;
+    const start = settings[name] || (total ? 1 : 0);
+    input.value = small ? Math.cbrt(start) : start;
     input.addEventListener("input", () => {
-      settings[name] = small ? Number((Number(input.value) ** 3).toPrecision(2)) : Number(input.value);
+      const value = small ? Number((Number(input.value) ** 3).toPrecision(2)) : Number(input.value);
+      settings[name] = total && value >= 1 ? 0 : value;
       show();
       drawCandidates();
     });
     show();
   }
-  $("seed").addEventListener("input", drawCandidates);
+  if ($("seed")) $("seed").addEventListener("input", drawCandidates);
 }
 
 // 6. One cell in numbers
 
 function drawArithmetic() {
-  const { t, layer, head } = state, [query, key, s] = queryAndKey();
+  const { t, head } = state, s = read(), query = placedQuery(t), key = placedKey(s);
   const dot = (other) => range(hd).reduce((sum, i) => sum + query[i] * other[i], 0);
-  const slope = data.slopes ? data.slopes[head] : 0;
+  const slope = data.slopes && state.view !== "without" ? data.slopes[head] : 0;
   const seen = range(T).filter((i) => visible(t, i));
   const scores = new Map(seen.map((i) => [i, dot(placedKey(i)) / Math.sqrt(hd) - slope * Math.abs(t - i)]));
   const top = Math.max(...scores.values()), power = (i) => Math.exp(scores.get(i) - top);
   const sum = seen.reduce((total, i) => total + power(i), 0);
-  const products = range(hd).map((i) => ({ head: `${i}`, cells: [query[i], key[i], query[i] * key[i]].map((x) => fixed(x)) }));
+  const products = range(hd).map((i) => ({ head: `${i + 1}`, cells: [query[i], key[i], query[i] * key[i]].map((x) => fixed(x)) }));
   const shown = best(seen.length, (i) => scores.get(seen[i])).slice(0, 12).map((i) => seen[i]).sort((a, b) => a - b);
   if (!shown.includes(s)) shown.push(s);
   const shares = shown.map((i) => ({ head: tokens[i], class: i === s ? "marked" : "",
     cells: [fixed(scores.get(i)), fixed(power(i), 4), fixed(power(i) / sum)] }));
   const bias = slope ? `, minus ${fixed(slope, 4)} × ${t - s} (ALiBi)` : "", bold = (x, id = "") => make("b", { id }, fixed(x));
   fill("arithmetic",
-    make("p", {}, `How much does ${quoted(t)} read of ${quoted(s)} in ${mapName(layer, head)}?`),
+    make("p", {}, `How much does ${quoted(t)} read of ${quoted(s)} in ${ofThis()}?`),
     make("ol", {},
-      make("li", {}, `Multiply the query of ${quoted(t)} and the key of ${quoted(s)}, both at their positions, feature by feature.`,
+      make("li", {}, `Multiply the query of ${quoted(t)} and the key of ${quoted(s)}, turned by their positions, feature by feature.`,
         make("details", {}, make("summary", {}, `all ${hd} products`),
           table(["feature", "query", "key", "product"], products, ""))),
       make("li", {}, "Add them up: ", bold(dot(key))),
@@ -388,11 +384,15 @@ function drawArithmetic() {
     table(["token", "score", "e^(score − largest)", "share"], shares, ""));
 }
 
-function draw() {
-  for (const part of [drawTokens, drawGrid, drawLines, drawPositions, drawLens, drawShares, drawCandidates, drawArithmetic]) part();
-}
-$("view").addEventListener("change", (event) => choose({ view: event.target.value, s: state.s }));
-$("lead").addEventListener("change", (event) => choose({ lead: event.target.checked, s: state.s }));
+const draw = () => [drawTokens, drawGrid, drawLines, drawPositions, drawLens, drawShares, drawCandidates, drawArithmetic]
+  .forEach((part) => part());
+$("view").addEventListener("change", (event) => choose({ view: event.target.value }));
+$("lead").addEventListener("change", (event) => choose({ lead: event.target.checked }));
+document.querySelectorAll("[data-choose]").forEach((one) => one.addEventListener("click", () => choose(JSON.parse(one.dataset.choose))));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 connectSliders();
-draw();
+// Begins with the map in which the chosen token reads one before the last most: the first token and itself say little.
+const backwards = (i) => Math.max(0, ...range(Math.max(0, state.t - 1)).map((s) => (s ? weight(Math.floor(i / H), i % H, state.t, s) : 0)));
+const [clearest] = best(L * H, backwards);
+choose({ layer: Math.floor(clearest / H), head: clearest % H });
+$("tokens").children[state.t].focus({ preventScroll: true });

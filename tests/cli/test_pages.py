@@ -125,7 +125,7 @@ def test_clicks_and_keys_choose_tokens_and_maps(opened):
     tab.press("ArrowLeft")
     assert "token 9 of 10" in tab.text("#chosen")
     assert tab.run("document.activeElement.textContent") == tab.text("#tokens button:nth-child(9)")
-    tab.click("#grid [role=row]:nth-child(2) button:nth-of-type(3)")
+    tab.click("#grid [role=row]:nth-child(3) button:nth-of-type(3)")  # below the heads
     assert tab.text("#reads").startswith("In layer 2, head 3,")
     tab.press("ArrowRight")
     tab.press("ArrowUp")
@@ -151,6 +151,7 @@ def test_clicks_and_keys_choose_tokens_and_maps(opened):
 def test_the_numbers_on_the_page_are_those_of_the_module(opened, changes):
     content, found, answers = xray_page(**changes)
     tab, traced, t = opened(content), found.trace, 5
+    tab.run("choose({ layer: 0, head: 0 })")
     maps = traced.layers[0].maps[0, t]
     assert sorted(numbers(tab.text("#reads")), reverse=True) == pytest.approx(
         sorted(maps.tolist(), reverse=True)[: len(numbers(tab.text("#reads")))], abs=6e-4
@@ -171,8 +172,8 @@ def test_the_numbers_on_the_page_are_those_of_the_module(opened, changes):
     with torch.no_grad():
         part = shares(traced, traced.model.output.weight[answers])
     table = rows(tab, "#shares")
-    expected = [*part.heads[0, :, t].tolist(), float(part.feed_forward[0, t])]
-    assert [numbers(cell)[0] for cell in table[2][1:-1]] == pytest.approx(expected, abs=6e-3)
+    expected = [float(part.feed_forward[0, t]), *part.heads[0, :, t].tolist()]
+    assert [numbers(cell)[0] for cell in table[2][2:]] == pytest.approx(expected, abs=6e-3)
     assert numbers(table[-1][-1])[0] == pytest.approx(float(traced.logits[t, answers[t]]), abs=6e-3)
     tab.click("#lead")
     rival = traced.logits[t].scatter(0, torch.tensor(answers[t]), -torch.inf).max()
@@ -239,7 +240,7 @@ def test_a_second_model_is_shown_beside_the_first(opened):
     gap = trace(model, tokens).layers[1].maps[2, 5] - trace(changed, tokens).layers[1].maps[2, 5]
     assert tab.run("weight(1, 2, 5, 3)") == pytest.approx(float(gap[3]), abs=1e-5)
     same = xray_page(against=tiny_llama(norm="rmsnorm", causal=True, max_seq_len=128))[0]
-    assert "do not differ by more than 0.001" in opened(same).text("section:last-of-type p")
+    assert "No difference is above 0.1 %" in opened(same).text("section:last-of-type p")
 
 
 def test_a_page_is_made_smaller_until_it_fits(monkeypatch):
