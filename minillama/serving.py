@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minillama.decoding.decoders import Decoding, Writer, text_pieces
-from minillama.decoding.filters import filters_by_name
+from minillama.decoding.filters import check_finite, filters_by_name
 from minillama.inference import TextClassifier
 from minillama.text.token_texts import token_text
 from tokenizer import Tokenizer
@@ -26,7 +26,6 @@ MOST = 64  # texts of a request
 FILTERS = ("epsilon", "eta", "top_k", "top_p", "min_p", "typical_p")
 # Fields of a request: the least and the largest value, and the default. A whole number if the least one is.
 NUMBERS: dict[str, tuple[float, float, Any]] = {
-    "max_tokens": (0, 10**6, 16),
     "n": (1, MOST, 1),
     "logprobs": (0, 20, None),
     "seed": (-(2**63), 2**63 - 1, None),
@@ -64,8 +63,8 @@ class Engine:
         self.name, self.classifier = name, classifier
         self.context, self.vocabulary = model.config.max_seq_len, model.config.vocab_size
         self.lock, self.started = threading.Lock(), int(time.time())
-        before = tokenizer.encode("a", bos=False, eos=False)
-        self.texts = [token_text(tokenizer, token, before, plain=True) for token in range(self.vocabulary)]
+        self.letter = tokenizer.encode("a", bos=False, eos=False)
+        self.texts = [token_text(tokenizer, token, self.letter, plain=True) for token in range(self.vocabulary)]
         names = {i: name for name, i in tokenizer.special_ids.items()}
         self.bos, self.eos = names.get(tokenizer.bos_id, "<s>"), names.get(tokenizer.eos_id, "</s>")
 
@@ -95,7 +94,9 @@ class Engine:
     def detokenize(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"tokens": ids} -> their text."""
         tokens = request.get("tokens")
-        return {"prompt": "" if tokens == [] else self.tokenizer.decode(self.encoded(tokens))}
+        if not isinstance(tokens, list):
+            raise Refused("tokens must be a list of token ids")
+        return {"prompt": self.tokenizer.decode(self.checked(tokens)) if tokens else ""}
 
     def classify(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"text": a text or a list of texts} -> for each, the class and the probability of every class."""
@@ -118,16 +119,19 @@ class Engine:
         for name, harmless in UNSUPPORTED.items():
             if request.get(name) not in (None, harmless):
                 raise Refused(f"{name} is not supported; leave it out")
-        found: dict[str, Any] = {name: request.get(name) is True for name in ("stream", "echo")}
-        for name, (least, largest, default) in NUMBERS.items():
+        found: dict[str, Any] = {name: request.get(name) or False for name in ("stream", "echo")}
+        if wrong := [name for name in found if not isinstance(found[name], bool)]:
+            raise Refused(f"{wrong[0]} must be true or false")
+        ranges = NUMBERS | {"max_tokens": (0, self.context, 16)}
+        for name, (least, largest, default) in ranges.items():
             kind = (int,) if isinstance(least, int) else (int, float)
             value = default if request.get(name) is None else request[name]
             if value is not None and (type(value) not in kind or not least <= value <= largest):
                 what = "a whole number" if kind == (int,) else "a number"
-                raise Refused(f"{name} is {str(value)[:40]}; it must be {what} from {least:g} to {largest:g}")
+                raise Refused(f"{name} is {str(value)[:40]}; it must be {what} from {least} to {largest}")
             found[name] = value
-        if found["max_tokens"] > self.context:
-            raise Refused(f"max_tokens is {found['max_tokens']}, above the model's context of {self.context}")
+        if found["logprobs"] is not None and found["echo"] and not self.model.config.causal:
+            raise Refused("this model's attention is bidirectional: it sees the tokens that it would predict")
         stops = request.get("stop") or []
         stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(one, str) and one for one in stops):
@@ -160,13 +164,18 @@ class Engine:
                 prompt = self.tokenizer.encode_prompt(prompt)
             except ValueError as error:
                 raise Refused(error) from None
-        if not isinstance(prompt, list) or not prompt or any(type(one) is not int for one in prompt):
-            raise Refused("a prompt must be a text, or a list of token ids that is not empty")
-        if outside := [one for one in prompt if not 0 <= one < self.vocabulary]:
-            raise Refused(f"token {outside[0]} is not in the vocabulary of {self.vocabulary}")
+        prompt = self.checked(prompt)
         if len(prompt) > self.context:
             raise Refused(f"the prompt has {len(prompt)} tokens, more than the model's context of {self.context}")
         return prompt
+
+    def checked(self, tokens: Any) -> list[int]:
+        """The same tokens, if they are a list of token ids that is not empty."""
+        if not isinstance(tokens, list) or not tokens or any(type(one) is not int for one in tokens):
+            raise Refused("a prompt must be a text, or a list of token ids that is not empty")
+        if outside := [one for one in tokens if not 0 <= one < self.vocabulary]:
+            raise Refused(f"token {str(outside[0])[:20]} is not in the vocabulary of {self.vocabulary}")
+        return tokens
 
     def complete(self, request: dict[str, Any], chat: bool = False) -> Iterator[dict[str, Any]]:
         """The answer to /v1/completions, or of a chat: one dictionary, or with "stream" one for each piece of text."""
@@ -278,6 +287,7 @@ class Engine:
         """A token and its log-probability under logits (V,), at temperature 1 and without filters."""
         if wanted is None:
             return Token(chosen)
+        check_finite(logits)
         logprobs = logits.float().log_softmax(-1)
         best = logprobs.topk(min(wanted, len(logprobs))).indices.tolist()
         return Token(
@@ -292,12 +302,11 @@ class Engine:
         """
         if settings["logprobs"] is None:
             return None
-        offsets, tops = [], []
-        sizes = [0 if token.id in self.tokenizer.stop_ids else len(self.texts[token.id]) for token in tokens]
-        place = start - (start == 0 and sum(sizes) == len(text) + 1)  # decoding drops the first space of a text
-        for token, size in zip(tokens, sizes, strict=True):
-            offsets.append(max(0, place))
-            place += size
+        offsets, tops, ids = [], [], [] if settings["echo"] and start == 0 else self.letter
+        shorter = len(self.tokenizer.decode(ids)) - start
+        for token in tokens:  # a character of several tokens comes with the last of them
+            offsets.append(min(len(self.tokenizer.decode(ids).rstrip("\ufffd")) - shorter, start + len(text)))
+            ids = [*ids, token.id]
             top: dict[str, float] = {}
             for one, logprob in token.top.items():  # of two tokens with one text, the second is shown by its number
                 top[f"<{one}>" if self.texts[one] in top else self.texts[one]] = logprob

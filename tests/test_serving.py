@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import random
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from minillama.commands.serve import MOST_BYTES, Server
 from minillama.decoding.fast_llama import fast_model
 from minillama.formats.checkpoint import write_checkpoint
 from minillama.inference import TextClassifier, complete
-from minillama.serving import Engine
+from minillama.serving import Engine, Refused
 from minillama.training.evaluation import score_documents
 from models import tiny_llama
 from run_llama import main
@@ -107,6 +109,47 @@ def test_log_probabilities_are_those_of_perplexity(ask, parts):
         assert found["text"][start : start + len(text)] == text or start == 0  # the first space is not decoded
     for own, top in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True):
         assert own in top.values() and max(top.values()) >= own and 3 <= len(top) <= 4
+
+
+def test_offsets_stay_within_the_text(ask):
+    request = {"prompt": "a 😀 é 日本 b", "max_tokens": 3, "echo": True, "logprobs": 1, "temperature": 0}
+    choice = ask("/v1/completions", request)[1]["choices"][0]
+    offsets = choice["logprobs"]["text_offset"]
+    assert offsets == sorted(offsets) and offsets[-1] <= len(choice["text"])
+    assert choice["text"][offsets[-4]] == " " and choice["text"][offsets[-4] + 1] == "b"
+    streamed = events(ask("/v1/completions", request | {"stream": True})[1])
+    assert [one for event in streamed for one in event["choices"][0]["logprobs"]["text_offset"]] == offsets
+
+
+def test_a_model_that_gives_nan_is_an_error_and_no_silence(parts):
+    tokenizer, model, _ = parts
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    engine = Engine(model, tokenizer, CPU, "broken", None)
+    with Server(("::1" if socket.has_ipv6 else "127.0.0.1", 0), engine, lambda tokens, given: "") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for more in ({}, {"stream": True}, {"echo": True, "logprobs": 1}):
+            line = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+            line.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT} | more))
+            answer = line.getresponse()
+            text = answer.read().decode().strip().removeprefix("data: ")
+            assert "NaN or infinity" in json.loads(text)["error"]["message"]
+            assert answer.status == (200 if "stream" in more else 500)
+        server.shutdown()
+
+
+def test_a_model_that_sees_later_tokens_is_not_scored(parts):
+    model = tiny_llama(norm="rmsnorm", causal=False, vocab_size=512, max_seq_len=64)
+    engine = Engine(model, parts[0], CPU, "both ways", None)
+    with pytest.raises(Refused, match="bidirectional"):
+        engine.complete({"prompt": PROMPT, "echo": True, "logprobs": 1})
+
+
+def test_other_methods_get_json_too(ask):
+    for method in ("PUT", "OPTIONS", "BREW"):
+        status, answer = ask("/v1/models", method=method)
+        assert status == 501 and "Unsupported method" in answer["error"]["message"]
 
 
 def test_generated_tokens_have_the_log_probabilities_of_the_whole_text(ask):
@@ -206,15 +249,16 @@ def test_openais_client(server, ask):
     said = client.chat.completions.create(**chat).choices[0].message.content
     assert "".join(one.choices[0].delta.content for one in client.chat.completions.create(**chat, stream=True)) == said
     assert client.models.list().data[0].id == "tiny"
-    with pytest.raises(openai.BadRequestError, match="temperature is -1; it must be a number from 0 to 100"):
+    with pytest.raises(openai.BadRequestError, match="temperature is -1; it must be a number from 0.0 to 100.0"):
         client.completions.create(**request | {"temperature": -1})
 
 
 def test_the_pages(ask):
     assert "connect-src &#39;self&#39;" in ask("/")[1]
     assert ask("/xray?tokens=1,2,3&prompt=2")[1] == "<p>[1, 2, 3] 2</p>"
-    for query in ("", "?tokens=", "?tokens=a", "?tokens=999", "?tokens=1&prompt=x", "?tokens=" + "1," * 70 + "1"):
-        status, answer = ask(f"/xray{query}")
+    bad = ["", "?tokens=", "?tokens=a", "?tokens=999", "?tokens=1&prompt=x", "?tokens=1&prompt=2", "?tokens=１"]
+    for query in (*bad, "?tokens=" + "1," * 70 + "1", "?tokens=" + "1" * 5000):
+        status, answer = ask("/xray" + quote(query, safe="?=&,"))
         assert status == 400 and answer["error"]["message"]
 
 
@@ -222,7 +266,7 @@ def test_the_pages(ask):
 
 BAD = [
     ({"prompt": ""} | {"max_tokens": "9"}, "max_tokens is 9; it must be a whole number from 0"),
-    ({"prompt": "a", "max_tokens": 65}, "max_tokens is 65, above the model's context of 64"),
+    ({"prompt": "a", "max_tokens": 65}, "max_tokens is 65; it must be a whole number from 0 to 64"),
     ({"prompt": "a", "temperature": True}, "temperature is True"),
     ({"prompt": "a", "n": 65}, "n is 65; it must be a whole number from 1 to 64"),
     ({"prompt": ["a"] * 33, "n": 2}, "at most 64 texts"),
@@ -269,6 +313,8 @@ def test_a_wrong_path_method_or_body_is_told(ask):
         ({"Host": "localhost", "Origin": "https://evil.example"}, 403),
         ({"Host": "localhost", "Origin": "null"}, 403),
         ({"Host": "localhost", "Origin": "http://localhost:8000"}, 200),
+        ({"Host": "LOCALHOST.:8000"}, 200),
+        ({"Host": "localhost", "Origin": "http://["}, 403),
     ],
 )
 def test_pages_of_other_sites_get_nothing(ask, headers, status):

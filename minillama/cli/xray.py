@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillama.cli.checks import refuse
 from minillama.cli.header import report
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from minillama.cli.xray_page import Subject
     from tokenizer import Tokenizer
 
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "dim", "vocab_size", "attention_type")
 BELONGS = "belongs to --option {users}"
 XRAY = Group(
     "X-ray",
@@ -43,21 +44,31 @@ def check_xray(options: Options) -> None:
         if options.against is not None:
             raise ValueError("--against needs a page; add --xray PAGE.html")
         return
-    if not options.xray.endswith(".html"):
+    if Path(options.xray).suffix != ".html":
         raise ValueError(f"--xray {options.xray}: the page's name must end in .html")
     refuse(options, ("prompt_file", "interactive", "json", "num_samples", "quantize", "out"), "--xray shows one text")
-    if options.against is not None and not Path(options.against).exists():
-        raise FileNotFoundError(f"--against {options.against}: no such file")
+    if options.against is not None and (not options.against or not Path(options.against).exists()):
+        raise FileNotFoundError(f"--against {options.against or 'has no name'}: no such file; name a checkpoint")
 
 
-def shown_tokens(tokens: Sequence[int], given: int) -> list[int]:
+class Other(NamedTuple):
+    """The model of --against. classifier: with its head, if the file holds one; classes: their names."""
+
+    path: str
+    llama: Llama
+    classifier: nn.Module | None = None
+    classes: Sequence[str] = ()
+
+
+def shown_tokens(tokens: Sequence[int], given: int, context: int) -> list[int]:
     """The tokens that the page shows, the first ones. Raises ValueError if the `given` ones are too many alone."""
     from minillama.cli.xray_page import MOST_TOKENS, check_length
 
     check_length(given)
-    if len(tokens) > MOST_TOKENS:
-        report(f"notice: --xray shows the first {MOST_TOKENS} of {len(tokens)} tokens")
-    return list(tokens[:MOST_TOKENS])
+    most = min(MOST_TOKENS, context)
+    if len(tokens) > most:
+        report(f"notice: --xray shows the first {most} of {len(tokens)} tokens")
+    return list(tokens[:most])
 
 
 def write_tokens(
@@ -67,12 +78,13 @@ def write_tokens(
     tokens: Sequence[int],
     given: int,
     settings: dict[str, Any] | None = None,
+    other: Other | None = None,
 ) -> None:
     """Writes the page of a text, see `page_of_tokens`."""
     from minillama.cli.pages import write_page
 
     path = options.pretrained_model_path
-    write_page(options.xray, page_of_tokens(path, llama, tokenizer, tokens, given, settings, options.against))
+    write_page(options.xray, page_of_tokens(path, llama, tokenizer, tokens, given, settings, other))
     report(f"wrote {options.xray}")
 
 
@@ -83,40 +95,41 @@ def page_of_tokens(
     tokens: Sequence[int],
     given: int,
     settings: dict[str, Any] | None = None,
-    against: str | None = None,
+    other: Other | None = None,
 ) -> str:
-    """The page of a text. given: how many of its tokens are the prompt; settings: of the decoding; against: a second
-    model's file.
-    """
+    """The page of a text. given: how many of its tokens are the prompt; settings: of the decoding."""
     from minillama.cli.xray_page import Text, page
 
-    shown = shown_tokens(tokens, given)
+    shown = shown_tokens(tokens, given, llama.config.max_seq_len)
     subject = subject_of(path, llama, shown)
     likeliest = int(subject.trace.logits[-1].argmax())
-    text = Text(tokenizer, given, [*shown[1:], likeliest], settings=settings or {})
-    other = subject_of(against, read_other(against, llama.config, tokenizer), shown) if against else None
-    return page(subject, text, other)
+    text = Text(tokenizer, min(given, len(shown)), [*shown[1:], likeliest], settings=settings or {})
+    return page(subject, text, subject_of(other.path, other.llama, shown, beside=path) if other else None)
 
 
 def write_classes(
     options: Options, model: nn.Module, tokenizer: Tokenizer, tokens: Sequence[int], classes: list[str]
 ) -> None:
-    """Writes the page of a sentence that a classifier read."""
+    """Writes the page of a sentence that a classifier read.
+
+    The other model's answers are those of its own head, if it has one for these classes, else of the first model's.
+    """
     from minillama.cli.pages import write_page
     from minillama.cli.xray_page import Text, check_length, page
 
     check_length(len(tokens))
     llama: Any = model.llama
-    readout, weight, bias = head_of(model)
     subject = subject_of(options.finetuned, llama, tokens)
-    subject.readout, subject.weight, subject.bias = readout, weight, bias
-    best = int(readout(subject.trace.hidden[-1:]).argmax())
-    other = None
-    if options.against is not None:
-        other = subject_of(options.against, read_other(options.against, llama.config, tokenizer), tokens)
-        other.readout, other.weight, other.bias = readout, weight, bias
+    subject.readout, subject.weight, subject.bias = head_of(model)
+    best = int(subject.readout(subject.trace.hidden[-1:]).argmax())
+    second = None
+    if (other := read_other(options, llama.config, tokenizer)) is not None:
+        second = subject_of(other.path, other.llama, tokens, beside=options.finetuned)
+        own = other.classifier is not None and list(other.classes) == classes
+        second.readout, second.weight, second.bias = head_of(other.classifier if own else model)
+        second.borrows_head = not own
     text = Text(tokenizer, len(tokens), [best] * len(tokens), classes)
-    write_page(options.xray, page(subject, text, other))
+    write_page(options.xray, page(subject, text, second))
     report(f"wrote {options.xray}")
 
 
@@ -129,34 +142,43 @@ def head_of(model: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | No
     return (lambda hidden: hidden @ weight.T), weight, None
 
 
-def subject_of(path: str, llama: Llama, tokens: Sequence[int]) -> Subject:
-    """A model on the page."""
+def subject_of(path: str, llama: Llama, tokens: Sequence[int], beside: str = "") -> Subject:
+    """A model on the page. beside: the path of the other one; two files of one name are told apart by their folders."""
     from minillama.cli.xray_page import Subject
     from minillama.decoding.xray import trace
 
     config = llama.config
     grouped = f" ({config.kv_heads} of keys and values)" if config.kv_heads != config.n_heads else ""
     facts = f"{config.n_layers} layers of {config.n_heads} heads{grouped}, width {config.dim}, {config.convention}"
-    return Subject(Path(path).name, facts, trace(llama, tokens))
+    name = Path(path).name
+    return Subject(path if name == Path(beside).name else name, facts, trace(llama, tokens))
 
 
-def read_other(path: str, config: LlamaConfig, tokenizer: Tokenizer) -> Llama:
-    """The model of --against: of a checkpoint, or of a fine-tuned classifier. It is read as the first one is.
+def read_other(options: Options, config: LlamaConfig, tokenizer: Tokenizer) -> Other | None:
+    """The model of --against, if it is given: a checkpoint of any format, or a fine-tuned classifier.
 
-    Raises ValueError if its sizes differ from those of `config`.
+    Raises ValueError if its sizes or its mask differ from those of `config`.
     """
+    if options.against is None:
+        return None
     from classifier import classifier_of
     from llama import load_pretrained
     from minillama.formats.checkpoint import read_fine_tuned
 
-    try:
-        found = read_fine_tuned(path)
-    except ValueError:  # no classifier
-        llama = load_pretrained(path, causal=config.causal)
+    path = options.against
+    causal = None if options.attention is None else options.attention == "causal"
+    if Path(path).is_dir() and not (Path(path) / "best.pt").exists():
+        other = Other(path, load_pretrained(path, causal=causal))
     else:
-        llama = classifier_of(found, tokenizer).llama
-    for name in ("n_layers", "n_heads", "n_kv_heads", "dim", "vocab_size", "attention_type"):
-        ours, theirs = getattr(config, name), getattr(llama.config, name)
+        try:
+            found = read_fine_tuned(path)
+        except ValueError:  # no classifier
+            other = Other(path, load_pretrained(path, causal=causal))
+        else:
+            classifier: Any = classifier_of(found, tokenizer)
+            other = Other(path, classifier.llama, classifier, found.label_names)
+    for name in (*SIZES, "causal", "sliding_window"):
+        ours, theirs = getattr(config, name), getattr(other.llama.config, name)
         if ours != theirs:
             raise ValueError(f"--against {path} has {name} {theirs}, the first model {ours}; they must be the same")
-    return llama
+    return other

@@ -45,6 +45,7 @@ class Subject:
     readout: Callable[[Tensor], Tensor] | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    borrows_head: bool = False  # whether the readout is that of another model
 
 
 @dataclass
@@ -96,6 +97,8 @@ def html(subject: Subject, text: Text, against: Subject | None, data: dict[str, 
         classes=bool(text.classes),
         differential=config.attention_type == "differential",
         rest=f"{rest:,}" if rest else "",
+        penalty=f"{text.settings.get('repetition_penalty') or 1:g}",
+        borrowed=against is not None and against.borrows_head,
         sliders=SLIDERS,
         against=against.name if against else "",
         **(comparison(subject, against, data["tokens"]) if against else {}),
@@ -119,9 +122,12 @@ def most_changed(subject: Subject, against: Subject, texts: Sequence[str], count
 
 def comparison(subject: Subject, against: Subject, texts: Sequence[str]) -> dict[str, Any]:
     """The seventh part: a table of differences, a row for each layer, and the maps that differ most."""
-    from minillama.decoding.xray import TOLERANCE, differences, first_difference
+    from minillama.decoding.xray import TOLERANCE, difference, differences, first_difference
 
     found = differences(subject.trace, against.trace)
+    if subject.readout is not None and against.readout is not None:  # the logits of the classes, not of the tokens
+        ours, theirs = subject.readout(subject.trace.hidden), against.readout(against.trace.hidden)
+        found[-1] = difference("logits", None, ours, theirs)
     first = first_difference(found)
 
     def cell(one: Difference) -> dict[str, Any]:
@@ -149,7 +155,9 @@ def page_data(
     found, config = subject.trace, subject.trace.model.config
     T, first = len(found.tokens), found.layers[0]
     H, _, hd = first.query.shape
-    logits = readout_of(subject)(found.hidden).float()  # (T, V) or (T, classes)
+    logits = readout_of(subject)(found.hidden).detach().float()  # (T, V) or (T, classes)
+    if not text.classes and text.tokenizer.unused_ids:  # these are never drawn
+        logits[:, list(text.tokenizer.unused_ids)] = float(logits.min()) - 50.0
     count = min(candidates, logits.shape[-1])
     rest = logits.shape[-1] - count
     if rest:

@@ -135,6 +135,8 @@ def run(options: Options) -> None:
 
     def label(rows: list[Row]) -> None:
         rows = classifiers.tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
+        if options.xray:
+            write_classes(options, model, tokenizer, rows[0].ids, found.label_names)
         log_probs = class_log_probs(model, rows, **how, name="classifying")
         likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
         if (path := out_file(options)) is not None:
@@ -164,8 +166,6 @@ def run(options: Options) -> None:
                 "probabilities": dict(zip(found.label_names, shares_of, strict=True)),
             }
             print(json.dumps(result, ensure_ascii=not stdout_is_utf8()), flush=True)
-        if options.xray:
-            write_classes(options, model, tokenizer, rows[0].ids, found.label_names)
 
     if options.pooling == "last_column":
         report("warning: with --pooling last_column, a result depends on the other sentences of its batch")

@@ -18,7 +18,7 @@ from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
 from minillama.cli.provenance import Origin, lock_predictions
-from minillama.cli.xray import XRAY, check_xray, shown_tokens, write_tokens
+from minillama.cli.xray import XRAY, check_xray, read_other, shown_tokens, write_tokens
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -334,14 +334,17 @@ def explain(options: Options, writer: Writer, llama: Llama, prompt: list[int]) -
     from minillama.decoding.explanation import Explanation
 
     how = writer.decoding
-    if options.xray:
-        shown_tokens(prompt, len(prompt))  # too long a prompt is refused before a token is written
+    other = None
+    if options.xray:  # what cannot be shown is refused before a token is written
+        shown_tokens(prompt, len(prompt), llama.config.max_seq_len)
+        other = read_other(options, llama.config, writer.tokenizer)
     explanation = Explanation(writer.tokenizer, prompt, how.temperature, how.filters)
     tokens = list(prompt)
     write_one(writer, prompt, show, watch=explanation.watch if options.explain else None, keep=tokens.append)
     if options.xray:
         settings = {name: getattr(options, name) for name in ("epsilon", *FILTERS)} | {"temperature": how.temperature}
-        write_tokens(options, llama, writer.tokenizer, tokens, len(prompt), settings)
+        settings["repetition_penalty"] = options.repetition_penalty
+        write_tokens(options, llama, writer.tokenizer, tokens, len(prompt), settings, other)
     if options.explain:
         print(f"\n{explanation.table()}")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -50,7 +53,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], engine: Engine, xray: Callable[[list[int], int], str]) -> None:
         self.engine, self.xray = engine, xray
         self.room = threading.Semaphore(MOST_CLIENTS)
-        self.is_local = address[0] in LOCAL
+        self.is_local = address[0] == "localhost" or is_loopback(address[0])
+        self.names = tuple(dict.fromkeys((*LOCAL, address[0])))
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -60,10 +65,19 @@ class Server(ThreadingHTTPServer):
             report(f"error: {type(error).__name__}: {error}")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches this computer alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers one request."""
 
     server: Server
+    has_begun = False  # whether the headers are sent
     server_version, sys_version = "mini-llama", ""
     timeout = PATIENCE
 
@@ -84,24 +98,37 @@ class Handler(BaseHTTPRequestHandler):
         try:
             content = self.read() if method == "POST" else b""  # whole, before anything is answered
             self.check_origin()
-            if not self.server.room.acquire(blocking=False):
+            room = self.server.room
+            if not room.acquire(blocking=False):
                 raise Refused(f"the server has {MOST_CLIENTS} clients at once already; try again", 503)
             try:
-                self.route(method, urlsplit(self.path).path, content)
+                self.route(method, self.path.partition("?")[0], content)
             finally:
-                self.server.room.release()
+                room.release()
         except Refused as error:
-            kind = "invalid_request_error" if error.status < 500 else "server_error"
-            self.send(
-                {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}, error.status
-            )
+            self.send_error(error.status, str(error))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            self.send_error(500, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            raise
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Sends an error as JSON; in a stream that has begun, as its last event."""
+        self.close_connection = True
+        kind = "invalid_request_error" if code < 500 else "server_error"
+        error = {"error": {"message": message or explain, "type": kind, "param": None, "code": int(code)}}
+        if self.has_begun:
+            self.wfile.write(f"data: {json.dumps(error)}\n\n".encode())
+        else:
+            self.send(error, code)
 
     def read(self) -> bytes:
         """What a client sent."""
         from minillama.serving import Refused
 
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
+        if not re.fullmatch("[0-9]+", length):
             raise Refused("the request has no Content-Length", 411)
         if len(length) > 9 or int(length) > MOST_BYTES:
             raise Refused(f"the request is larger than {MOST_BYTES:,} bytes", 413)
@@ -111,11 +138,11 @@ class Handler(BaseHTTPRequestHandler):
         """Refuses requests that a page of another site may have made a browser send."""
         from minillama.serving import Refused
 
-        origin = self.headers.get("Origin")
-        for name in (self.headers.get("Host", ""), *([urlsplit(origin).netloc] if origin else [])):
+        origins = [origin.partition("//")[2] for origin in self.headers.get_all("Origin", [])]
+        for name in (*self.headers.get_all("Host", [""]), *origins):
             host = name if name.endswith("]") or ":" not in name else name.rpartition(":")[0]
-            if self.server.is_local and host.strip("[]") not in LOCAL:
-                raise Refused(f"the server answers at {', '.join(LOCAL)} only; --host changes that", 403)
+            if self.server.is_local and host.strip("[]").rstrip(".").lower() not in self.server.names:
+                raise Refused(f"the server answers at {', '.join(self.server.names)} only; --host changes that", 403)
 
     def route(self, method: str, path: str, content: bytes) -> None:
         """Answers a request for a path."""
@@ -150,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         found = posts[path](request)
         if not path.startswith("/v1/"):
             self.send(found)
-        elif request.get("stream") is not True:
+        elif not request.get("stream"):
             self.send(next(found))
         else:
             self.head("text/event-stream", 200)
@@ -169,23 +196,27 @@ class Handler(BaseHTTPRequestHandler):
         from minillama.serving import Refused
 
         fields = parse_qs(urlsplit(self.path).query)
+        listed = fields.get("tokens", [""])[0]
+        if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", listed):
+            raise Refused("tokens must be token ids with commas between them, such as /xray?tokens=1,300,400&prompt=2")
+        tokens = self.server.engine.encoded([int(one) for one in listed.split(",")])
+        given = fields.get("prompt", [str(len(tokens))])[0]
+        if not re.fullmatch("[0-9]{1,9}", given) or not 1 <= int(given) <= len(tokens):
+            raise Refused(f"prompt must be the number of given tokens, from 1 to {len(tokens)}")
         try:
-            tokens = [int(one) for one in fields.get("tokens", [""])[0].split(",")]
-            given = int(fields.get("prompt", [str(len(tokens))])[0])
-            return self.server.xray(self.server.engine.encoded(tokens), min(max(given, 1), len(tokens)))
+            return self.server.xray(tokens, int(given))
         except ValueError as error:
-            raise Refused(
-                error if isinstance(error, Refused) else f"tokens and prompt must be numbers: {error}"
-            ) from None
+            raise Refused(error) from None
 
     def send(self, content: Any, status: int = 200) -> None:
         """Sends an answer: a page, or something as JSON."""
-        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        data = content.encode() if isinstance(content, str) else json.dumps(content, allow_nan=False).encode()
         self.head("text/html; charset=utf-8" if isinstance(content, str) else "application/json", status, len(data))
         self.wfile.write(data)
 
     def head(self, kind: str, status: int, length: int | None = None) -> None:
         """Sends the status and the headers."""
+        self.has_begun = True
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": length, "Cache-Control": "no-store"}.items():
             if value is not None:
@@ -220,12 +251,14 @@ def run(options: Options) -> None:
         where = f"--host {options.host} --port {options.port}"
         raise ValueError(f"{where}: {error.strerror or error}; choose another one") from error
     with server:
-        host = "localhost" if server.is_local else options.host
+        shown = f"[{options.host}]" if ":" in options.host else options.host
+        host = "localhost" if options.host in LOCAL[:2] else shown
         report(f"serving at http://{host}:{server.server_address[1]}/ (Ctrl-C ends it)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             report("stopped")
+            engine.lock.acquire(timeout=PATIENCE)  # so that no thread computes while the program ends
 
 
 COMMAND = Command(

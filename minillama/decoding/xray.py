@@ -342,6 +342,16 @@ STAGES = (
 )
 
 
+def difference(stage: str, layer: int | None, one: Tensor, other: Tensor) -> Difference:
+    """How far two values are apart. Raises ValueError if their shapes differ."""
+    if one.shape != other.shape:
+        raise ValueError(f"{stage}: one model has the shape {tuple(one.shape)}, the other {tuple(other.shape)}")
+    one, other = one.detach().double(), other.detach().double()
+    gap = (one - other).abs()
+    index = [int(place) for place in torch.unravel_index(gap.argmax(), gap.shape)]
+    return Difference(stage, layer, float(gap.max() / other.abs().max().clamp(min=1e-30)), index)
+
+
 def differences(a: Trace, b: Trace) -> list[Difference]:
     """How far two traces of the same tokens are apart, in the order of the computation.
 
@@ -351,13 +361,6 @@ def differences(a: Trace, b: Trace) -> list[Difference]:
         raise ValueError("the two models were given different tokens")
     if len(a.layers) != len(b.layers):
         raise ValueError(f"one model has {len(a.layers)} layers and the other {len(b.layers)}; they must be the same")
-
-    def difference(stage: str, layer: int | None, one: Tensor, other: Tensor) -> Difference:
-        if one.shape != other.shape:
-            raise ValueError(f"{stage}: one model has the shape {tuple(one.shape)}, the other {tuple(other.shape)}")
-        gap = (one.double() - other.double()).abs()
-        index = [int(place) for place in torch.unravel_index(gap.argmax(), gap.shape)]
-        return Difference(stage, layer, float(gap.max() / other.double().abs().max().clamp(min=1e-30)), index)
 
     found = [difference("embedding", None, a.embedding, b.embedding)]
     for i, (one, other) in enumerate(zip(a.layers, b.layers, strict=True)):

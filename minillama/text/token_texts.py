@@ -31,6 +31,9 @@ def token_text(tokenizer: Tokenizer, token: int, before: Sequence[int] = (), *, 
         return "<start>" if token == tokenizer.bos_id else "<end>"
     try:
         text = tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
+        if not text:  # a space at the start of a text, which decoding drops
+            letter = tokenizer.encode("a", bos=False, eos=False)
+            text = tokenizer.decode([*letter, token])[len(tokenizer.decode(letter)) :]
     except ValueError:  # an id without a piece
         text = ""
     if not text or "\ufffd" in text:

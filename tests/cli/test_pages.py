@@ -23,7 +23,7 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 class Words:
     """A tokenizer whose tokens are these texts."""
 
-    stop_ids, bos_id = (1, 2), 1
+    stop_ids, bos_id, unused_ids = (1, 2), 1, ()
 
     def __init__(self, size=64):
         self.words = [f" w{i}" for i in range(size)]
