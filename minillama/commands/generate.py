@@ -23,7 +23,6 @@ from minillama.cli.xray import XRAY, check_xray, read_other, shown_tokens, write
 if TYPE_CHECKING:
     from llama import Llama
     from minillama.decoding.decoders import Continuation, Watch, Writer
-    from minillama.decoding.filters import Filter
     from tokenizer import Tokenizer
 
 FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")  # besides epsilon, the course's filter
@@ -185,6 +184,7 @@ def run(options: Options) -> None:
     """Continues the prompts, at --temperature or at 0 and 1 into the two files of the course."""
     from minillama.decoding.decoders import Decoding, Writer
     from minillama.decoding.fast_llama import fast_model
+    from minillama.decoding.filters import filters_by_name
 
     check_stdin(options)
     texts = [] if options.interactive else read_prompts(options)
@@ -202,7 +202,7 @@ def run(options: Options) -> None:
         options.decoder,
         options.max_new_tokens,
         temperature=temperature if options.temperature is None else options.temperature,
-        filters=filters_of(options),
+        filters=filters_by_name(**{name: getattr(options, name) for name in ("epsilon", *FILTERS)}),
         repetition_penalty=options.repetition_penalty,
         beams=options.beams,
         length_penalty=options.length_penalty,
@@ -228,13 +228,6 @@ def run(options: Options) -> None:
         write_one(writer, prompts[0], show)
     else:
         write_two_files(options, writer, prompts[0])
-
-
-def filters_of(options: Options) -> list[Filter]:
-    """The chosen filters, --epsilon first."""
-    from minillama.decoding.filters import filters_by_name
-
-    return filters_by_name(**{name: getattr(options, name) for name in ("epsilon", *FILTERS)})
 
 
 def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

@@ -82,9 +82,10 @@ function drawTokens() {
     type: "button", "aria-pressed": t === state.t, tabindex: t === state.t ? 0 : -1, class: t < data.prompt ? "given" : "written",
     title: `token ${t + 1}, id ${data.ids[t]}`, style: { "--share": Math.sqrt(reads(t)) }, onclick: () => choose({ t }),
   }, tokens[t])));
-  const next = data.kind === "classes" ? `the class is ${data.answers[state.t]}` :
-    state.t + 1 < T ? `the next token is ${quoted(state.t + 1)}` : `the likeliest next token is ${quote(data.answers[state.t])}`;
-  fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${next}.`);
+  const end = L * T + state.t, place = data.lens.rank[L][state.t], answer = quote(data.answers[state.t]);
+  const next = `${answer} (${fixed(data.lens.answer[end])}${place === 1 ? ", the likeliest" : `, number ${place}`})`;
+  const what = data.kind === "classes" ? "the class is" : state.t + 1 < T ? "the next token is" : "the likeliest next token is";
+  fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${what} ${next}.`);
 }
 document.addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, Home: -T, End: T }[event.key];
@@ -233,7 +234,8 @@ function drawLens() {
   const { texts, p, rank } = data.lens, own = quote(texts[L][state.t][0]), n = texts[0][0].length;
   fill("first", first > L ? `The text goes on with ${answer}, which is the model's number ${rank[L][state.t]}; ` +
     `its own choice would be ${own} (${fixed(p[(L * T + state.t) * n])}).` :
-    `${answer} is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked).`);
+    `${answer} is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked), first with ` +
+    `${fixed(data.lens.answer[first * T + state.t], 2)}, at the end with ${fixed(data.lens.answer[L * T + state.t], 2)}.`);
   fill("lens", lensTable(data.lens, ""), other && lensTable(other.lens, `The other model, ${other.model}`));
 }
 
@@ -249,7 +251,7 @@ function sharesTable(shares, caption) {
   const total = shares.embedding[t] + shares.bias[t] + sum(parts.flat());
   rows.unshift(line("embedding", shares.embedding[t]));
   if (data.hasBias) rows.push(line("bias", shares.bias[t]));
-  rows.push(line(state.lead ? "lead" : "logit", total));
+  rows.push(line(state.lead ? "difference" : "logit", total));
   const named = parts.flatMap((some, l) => some.map((x, m) => [x, `${m ? `head ${m}` : "feed-forward"} of layer ${l + 1}`]));
   named.sort(([a], [b]) => b - a);
   const said = (some) => some.map(([x, name]) => `${name} ${fixed(x, 2)}`).join(", ");
@@ -259,7 +261,7 @@ function sharesTable(shares, caption) {
 }
 function drawShares() {
   const which = state.lead ? "lead" : "answer", answer = quote(data.answers[state.t]);
-  fill("what", state.lead ? `the lead of ${answer} over ${quote(data.rivals[state.t])}` : `the logit of ${answer}`);
+  fill("what", state.lead ? `the logit of ${answer} minus that of ${quote(data.rivals[state.t])}` : `the logit of ${answer}`);
   const second = other && sharesTable(other.shares[which], `The other model, ${other.model}`);
   fill("shares", sharesTable(data.shares[which], ""), second);
 }
@@ -358,6 +360,7 @@ function connectSliders() {
 
 function drawArithmetic() {
   const { t, head } = state, s = read(), query = placedQuery(t), key = placedKey(s);
+  const turned = data.frequencies === null ? "" : `, ${state.view === "without" ? "not " : ""}turned by their positions`;
   const dot = (other) => range(hd).reduce((sum, i) => sum + query[i] * other[i], 0);
   const slope = data.slopes && state.view !== "without" ? data.slopes[head] : 0;
   const seen = range(T).filter((i) => visible(t, i));
@@ -365,15 +368,14 @@ function drawArithmetic() {
   const top = Math.max(...scores.values()), power = (i) => Math.exp(scores.get(i) - top);
   const sum = seen.reduce((total, i) => total + power(i), 0);
   const products = range(hd).map((i) => ({ head: `${i + 1}`, cells: [query[i], key[i], query[i] * key[i]].map((x) => fixed(x)) }));
-  const shown = best(seen.length, (i) => scores.get(seen[i])).slice(0, 12).map((i) => seen[i]).sort((a, b) => a - b);
-  if (!shown.includes(s)) shown.push(s);
-  const shares = shown.map((i) => ({ head: tokens[i], class: i === s ? "marked" : "",
+  const shares = seen.map((i) => ({ head: quoted(i), class: i === s ? "marked" : "",
     cells: [fixed(scores.get(i)), fixed(power(i), 4), fixed(power(i) / sum)] }));
+  shares.push({ head: "sum", cells: ["", fixed(sum, 4), "1.000"] });
   const bias = slope ? `, minus ${fixed(slope, 4)} × ${t - s} (ALiBi)` : "", bold = (x, id = "") => make("b", { id }, fixed(x));
   fill("arithmetic",
     make("p", {}, `How much does ${quoted(t)} read of ${quoted(s)} in ${ofThis()}?`),
     make("ol", {},
-      make("li", {}, `Multiply the query of ${quoted(t)} and the key of ${quoted(s)}, turned by their positions, feature by feature.`,
+      make("li", {}, `Multiply the query of ${quoted(t)} and the key of ${quoted(s)}${turned}, feature by feature.`,
         make("details", {}, make("summary", {}, `all ${hd} products`),
           table(["feature", "query", "key", "product"], products, ""))),
       make("li", {}, "Add them up: ", bold(dot(key))),
@@ -383,7 +385,6 @@ function drawArithmetic() {
         `that ${quoted(t)} can read, ${fixed(sum, 4)}: `, bold(power(s) / sum, "result"))),
     table(["token", "score", "e^(score − largest)", "share"], shares, ""));
 }
-
 const draw = () => [drawTokens, drawGrid, drawLines, drawPositions, drawLens, drawShares, drawCandidates, drawArithmetic]
   .forEach((part) => part());
 $("view").addEventListener("change", (event) => choose({ view: event.target.value }));

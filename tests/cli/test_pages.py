@@ -131,7 +131,7 @@ def test_clicks_and_keys_choose_tokens_and_maps(opened):
     tab.press("ArrowUp")
     assert tab.text("#reads").startswith("In layer 1, head 4,")
     tab.click("#map", x=0.25, y=0.75)  # token 8 reads token 3
-    assert "token 8 of 10" in tab.text("#chosen") and "feature by feature" in tab.text("#arithmetic")
+    assert "token 8 of 10" in tab.text("#chosen") and "turned by their positions" in tab.text("#arithmetic")
     tab.click("#readers button:nth-of-type(2)")
     assert "token 8 of 10" in tab.text("#chosen")
 
@@ -157,7 +157,7 @@ def test_the_numbers_on_the_page_are_those_of_the_module(opened, changes):
         sorted(maps.tolist(), reverse=True)[: len(numbers(tab.text("#reads")))], abs=6e-4
     )
     # The arithmetic of a cell ends in the cell.
-    marked = next(cells for cells in rows(tab, "#arithmetic > div:last-child") if cells[0] == tab.run("tokens[read()]"))
+    marked = next(cells for cells in rows(tab, "#arithmetic > div:last-child") if cells[0] == tab.run("quoted(read())"))
     assert numbers(tab.text("#result"))[0] == pytest.approx(float(maps[tab.run("read()")]), abs=6e-4)
     assert numbers(marked[1])[0] == pytest.approx(float(traced.layers[0].scores[0, t, tab.run("read()")]), abs=2e-3)
     # The lens: its top line is the model's own distribution.

@@ -50,7 +50,8 @@ def test_a_second_model_may_have_any_format(command, kind):
     if kind == "folder":
         model = tiny_llama(5, vocab_size=512, max_seq_len=64, norm="rmsnorm", causal=True)
         name = "folder"
-        write_huggingface(command.folder / name, model.config, model.state_dict(), bos_id=1, eos_id=2)
+        (command.folder / name).mkdir()
+        write_huggingface(command.folder / name, model.config, model.state_dict(), 1, 2)
     more = ("--pretrained-model-path", first, "--xray", "page.html", "--against", name)
     code, _, err = command("generate", *TEXT, *more)
     page, data = data_of(command)
