@@ -20,7 +20,7 @@ PICTURES = {
     "xray": ("xray.html", 1100, 760, "light", LOOKS_BACK, None),
     "xray-lens": ("xray.html", 1100, 860, "dark", DECIDED, "#part-3"),
     "report": ("report.html", 1100, 775, "light", "", None),
-    "wise-ft": ("wise-ft.html", 580, 420, "light", "", None),
+    "wise-ft": ("wise-ft.html", 640, 560, "light", "", None),
 }
 
 

@@ -349,7 +349,7 @@ def write_curve(options: Options, sets: list[DataSet], curve: list[list[float | 
         "wise_ft.html",
         title="WiSE-FT",
         chosen=f"Alpha {chosen:g} is {'the best on dev' if len(rows) > 1 else 'the only one'}.",
-        chart=Chart(f"{score} of the mixed weights", across, lines),
+        chart=Chart(f"{score.capitalize()} of the mixed weights", across, lines),
         table=Table("", ["alpha", *(one.name for one in sets)], rows, words=[]),
     )
     write_page(curve_picture(options), page)
