@@ -29,24 +29,18 @@ docs:  ## Write docs/options.md again from the program
 
 # What a picture shows is made in this folder, from the bundled model and the demo data.
 SHOTS = runs/pictures
-CHROMIUM ?= chromium
-SCREENSHOT = $(CHROMIUM) --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync \
-	--disable-background-networking --disable-component-update --hide-scrollbars \
-	--user-data-dir=$(CURDIR)/$(SHOTS)/chromium
 RUN = cd $(SHOTS) && $(PYTHON) $(CURDIR)/run_llama.py
 FINETUNE = $(RUN) --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
 
 pictures:  ## Make the pictures in docs/pictures/ again, from real runs (two minutes; needs Chromium)
 	rm -rf $(SHOTS)
 	mkdir -p $(SHOTS) docs/pictures
-	$(RUN) --prompt "The dog was very" --temperature 1 --epsilon 0.02 --max_new_tokens 8 --explain explain.html
+	$(RUN) --prompt "Tom gave Anna a red ball. She was very" --temperature 1 --epsilon 0.02 --max_new_tokens 12 --xray xray.html
 	$(FINETUNE) --seed 1 --run_dir runs/seed-1
 	$(FINETUNE) --seed 2 --run_dir runs/seed-2
 	$(RUN) --option wise_ft --finetuned runs/seed-1/best.pt --curve_out wise-ft.csv
 	$(RUN) --option report
-	$(SCREENSHOT) --window-size=1100,686 --screenshot=docs/pictures/explain.png file://$(CURDIR)/$(SHOTS)/explain.html
-	$(SCREENSHOT) --window-size=1100,775 --screenshot=docs/pictures/report.png file://$(CURDIR)/$(SHOTS)/report.html
-	$(SCREENSHOT) --window-size=580,420 --screenshot=docs/pictures/wise-ft.png file://$(CURDIR)/$(SHOTS)/wise-ft.html
+	$(PYTHON) tests/make_pictures.py $(SHOTS) docs/pictures
 
 # The collections that data/MODEL_CARD.md names: corpora/ and reviews/.
 COLLECTIONS ?= ../shared/assets

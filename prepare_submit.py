@@ -169,7 +169,7 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
 
 def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
     """Writes the zip of `folder` to `out`, the same bytes for the same files. Raises Rejected with all problems."""
-    package = [path for path in (folder / PACKAGE).rglob("*") if path.suffix in (".py", ".css")]
+    package = [path for path in (folder / PACKAGE).rglob("*") if path.suffix in (".py", ".css", ".html", ".js")]
     code = [path.relative_to(folder) for path in (*folder.glob("*.py"), *package)]
     hidden = [path for path in code if any(part.startswith(".") or part in FORBIDDEN_FOLDERS for part in path.parts)]
     wanted = [path.as_posix() for path in code if path not in hidden]

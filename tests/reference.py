@@ -40,8 +40,10 @@ def softmax_weights(query: Tensor, keys: list[Tensor], extra: list[float]) -> li
     return [one / sum(exponentials) for one in exponentials]
 
 
-def attention(x: Tensor, state: dict[str, Tensor], layer: int, config: LlamaConfig) -> Tensor:
-    """x (T, D), normed -> (T, D), for a row without padding."""
+def attention(
+    x: Tensor, state: dict[str, Tensor], layer: int, config: LlamaConfig, maps: Tensor | None = None
+) -> Tensor:
+    """x (T, D), normed -> (T, D), for a row without padding. maps: (H, T, T), which takes the weights."""
     T, hd, H, K = len(x), config.head_dim, config.n_heads, config.kv_heads
     name = f"layers.{layer}.attention"
     query, key, value = (x @ state[f"{name}.compute_{what}.weight"].T for what in ("query", "key", "value"))
@@ -62,11 +64,15 @@ def attention(x: Tensor, state: dict[str, Tensor], layer: int, config: LlamaConf
             seen = range(first, t + 1 if config.causal else T)
             extra = [-slope[head] * (t - s) for s in seen]
             weights = softmax_weights(query[t, head], [key[s, of_keys] for s in seen], extra)
+            if maps is not None:
+                maps[head, t, list(seen)] = torch.tensor(weights, dtype=maps.dtype)
             if differential:
                 q1, k1, q2, k2 = (state[f"{name}.lambda_{which}"] for which in ("q1", "k1", "q2", "k2"))
                 start = 0.8 - 0.6 * math.exp(-0.3 * layer)
                 balance = math.exp(float(q1 @ k1)) - math.exp(float(q2 @ k2)) + start
                 second = softmax_weights(query[t, heads + head], [key[s, kv_heads + of_keys] for s in seen], extra)
+                if maps is not None:
+                    maps[heads + head, t, list(seen)] = torch.tensor(second, dtype=maps.dtype)
                 weights = [one - balance * other for one, other in zip(weights, second, strict=True)]
             for s, weight in zip(seen, weights, strict=True):
                 mixed[t, head] += weight * value[s, of_keys]
@@ -75,19 +81,36 @@ def attention(x: Tensor, state: dict[str, Tensor], layer: int, config: LlamaConf
     return mixed.view(T, -1) @ state[f"{name}.compute_output.weight"].T
 
 
-def logits(state: dict[str, Tensor], config: LlamaConfig, ids: Tensor) -> Tensor:
-    """What a Llama with these weights (float64) says of one row of ids (T,): (T, V)."""
+def logits(
+    state: dict[str, Tensor],
+    config: LlamaConfig,
+    ids: Tensor,
+    maps: list[Tensor] | None = None,
+    states: list[Tensor] | None = None,
+) -> Tensor:
+    """What a Llama with these weights (float64) says of one row of ids (T,): (T, V).
+
+    maps: takes each layer's weights (H, T, T). states: takes what the final norm makes of each layer's stream (T, D).
+    """
     x = state["tok_embeddings.weight"][ids]
     for layer in range(config.n_layers):
         name = f"layers.{layer}"
         normed = [norm(row, state, f"{name}.attention_norm", config.norm, config.layer_norm_eps) for row in x]
-        x = x + attention(torch.stack(normed), state, layer, config)
+        seen = torch.zeros(config.n_heads, len(ids), len(ids), dtype=x.dtype)
+        x = x + attention(torch.stack(normed), state, layer, config, seen)
+        if maps is not None:
+            maps.append(seen)
         for t, row in enumerate(x):
             normed_row = norm(row, state, f"{name}.ffn_norm", config.norm, config.layer_norm_eps)
             gate, up = (state[f"{name}.feed_forward.{w}.weight"] @ normed_row for w in ("w1", "w3"))
             x[t] = row + state[f"{name}.feed_forward.w2.weight"] @ (gate * gate.sigmoid() * up)
-    rows = [norm(row, state, "norm", config.norm, config.layer_norm_eps) for row in x]
-    return torch.stack(rows) @ state["output.weight"].T
+        if states is not None:
+            states.append(final_norm(x, state, config))
+    return final_norm(x, state, config) @ state["output.weight"].T
+
+
+def final_norm(x: Tensor, state: dict[str, Tensor], config: LlamaConfig) -> Tensor:
+    return torch.stack([norm(row, state, "norm", config.norm, config.layer_norm_eps) for row in x])
 
 
 def brute_force(model, documents, window, stride):

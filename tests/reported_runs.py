@@ -17,6 +17,7 @@ class Page(HTMLParser):
     def __init__(self, source):
         super().__init__()
         self.open, self.tags, self.rows, self.texts, self.ids, self.links = [], set(), [], [], set(), set()
+        self.labels = set()
         self.feed(source)
         self.close()
         assert not self.open
@@ -24,6 +25,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         values = dict(attributes)
+        self.labels |= {values["aria-label"]} if "aria-label" in values else set()
         self.ids |= {values["id"]} if "id" in values else set()
         self.links |= {values["href"]} if "href" in values else set()
         assert not any(name.startswith("on") or name == "src" for name in values)

@@ -25,6 +25,7 @@ ORDER = [
     ("classifier",),
     ("training",),
     ("inference",),
+    ("serving",),
     ("cli",),
     ("commands", "benchmarks"),
     ("run_llama", "sanity_check", "fetch_data", "prepare_submit", "benchmark"),
@@ -32,7 +33,7 @@ ORDER = [
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "minillama").rglob("*.py")])
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.name != "__init__.py"]
-CORE = {"torch", "sentencepiece", "numpy", "tqdm", "sklearn", "safetensors", "numba"}
+CORE = {"torch", "sentencepiece", "numpy", "tqdm", "sklearn", "safetensors", "numba", "jinja2"}
 # Called by a method, inside it: `Llama.generate` decodes.
 INSIDE = {("llama", "minillama.decoding.sampling")}
 # What fetches the course's data knows its checksums, which the hand-in is compared with.

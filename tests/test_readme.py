@@ -22,7 +22,7 @@ from conftest import ROOT
 from llama import Llama, LlamaConfig, load_pretrained
 from minillama.formats.checkpoint import write_checkpoint
 
-USER_PAGES = ("understand", "generate", "classify", "pretrain", "course", "plan", "runs", "checkpoints")
+USER_PAGES = ("understand", "xray", "generate", "classify", "pretrain", "course", "plan", "runs", "checkpoints")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in USER_PAGES)])
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.M | re.S)
@@ -132,6 +132,8 @@ def prepare(command):
             shutil.copy(ROOT / "data" / f"mini-llama.{ending}", f"further.{ending}")
     if "--finetuned" in command:
         write_fine_tuned(Path(command[command.index("--finetuned") + 1]))
+    if "--against" in command:  # the base of what `write_fine_tuned` wrote
+        shutil.copy("stories42M.pt", command[command.index("--against") + 1])
     if "report" in command:
         run(trimmed(next(other for other in OURS if "pretrain" in other and "further.safetensors" in other)))
 
@@ -180,7 +182,7 @@ def test_each_option_runs_as_its_page_says(course_folder, command):
         wanted = {
             "report": {"report.html", "plots"},
             "perplexity": set(),
-            "classify": {"new-classified.csv"} if "new.csv" in command else set(),
+            "classify": {"new-classified.csv"} if "new.csv" in command else {"page.html"} & set(command),
             "evaluate": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},

@@ -1,7 +1,4 @@
-"""HTML of a self-contained page with text, tables and SVG charts, for screens and for print.
-
-The same drawings as files are in plots.py.
-"""
+"""Charts as SVG, for the pages (templates/parts.html) and for files of their own (plots.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import html
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Point = tuple[float, float]
@@ -18,7 +14,6 @@ Line = tuple[str, Sequence[Point], str]  # name, points, CSS class
 WIDTH, HEIGHT = 400, 240  # of the drawing of a chart
 MOST_POINTS = 150  # per curve; more points are averaged
 COLOURS = 8
-STYLE = Path(__file__).with_name("charts.css")
 
 
 def text(value: object) -> str:
@@ -45,17 +40,25 @@ def downsample(points: Sequence[Point]) -> tuple[list[Point], int]:
 
 
 class Chart(NamedTuple):
-    """Curves over an axis `across`. dots: mark the points, if they are few."""
+    """Curves over an axis `across`. dots: mark the points, if they are few; axis: the least and the largest value that
+    the vertical axis has to show, so that charts beside each other can be compared.
+    """
 
     caption: str
     across: str
     lines: Sequence[Line]
     dots: bool = True
+    axis: tuple[float, float] | None = None
 
     def drawn(self) -> list[Line]:
         """The lines to draw: those with points, if one of them has two; else none."""
         lines = [line for line in self.lines if line[1]]
         return lines if any(len(points) > 1 for _, points, _ in lines) else []
+
+    def svg(self) -> str:
+        """The SVG element."""
+        opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(self.caption)}">'
+        return f"{opening}{curves(self)}</svg>"
 
 
 class Matrix(NamedTuple):
@@ -66,21 +69,19 @@ class Matrix(NamedTuple):
     rows: Sequence[Sequence[int]]
 
 
-def chart(caption: str, across: str, lines: Sequence[Line], dots: bool = True) -> str:
-    """A figure of curves with a legend. Returns "" if no line has two points."""
-    if not (lines := Chart(caption, across, lines).drawn()):
-        return ""
-    opening = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(caption)}">'
-    legend = "".join(f'<li><i class="{style}"></i> {text(name)}</li>' for name, _, style in lines)
-    drawn = f'{opening}{curves(across, lines, dots)}</svg><ul class="legend">{legend}</ul>'
-    return f"<figure><figcaption>{text(caption)}</figcaption>{drawn}</figure>"
+def with_equal_axes(charts: Sequence[Chart]) -> list[Chart]:
+    """The charts that have something to draw, with one vertical axis for all."""
+    drawn = [chart for chart in charts if chart.drawn()]
+    ys = [y for chart in drawn for _, points, _ in chart.drawn() for _, y in points]
+    return [chart._replace(axis=(min(ys), max(ys))) for chart in drawn]
 
 
-def curves(across: str, lines: Sequence[Line], dots: bool) -> str:
-    """The SVG elements of axes and curves, in an area of WIDTH x HEIGHT. Each line has a point, and one has two."""
+def curves(chart: Chart) -> str:
+    """The SVG elements of axes and curves, in an area of WIDTH x HEIGHT. The chart has something to draw."""
+    across, lines, dots = chart.across, chart.drawn(), chart.dots
     width, height, left, right, top, bottom = WIDTH, HEIGHT, 44, 12, 10, 38
     xs = [x for _, points, _ in lines for x, _ in points]
-    ys = [y for _, points, _ in lines for _, y in points]
+    ys = [*(y for _, points, _ in lines for _, y in points), *(chart.axis or ())]
     x_low, x_high = min(0.0, *xs), max(*xs, 1e-9)
     x_ticks, y_ticks = ticks(x_low, x_high), ticks(min(ys), max(ys))
     y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -121,36 +122,3 @@ def shown(number: float) -> str:
 
 def colour(number: int, dashed: bool = False) -> str:
     return f"c{number % COLOURS}" + " dashed" * dashed
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
-    """A table with text headers and HTML cells. words: indices of the text columns; the others hold numbers."""
-    kinds = ["" if i in words else ' class="n"' for i in range(len(head))]
-    heads = "".join(f"<th{kind}>{text(name)}</th>" for kind, name in zip(kinds, head, strict=True))
-    lines = ("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def matrix_figure(caption: str, names: Sequence[str], rows: Sequence[Sequence[int]]) -> str:
-    """A square matrix of counts as a figure. Each cell is shaded by its share of the row."""
-    head = "".join(f"<th>{text(name)}</th>" for name in names)
-    body = []
-    for name, row in zip(names, rows, strict=True):
-        cells = (f'<td style="--share:{n / max(1, sum(row)):.3f}">{n}</td>' for n in row)
-        body.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
-    return (
-        f"<figure><figcaption>{text(caption)}</figcaption>"
-        f'<div class="scroll"><table class="matrix"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div></figure>"
-    )
-
-
-def document(title: str, body: Iterable[str]) -> str:
-    """A complete HTML page. Its content security policy blocks scripts and external files."""
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
-        f"<title>{text(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>{''.join(body)}</body></html>\n"
-    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from minillama.cli.charts import Point
-from minillama.cli.options import Command, parse_options
+from minillama.cli.options import Command, Options, all_flags, parse_options
 from minillama.cli.session import active_options
 from minillama.formats.names import RUNS
 
@@ -28,6 +29,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # empty if they could not be read
     defaults: dict[str, Any] = field(default_factory=dict)  # of the options that have an effect on the command
+    command: str = ""  # what makes the run, as it would be typed
     losses: list[Point] = field(default_factory=list)  # (step, training loss)
     seconds: float = 0.0  # of training
     scores: list[dict[str, Any]] = field(default_factory=list)  # a line of the metrics for each epoch
@@ -107,6 +109,7 @@ def read_run(path: Path, name: str, commands: Sequence[Command]) -> Run:
         # Options that an older version lacked get their defaults.
         options = parse_options(commands, [], active_options(saved))
         run.options, run.defaults = options.values(), options.command.all_defaults
+        run.command = command_line(options)
     except FileNotFoundError:
         run.problems.append("no options.json")
     except DAMAGE:
@@ -115,6 +118,27 @@ def read_run(path: Path, name: str, commands: Sequence[Command]) -> Run:
     if run.options and not run.scores:
         run.problems.append("no epoch has ended")
     return run
+
+
+def setting(value: object) -> str:
+    """The value of an option as text, in the form in which users type it."""
+    if isinstance(value, list):
+        return " ".join(map(setting, value))
+    return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command_line(options: Options) -> str:
+    """The command with these options: those that differ from the command's defaults, as they would be typed."""
+    defaults = options.command.all_defaults
+    words = ["python", "run_llama.py", "--option", options.option]
+    for name, flag in all_flags([options.command]).items():
+        value = getattr(options, name)
+        if name == "option" or value in (None, False, []) or value == defaults.get(name, flag.default):
+            continue
+        words.append(flag.name)
+        if value is not True:
+            words += map(setting, value if isinstance(value, list) else [value])
+    return shlex.join(words)
 
 
 def read_metrics(run: Run) -> None:

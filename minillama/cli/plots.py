@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from minillama.cli.charts import HEIGHT, STYLE, WIDTH, Chart, Matrix, curves, text
+from minillama.cli.charts import HEIGHT, WIDTH, Chart, Matrix, curves, text
+from minillama.cli.pages import STYLE
 from minillama.environment import PackageError, optional_package
 
 Plot = Chart | Matrix
@@ -60,7 +61,7 @@ def chart_svg(title: str, chart: Chart) -> str:
     """The file of a chart: heading, curves and legend. The chart has something to draw."""
     lines = chart.drawn()
     parts, top = heading(title, chart.caption, WIDTH)
-    parts += f'<g transform="translate(0 {top})">{curves(chart.across, lines, chart.dots)}</g>'
+    parts += f'<g transform="translate(0 {top})">{curves(chart)}</g>'
     y = top + HEIGHT + 10
     for name, _, kind in lines:
         for i, line in enumerate(textwrap.wrap(name, int((WIDTH - 56) / LETTER)) or [""]):

@@ -17,6 +17,7 @@ from minillama.cli.header import report, warn
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options, OwnFlag
 from minillama.cli.provenance import Origin, check_made_from, lock_predictions
+from minillama.cli.xray import XRAY, check_xray, write_classes
 from minillama.formats.names import PREDICTED, PROBABILITY, TABLES, is_table, path_and_fold, without_ending
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ OUT = OwnFlag(
 
 def check(options: Options) -> None:
     classifiers.check_fine_tuned(options)
-    check_prompts(options, "out")
+    check_prompts(options, "out", "xray")
+    check_xray(options)
     if not options.changed("prompt", "prompt_file", "interactive"):
         raise ValueError(
             "--option classify needs a sentence: --prompt TEXT, --prompt_file FILE (lines or a table, -: standard "
@@ -56,6 +58,10 @@ def out_file(options: Options) -> str | None:
     path = path_and_fold(options.prompt_file)[0]
     kind = ".jsonl" if Path(path).suffix.lower().startswith(".json") else ".csv"
     return f"{Path(without_ending(path)).name.lstrip('-')}-classified{kind}"
+
+
+def outputs(options: Options) -> list[str]:
+    return [path for path in (out_file(options), options.xray) if path]
 
 
 def rows_to_classify(options: Options, found: FineTuned, sentences: list[str]) -> tuple[list[Row], dict[str, Any]]:
@@ -129,6 +135,8 @@ def run(options: Options) -> None:
 
     def label(rows: list[Row]) -> None:
         rows = classifiers.tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
+        if options.xray:
+            write_classes(options, model, tokenizer, rows[0].ids, found.label_names)
         log_probs = class_log_probs(model, rows, **how, name="classifying")
         likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
         if (path := out_file(options)) is not None:
@@ -186,6 +194,7 @@ COMMAND = Command(
             "in --prompt_file it writes a copy with the classes added.",
         ),
         flags.ROWS,
+        XRAY,
         Group("model", (flags.MODEL_PATH, flags.TOKENIZER)),
         flags.DEVICE,
     ),
@@ -208,6 +217,6 @@ python run_llama.py --option classify --finetuned reviews-finetune-10-0.0003.pt 
     resolve=use_bundled_classifier,
     check=check,
     inputs=lambda options: [options.finetuned, options.pretrained_model_path],
-    outputs=lambda options: [path] if (path := out_file(options)) else [],
-    only_prints=lambda options: out_file(options) is None,
+    outputs=outputs,
+    only_prints=lambda options: not outputs(options),
 )

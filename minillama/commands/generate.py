@@ -18,10 +18,11 @@ from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
 from minillama.cli.provenance import Origin, lock_predictions
+from minillama.cli.xray import XRAY, check_xray, read_other, shown_tokens, write_tokens
 
 if TYPE_CHECKING:
+    from llama import Llama
     from minillama.decoding.decoders import Continuation, Watch, Writer
-    from minillama.decoding.filters import Filter
     from tokenizer import Tokenizer
 
 FILTERS = ("eta", "top_k", "top_p", "min_p", "typical_p")  # besides epsilon, the course's filter
@@ -51,11 +52,9 @@ TEXT = Group(
         flags.BATCH_SIZE,
         flags.JSON,
         OwnFlag(
-            "--explain PAGE.html",
-            "show which candidates the filters kept and removed for each token: a table in the terminal, and a page if "
-            "its name is given",
-            nargs="?",
-            const="",
+            "--explain",
+            "print which candidates the filters kept and removed for each token; --xray shows them on a page",
+            bool,
         ),
         flags.QUANTIZE,
         *(
@@ -115,8 +114,15 @@ DECODING = Group(
 
 def writes_two_files(options: Options) -> bool:
     """Whether generate writes the two files of the course, one at temperature 0 and one at 1."""
-    other = (options.prompt_file, options.interactive, options.json, options.num_samples > 1)
-    return options.temperature is None and options.decoder == "sample" and options.explain is None and not any(other)
+    other = (
+        options.prompt_file,
+        options.interactive,
+        options.json,
+        options.num_samples > 1,
+        options.explain,
+        options.xray,
+    )
+    return options.temperature is None and options.decoder == "sample" and not any(other)
 
 
 def resolve(options: Options) -> Options:
@@ -132,12 +138,11 @@ def check(options: Options) -> None:
     if options.system is not None and not options.chat:
         raise ValueError("--system needs a chat; add --chat")
     check_prompts(options, "json", "explain", "num_samples")
-    if options.explain is not None:
+    if options.explain:
         refuse(options, ("json", "prompt_file", "num_samples", "decoder"), "--explain shows the sampling of one text")
-        if options.explain and not options.explain.endswith(".html"):
-            raise ValueError(f"--explain {options.explain}: the page's name must end in .html")
+    check_xray(options)
     if not writes_two_files(options):
-        causes = ("temperature", "decoder", "prompt_file", "interactive", "json", "num_samples", "explain")
+        causes = ("temperature", "decoder", "prompt_file", "interactive", "json", "num_samples", "explain", "xray")
         cause, *_ = options.changed(*causes)
         refuse(
             options,
@@ -172,13 +177,14 @@ def check_decoder(options: Options) -> None:
 def outputs(options: Options) -> list[str]:
     if writes_two_files(options):
         return [options.generated_sentence_low_temp_out, options.generated_sentence_high_temp_out]
-    return [options.explain] if options.explain else []
+    return [options.xray] if options.xray else []
 
 
 def run(options: Options) -> None:
     """Continues the prompts, at --temperature or at 0 and 1 into the two files of the course."""
     from minillama.decoding.decoders import Decoding, Writer
     from minillama.decoding.fast_llama import fast_model
+    from minillama.decoding.filters import filters_by_name
 
     check_stdin(options)
     texts = [] if options.interactive else read_prompts(options)
@@ -196,7 +202,7 @@ def run(options: Options) -> None:
         options.decoder,
         options.max_new_tokens,
         temperature=temperature if options.temperature is None else options.temperature,
-        filters=filters_of(options),
+        filters=filters_by_name(**{name: getattr(options, name) for name in ("epsilon", *FILTERS)}),
         repetition_penalty=options.repetition_penalty,
         beams=options.beams,
         length_penalty=options.length_penalty,
@@ -209,24 +215,19 @@ def run(options: Options) -> None:
     rows = {"beam": decoding.beams, "contrastive": decoding.k, "lookup": 1}.get(
         options.decoder, max(1, min(options.batch_size, len(prompts) * options.num_samples))
     )
-    writer = Writer(fast_model(llama, dtype, options.quantize, rows, tell=report), tokenizer, device, decoding)
+    # The X-ray is of the plain model, which `fast_model` takes apart.
+    model = llama if options.xray else fast_model(llama, dtype, options.quantize, rows, tell=report)
+    writer = Writer(model, tokenizer, device, decoding)
     if options.interactive:
         converse(options, writer)
     elif options.json or options.prompt_file or options.num_samples > 1:
         write_many(options, writer, texts, prompts)
-    elif options.explain is not None:
-        explain(options, writer, prompts[0])
+    elif options.explain or options.xray:
+        explain(options, writer, llama, prompts[0])
     elif not writes_two_files(options):
         write_one(writer, prompts[0], show)
     else:
         write_two_files(options, writer, prompts[0])
-
-
-def filters_of(options: Options) -> list[Filter]:
-    """The chosen filters, --epsilon first."""
-    from minillama.decoding.filters import filters_by_name
-
-    return filters_by_name(**{name: getattr(options, name) for name in ("epsilon", *FILTERS)})
 
 
 def encode(options: Options, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -252,8 +253,12 @@ def write_one(
     show: Callable[[str], None],
     temperature: float | None = None,
     watch: Watch | None = None,
+    keep: Callable[[int], object] = lambda token: None,
 ) -> Continuation:
-    """Continues a prompt, shows the prompt and each new piece of text at once, and reports the speed."""
+    """Continues a prompt, shows the prompt and each new piece of text at once, and reports the speed.
+
+    watch: as in `sampling.stream`. keep: called with each new token.
+    """
     from minillama.decoding.decoders import Speed
 
     speed = Speed()
@@ -261,6 +266,7 @@ def write_one(
     def counted():
         for token in writer.ids(prompt, temperature, watch):
             speed.count()
+            keep(token)
             yield token
 
     try:
@@ -316,19 +322,24 @@ def write_many(options: Options, writer: Writer, texts: list[str], prompts: list
     report(f"{tokens} tokens in {time.perf_counter() - start_time:.2f} s")
 
 
-def explain(options: Options, writer: Writer, prompt: list[int]) -> None:
-    """Continues a prompt, then shows the candidates of each token."""
+def explain(options: Options, writer: Writer, llama: Llama, prompt: list[int]) -> None:
+    """Continues a prompt, then shows the candidates of each token, or writes the X-ray page, or both."""
     from minillama.decoding.explanation import Explanation
-    from minillama.formats.files import atomic_file
 
     how = writer.decoding
-    explanation = Explanation(writer.tokenizer, prompt, how.temperature, how.filters, how.repetition_penalty)
-    write_one(writer, prompt, show, watch=explanation.watch)
+    other = None
+    if options.xray:  # what cannot be shown is refused before a token is written
+        shown_tokens(prompt, len(prompt), llama.config.max_seq_len)
+        other = read_other(options, llama.config, writer.tokenizer)
+    explanation = Explanation(writer.tokenizer, prompt, how.temperature, how.filters)
+    tokens = list(prompt)
+    write_one(writer, prompt, show, watch=explanation.watch if options.explain else None, keep=tokens.append)
+    if options.xray:
+        settings = {name: getattr(options, name) for name in ("epsilon", *FILTERS)} | {"temperature": how.temperature}
+        settings["repetition_penalty"] = options.repetition_penalty
+        write_tokens(options, llama, writer.tokenizer, tokens, len(prompt), settings, other)
     if options.explain:
-        with atomic_file(options.explain) as file:
-            file.write(explanation.page())
-        report(f"wrote {options.explain}")
-    print(f"\n{explanation.table()}")
+        print(f"\n{explanation.table()}")
 
 
 def converse(options: Options, writer: Writer) -> None:
@@ -369,11 +380,11 @@ def converse(options: Options, writer: Writer) -> None:
 COMMAND = Command(
     "generate",
     "continue a prompt",
-    (TEXT, DECODING, flags.MODEL, flags.DEVICE),
+    (TEXT, DECODING, XRAY, flags.MODEL, flags.DEVICE),
     run,
     """
 python run_llama.py --prompt "Once upon a time" --temperature 0.8
-python run_llama.py --prompt "Once upon a time" --temperature 0.9 --top_p 0.9 --explain page.html
+python run_llama.py --prompt "Once upon a time" --temperature 0.9 --top_p 0.9 --xray page.html
 python run_llama.py --prompt "Lily went to the park" --num_samples 3 --json
 """,
     resolve=resolve,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minillama.cli import classifiers, flags
@@ -10,10 +11,12 @@ from minillama.cli.checks import check_template
 from minillama.cli.header import report
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.session import open_session
+from minillama.cli.xray import XRAY, check_xray, read_other, write_tokens
 
 if TYPE_CHECKING:
     from classifier import LlamaZeroShotClassifier
     from minillama.cli.session import Session
+    from minillama.text.labelled import Row
 
 ENDING = "prompting-output.txt"
 # Sentences without content. Their results are the prior probabilities of the labels.
@@ -36,6 +39,7 @@ def check(options: Options) -> None:
             f"--calibrate {options.calibrate}, or --pooling"
         )
     check_template(options)
+    check_xray(options)
     classifiers.check_predictions(options, ENDING)
 
 
@@ -59,7 +63,18 @@ def run(options: Options) -> None:
         rows = classifiers.tokenize_data(options, raw, tokenizer, model.max_input_len, *prompt)
         if options.calibrate != "none":
             calibrate(session, model, words, prompt)
+        if options.xray:  # before the long work
+            ids = first_that_fits(next(iter(rows.values())))
+            other = read_other(options, llama.config, tokenizer)
+            write_tokens(options, llama, tokenizer, ids, len(ids), other=other)
         classifiers.predict(session, model, rows, labels, origin)
+
+
+def first_that_fits(rows: Sequence[Row]) -> Sequence[int]:
+    """The tokens of the first row that the X-ray page can show; of the shortest row if there is none."""
+    from minillama.cli.xray_page import MOST_TOKENS
+
+    return next((row.ids for row in rows if len(row.ids) <= MOST_TOKENS), min((row.ids for row in rows), key=len))
 
 
 def calibrate(session: Session, model: LlamaZeroShotClassifier, words: list[str], prompt: tuple[str, str]) -> None:
@@ -87,6 +102,7 @@ COMMAND = Command(
         flags.DATA._replace(note=flags.ROW_FORMATS),
         Group("prompt", (flags.TEMPLATE, flags.LABEL_WORDS, CALIBRATE)),
         flags.ROWS,
+        XRAY,
         flags.MODEL,
         flags.DEVICE,
     ),
@@ -99,5 +115,5 @@ python run_llama.py --option prompt --calibrate contextual --batch_size 10
     default_texts=classifiers.output_texts(ENDING),
     check=check,
     inputs=classifiers.row_files,
-    outputs=lambda options: [path for path in (options.dev_out, options.test_out) if path],
+    outputs=lambda options: [path for path in (options.dev_out, options.test_out, options.xray) if path],
 )

@@ -10,30 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
-from minillama.cli.charts import (
-    Chart,
-    Line,
-    Matrix,
-    chart,
-    colour,
-    document,
-    downsample,
-    matrix_figure,
-    table,
-    text,
-)
-from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, read_run
+from minillama.cli.charts import Chart, Line, Matrix, colour, downsample, with_equal_axes
+from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, read_run, setting
 from minillama.cli.flags import DEFAULT_PRESET
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
+from minillama.cli.pages import NONE, Table, render, write_page
 from minillama.cli.plots import Plot, write_plots
 from minillama.cli.session import RESUME_MAY_CHANGE
 from minillama.formats.names import RUNS, path_and_fold, without_ending
 
 Curve = tuple[str, list[str], list[list[float | None]]]  # path, header and rows, see `read_curves`
-NONE = "–"  # shown for a missing score
 # Options that do not count as settings, or are part of a group's heading.
 NOT_SETTINGS = {*RESUME_MAY_CHANGE, "option", "seed", "train", "dev", "test", "columns", "label_names", "corpus"}
 NOT_SETTINGS |= {"pretrained_model_path", "continued", "processes", "tokenizer", "out_dtype"}
@@ -71,13 +61,6 @@ def data_name(run: Run) -> str:
 def head_of(run: Run) -> str:
     """The heading of a run: its option, data and model, or its name if the options are unknown."""
     return f"{run.options['option']} {data_name(run)}, {model_name(run)}" if run.options else run.name
-
-
-def setting(value: object) -> str:
-    """The value of an option as text, in the form in which users type it."""
-    if isinstance(value, list):
-        return " ".join(map(setting, value))
-    return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings(run: Run) -> dict[str, str]:
@@ -130,34 +113,32 @@ def decimals(value: object) -> str:
     return f"{value:.3f}" if is_number(value) else NONE
 
 
-def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> str:
+def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> list[Table]:
     """A table for each kind of score, with a line for each group."""
     kinds = {
         "Accuracy": {"dev": "dev_accuracy", "test": "test_accuracy"},
         "Bits per byte": {"held out": "bits_per_byte"},
         "Answers": {"dev, exact match": "dev_exact_match", "dev, F1": "dev_f1"},
     }
-    lines: dict[str, list[tuple[str, list[str]]]] = {title: [] for title in kinds}
+    lines: dict[str, list[tuple[str, list[str], str, str]]] = {title: [] for title in kinds}
     for i, (name, members) in enumerate(groups):
         seeds = ", ".join(str(run.options["seed"]) for run in members if run.options)
-        link = f'<a href="#g{i}">{text(name)}</a> <div class="quiet">seed {text(seeds or "unknown")}</div>'
         for title, judge in (("Accuracy", "dev_accuracy"), ("Bits per byte", "bits_per_byte"), ("Answers", "dev_f1")):
             if mean_and_deviation(members, judge) != NONE:
-                lines[title].append(
-                    (name, [link, *(mean_and_deviation(members, score) for score in kinds[title].values())])
-                )
+                scores = [mean_and_deviation(members, score) for score in kinds[title].values()]
+                lines[title].append((name, [name, *scores], f"#g{i}", f"seed {seeds or 'unknown'}"))
                 break
-    parts = []
+    tables = []
     for title, heads in kinds.items():
-        if lines[title]:
-            parts.append(f"<h2>{title}</h2><p>Mean over the seeds, with the standard deviation (n − 1) in brackets. ")
-            parts.append("Each run counts with its best epoch.</p>")
-            rows = [row for _, row in sorted(lines[title])]
-            parts.append(table(["runs that differ only in the seed", *heads], rows))
-    return "".join(parts)
+        if found := sorted(lines[title]):
+            _, rows, links, notes = zip(*found, strict=True)
+            tables.append(
+                Table(title, ["runs that differ only in the seed", *heads], rows, links, notes).without_empty()
+            )
+    return tables
 
 
-def run_table(members: Sequence[Run]) -> str:
+def run_table(members: Sequence[Run]) -> Table:
     """A table with a line for each run of a group."""
     if any(run.curve("bits_per_byte") for run in members):
         scores = {"bits/byte": "bits_per_byte"}
@@ -168,11 +149,11 @@ def run_table(members: Sequence[Run]) -> str:
     rows = []
     for run in members:
         best = run.best()
-        epochs = f"{text(best['epoch'])} of {len(run.scores)}" if "epoch" in best else f"– of {len(run.scores)}"
+        epochs = f"{best['epoch']} of {len(run.scores)}" if "epoch" in best else f"– of {len(run.scores)}"
         numbers = [decimals(best.get(name)) for name in scores.values()]
-        rows.append([text(run.options.get("seed", "?")), epochs, *numbers, f"{run.seconds / 60:.1f}", text(run.name)])
+        rows.append([str(run.options.get("seed", "?")), epochs, *numbers, f"{run.seconds / 60:.1f}", run.name])
     head = ["seed", "best epoch", *scores, "minutes", "run"]
-    return table(head, rows, words=[len(head) - 1])
+    return Table("", head, rows, words=[len(head) - 1]).without_empty()
 
 
 def charts_of(members: Sequence[Run]) -> dict[str, Chart]:
@@ -218,27 +199,42 @@ def matrices_of(members: Sequence[Run]) -> dict[str, Matrix]:
     return found
 
 
-def group_section(number: int, name: str, members: Sequence[Run]) -> str:
-    """The section of a group: settings, table, charts, confusion matrices and samples."""
-    parts = [f'<section id="g{number}"><h2>{text(name)}</h2>']
-    if chosen := settings(members[0]):
-        parts.append(f'<p class="quiet">{text(", ".join(" ".join(item) for item in chosen.items()))}</p>')
-    charts = "".join(chart(*one) for one in charts_of(members).values())
-    parts += [run_table(members), f'<div class="grid">{charts}</div>']
-    if drawn := [matrix_figure(*one) for one in matrices_of(members).values()]:
-        parts.append("<h3>Confusion matrices</h3><p>Rows are true classes, columns are predicted classes.</p>")
-        parts.append(f'<div class="grid">{"".join(drawn)}</div>')
-    missing = Counter(reason for run in members for reason in run.missing_matrices())
-    if missing:
-        lines = "".join(
-            f"<li>{text(reason)} ({count} of {len(members)} runs)</li>" for reason, count in missing.items()
+class GroupSection(NamedTuple):
+    """What the page says of a group of runs."""
+
+    name: str
+    settings: str
+    table: Table
+    charts: list[Chart]
+    matrices: list[Matrix]
+    missing: list[str]
+    commands: list[str]
+    samples: list[tuple[str, list[tuple[object, str]]]]  # by run: (epoch, text)
+
+
+def group_sections(groups: Sequence[tuple[str, list[Run]]]) -> list[GroupSection]:
+    """The section of each group. Charts of one kind have equal axes."""
+    charts = [charts_of(members) for _, members in groups]
+    for kind in {kind for some in charts for kind in some}:
+        owners = [some for some in charts if kind in some and some[kind].drawn()]
+        for some, chart in zip(owners, with_equal_axes([some[kind] for some in owners]), strict=True):
+            some[kind] = chart
+    sections = []
+    for (name, members), some in zip(groups, charts, strict=True):
+        missing = Counter(reason for run in members for reason in run.missing_matrices())
+        sections.append(
+            GroupSection(
+                name=name,
+                settings=", ".join(" ".join(item) for item in settings(members[0]).items()),
+                table=run_table(members),
+                charts=[chart for chart in some.values() if chart.drawn()],
+                matrices=list(matrices_of(members).values()),
+                missing=[f"{reason} ({count} of {len(members)} runs)" for reason, count in missing.items()],
+                commands=[run.command for run in members if run.command],
+                samples=[(run.name, texts) for run in members if (texts := run.samples())],
+            )
         )
-        parts.append(f'<p class="quiet">No confusion matrix for</p><ul class="quiet">{lines}</ul>')
-    for run in members:
-        if texts := run.samples():
-            parts.append(f"<h3>Samples of {text(run.name)}</h3>")
-            parts += [f"<blockquote><b>epoch {text(epoch)}</b> {text(sample)}</blockquote>" for epoch, sample in texts]
-    return "".join(parts) + "</section>"
+    return sections
 
 
 def alpha_chart(head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Chart:
@@ -250,10 +246,24 @@ def alpha_chart(head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> 
     return Chart("Accuracy by alpha", "alpha", lines)
 
 
-def between_section(path: str, head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> str:
-    """A chart and a table of accuracy by alpha."""
-    numbers = table(head, [[f"{row[0]:g}", *map(decimals, row[1:])] for row in rows], words=[])
-    return f'<h3>{text(path)}</h3><div class="grid">{chart(*alpha_chart(head, rows))}{numbers}</div>'
+class Mixture(NamedTuple):
+    """What the page says of a curve between two sets of weights."""
+
+    path: str
+    chart: Chart
+    table: Table
+    chosen: str
+
+
+def mixture(path: str, head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> Mixture:
+    """A chart and a table of accuracy by alpha, and the alpha that is best on the first set."""
+    scored = [(row[1], row[0]) for row in rows if row[1] is not None and row[0] is not None]
+    chosen = ""
+    if scored:
+        best, alpha = max(scored)  # of equal ones the largest alpha, as --option wise_ft chooses
+        chosen = f"Best on {head[1]}: alpha {alpha:g}, with {best:.3f}."
+    numbers = [[f"{row[0]:g}", *map(decimals, row[1:])] for row in rows]
+    return Mixture(path, alpha_chart(head, rows), Table("", list(head), numbers, words=[]), chosen)
 
 
 def all_plots(runs: Sequence[Run], curves: Sequence[Curve]) -> dict[tuple[str, str], Plot]:
@@ -273,17 +283,15 @@ def groups_of(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 def page(runs: Sequence[Run], curves: Sequence[Curve] = ()) -> str:
     """The whole page: problems, scores over seeds, curves between two models, and a section for each group."""
     groups = groups_of(runs)
-    title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    parts = [f'<h1>Runs</h1><p class="quiet">{title}, {date.today().isoformat()}</p>']
-    if problems := [f"<li>{text(run.name)}: {text('; '.join(run.problems))}</li>" for run in runs if run.problems]:
-        parts.append(f"<h2>Missing, unfinished or damaged</h2><ul>{''.join(problems)}</ul>")
-    parts.append(score_tables(groups))
-    if curves:
-        parts.append("<h2>Between two sets of weights</h2>")
-        parts.append("<p>Accuracy of (1 − alpha) times the first and alpha times the second.</p>")
-        parts += [between_section(*one) for one in curves]
-    parts += [group_section(i, name, members) for i, (name, members) in enumerate(groups)]
-    return document(title, parts)
+    return render(
+        "report.html",
+        title=f"{len(runs)} run{'s' * (len(runs) != 1)}",
+        today=date.today().isoformat(),
+        problems=[f"{run.name}: {'; '.join(run.problems)}" for run in runs if run.problems],
+        scores=score_tables(groups),
+        mixtures=[mixture(*one) for one in curves],
+        groups=group_sections(groups),
+    )
 
 
 def check(options: Options) -> None:
@@ -297,8 +305,6 @@ def run(options: Options) -> None:
     """Reads the runs and writes the page."""
     from tqdm import tqdm
 
-    from minillama.formats.files import atomic_file
-
     check_alone(options)
     curves = [(path, *read_curves(path)) for path in options.curves]
     paths = find_runs(options.runs)
@@ -307,8 +313,7 @@ def run(options: Options) -> None:
         read_run(path, os.path.relpath(path, root), options.commands)
         for path in tqdm(paths, desc="reading", unit="run", leave=False, disable=None)
     ]
-    with atomic_file(options.report_out) as file:
-        file.write(page(runs, curves))
+    write_page(options.report_out, page(runs, curves))
     damaged = sum(bool(run.problems) for run in runs)
     problems = f", {damaged} of them unfinished or damaged" if damaged else ""
     report(f"wrote {options.report_out}: {len(runs)} run{'s' * (len(runs) != 1)}{problems}")

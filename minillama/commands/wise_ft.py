@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama.cli import classifiers, flags
-from minillama.cli.charts import chart, colour, document
+from minillama.cli.charts import Chart, colour
 from minillama.cli.checks import check_differ, check_paths
 from minillama.cli.data_files import share_of
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
+from minillama.cli.pages import NONE, Table, render, write_page
 from minillama.cli.provenance import Origin
 from minillama.environment import file_sha256
 from minillama.formats.names import path_and_fold, without_ending
@@ -200,7 +201,7 @@ def run(options: Options) -> None:
     model.llama.load_state_dict(interpolate(theta_0, theta_1, alpha))
     tested = [(one, judged(one, alpha)) for one in tests]
     try:
-        write_curve(options, sets, [[of(one) for one in scores] for scores in curve])
+        write_curve(options, sets, [[of(one) for one in scores] for scores in curve], alpha)
         for one, result in ((sets[0], dev), *tested):
             if getattr(options, f"{one.name}_out") is None:
                 continue
@@ -323,8 +324,10 @@ def counting(one: DataSet, classes: Sequence[str]) -> str:
     return "; ".join([*mapped, *([f"{', '.join(members[0])} left out"] if members[0] else [])])
 
 
-def write_curve(options: Options, sets: list[DataSet], curve: list[list[float | None]]) -> None:
-    """Writes the scores by alpha as CSV, and as a chart with the accuracy of random guessing."""
+def write_curve(options: Options, sets: list[DataSet], curve: list[list[float | None]], chosen: float) -> None:
+    """Writes the scores by alpha as CSV, and as a page: a chart with the accuracy of random guessing, a table, and the
+    chosen alpha.
+    """
     from minillama.formats.files import atomic_file
 
     with atomic_file(options.curve_out) as file:
@@ -339,9 +342,17 @@ def write_curve(options: Options, sets: list[DataSet], curve: list[list[float | 
     for i, n in enumerate(sorted({len(one.names) for one in sets}), start=1):
         lines.append((f"chance, {n} classes ({1 / n:.3g})", [(0.0, 1 / n), (1.0, 1 / n)], colour(-i, dashed=True)))
     score = options.score.replace("_", " ")
-    picture = chart(f"WiSE-FT: {score} of the mixed weights", "alpha (0: the base model, 1: the fine-tuned one)", lines)
-    with atomic_file(curve_picture(options)) as file:
-        file.write(document("WiSE-FT", [picture]))
+    shown = [[f"{one:.3f}" if one is not None else NONE for one in row] for row in curve]
+    rows = [[f"{alpha:g}", *row] for alpha, row in zip(options.alphas, shown, strict=True)]
+    across = "alpha (0: the base model, 1: the fine-tuned one)"
+    page = render(
+        "wise_ft.html",
+        title="WiSE-FT",
+        chosen=f"Alpha {chosen:g} is {'the best on dev' if len(rows) > 1 else 'the only one'}.",
+        chart=Chart(f"{score.capitalize()} of the mixed weights", across, lines),
+        table=Table("", ["alpha", *(one.name for one in sets)], rows, words=[]),
+    )
+    write_page(curve_picture(options), page)
 
 
 COMMAND = Command(

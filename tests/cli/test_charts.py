@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from minillama.cli.charts import chart, downsample, text, ticks
+from minillama.cli.charts import Chart, downsample, text, ticks, with_equal_axes
 from reported_runs import Page
 
 
@@ -16,19 +16,26 @@ def test_a_lone_surrogate_and_controls_can_be_written():
 
 
 def test_a_chart_places_its_points_between_its_ticks():
-    drawn = chart('"<c>', "step", [("one", [(0, 0.0), (50, 1.0), (100, 0.5)], "c0")])
+    drawn = Chart('"<c>', "step", [("one", [(0, 0.0), (50, 1.0), (100, 0.5)], "c0")]).svg()
     points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]*)"', drawn)[1].split()]
     (x0, bottom), (x1, top), (x2, middle) = points
     assert x1 - x0 == pytest.approx(x2 - x1) and middle == pytest.approx((top + bottom) / 2)
     assert 'text-anchor="end">0.2<' in drawn and "one: 1.0000" in drawn
-    assert Page(drawn).texts[0] == '"<c>' and '""<c>' not in drawn
+    assert Page(drawn).labels == {'"<c>'} and '""<c>' not in drawn
 
 
 def test_a_chart_of_single_points_is_left_out_and_beside_a_curve_a_point_is_drawn():
-    assert chart("c", "step", [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7)], "c1"), ("none", [], "c2")]) == ""
+    assert not Chart("c", "step", [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7)], "c1"), ("none", [], "c2")]).drawn()
     lines = [("one", [(1, 0.5)], "c0"), ("two", [(1, 0.7), (2, 0.5)], "c1")]
-    assert chart("c", "step", lines, dots=False).count("<circle") == 1
-    assert chart("c", "step", lines).count("<circle") == 3
+    assert Chart("c", "step", lines, dots=False).svg().count("<circle") == 1
+    assert Chart("c", "step", lines).svg().count("<circle") == 3
+
+
+def test_charts_beside_each_other_have_one_axis():
+    low, high = (Chart("c", "step", [("one", [(0, y), (9, y + 0.1)], "c0")]) for y in (0.1, 0.8))
+    alike = with_equal_axes([low, Chart("none", "step", []), high])
+    labels = [re.findall(r'text-anchor="end">([^<]*)<', chart.svg()) for chart in alike]
+    assert len(alike) == 2 and labels[0] == labels[1] and labels[0] != re.findall(r'"end">([^<]*)<', low.svg())
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.41, 0.43), (1, 1), (0, 0), (-3, 5e7), (1e-9, 2e-9), (2.0, 2.0001)])

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from minillama.cli.charts import Chart, Matrix, chart
+from minillama.cli.charts import Chart, Matrix
 from minillama.cli.plots import file_name, palette, write_plots
 from reported_runs import GUESS, NAMES, a_run, confused, with_last_line
 from run_llama import main
@@ -42,7 +42,7 @@ def test_a_chart_has_its_points_names_and_colours_on_white(tmp_path, no_matplotl
     assert path.name == "two-runs-accuracy.svg"
     tree = parsed(path)
     first, second = (one.get("points") for one in tree.iter(f"{SVG}polyline"))
-    page = re.findall(r'points="([^"]*)"', chart(*CURVES))
+    page = re.findall(r'points="([^"]*)"', CURVES.svg())
     assert [first, second] == page  # the same drawing as on the page
     (x0, bottom), (x1, top), (x2, middle) = (tuple(map(float, pair.split(","))) for pair in first.split())
     assert x1 - x0 == pytest.approx(x2 - x1) and middle == pytest.approx((top + bottom) / 2)

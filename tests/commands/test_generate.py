@@ -34,7 +34,8 @@ def command(generate_command):
 
 def test_a_stream_in_pieces_is_the_text_and_the_speed_is_told(command):
     out, err = generated(command, "--temperature", "0")
-    assert re.search(r"^16 tokens in [\d.]+ s; the first after [\d.]+ s, then \d+ per second$", err, flags=re.M)
+    later = r"(, the second after [\d.]+ s \(loading compiled code\))?"  # in the first test of a process
+    assert re.search(rf"^16 tokens in [\d.]+ s; the first after [\d.]+ s{later}, then \d+ per second$", err, flags=re.M)
     llama = llama_from_checkpoint(read_checkpoint(command.folder / "model.pt"))
     tokenizer = Tokenizer(tokenizer_model=command.folder / "tokenizer.model")
     ids = torch.tensor([tokenizer.encode("one day", bos=True, eos=False)])
@@ -105,12 +106,10 @@ def test_samples_of_one_prompt_differ_and_come_back_with_the_seed(command):
     assert generated(command, *more)[0] == out
 
 
-def test_an_explanation_has_a_line_for_each_token_and_a_page(command):
+def test_an_explanation_has_a_line_for_each_token(command):
     plain, _ = generated(command, "--temperature", "0.9", "--top_k", "5")
-    out, err = generated(command, "--temperature", "0.9", "--top_k", "5", "--explain", "page.html")
+    out, err = generated(command, "--temperature", "0.9", "--top_k", "5", "--explain")
     assert out.startswith(plain) and len(out[len(plain) :].strip().splitlines()) == 1 + 16
-    assert "wrote page.html" in err
-    assert (command.folder / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_8_bits_are_told_of_and_a_bidirectional_model_too(command):
@@ -155,7 +154,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_loop(command, monkeypatch):
         (["--interactive", "--prompt_file", "model.pt"], "leave out --prompt_file"),
         (["--interactive", "--prompt", "x"], "leave out --prompt"),
         (["--prompt_file", "model.pt", "--prompt", "x"], "leave out --prompt"),
-        (["--explain", "page.txt"], "--explain page.txt: the page's name must end in .html"),
+        (["--xray", "page.txt"], "--xray page.txt: the page's name must end in .html"),
+        (["--against", "model.pt"], "--against needs a page; add --xray PAGE.html"),
+        (["--xray", "page.html", "--against", "none.pt"], "--against none.pt: no such file"),
+        (["--xray", "page.html", "--quantize", "int8"], "--xray shows one text"),
         (["--explain", "--decoder", "beam"], "shows the sampling of one text"),
         (["--decoder", "beam", "--temperature", "1"], "--decoder beam does not sample"),
         (["--decoder", "beam", "--top_k", "3"], "--decoder beam does not sample; leave out --top_k"),
@@ -244,8 +246,9 @@ def test_another_filter_takes_the_place_of_epsilon(command):
     assert both == generated(command, "--temperature", "1.5", "--seed", "3")[0]
 
 
-@pytest.mark.parametrize("value", [True, "page.html"])
-def test_an_explanation_can_stand_in_a_configuration_file(command, value):
-    (command.folder / "run.json").write_text(json.dumps({"explain": value, "max_new_tokens": 3}), encoding="utf-8")
+@pytest.mark.parametrize("page", [None, "page.html"])
+def test_an_explanation_can_stand_in_a_configuration_file(command, page):
+    settings = {"explain": True, "max_new_tokens": 3} | ({"xray": page} if page else {})
+    (command.folder / "run.json").write_text(json.dumps(settings), encoding="utf-8")
     code, out, err = command("--config", "run.json", "--temperature", "1")
-    assert code == 0 and "kept | removed" in out and (command.folder / "page.html").exists() == (value is not True)
+    assert code == 0 and "kept | removed" in out and (command.folder / "page.html").exists() == bool(page)

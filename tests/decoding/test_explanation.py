@@ -1,15 +1,13 @@
-"""The table and the page that show the alternatives to each token."""
+"""The table that shows the alternatives to each token."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from html.parser import HTMLParser
 
 import pytest
 import torch
 
-from minillama.decoding.explanation import Explanation, shown
+from minillama.decoding.explanation import Explanation
 from minillama.decoding.filters import epsilon_filter, top_k_filter
 from minillama.decoding.sampling import stream
 
@@ -18,6 +16,7 @@ class WordTokenizer:
     """Each word a token, and a space before it unless it is the first."""
 
     stop_ids = (9,)
+    bos_id = 8
 
     def __init__(self, words):
         self.words = words
@@ -55,9 +54,9 @@ def test_each_step_tells_what_was_kept_and_what_was_cut():
     explanation, ids = explained(1.0, partial(epsilon_filter, epsilon=0.05), partial(top_k_filter, k=3))
     assert len(explanation.steps) == len(ids) == 20 and len(set(ids)) == 3
     for step, token in zip(explanation.steps, ids, strict=True):
-        assert step.chosen.text == f" {WORDS[token]}"
-        assert [one.text for one in step.kept] == [" the", " a", " <b>"] and step.kept_count == 3
-        assert [one.text for one in step.cut] == [" '&", " rare"] and step.cut_count == 2
+        assert step.chosen.text == f"␣{WORDS[token]}"
+        assert [one.text for one in step.kept] == ["␣the", "␣a", "␣<b>"] and step.kept_count == 3
+        assert [one.text for one in step.cut] == ["␣'&", "␣rare"] and step.cut_count == 2
         assert step.cut_mass == pytest.approx(0.1)
         assert [one.before for one in step.kept] == pytest.approx([0.4, 0.3, 0.2])
         assert [one.after for one in step.kept] == pytest.approx([4 / 9, 3 / 9, 2 / 9])
@@ -88,57 +87,15 @@ def test_the_table_has_a_line_for_each_token():
     head, *lines = explanation.table().splitlines()
     assert head.startswith("token") and len(lines) == 4
     for line, step in zip(lines, explanation.steps, strict=True):
-        assert line.startswith(shown(step.chosen)) and f"{step.chosen.after:7.3f}" in line
+        assert line.startswith(step.chosen.text) and f"{step.chosen.after:7.3f}" in line
         assert line.endswith("| 2 with 0.100: ␣'& 0.060, ␣rare 0.040")
-
-
-class Reading(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "html"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag != "html":
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_page_stands_alone_and_shows_texts_as_they_are():
-    explanation, _ = explained(1.0, partial(top_k_filter, k=3))
-    page = Reading()
-    page.feed(explanation.page())
-    assert page.open == [] and "Temperature 1, top-k 3." in page.text
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
-    assert "␣<b>" in page.text and "␣'&" in page.text
-    widths = [float(made["style"][6:-1]) for tag, made in page.tags if tag == "u"]
-    assert len(widths) == 20 * 5 and math.fsum(widths) == pytest.approx(20 * 100, abs=1)
-
-
-def test_the_prompt_on_the_page_is_text_too():
-    explanation = Explanation(WordTokenizer(WORDS), [2], 1.0, [])
-    explanation.watch(torch.tensor([PROBABILITIES]).log(), torch.tensor([2]))
-    assert "<p class=text>&lt;b&gt;<span> &lt;b&gt;</span></p>" in explanation.page()
 
 
 def test_the_chosen_token_is_shown_however_unlikely_it_is():
     explanation = Explanation(WordTokenizer([f"w{i}" for i in range(20)]), [0], 1.0, [])
     explanation.watch(-0.1 * torch.arange(20.0)[None], torch.tensor([17]))
     (step,) = explanation.steps
-    assert [one.text for one in step.kept] == [*(f" w{i}" for i in range(8)), " w17"] and step.kept[-1] == step.chosen
-    assert explanation.page().count("class='line chosen'") == 1
-
-
-@pytest.mark.parametrize("temperature, words", [(1.0, "Temperature 1, repetition penalty 1.3, top-k 3."), (0.0, "")])
-def test_the_repetition_penalty_is_among_the_settings(temperature, words):
-    explanation = Explanation(WordTokenizer(WORDS), [0], temperature, [partial(top_k_filter, k=3)], 1.3)
-    assert (words or "Temperature 0, repetition penalty 1.3.") in explanation.page()
+    assert [one.text for one in step.kept] == [*(f"␣w{i}" for i in range(8)), "␣w17"] and step.kept[-1] == step.chosen
 
 
 def test_what_cannot_be_printed_is_shown_by_its_number():
@@ -146,15 +103,12 @@ def test_what_cannot_be_printed_is_shown_by_its_number():
     explanation = Explanation(WordTokenizer(words), [0], 1.0, [])
     for token in range(5):
         explanation.watch(torch.zeros(1, 5), torch.tensor([token]))
-    chosen = [shown(step.chosen) for step in explanation.steps]
+    chosen = [step.chosen.text for step in explanation.steps]
     assert chosen == ["␣<0x00>a", "␣<0x1B>[31m", "␣<0x0D>", "␣<0x85><0x200B><0xA0>", "␣é⏎"]
     assert all(one.isprintable() or one == "\n" for one in explanation.table())
-    page = explanation.page()
-    assert not set(page) & set("\x00\x1b\r\x85") and "<p class=text>&lt;0x00&gt;a<span> &lt;0x00&gt;a</span>" in page
-    assert "<span> &lt;0x85&gt;\u200b\xa0</span><span> é\n</span>" in page  # the text itself keeps its spaces and lines
 
 
 def test_spaces_and_line_ends_are_made_visible():
     explanation = Explanation(WordTokenizer(["a", "\n"]), [0], 1.0, [])
     explanation.watch(torch.tensor([[0.0, 5.0]]), torch.tensor([1]))
-    assert shown(explanation.steps[0].chosen) == "␣⏎"
+    assert explanation.steps[0].chosen.text == "␣⏎"

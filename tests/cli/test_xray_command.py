@@ -1,0 +1,111 @@
+"""--xray and --against as commands: what is shown, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from minillama.cli.xray_page import MOST_TOKENS
+from minillama.formats.checkpoint import write_checkpoint
+from minillama.formats.huggingface import write_huggingface
+from models import tiny_llama
+
+TEXT = ("--prompt", "one day", "--temperature", "0")
+
+
+def data_of(command, name="page.html"):
+    """The data of a page."""
+    page = (command.folder / name).read_text(encoding="utf-8")
+    return page, json.loads(re.search(r'<script id="data" type="application/json">(.*)</script>', page)[1])
+
+
+def other(command, name="other.pt", seed=5, **changes):
+    model = tiny_llama(seed, **{"vocab_size": 512, "max_seq_len": 64} | changes)
+    write_checkpoint(command.folder / name, model.state_dict(), model.config)
+    return name
+
+
+def test_a_text_is_shown_and_printed_as_without_the_page(command):
+    plain = command("generate", *TEXT)[1]
+    code, out, err = command("generate", *TEXT, "--xray", "page.html")
+    page, data = data_of(command)
+    assert code == 0 and out == plain and "wrote page.html" in err
+    assert data["prompt"] == len(data["tokens"]) - 5 and data["settings"]["temperature"] == 0.0
+    assert data["answers"][:-1] == data["tokens"][1:] or "<" in "".join(data["tokens"])
+    assert "part-7" not in page
+
+
+def test_of_a_long_text_the_first_tokens_are_shown(command):
+    code, _, err = command("generate", *TEXT, "--max_new_tokens", "75", "--xray", "page.html")
+    assert code == 0 and "notice: --xray shows the first 64 of 7" in err, "the model's context is 64"
+    assert len(data_of(command)[1]["tokens"]) == 64 <= MOST_TOKENS
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_a_second_model_may_have_any_format(command, kind):
+    name = other(command, norm="rmsnorm", causal=True)
+    first = other(command, "first.pt", norm="rmsnorm", causal=True)
+    if kind == "folder":
+        model = tiny_llama(5, vocab_size=512, max_seq_len=64, norm="rmsnorm", causal=True)
+        name = "folder"
+        (command.folder / name).mkdir()
+        write_huggingface(command.folder / name, model.config, model.state_dict(), 1, 2)
+    more = ("--pretrained-model-path", first, "--xray", "page.html", "--against", name)
+    code, _, err = command("generate", *TEXT, *more)
+    page, data = data_of(command)
+    assert code == 0, err
+    assert data["other"]["model"] == name and "No difference is above 0.1 %" in page
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [({"n_layers": 3}, "n_layers 3, the first model 2"), ({"causal": True}, "causal True, the first model False")],
+)
+def test_another_kind_of_model_is_refused_before_a_token_is_written(command, changes, what):
+    code, out, err = command("generate", *TEXT, "--xray", "page.html", "--against", other(command, **changes))
+    assert (code, out) == (2, "") and what in err and not (command.folder / "page.html").exists()
+
+
+def test_classifiers_are_compared_by_their_own_heads(command):
+    for seed, more in (("1", []), ("2", [])):
+        assert command("finetune", "--seed", seed, "--run_dir", f"run{seed}", *more)[0] == 0
+    sentence = ("--prompt", "one good day")
+    pages = ("--xray", "page.html", "--against", "run2/best.pt")
+    code, _, err = command("classify", "--finetuned", "run1/best.pt", *sentence, *pages)
+    page, data = data_of(command)
+    assert code == 0 and data["kind"] == "classes" and "run2/best.pt" in page, err
+    code, out, _ = command("classify", "--finetuned", "run2/best.pt", *sentence, "--json")
+    said = json.loads(out)["probabilities"]
+    last = data["other"]["lens"]["texts"][-1][-1]
+    assert last == sorted(said, key=said.get, reverse=True), "the other's own answer"
+    code, _, err = command(
+        "classify", "--finetuned", "run1/best.pt", *sentence, "--xray", "page.html", "--against", "model.pt"
+    )
+    assert code == 0 and "Its stream is read by the classifier of best.pt" in data_of(command)[0], err
+
+
+def test_zero_shot_shows_its_first_sentence_before_the_work(command_of_words):
+    command = command_of_words
+    code, _, err = command("prompt", "--xray", "page.html")
+    assert code == 0 and err.index("wrote page.html") < err.index("dev") or "wrote page.html" in err
+    assert "Is" in "".join(data_of(command)[1]["tokens"])
+    (command.folder / "page.html").unlink()
+    code, out, _ = command("prompt", "--xray", "page.html", "--against", other(command, n_layers=3))
+    assert (code, out) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--xray", ".html"], "the page's name must end in .html"),
+        (["--xray", "page.html", "--against", ""], "--against has no name"),
+        (["--xray", "none/page.html"], "there is no folder none"),
+        (["--xray", "page.html", "--prompt", "a b c " * 80], "--xray shows at most 128 tokens"),
+    ],
+)
+def test_nonsense_is_told_before_any_work(command, more, message):
+    before = command.files()
+    code, out, err = command("generate", *TEXT, *more)
+    assert (code, out) == (2, "") and message in err.splitlines()[-1] and command.files() == before

@@ -1,0 +1,40 @@
+"""Takes the pictures of docs/pictures/ from pages in a folder: `make_pictures.py FOLDER INTO`. Needs Chromium."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from browser import browser
+
+# Of the X-ray: "She", and the map in which it reads "Anna" most.
+LOOKS_BACK = """
+const [t, s] = ["␣She", "␣Anna"].map((name) => tokens.indexOf(name));
+const [map] = best(L * H, (i) => weight(Math.floor(i / H), i % H, t, s));
+choose({ t, s, layer: Math.floor(map / H), head: map % H });
+"""
+DECIDED = "choose({ t: data.prompt - 1 }); document.querySelector('nav').remove();"
+# name: page, width, height, colours, script, part of the page
+PICTURES = {
+    "xray": ("xray.html", 1100, 760, "light", LOOKS_BACK, None),
+    "xray-lens": ("xray.html", 1100, 860, "dark", DECIDED, "#part-3"),
+    "report": ("report.html", 1100, 775, "light", "", None),
+    "wise-ft": ("wise-ft.html", 640, 560, "light", "", None),
+}
+
+
+def main() -> None:
+    folder, into = (Path(name).resolve() for name in sys.argv[1:])
+    with tempfile.TemporaryDirectory() as profile, browser(profile) as tab:
+        for name, (page, width, height, scheme, script, part) in PICTURES.items():
+            tab.open((folder / page).as_uri(), width=width, height=height, scheme=scheme)
+            tab.run(f"{{ {script} }}")
+            if part is not None:
+                tab.run(f"document.querySelector('{part}').scrollIntoView()")
+            tab.screenshot(into / f"{name}.png", whole=False)
+            assert tab.problems == [], tab.problems
+
+
+if __name__ == "__main__":
+    main()
