@@ -112,7 +112,7 @@ def test_balanced_accuracy_is_scikit_learns(command):
         for name in ("dev.txt", "d.txt")
     )
     assert curve(command.folder)[0]["dev"] == pytest.approx(balanced_accuracy_score(gold, predicted), abs=1e-6)
-    assert "balanced accuracy of the mixed weights" in (command.folder / "wise-ft-curve.html").read_text()
+    assert "Balanced accuracy of the mixed weights" in (command.folder / "wise-ft-curve.html").read_text()
 
 
 def test_test_is_judged_once_at_the_best_alpha_on_dev_the_largest_of_equals(command, monkeypatch):
