@@ -170,7 +170,7 @@ class Engine:
         return prompt
 
     def checked(self, tokens: Any) -> list[int]:
-        """The same tokens, if they are a list of token ids that is not empty."""
+        """Returns the tokens, if they are a list of token ids that is not empty."""
         if not isinstance(tokens, list) or not tokens or any(type(one) is not int for one in tokens):
             raise Refused("a prompt must be a text, or a list of token ids that is not empty")
         if outside := [one for one in tokens if not 0 <= one < self.vocabulary]:

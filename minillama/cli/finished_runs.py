@@ -133,11 +133,17 @@ def command_line(options: Options) -> str:
     words = ["python", "run_llama.py", "--option", options.option]
     for name, flag in all_flags([options.command]).items():
         value = getattr(options, name)
-        if name == "option" or value in (None, False, []) or value == defaults.get(name, flag.default):
+        if (
+            name == "option"
+            or value is None
+            or value is False
+            or value == []
+            or value == defaults.get(name, flag.default)
+        ):
             continue
         words.append(flag.name)
         if value is not True:
-            words += map(setting, value if isinstance(value, list) else [value])
+            words += map(str, value if isinstance(value, list) else [value])
     return shlex.join(words)
 
 

@@ -20,9 +20,13 @@ TEMPLATES = HERE / "minillama" / "templates"
 STYLE = TEMPLATES / "style.css"
 # What HTML forbids, and lone surrogates, which no file can hold.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
 NONE = "–"  # shown for a missing number
+
+
+def decimals(value: Any) -> str:
+    """A number with three decimals; a dash for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+    return f"{value:.3f}" if is_number else NONE
 
 
 class Table(NamedTuple):

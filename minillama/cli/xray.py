@@ -71,20 +71,11 @@ def shown_tokens(tokens: Sequence[int], given: int, context: int) -> list[int]:
     return list(tokens[:most])
 
 
-def write_tokens(
-    options: Options,
-    llama: Llama,
-    tokenizer: Tokenizer,
-    tokens: Sequence[int],
-    given: int,
-    settings: dict[str, Any] | None = None,
-    other: Other | None = None,
-) -> None:
-    """Writes the page of a text, see `page_of_tokens`."""
+def write_xray(options: Options, page: str) -> None:
+    """Writes a page to --xray."""
     from minillama.cli.pages import write_page
 
-    path = options.pretrained_model_path
-    write_page(options.xray, page_of_tokens(path, llama, tokenizer, tokens, given, settings, other))
+    write_page(options.xray, page)
     report(f"wrote {options.xray}")
 
 
@@ -107,14 +98,13 @@ def page_of_tokens(
     return page(subject, text, subject_of(other.path, other.llama, shown, beside=path) if other else None)
 
 
-def write_classes(
+def page_of_classes(
     options: Options, model: nn.Module, tokenizer: Tokenizer, tokens: Sequence[int], classes: list[str]
-) -> None:
-    """Writes the page of a sentence that a classifier read.
+) -> str:
+    """The page of a sentence that a classifier read.
 
     The other model's answers are those of its own head, if it has one for these classes, else of the first model's.
     """
-    from minillama.cli.pages import write_page
     from minillama.cli.xray_page import Text, check_length, page
 
     check_length(len(tokens))
@@ -129,8 +119,7 @@ def write_classes(
         second.readout, second.weight, second.bias = head_of(other.classifier if own else model)
         second.borrows_head = not own
     text = Text(tokenizer, len(tokens), [best] * len(tokens), classes)
-    write_page(options.xray, page(subject, text, second))
-    report(f"wrote {options.xray}")
+    return page(subject, text, second)
 
 
 def head_of(model: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | None]:

@@ -33,7 +33,7 @@ SLIDERS = (
 
 @dataclass
 class Subject:
-    """What is looked at: a traced model. name: of its file; facts: its sizes in words.
+    """A traced model on the page. name: of its file; facts: its sizes in words.
 
     readout: hidden states (T, D) -> logits of the classes, if the model is a classifier; weight (classes, D) and bias
     (classes,) of its linear layer.
@@ -147,7 +147,7 @@ def comparison(subject: Subject, against: Subject, texts: Sequence[str]) -> dict
 def page_data(
     subject: Subject, text: Text, against: Subject | None, kind: str, candidates: int
 ) -> tuple[dict[str, Any], int]:
-    """What the script reads, and the number of tokens that are not among the candidates. kind: see `packed`."""
+    """The data for the script, and the number of tokens that are not among the candidates. kind: see `packed`."""
     import torch
 
     from minillama.text.token_texts import token_text

@@ -17,7 +17,7 @@ from minillama.cli.header import report, warn
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Group, Options, OwnFlag
 from minillama.cli.provenance import Origin, check_made_from, lock_predictions
-from minillama.cli.xray import XRAY, check_xray, write_classes
+from minillama.cli.xray import XRAY, check_xray, page_of_classes, write_xray
 from minillama.formats.names import PREDICTED, PROBABILITY, TABLES, is_table, path_and_fold, without_ending
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def run(options: Options) -> None:
     def label(rows: list[Row]) -> None:
         rows = classifiers.tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
         if options.xray:
-            write_classes(options, model, tokenizer, rows[0].ids, found.label_names)
+            write_xray(options, page_of_classes(options, model, tokenizer, rows[0].ids, found.label_names))
         log_probs = class_log_probs(model, rows, **how, name="classifying")
         likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
         if (path := out_file(options)) is not None:

@@ -18,7 +18,7 @@ from minillama.cli.loading import load_for_inference
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.parser import COUNT, FRACTION, NOT_NEGATIVE, number
 from minillama.cli.provenance import Origin, lock_predictions
-from minillama.cli.xray import XRAY, check_xray, read_other, shown_tokens, write_tokens
+from minillama.cli.xray import XRAY, check_xray, page_of_tokens, read_other, write_xray
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -324,12 +324,13 @@ def write_many(options: Options, writer: Writer, texts: list[str], prompts: list
 
 def explain(options: Options, writer: Writer, llama: Llama, prompt: list[int]) -> None:
     """Continues a prompt, then shows the candidates of each token, or writes the X-ray page, or both."""
+    from minillama.cli.xray_page import check_length
     from minillama.decoding.explanation import Explanation
 
     how = writer.decoding
     other = None
     if options.xray:  # what cannot be shown is refused before a token is written
-        shown_tokens(prompt, len(prompt), llama.config.max_seq_len)
+        check_length(len(prompt))
         other = read_other(options, llama.config, writer.tokenizer)
     explanation = Explanation(writer.tokenizer, prompt, how.temperature, how.filters)
     tokens = list(prompt)
@@ -337,7 +338,8 @@ def explain(options: Options, writer: Writer, llama: Llama, prompt: list[int]) -
     if options.xray:
         settings = {name: getattr(options, name) for name in ("epsilon", *FILTERS)} | {"temperature": how.temperature}
         settings["repetition_penalty"] = options.repetition_penalty
-        write_tokens(options, llama, writer.tokenizer, tokens, len(prompt), settings, other)
+        path, given = options.pretrained_model_path, len(prompt)
+        write_xray(options, page_of_tokens(path, llama, writer.tokenizer, tokens, given, settings, other))
     if options.explain:
         print(f"\n{explanation.table()}")
 

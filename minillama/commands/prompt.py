@@ -11,7 +11,7 @@ from minillama.cli.checks import check_template
 from minillama.cli.header import report
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.session import open_session
-from minillama.cli.xray import XRAY, check_xray, read_other, write_tokens
+from minillama.cli.xray import XRAY, check_xray, page_of_tokens, read_other, write_xray
 
 if TYPE_CHECKING:
     from classifier import LlamaZeroShotClassifier
@@ -66,7 +66,8 @@ def run(options: Options) -> None:
         if options.xray:  # before the long work
             ids = first_that_fits(next(iter(rows.values())))
             other = read_other(options, llama.config, tokenizer)
-            write_tokens(options, llama, tokenizer, ids, len(ids), other=other)
+            path = options.pretrained_model_path
+            write_xray(options, page_of_tokens(path, llama, tokenizer, ids, len(ids), other=other))
         classifiers.predict(session, model, rows, labels, origin)
 
 

@@ -18,7 +18,7 @@ from minillama.cli.flags import DEFAULT_PRESET
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
-from minillama.cli.pages import NONE, Table, render, write_page
+from minillama.cli.pages import NONE, Table, decimals, render, write_page
 from minillama.cli.plots import Plot, write_plots
 from minillama.cli.session import RESUME_MAY_CHANGE
 from minillama.formats.names import RUNS, path_and_fold, without_ending
@@ -109,10 +109,6 @@ def mean_and_deviation(members: Sequence[Run], score: str) -> str:
     return f"{statistics.fmean(values):.3f}{deviation}{some}"
 
 
-def decimals(value: object) -> str:
-    return f"{value:.3f}" if is_number(value) else NONE
-
-
 def score_tables(groups: Sequence[tuple[str, list[Run]]]) -> list[Table]:
     """A table for each kind of score, with a line for each group."""
     kinds = {
@@ -200,7 +196,7 @@ def matrices_of(members: Sequence[Run]) -> dict[str, Matrix]:
 
 
 class GroupSection(NamedTuple):
-    """What the page says of a group of runs."""
+    """A group of runs on the page."""
 
     name: str
     settings: str
@@ -247,7 +243,7 @@ def alpha_chart(head: Sequence[str], rows: Sequence[Sequence[float | None]]) -> 
 
 
 class Mixture(NamedTuple):
-    """What the page says of a curve between two sets of weights."""
+    """A curve between two sets of weights on the page."""
 
     path: str
     chart: Chart

@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(error, code)
 
     def read(self) -> bytes:
-        """What a client sent."""
+        """The content that a client sent."""
         from minillama.serving import Refused
 
         length = self.headers.get("Content-Length", "")

@@ -18,7 +18,7 @@ from minillama.cli.data_files import share_of
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_alone, choose_device, choose_dtype
 from minillama.cli.options import Command, Flag, Group, Options
-from minillama.cli.pages import NONE, Table, render, write_page
+from minillama.cli.pages import Table, decimals, render, write_page
 from minillama.cli.provenance import Origin
 from minillama.environment import file_sha256
 from minillama.formats.names import path_and_fold, without_ending
@@ -342,8 +342,7 @@ def write_curve(options: Options, sets: list[DataSet], curve: list[list[float | 
     for i, n in enumerate(sorted({len(one.names) for one in sets}), start=1):
         lines.append((f"chance, {n} classes ({1 / n:.3g})", [(0.0, 1 / n), (1.0, 1 / n)], colour(-i, dashed=True)))
     score = options.score.replace("_", " ")
-    shown = [[f"{one:.3f}" if one is not None else NONE for one in row] for row in curve]
-    rows = [[f"{alpha:g}", *row] for alpha, row in zip(options.alphas, shown, strict=True)]
+    rows = [[f"{alpha:g}", *map(decimals, row)] for alpha, row in zip(options.alphas, curve, strict=True)]
     across = "alpha (0: the base model, 1: the fine-tuned one)"
     page = render(
         "wise_ft.html",

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ class LayerTrace:
     feed_forward_input: Tensor  # (T, D), after the second norm
     feed_forward: Tensor  # (T, D): what the feed-forward layer adds to the stream
 
-    @property
+    @cached_property
     def scores(self) -> Tensor:
         """The scores before the softmax, (H, T, T): query key^T / sqrt(hd), with the mask; -inf where it hides."""
         return masked_scores(self.placed_query, self.placed_key, self.mask)
 
-    @property
+    @cached_property
     def maps(self) -> Tensor:
         """The attention weights (H, T, T). Each row sums to 1: the shares of the tokens that a token reads."""
         return self.scores.softmax(-1)
@@ -219,7 +220,7 @@ def likely_mask(attention: Any, query: Tensor, key: Tensor, value: Tensor, mixed
 
 @dataclass
 class Shares:
-    """What each part adds to a logit, at each position. All sum to the logit (T,), see `total`."""
+    """Shares of each part in a logit, at each position. All sum to the logit (T,), see `total`."""
 
     embedding: Tensor  # (T,)
     heads: Tensor  # (L, M, T)

@@ -35,6 +35,15 @@ def test_runs_that_differ_in_seed_only_make_one_line_of_mean_and_deviation(tmp_p
     assert found.links == {"#g0", "#g1"} == {f"#{name}" for name in found.ids}
 
 
+def test_the_command_of_a_run_has_its_zeros_and_all_digits(tmp_path):
+    folder = a_run(
+        tmp_path / "run", [0.5], seed=0, lr=0.00012345678, dora=False, option="lora", lora_targets=["mlp", "wo"]
+    )
+    command = read_run(folder, "run", COMMANDS).command
+    assert command.startswith("python run_llama.py --option lora --seed 0 ") and "--dora" not in command
+    assert " --lr 0.00012345678" in command and " --lora_targets mlp wo" in command
+
+
 def test_a_part_of_what_was_off_does_not_tell_runs_apart(tmp_path):
     """Its default may have been another then."""
     off = [a_run(tmp_path / f"s{i}", [0.5], seed=i, smart=0.0, smart_eps=eps) for i, eps in ((1, 1e-3), (2, 1e-5))]
