@@ -19,7 +19,7 @@ check:  ## Lint, formatting and types; changes nothing
 	$(PYTHON) -m mypy
 
 test:  ## Run the tests, without the slow ones
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 bench:  ## Time training against transformers and the course's procedure (minutes)
 	$(PYTHON) benchmark.py train

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from fitting import Fit
 from minillama.formats.tokenizer_json import write_huggingface_tokenizer
 from minillama.formats.tokenizers import LLAMA3_PATTERN

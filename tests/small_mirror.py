@@ -73,8 +73,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
+        self.server.sent.append(len(body))  # before the client can have read it all and looked
         self.wfile.write(body)
-        self.server.sent.append(len(body))
 
 
 def run(capsys, *argv: object) -> tuple[int, list[str], list[str]]:

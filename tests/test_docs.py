@@ -121,7 +121,7 @@ def test_flags_that_a_page_names_exist():
     shown = "".join(printed(["--option", name, "--help"]) for name in option_names())
     scripts = [text_of(path) for path in (ROOT / "benchmark.py", ROOT / "fetch_data.py", ROOT / "prepare_submit.py")]
     known = set(re.findall(r"--[\w-]+", shown + "".join(scripts))) | {"--help"}
-    elsewhere = {"--nproc_per_node", "--index-url", "--temp"}  # flags of torchrun, pip and llama.cpp
+    elsewhere = {"--nproc_per_node", "--index-url", "--temp", "--dist"}  # of torchrun, pip, llama.cpp and pytest
     elsewhere |= {"--model", "--model_args", "--tasks"}  # of lm_eval
     for page in PAGES:
         named = set(re.findall(r"(?<![\w`-])--[a-z][\w-]*|(?<=`)--[a-z][\w-]*", text_of(page)))

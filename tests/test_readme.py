@@ -87,7 +87,7 @@ def course_folder(asset, tmp_path, monkeypatch):
 
 def test_the_readme_begins_with_the_shortest_command_and_has_the_tests():
     assert OURS[0] == ["run_llama.py"]
-    assert ["python", "-m", "pytest"] in COMMANDS
+    assert ["python", "-m", "pytest", "-n", "2", "--dist", "worksteal"] in COMMANDS
     for script in ("sanity_check.py", "fetch_data.py", "prepare_submit.py"):
         assert f"`python {script}" in TEXT
 
