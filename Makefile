@@ -44,20 +44,18 @@ pictures:  ## Make the pictures in docs/pictures/ again, from real runs (two min
 
 # The collections that data/MODEL_CARD.md names: corpora/ and reviews/.
 COLLECTIONS ?= ../shared/assets
+# Where the files of examples/bundled-*.json look.
 TEXTS = runs/corpora
-PRETRAIN = $(PYTHON) run_llama.py --option pretrain --tokenizer runs/bundled.model --tokens_dir runs/bundled-tokens \
-	--batch_size 8 --optimizer adamw --schedule cosine --seed 1
+STAGE = $(PYTHON) run_llama.py --config examples/bundled
 
 bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (an hour and a half on two cores)
 	rm -rf runs/general runs/bundled runs/bundled-tokens
 	$(PYTHON) data/make_corpora.py --source $(COLLECTIONS) --into $(TEXTS)
-	$(PYTHON) run_llama.py --option tokenizer --vocab_size 4096 --model_out runs/bundled.model \
-		--corpus $(TEXTS)/stories.txt $(TEXTS)/opinions.txt $(TEXTS)/books.txt
-	$(PRETRAIN) --corpus $(TEXTS)/stories.txt=1.5 $(TEXTS)/books.txt=0.5 $(TEXTS)/prose.txt=0.1 --preset mini \
-		--norm layernorm --max_seq_len 512 --lr 1.5e-3 --min_lr 3e-4 --eval_every 250 --run_dir runs/general --model_out runs/general.safetensors
-	$(PRETRAIN) --corpus $(TEXTS)/reviews.txt=1.5 $(TEXTS)/opinions.txt $(TEXTS)/stories.txt=4 \
-		--pretrained-model-path runs/general.safetensors --lr 1.5e-3 --warmup_steps 50 --eval_every 500 \
-		--run_dir runs/bundled --model_out data/mini-llama.safetensors --out_dtype bf16
+	$(STAGE)-1-tokenizer.json
+	$(STAGE)-2-general.json
+	$(STAGE)-3-reviews.json
+	cp runs/bundled-final.safetensors data/mini-llama.safetensors
+	cp runs/bundled.model data/mini-llama.model
 	$(PYTHON) tests/make_bundled_reference.py
 
 clean:  ## Remove caches; keeps data, checkpoints and predictions

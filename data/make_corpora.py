@@ -11,7 +11,10 @@ DIR has the folders corpora/ (tinystories.txt, tinystories_recased.txt, books/, 
   reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
   reviews-held-out.txt  fold 9, unchanged
   opinions.txt          parts of the same reviews, a few sentences long, and product opinions, each with a verdict; in
-                        two of three cases the question of `--option prompt` comes before the verdict
+                        two of three cases the question of `--option prompt` comes before the verdict; half of the
+                        parts as people write, with capitals and no space before a comma
+  review_sentences.txt  `label ||| sentence` from the same reviews, for the demo data: short sentences with a word that
+                        says the class, and no "not" or "but"
 
 They contain no sentence of SST or CFIMDB. rt-polarity and the "subjectivity" set are not used, because most of their
 sentences are in SST.
@@ -20,6 +23,7 @@ sentences are in SST.
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,6 +45,18 @@ QUESTIONS = (
 )
 
 
+# Words that say the class of a short sentence, if its review has the same opinion; none says "average".
+CLASS_WORDS = {
+    0: "awful|terrible|horrible|horrid|atrocious|dreadful|unbearable|worst|abysmal|garbage|pathetic|insulting|disaster",
+    1: "weak|dull|boring|tedious|disappointing|flat|bland|poor|poorly|lame|lifeless|uninspired|clumsy|forgettable",
+    3: "good|enjoyable|entertaining|charming|likable|fun|solid|clever|pleasant|engaging|amusing|nice|well-made",
+    4: "excellent|brilliant|masterpiece|superb|wonderful|magnificent|perfect|best|outstanding|fantastic|amazing",
+}
+ABOUT = "film|movie|picture|acting|actor|cast|script|performance|plot|story|dialogue|ending|director|scene|it"
+TURNS = "not|never|no|nothing|none|nor|but|however|though|although|despite|could|would|should|might|if|than|too|almost"
+SENTENCES_EACH = 90  # of a class, at most
+
+
 def verdict(label: int, draw: random.Random) -> str:
     """The end of a document: a question or the words " This movie is ", and the answer."""
     return f"{draw.choice(QUESTIONS)}{draw.choice(WORDS[label])}."
@@ -55,6 +71,29 @@ def pieces(text: str, draw: random.Random) -> Iterator[str]:
         sentences = sentences[count:]
         if len(piece.split()) >= 6:
             yield piece
+
+
+def as_written(text: str) -> str:
+    """A tokenized lower-case text as people write it: no space before punctuation, capitals, "I"."""
+    text = re.sub(r" ([.,;:!?)]|'(?:s|m|d|ll|re|ve)\b|n't\b)", r"\1", text).replace("( ", "(")
+    text = re.sub(r"\bi\b", "I", text)
+    return re.sub(r"(^|[.!?] )([a-z])", lambda start: start[1] + start[2].upper(), text)
+
+
+def review_sentences(films: list[tuple[int, str]], draw: random.Random) -> Iterator[tuple[int, str]]:
+    """SENTENCES_EACH sentences for each class of CLASS_WORDS, of 4 to 15 words, from reviews of the same opinion."""
+    for label, words in CLASS_WORDS.items():
+        says, about, turns = (re.compile(rf"\b(?:{found})\b") for found in (words, ABOUT, TURNS))
+        found = {
+            as_written(sentence)
+            for positive, text in films
+            if positive == (label > 2)
+            for sentence in re.findall(r"[^.!?]+ [.!]", text)
+            for sentence in [sentence.strip()]
+            if 4 <= len(sentence.split()) <= 15 and re.fullmatch(r"[a-z][a-z ,'!.-]+", sentence)
+            if says.search(sentence) and about.search(sentence) and not turns.search(sentence) and "n't" not in sentence
+        }
+        yield from ((label, sentence) for sentence in draw.sample(sorted(found), min(len(found), SENTENCES_EACH)))
 
 
 def write(path: Path, documents: Iterable[str]) -> None:
@@ -89,12 +128,18 @@ def make(source: Path, into: Path, seed: int = 0) -> None:
     learnt = [(label, text) for label, fold, text in films if not fold.startswith(HELD_OUT_FOLD)]
     draw.shuffle(learnt)
     write(into / "reviews.txt", (f"{text} This movie is {draw.choice(WORDS[label])}." for label, text in learnt))
-    opinions = [f"{piece}{verdict(label, draw)}" for label, text in learnt for piece in pieces(text, draw)]
+    opinions = [
+        f"{as_written(piece) if draw.random() < 0.5 else piece}{verdict(label, draw)}"
+        for label, text in learnt
+        for piece in pieces(text, draw)
+    ]
     opinions += [
         f"{text} This is {draw.choice(WORDS[int(label)])}." for label, text in table(reviews / "pros_cons.tsv")
     ]
     draw.shuffle(opinions)
     write(into / "opinions.txt", opinions)
+    with atomic_file(into / "review_sentences.txt") as file:
+        file.writelines(f"{label} ||| {sentence}\n" for label, sentence in review_sentences(learnt, draw))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,12 @@
-"""Writes the demo data: short opinions about films in five classes, made by the grammar below.
+"""Writes the demo data: short opinions, most of them about films, in five classes. They come from three places:
 
-The label is the meaning of the whole sentence. Most sentences have a verdict and a decoy from the same lists (a
+  own_sentences.txt     plain sentences, written by hand for this project; public domain
+  review_sentences.txt  short sentences of film reviews, found by make_corpora.py; CC BY 4.0, Pang and Lee, ACL 2004
+  the grammar below     tricky sentences; public domain
+
+The label is the meaning of the whole sentence. Most tricky ones have a verdict and a decoy from the same lists (a
 rejected opinion, a hope, a fear, one part of the film). So praise and blame occur in every class, and counting words
-is not enough. All wording is the project's own and in the public domain.
+is not enough.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from minillama.cli.parser import OneLineParser, into_and_seed  # noqa: E402
 Rows = dict[str, list[tuple[int, str]]]  # (label, sentence) by split
 
 LABELS = ["awful", "bad", "average", "good", "excellent"]
-SIZES = {"train": 600, "dev": 150, "test": 150}  # a fifth for each class
+TRICKY = {"train": 500, "dev": 100, "test": 100}  # a fifth for each class
+PLAIN_EACH = 20  # own sentences of each class in dev, and in test; all others are in train
+HERE = Path(__file__).resolve().parent
 
 # Lists of fillers, separated by "/". Those after "//" are not in the training set.
 NEUTRAL = {
@@ -244,12 +250,11 @@ class Grammar:
             return re.sub(r"(^|[.?!] )([a-z])", lambda start: start[1] + start[2].upper(), text), (template, *opinions)
 
 
-def make_rows(seed: int = 0) -> Rows:
+def tricky_rows(draw: random.Random) -> Rows:
     """The rows by split. No two have the same frame, so no two differ only in the film, its parts or the people."""
-    draw = random.Random(seed)
     rows: Rows = {}
     frames = set()
-    for split, size in SIZES.items():
+    for split, size in TRICKY.items():
         grammar = Grammar(draw, held_out=split != "train")
         rows[split] = []
         for label in list(range(5)) * (size // 5):
@@ -258,6 +263,35 @@ def make_rows(seed: int = 0) -> Rows:
                 sentence, frame = grammar.sentence(label)
             frames.add(frame)
             rows[split].append((label, sentence))
+    return rows
+
+
+def sentences(name: str) -> list[tuple[int, str]]:
+    """The labelled sentences of a file in this folder."""
+    lines = (HERE / name).read_text(encoding="utf-8").splitlines()
+    return [(int(label), text) for label, text in (line.split(" ||| ", 1) for line in lines)]
+
+
+def make_rows(seed: int = 0) -> Rows:
+    """The rows by split: tricky and plain ones, mixed. No sentence comes twice."""
+    draw = random.Random(seed)
+    rows = tricky_rows(draw)
+    own = sentences("own_sentences.txt")
+    draw.shuffle(own)
+    for label in range(5):
+        found = [row for row in own if row[0] == label]
+        for split, part in (
+            ("dev", found[:PLAIN_EACH]),
+            ("test", found[PLAIN_EACH : 2 * PLAIN_EACH]),
+            ("train", found[2 * PLAIN_EACH :]),
+        ):
+            rows[split] += part
+    taken = {text.lower() for split in rows for _, text in rows[split]}
+    for label, text in sentences("review_sentences.txt"):
+        if text.lower() not in taken:
+            taken.add(text.lower())
+            rows["train"].append((label, text))
+    for split in rows:
         draw.shuffle(rows[split])
     return rows
 
@@ -283,16 +317,16 @@ def baseline(rows: Rows) -> dict[str, float | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    about = """Writes the demo data: opinions about films in five classes, from a grammar in which counting words is not
-enough. Then prints the accuracy of counting words: logistic regression on TF-IDF features."""
+    about = """Writes the demo data: opinions about films in five classes, plain and tricky ones. Then prints the
+accuracy of counting words: logistic regression on TF-IDF features."""
     parser = OneLineParser(prog="make_demo_data.py", description=about)
-    options = into_and_seed(parser, arguments, Path(__file__).resolve().parent)
+    options = into_and_seed(parser, arguments, HERE)
     rows = make_rows(options.seed)
     try:
         write_files(options.into, rows)
     except OSError as error:
         parser.error(f"--into {options.into}: {error.strerror or error}")
-    print(f"{options.into}: " + ", ".join(f"demo-{split}.txt with {len(rows[split])} rows" for split in rows))
+    print(f"{options.into}: " + ", ".join(f"demo-{split}.txt with {len(rows[split]):,} rows" for split in rows))
     scores = baseline(rows)
     print(f"TF-IDF + logistic regression (C={scores['C']:g}): dev {scores['dev']:.3f}, test {scores['test']:.3f}")
     print("chance: 0.200")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, find_asset
 from minillama.text.labelled import class_names, read_labels, read_rows
 
 FILES = [f"demo-{split}.txt" for split in ("train", "dev", "test")] + ["demo-label-mapping.json"]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("make_demo_data", ROOT / "data" / "make_demo_data.py")
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "data" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-make_demo_data = load_script()
+make_demo_data, make_corpora = load_script("make_demo_data"), load_script("make_corpora")
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +47,40 @@ def test_the_labels_are_those_of_sst():
     assert names[0] == names[1]
 
 
-def test_every_class_has_as_many_rows(rows):
-    for split, each in (("train", 120), ("dev", 30), ("test", 30)):
-        assert Counter(row.label for row in rows[split]) == dict.fromkeys(range(5), each)
+def test_every_class_has_as_many_rows_of_dev_and_test(rows):
+    for split in ("dev", "test"):
+        assert Counter(row.label for row in rows[split]) == dict.fromkeys(range(5), 40)
+    counts = Counter(row.label for row in rows["train"])
+    assert min(counts[label] for label in (0, 1, 3, 4)) > 2_500 and counts[2] > 1_000
 
 
 def test_no_sentence_comes_twice(rows):
-    sentences = [row.sentence for split in rows.values() for row in split]
-    assert len(set(sentences)) == len(sentences) == 900
+    sentences = [row.sentence.lower() for split in rows.values() for row in split]
+    assert len(set(sentences)) == len(sentences) > 12_000
 
 
-def test_sentences_are_whole_and_of_moderate_length(rows):
-    for row in (row for split in rows.values() for row in split):
-        assert 8 <= len(row.sentence.split()) <= 40
-        assert row.sentence.lstrip('"')[0].isupper() and row.sentence.endswith((".", '."')), row.sentence
-        assert not set("{}*_/") & set(row.sentence) and "  " not in row.sentence, row.sentence
+def test_tricky_sentences_are_whole_and_of_moderate_length():
+    tricky = make_demo_data.tricky_rows(random.Random(0))
+    assert {split: len(rows) for split, rows in tricky.items()} == {"train": 500, "dev": 100, "test": 100}
+    for _, sentence in (row for rows in tricky.values() for row in rows):
+        assert 8 <= len(sentence.split()) <= 40
+        assert sentence.lstrip('"')[0].isupper() and sentence.endswith((".", '."')), sentence
+        assert not set("{}*_/") & set(sentence) and "  " not in sentence, sentence
+
+
+def test_the_sentences_from_reviews_are_those_that_make_corpora_finds(tmp_path):
+    source = Path(find_asset("reviews/movie_reviews_2000.tsv"))
+    films = [(int(label), fold, text) for label, fold, text in make_corpora.table(source)]
+    learnt = [(label, text) for label, fold, text in films if not fold.startswith(make_corpora.HELD_OUT_FOLD)]
+    every = [make_corpora.as_written(text) for _, text in learnt]
+    for label, sentence in make_demo_data.sentences("review_sentences.txt"):
+        sides = {positive for (positive, _), text in zip(learnt, every, strict=True) if sentence in text}
+        assert (label > 2) in sides, sentence
+
+
+def test_a_tokenized_text_is_written_as_people_write():
+    found = make_corpora.as_written("well , i think ( as you do ) that it is n't bad . it 's good ! is it ?")
+    assert found == "Well, I think (as you do) that it isn't bad. It's good! Is it?"
 
 
 def test_dev_and_test_have_wordings_that_train_lacks(rows):
