@@ -18,6 +18,7 @@ from typing import Any
 
 from minillama.cli.data_files import DATA_OPTIONS, source
 from minillama.cli.header import warn
+from minillama.cli.new_model import is_new
 from minillama.cli.options import Options
 from minillama.environment import HERE, file_sha256, project_commit, try_lock
 from minillama.formats.names import path_and_fold
@@ -55,7 +56,7 @@ class Origin:
         """The origin of predictions for `data`, the path and the number of rows of each split. more_models: models that
         are read besides --pretrained-model-path; the first one is recorded as the checkpoint.
         """
-        models = [*more_models, options.pretrained_model_path]
+        models = [*more_models, "random weights" if is_new(options) else options.pretrained_model_path]
         sums = {path: file_sha256(path) for path in models}
         return cls(
             {

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from config import PRESETS
+from minillama.cli.new_model import is_new
 from minillama.cli.options import Options
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_room(options: Options, config: LlamaConfig, device: torch.device) -> N
     if limit is None or size <= limit:
         return
     how = smaller_model(options)
-    if options.option == "pretrain" and not options.continued:
+    if is_new(options):
         own = {"hidden_dim": None, "rope_scaling": None, "tie_embeddings": False}
         sizes = (replace(config, **(own | sizes | {"vocab_size": config.vocab_size})) for sizes in PRESETS.values())
         fitting = {name: needed(one) for name, one in zip(PRESETS, sizes, strict=True) if needed(one) <= limit}

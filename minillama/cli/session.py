@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillama.cli import loading
+from minillama.cli import flags, loading
 from minillama.cli.data_files import source
 from minillama.cli.header import print_header, report
+from minillama.cli.new_model import is_new, new_config
 from minillama.cli.options import Options, all_flags, parse_options
 from minillama.cli.provenance import Origin
 from minillama.cli.room import check_room
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from config import LlamaConfig
     from llama import Llama
-    from minillama.formats.checkpoint import Checkpoint
     from minillama.training.distributed import Processes
     from minillama.training.planning import Duration, Memory
     from minillama.training.run_directory import RunDirectory
@@ -133,13 +133,28 @@ class Session:
         judged = {split: (source(self.options, split), len(rows[split])) for split in ("dev", "test") if split in rows}
         return Origin.of(self.options, judged) if self.processes.is_main else None
 
-    def load_llama(self, data: str) -> tuple[Llama, Checkpoint]:
-        """Loads the initial model and its checkpoint, and prints the header. data: the data files, for the header."""
+    def load_llama(self, data: str = "") -> tuple[Llama, tuple[int, ...]]:
+        """The initial model and the ids that end its texts. Prints the header. data: the data files, for the header.
+
+        The model has the weights of the checkpoint, or random ones if the options ask for a new model.
+        """
+        if is_new(self.options):
+            return self._new_llama(data), ()
         checkpoint = loading.open_checkpoint(self.options, self.tokenizer)
         check_room(self.options, checkpoint.config, self.device)
         llama = loading.load_llama(self.options, checkpoint, self.dtype, mapped=self.processes.fsdp)
         print_header(self.options, llama, checkpoint.kind, self.tokenizer, self.device, self.dtype, data=data)
-        return llama, checkpoint
+        return llama, tuple(checkpoint.stop_ids)
+
+    def _new_llama(self, data: str) -> Llama:
+        from llama import Llama, llama_without_weights
+
+        config = new_config(self.options, self.tokenizer.n_words)
+        check_room(self.options, config, self.device)
+        llama = llama_without_weights(config) if self.processes.fsdp else Llama(config)
+        name, kind = self.options.preset or flags.DEFAULT_PRESET, "new, random weights"
+        print_header(self.options, llama, kind, self.tokenizer, self.device, self.dtype, name=name, data=data)
+        return llama
 
     @property
     def saved_options(self) -> dict[str, Any]:
@@ -237,14 +252,14 @@ class Session:
 
 
 @contextmanager
-def open_session(options: Options, new_model: bool = False) -> Iterator[Session]:
+def open_session(options: Options) -> Iterator[Session]:
     """Opens a session: tokenizer, device, precision, processes and the run's folder."""
     import torch
 
     from minillama.training.distributed import process_group
     from minillama.training.run_directory import RunDirectory
 
-    tokenizer = loading.load_tokenizer(options, new=new_model)
+    tokenizer = loading.load_tokenizer(options, new=is_new(options))
     content = tokenizer.path.read_bytes()  # the file may change during the run
     device = loading.choose_device(options)
     dtype = loading.choose_dtype(options, device)

@@ -7,66 +7,23 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import POSITIONS, PRESETS
 from minillama.cli import flags
 from minillama.cli.checks import check_corpus, check_training, model_files, text_and_weight
-from minillama.cli.header import print_header, report, report_next
-from minillama.cli.loading import check_causal, load_llama, open_checkpoint, training_window
+from minillama.cli.header import report, report_next
+from minillama.cli.loading import check_causal, training_window
+from minillama.cli.new_model import NEW_MODEL, typed_sizes
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
 from minillama.cli.plan import plan_corpus, scratch_folder
-from minillama.cli.room import check_room
 from minillama.cli.session import open_session
 from minillama.formats.names import without_ending
 
 if TYPE_CHECKING:
-    from config import LlamaConfig
     from minillama.text.corpus import Corpus
     from minillama.training.distributed import Processes
     from tokenizer import Tokenizer
 
 LR, LR_OF_CONTINUED = 4e-3, 4e-4
-SIZES = {
-    "dim": "width",
-    "n_layers": "layers",
-    "n_heads": "query heads",
-    "n_kv_heads": "key/value heads",
-    "max_seq_len": "context in tokens",
-}
-OF_NEW = "is for a new model; a checkpoint has its own"
-KINDS = (
-    Flag(
-        "--position",
-        "position encoding of a new model: rotary rotates queries and keys, alibi lowers the scores of distant tokens",
-        POSITIONS,
-        default_text="rotary",
-        elsewhere=OF_NEW,
-    ),
-    Flag(
-        "--sliding_window N",
-        "in a new model, a token attends to itself and the N - 1 tokens before it",
-        COUNT,
-        default_text="all earlier tokens",
-        elsewhere=OF_NEW,
-    ),
-    Flag(
-        "--differential",
-        "differential attention in a new model: the difference of two softmaxes, from pairs of heads",
-        bool,
-        elsewhere=OF_NEW,
-    ),
-)
-NEW_MODEL = Group(
-    "a new model",
-    (
-        Flag("--preset", "sizes of a new model", PRESETS, default_text="mini, the bundled model's"),
-        *(
-            Flag(f"--{name} N", f"{what} of a new model", COUNT, default_text="the preset's")
-            for name, what in SIZES.items()
-        ),
-        *KINDS,
-    ),
-)
 TEXTS = Group(
     "texts",
     (
@@ -101,33 +58,7 @@ def resolve(options: Options) -> Options:
 def check(options: Options) -> None:
     check_corpus(options, weights=True)
     check_training(options)
-    of_new = ("preset", *SIZES, *(flag.key for flag in KINDS))
-    if options.continued and (sizes := options.changed(*of_new)):
-        raise ValueError(
-            f"--{sizes[0]} is for a new model, but --pretrained-model-path has its own; give only one of them"
-        )
-
-
-def new_config(options: Options, vocab_size: int) -> LlamaConfig:
-    """The config of a new model: the sizes of the preset, overridden by the options; a usual Llama by default."""
-    from config import LlamaConfig
-
-    given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
-    sizes = PRESETS[options.preset or flags.DEFAULT_PRESET] | given
-    sizes["norm"] = options.norm or "rmsnorm"
-    if options.dim is not None:
-        sizes["hidden_dim"] = None  # the preset's was for its own width
-    sizes |= {
-        "position_embedding_type": options.position or "rotary",
-        "sliding_window": options.sliding_window,
-        "attention_type": "differential" if options.differential else "softmax",
-    }
-    sizes |= {
-        "vocab_size": vocab_size,
-        "causal": options.attention != "bidirectional",
-        "dropout": options.dropout or 0.0,
-    }
-    return LlamaConfig(**sizes)
+    typed_sizes(options)
 
 
 def read_corpus(
@@ -166,27 +97,16 @@ def read_corpus(
 
 def run(options: Options) -> None:
     """Trains the model and writes it with its tokenizer."""
-    from llama import Llama, llama_without_weights
     from minillama.formats.files import read_torch
     from minillama.training.language_modelling import LanguageModelling
 
-    with scratch_folder(options) as scratch, open_session(options, new_model=not options.continued) as session:
-        options, tokenizer, dtype, run = session.options, session.tokenizer, session.dtype, session.run
+    with scratch_folder(options) as scratch, open_session(options) as session:
+        options, tokenizer, run = session.options, session.tokenizer, session.run
         if options.vocab_size not in (None, tokenizer.n_words):
             raise ValueError(
                 f"--vocab_size is {options.vocab_size}, but {tokenizer.path} has {tokenizer.n_words} pieces"
             )
-        if options.continued:
-            checkpoint = open_checkpoint(options, tokenizer)
-            check_room(options, checkpoint.config, session.device)
-            llama = load_llama(options, checkpoint, dtype, mapped=session.processes.fsdp)
-            name, kind, stop_ids = options.pretrained_model_path, checkpoint.kind, checkpoint.stop_ids
-        else:
-            config, stop_ids = new_config(options, tokenizer.n_words), ()
-            check_room(options, config, session.device)
-            llama = llama_without_weights(config) if session.processes.fsdp else Llama(config)
-            name, kind = options.preset or flags.DEFAULT_PRESET, "new, random weights"
-        print_header(options, llama, kind, tokenizer, session.device, dtype, name=name)
+        llama, stop_ids = session.load_llama()
         check_causal(llama)
         config = llama.config
         window = training_window(options, config)

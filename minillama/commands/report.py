@@ -17,6 +17,7 @@ from minillama.cli.finished_runs import Run, find_runs, is_number, read_curves, 
 from minillama.cli.flags import DEFAULT_PRESET
 from minillama.cli.header import report
 from minillama.cli.loading import check_alone
+from minillama.cli.new_model import NEW_MODEL
 from minillama.cli.options import Command, Flag, Group, Options, OwnFlag
 from minillama.cli.pages import NONE, Table, decimals, render, write_page
 from minillama.cli.plots import Plot, write_plots
@@ -46,7 +47,8 @@ def group_key(run: Run) -> str:
 
 def model_name(run: Run) -> str:
     """The name of the initial model of a run."""
-    if run.options["option"] == "pretrain" and not run.options["continued"]:
+    sized = any(run.options.get(flag.key) for flag in NEW_MODEL.flags)  # which only a new model can be
+    if sized or (run.options["option"] == "pretrain" and not run.options["continued"]):
         return f"new, {run.options['preset'] or DEFAULT_PRESET}"
     name = Path(without_ending(str(run.options["pretrained_model_path"]))).name
     return re.sub(rf"(?<![^-_.]){re.escape(str(run.options['seed']))}(?![^-_.])", "{seed}", name)

@@ -9,7 +9,8 @@ from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model, use_demo_data
 from minillama.cli.checks import check_differ, check_training, model_files, same_rows
 from minillama.cli.header import display_path, report, report_next, warn
-from minillama.cli.loading import add_lora, check_causal, load_llama, lora_settings, training_window
+from minillama.cli.loading import add_lora, check_causal, lora_settings, training_window
+from minillama.cli.new_model import NEW_MODEL, is_new, typed_sizes
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
 from minillama.cli.plan import plan_examples
@@ -20,9 +21,9 @@ from minillama.environment import HERE
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from config import LlamaConfig
     from minillama.cli.provenance import Origin
     from minillama.cli.session import Session
-    from minillama.formats.checkpoint import Checkpoint
     from minillama.text.examples import Example
     from tokenizer import Tokenizer
 
@@ -49,7 +50,8 @@ DATA = Group(
 
 def resolve(options: Options) -> Options:
     """The options, with the bundled model if needed, and the demo data if no data is named."""
-    options = use_bundled_model(options)
+    if not is_new(options):
+        options = use_bundled_model(options)
     if options.train or options.dev:
         return options
     report(f"--train and --dev are missing; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
@@ -61,6 +63,7 @@ def check(options: Options) -> None:
     if not options.lora_rank and (variants := options.changed(*flags.LORA_VARIANTS)):
         raise ValueError(f"--{variants[0]} needs LoRA, but all weights would be trained; add --lora_rank 4")
     check_training(options)
+    typed_sizes(options)
     if not (options.train and options.dev):
         raise ValueError(
             f"--train is {options.train} and --dev {options.dev}; --option sft needs both, or neither for the demo data"
@@ -90,7 +93,7 @@ def run(options: Options) -> None:
     with open_session(options) as session:
         options, tokenizer, run = session.options, session.tokenizer, session.run
         origin = session.origin(raw)
-        llama, checkpoint = session.load_llama(", ".join(f"{split} {getattr(options, split)}" for split in raw))
+        llama, stop_ids = session.load_llama(", ".join(f"{split} {getattr(options, split)}" for split in raw))
         check_causal(llama)
         config = llama.config
         window = training_window(options, config)
@@ -109,13 +112,13 @@ def run(options: Options) -> None:
             answer_rows=options.answer_rows,
         )
 
-        write_best = session.best_writer(config, checkpoint.stop_ids)
+        write_best = session.best_writer(config, stop_ids)
         session.seed_dropout()
         if options.plan:
             return plan_examples(session, llama, task, data)
         model = session.train(llama, task, write_best, dynamic=True)
         if session.processes.is_main:  # read the file, because the model in memory may be sharded
-            opened = write_merged(session, checkpoint, read_torch(run.best_path)["model"])
+            opened = write_merged(session, config, stop_ids, read_torch(run.best_path)["model"])
         answer(session, model, {split: data[split] for split in judged}, origin)
         if session.processes.is_main:
             report_next(*opened, "--temperature", "0", "--prompt", data["dev"][0].prompt)
@@ -152,19 +155,22 @@ def tokenize_data(
     return data, width
 
 
-def write_merged(session: Session, checkpoint: Checkpoint, state: dict[str, Tensor]) -> list[str]:
+def write_merged(
+    session: Session, config: LlamaConfig, stop_ids: tuple[int, ...], state: dict[str, Tensor]
+) -> list[str]:
     """Writes the model with `state`, its best weights, and LoRA merged. Returns the arguments that open the
     model.
     """
+    from llama import Llama
     from lora import apply_lora, merge_lora_weights
 
     options = session.options
-    llama = load_llama(options, checkpoint, session.dtype)
+    llama = Llama(config)
     if options.lora_rank:
         apply_lora(llama, **lora_settings(options))
     llama.load_state_dict(state)
     merge_lora_weights(llama)
-    return session.write_model(llama.state_dict(), llama.config, checkpoint.stop_ids)
+    return session.write_model(llama.state_dict(), config, stop_ids)
 
 
 def answer(session: Session, model: nn.Module, data: dict[str, list[Example]], origin: Origin | None) -> None:
@@ -207,7 +213,7 @@ def answer(session: Session, model: nn.Module, data: dict[str, list[Example]], o
 COMMAND = Command(
     "sft",
     "train a language model to answer prompts",
-    (DATA, flags.TRAINING, flags.LORA, flags.RUN, flags.TRAINED_MODEL, flags.DEVICE),
+    (DATA, NEW_MODEL, flags.TRAINING, flags.LORA, flags.RUN, flags.TRAINED_MODEL, flags.DEVICE),
     run,
     """
 python run_llama.py --option sft --pretrained-model-path data/mini-llama.safetensors --model_out answers.safetensors
@@ -239,7 +245,12 @@ python run_llama.py --option sft --train data/demo-qa-train.jsonl --dev data/dem
     },
     resolve=resolve,
     check=check,
-    inputs=lambda options: [options.pretrained_model_path, options.train, options.dev, options.test],
+    inputs=lambda options: [
+        *([] if is_new(options) else [options.pretrained_model_path]),
+        options.train,
+        options.dev,
+        options.test,
+    ],
     outputs=outputs,
     trains=True,
 )
