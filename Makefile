@@ -48,7 +48,7 @@ COLLECTIONS ?= ../shared/assets
 TEXTS = runs/corpora
 STAGE = $(PYTHON) run_llama.py --config examples/bundled
 
-bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (an hour and a half on two cores)
+bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (an hour and forty minutes on two cores)
 	rm -rf runs/general runs/bundled runs/bundled-tokens
 	$(PYTHON) data/make_corpora.py --source $(COLLECTIONS) --into $(TEXTS)
 	$(STAGE)-1-tokenizer.json
