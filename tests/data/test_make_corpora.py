@@ -46,16 +46,18 @@ def test_what_is_held_out_is_in_nothing_that_is_trained_on(made):
     assert made["stories-held-out"] == [f"story {i} ." for i in (7, 8, 9)]
     assert made["stories"] == [*(f"story {i} ." for i in range(7)), "Story recased ."]
     assert len(made["reviews-held-out"]) == 4 and all(text.startswith("film 9 ") for text in made["reviews-held-out"])
-    assert len(made["reviews"]) == 36 and not any("film 9 " in text for text in made["reviews"] + made["opinions"])
-    assert sum("film" in text for text in made["opinions"]) >= 36
+    assert len(made["reviews"]) == 36 and not any(
+        "film 9 " in text.lower() for text in made["reviews"] + made["opinions"]
+    )
+    assert sum("film" in text.lower() for text in made["opinions"]) >= 36
 
 
 def test_each_opinion_ends_in_the_verdict_of_its_label(made):
     for text in made["reviews"] + made["opinions"]:
-        if "film" in text:
+        if "film" in text.lower():
             label = int(text.split()[2]) % 2
             assert text.endswith(tuple(f" {word}." for word in make_corpora.WORDS[label]))
-    assert sorted(text.rpartition(" This is ")[0] for text in made["opinions"] if "film" not in text) == [
+    assert sorted(text.rpartition(" This is ")[0] for text in made["opinions"] if "film" not in text.lower()) == [
         "a good lens",
         "too heavy",
     ]
