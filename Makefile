@@ -1,10 +1,10 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test bench docs pictures bundled-model clean
+.PHONY: help install style check test bench docs pictures bundled-model bundled-classifier clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install:  ## Install what the project and its checks need into the active environment
 	$(PYTHON) -m pip install -r requirements.txt -r requirements-dev.txt
@@ -30,7 +30,7 @@ docs:  ## Write docs/options.md again from the program
 # What a picture shows is made in this folder, from the bundled model and the demo data.
 SHOTS = runs/pictures
 RUN = cd $(SHOTS) && $(PYTHON) $(CURDIR)/run_llama.py
-FINETUNE = $(RUN) --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
+FINETUNE = $(RUN) --option finetune --lr 3e-4 --epochs 2 --batch_size 16 --schedule cosine
 
 pictures:  ## Make the pictures in docs/pictures/ again, from real runs (two minutes; needs Chromium)
 	rm -rf $(SHOTS)
@@ -57,6 +57,12 @@ bundled-model:  ## Make the bundled model again from the collections in COLLECTI
 	cp runs/bundled-final.safetensors data/mini-llama.safetensors
 	cp runs/bundled.model data/mini-llama.model
 	$(PYTHON) tests/make_bundled_reference.py
+
+bundled-classifier:  ## Make the bundled classifier of opinions again from the demo data (five minutes)
+	rm -rf runs/opinions
+	$(STAGE)-4-opinions.json
+	$(PYTHON) run_llama.py --option convert --to adapter --adapter runs/opinions/best.pt --out_dtype bf16 \
+		--pretrained-model-path data/mini-llama.safetensors --model_out data/mini-llama-opinions.pt
 
 clean:  ## Remove caches; keeps data, checkpoints and predictions
 	rm -rf .mypy_cache .pytest_cache .ruff_cache

@@ -130,6 +130,9 @@ def prepare(command):
     if "further.safetensors" in command and "perplexity" in command:
         for ending in ("safetensors", "model"):
             shutil.copy(ROOT / "data" / f"mini-llama.{ending}", f"further.{ending}")
+    if "convert" in command and "data/mini-llama.safetensors" in command:
+        for ending in ("safetensors", "model"):
+            shutil.copy(ROOT / "data" / f"mini-llama.{ending}", "data")
     if "--finetuned" in command:
         write_fine_tuned(Path(command[command.index("--finetuned") + 1]))
     if "--against" in command:  # the base of what `write_fine_tuned` wrote
@@ -186,7 +189,7 @@ def test_each_option_runs_as_its_page_says(course_folder, command):
             "evaluate": set(),
             "tokenizer": {"mine.model"},
             "pretrain": {f"{name}.{ending}" for name in ("further", "mine") for ending in ("safetensors", "model")},
-            "convert": {"stories260K-hf"},
+            "convert": {"stories260K-hf", "mini-llama-hf", "mini-llama.gguf", "mini-llama-int8.bin"},
             "sft": {"answers.safetensors", "answers.model", "sft-dev-answers.jsonl", "sft-test-answers.jsonl"},
             "wise_ft": {"wise-ft-curve.csv", "wise-ft-curve.html"},
         }

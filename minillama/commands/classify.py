@@ -201,9 +201,9 @@ COMMAND = Command(
     run,
     """
 python run_llama.py --option classify --prompt "I loved every minute of it."
-python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
-python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A dull story, and a great film."
-python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --interactive
+python run_llama.py --option finetune --lr 3e-4 --epochs 2 --batch_size 16 --schedule cosine
+python run_llama.py --option classify --finetuned finetune-2-0.0003.pt --prompt "A dull story, and a great film."
+python run_llama.py --option classify --finetuned finetune-2-0.0003.pt --interactive
 python run_llama.py --option classify --finetuned reviews-finetune-10-0.0003.pt --prompt_file new.csv
 """,
     defaults=dict.fromkeys(classifiers.OPTIONS_FROM_FINE_TUNED),

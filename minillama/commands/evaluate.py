@@ -116,8 +116,8 @@ COMMAND = Command(
     ),
     run,
     """
-python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
-python run_llama.py --option evaluate --finetuned finetune-10-0.0003.pt --test data/demo-test.txt
+python run_llama.py --option finetune --lr 3e-4 --epochs 2 --batch_size 16 --schedule cosine
+python run_llama.py --option evaluate --finetuned finetune-2-0.0003.pt --test data/demo-test.txt
 """,
     defaults=dict.fromkeys((*INHERITED, "test", "label_names", "test_out")),
     default_texts=dict.fromkeys((*INHERITED, "label_names"), "that of the run that wrote --finetuned")

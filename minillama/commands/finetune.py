@@ -265,8 +265,8 @@ FINETUNE = command(
     "train all weights and a classifier head on labelled sentences",
     (),
     """
-python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
-python run_llama.py --option classify --finetuned finetune-10-0.0003.pt --prompt "A fine film with a weak end."
+python run_llama.py --option finetune --lr 3e-4 --epochs 2 --batch_size 16 --schedule cosine
+python run_llama.py --option classify --finetuned finetune-2-0.0003.pt --prompt "A fine film with a weak end."
 """,
 )
 LORA = command(
@@ -274,7 +274,7 @@ LORA = command(
     "train LoRA adapters and a head on labelled sentences",
     (flags.LORA,),
     """
-python run_llama.py --option lora --lr 3e-3 --epochs 10 --batch_size 16 --schedule cosine
+python run_llama.py --option lora --lora_rank 8 --lora_alpha 16 --lora_targets all --lr 2e-3 --epochs 3 --batch_size 16 --schedule cosine --seed 1
 python run_llama.py --option lora --lora_rank 8 --lora_alpha 8 --dora --lr 3e-3 --epochs 10 --batch_size 16
 """,
 )

@@ -370,9 +370,9 @@ COMMAND = Command(
     ),
     run,
     """
-python run_llama.py --option finetune --lr 3e-4 --epochs 10 --batch_size 16 --schedule cosine
-python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt
-python run_llama.py --option wise_ft --finetuned finetune-10-0.0003.pt --ood data/demo-test.txt
+python run_llama.py --option finetune --lr 3e-4 --epochs 2 --batch_size 16 --schedule cosine
+python run_llama.py --option wise_ft --finetuned finetune-2-0.0003.pt
+python run_llama.py --option wise_ft --finetuned finetune-2-0.0003.pt --ood data/demo-test.txt
 """,
     defaults=dict.fromkeys((*INHERITED_OPTIONS, "label_names", "dev_out", "test_out")),
     default_texts=dict.fromkeys((*INHERITED_OPTIONS, "label_names"), "that of the run that wrote --finetuned")
