@@ -72,7 +72,7 @@ def course_folder(asset, tmp_path, monkeypatch):
         (tmp_path / "data" / f"demo-qa-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [f'"{i} was a {word} film, {i} times",{word}' for i in range(12) for word in ("good", "bad")]
     (tmp_path / "all.csv").write_text("\n".join(["review,stars", *rows]) + "\n", encoding="utf-8")
-    (tmp_path / "new.csv").write_text("id,review\n1,It was bad\n2,It was good\n", encoding="utf-8")
+    (tmp_path / "new.csv").write_text("id,review\n1,12 was a bad film\n2,12 was a good film\n", encoding="utf-8")
     monkeypatch.setattr("minillama.cli.bundled.HERE", tmp_path)  # which finds data/ beside the program
     (tmp_path / "data" / "stories260K").mkdir()
     for name in ("stories260K/stories260K_v0.bin", "stories260K/tok512.model"):
@@ -161,8 +161,8 @@ def test_two_commands_of_the_readme_label_a_table(course_folder):
     with (course_folder / "new-classified.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert [(row["id"], row["review"], row["predicted"]) for row in found] == [
-        ("1", "It was bad", "bad"),
-        ("2", "It was good", "good"),
+        ("1", "12 was a bad film", "bad"),
+        ("2", "12 was a good film", "good"),
     ]
 
 
