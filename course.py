@@ -18,10 +18,10 @@ examples:
   python course.py kit --edition fall2025 --into kit
   python course.py kit --edition fall2025 --into kit --solution solved --seed 7301 --keep norm,adamw
 
-The parts are {", ".join(POINTS)}.
-(lora only in fall2025.) A seed makes a term's variant: other rotary pairs or another sign, LayerNorm or RMSNorm,
-another place of eps, another sampling rule. There are {VARIANTS}, by the seed modulo {VARIANTS}; 0, {VARIANTS}, ... are the
-edition itself, with other probes.
+The parts are {", ".join(POINTS["fall2025"])}
+(lora only in fall2025). A seed makes a term's variant: other rotary pairs or another sign, LayerNorm or RMSNorm,
+another place of eps, another sampling rule. There are {VARIANTS}, by the seed modulo {VARIANTS};
+0, {VARIANTS}, ... are the edition itself, with other probes.
 Two seeds in a row differ in the norm, the rotation and the sampling rule, so a solution of last term fails.
 Keep the seed to yourself: the probes of the hidden part come from it.
 """

@@ -10,31 +10,32 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 EDITIONS = ("2024", "fall2025", "spring2026")
-POINTS = {
-    "norm": 8,
-    "scores": 10,
-    "attention": 12,
-    "block": 8,
-    "rope": 12,
-    "model": 8,
-    "generate": 10,
-    "adamw": 12,
-    "zero_shot": 6,
-    "classifier": 6,
-    "lora": 8,
+# Points of each part, in the order in which a student does them.
+POINTS: dict[str, dict[str, int]] = {
+    "2024": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
+    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
+    "fall2025": {"norm": 8, "rope": 12, "scores": 12, "attention": 8, "block": 10, "model": 8}
+    | {"generate": 10, "adamw": 12, "zero_shot": 4, "classifier": 6, "lora": 10},
+    "spring2026": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
+    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
 }
 NORMS = ("layernorm", "rmsnorm")
 PLACES = ("inside", "outside")  # of eps, by the root
 PAIRINGS = ("interleaved", "halves")
 SIGNS = ("plus", "minus")
-SAMPLING = ("epsilon", "top_p", "min_p")
+# Rules of an edition's variants, its own first. "temperature" drops no token.
+SAMPLING = {
+    "2024": ("temperature", "epsilon", "top_p"),
+    "fall2025": ("epsilon", "top_p", "min_p"),
+    "spring2026": ("top_p", "min_p", "epsilon"),
+}
 VARIANTS = 48  # 4 rotary conventions, 4 norms, 3 sampling rules
 NORM_CLASS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The choices of one kit. causal_argument: `Attention(config, causal=True)` instead of a field of the config."""
+    """The choices of one kit."""
 
     edition: str
     norm: str
@@ -42,8 +43,6 @@ class Setup:
     pairing: str
     sign: str
     sampling: str
-    causal_argument: bool
-    lora: bool
 
     @property
     def norm_class(self) -> str:
@@ -52,7 +51,26 @@ class Setup:
     @property
     def parts(self) -> tuple[str, ...]:
         """The exercises, in the order in which a student does them."""
-        return tuple(part for part in POINTS if part != "lora" or self.lora)
+        return tuple(POINTS[self.edition])
+
+    @property
+    def lora(self) -> bool:
+        return "lora" in self.parts
+
+    @property
+    def causal_argument(self) -> bool:
+        """Whether it is `Attention(config, causal=True)`, instead of a field of the config that is False by default."""
+        return self.edition == "spring2026"
+
+    @property
+    def switches(self) -> list[str]:
+        """The known mistakes (mistakes.py) that are right answers in this variant."""
+        asked = {
+            "norm.eps_outside": self.eps == "outside",
+            "rope.split_halves": self.pairing == "halves",
+            "rope.wrong_sign": self.sign == "minus",
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
 
     def choices(self) -> dict[str, str]:
         """The choices that a variant changes, as plain values."""
@@ -60,9 +78,9 @@ class Setup:
 
 
 PLAIN = {
-    "2024": Setup("2024", "rmsnorm", "inside", "interleaved", "plus", "epsilon", False, False),
-    "fall2025": Setup("fall2025", "layernorm", "inside", "interleaved", "plus", "epsilon", False, True),
-    "spring2026": Setup("spring2026", "layernorm", "inside", "interleaved", "plus", "top_p", True, False),
+    "2024": Setup("2024", "rmsnorm", "inside", "interleaved", "plus", "temperature"),
+    "fall2025": Setup("fall2025", "layernorm", "inside", "interleaved", "plus", "epsilon"),
+    "spring2026": Setup("spring2026", "layernorm", "inside", "interleaved", "plus", "top_p"),
 }
 
 
@@ -77,8 +95,7 @@ def find_setup(edition: str, seed: int | None = None) -> Setup:
     pairing, sign = [(pairing, sign) for sign in SIGNS for pairing in PAIRINGS][n % 4]
     norms = sorted(NORMS, key=lambda norm: norm != plain.norm)
     norm, eps = [(norm, eps) for eps in PLACES for norm in norms][(n + n % 16 // 4) % 4]
-    rules = sorted(SAMPLING, key=lambda rule: rule != plain.sampling)
-    return Setup(edition, norm, eps, pairing, sign, rules[n % 3], plain.causal_argument, plain.lora)
+    return Setup(edition, norm, eps, pairing, sign, SAMPLING[edition][n % 3])
 
 
 def exercises(setup: Setup) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -107,6 +124,7 @@ def hidden_part(setup: Setup, seed: int | None, keep: tuple[str, ...]) -> dict[s
         "seed": seed,
         "probe_seed": int.from_bytes(digest[:4], "big"),
         "variant": setup.choices(),
+        "switches": setup.switches,
         "kept": list(keep),
-        "points": {part: POINTS[part] for part in setup.parts if part not in keep},
+        "points": {part: points for part, points in POINTS[setup.edition].items() if part not in keep},
     }

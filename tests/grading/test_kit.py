@@ -191,6 +191,7 @@ def test_the_hidden_part_is_in_the_solution_alone(kits):
     hidden = json.loads(solved_files(setup, 7301, ("norm",))["hidden.json"])
     assert hidden["seed"] == 7301 and "norm" not in hidden["points"] and hidden["kept"] == ["norm"]
     assert hidden["variant"] == setup.choices()
+    assert hidden["switches"] == ["norm.eps_outside", "rope.split_halves"]
     assert hidden["probe_seed"] != json.loads(solved_files(setup, 7301 + VARIANTS)["hidden.json"])["probe_seed"]
     for name, content in kit_files(setup).items():
         assert name.startswith("data/") or b"7301" not in content
@@ -269,9 +270,9 @@ def test_the_solution_agrees_with_the_reference_outputs(tmp_path, capsys, editio
     assert "DIFFER" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("edition", "seed"), [("fall2025", 0), ("fall2025", 2), ("spring2026", 0)])
+@pytest.mark.parametrize(("edition", "seed"), [("fall2025", 0), ("fall2025", 7), ("spring2026", 0)])
 def test_the_solved_model_computes_what_ours_does(tmp_path, edition, seed):
-    """With LayerNorm and eps inside the root; the rotary convention may differ, for the weights are put in its order."""
+    """With LayerNorm and eps inside the root. The rotary convention may differ: the weights are in its order."""
     setup = find_setup(edition, seed)
     ours = load_pretrained(ROOT / "data" / "mini-llama.safetensors")
     folder = write_files(tmp_path / "solved", solved_files(setup, seed))
@@ -280,13 +281,11 @@ def test_the_solved_model_computes_what_ours_does(tmp_path, edition, seed):
         import llama
 
         theirs = llama.load_pretrained(folder / "data" / "mini-llama.safetensors")
-        if (setup.norm, setup.eps) == ("layernorm", "inside"):
-            for got, wanted in zip(theirs(ids, targets=ids), ours(ids, targets=ids), strict=True):
-                torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
-            greedy = theirs.generate(ids[:, :5], 10, temperature=0.0)
-            assert greedy.tolist() == ours.generate(ids[:, :5], 10, temperature=0.0).tolist()
-        else:
-            assert theirs(ids)[0].shape == (3, 1, 4096)
+        assert (setup.norm, setup.eps) == ("layernorm", "inside")
+        for got, wanted in zip(theirs(ids, targets=ids), ours(ids, targets=ids), strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+        greedy = theirs.generate(ids[:, :5], 10, temperature=0.0)
+        assert greedy.tolist() == ours.generate(ids[:, :5], 10, temperature=0.0).tolist()
 
 
 def test_the_solved_optimizer_steps_as_ours_does(tmp_path):
