@@ -50,6 +50,7 @@ ROOMS = ("layers", "decoding")  # folders of minillama/ with fused paths, filter
 NOTEBOOK_FORM = {"nbformat": 4, "nbformat_minor": 5}
 
 
+@lru_cache
 def environment() -> Environment:
     return Environment(
         loader=FileSystemLoader([HERE, HERE / "code"]),

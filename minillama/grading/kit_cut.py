@@ -78,16 +78,21 @@ def read_source(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+@lru_cache
+def parsed_source(name: str) -> ast.Module:
+    return ast.parse(read_source(name))
+
+
 def take(file: str, name: str = "", drop: Iterable[str] = (), swap: Mapping[str, str] | None = None) -> str:
     """A definition of one of our modules, as its lines stand there; without a name, the module's docstring.
 
     drop: lines that contain this text are left out. swap: texts to replace. Raises ValueError if something is missing
     there, so that a change of the module cannot go by unseen.
     """
-    source = read_source(file)
+    source, tree = read_source(file), parsed_source(file)
     if not name:
-        return swapped(ast.get_docstring(ast.parse(source)) or "", file, swap or {})
-    body: list[ast.stmt] = ast.parse(source).body
+        return swapped(ast.get_docstring(tree) or "", file, swap or {})
+    body: list[ast.stmt] = tree.body
     for part in name.split("."):
         own = [one for one in body if part in (getattr(one, "name", None), assigned_name(one))]
         if not own:

@@ -45,6 +45,9 @@ def texts(setup: Setup) -> dict[str, Any]:
         f"and b\nbecomes a sin t + b cos t; here t is {minus}position times theta to the power of -2i / hd.",
         "causal": causal_text(setup),
         "sampling": sampling_text(setup),
+        "drawn_from": "all tokens."
+        if setup.sampling == "temperature"
+        else "the tokens\nthat are kept; the likeliest one always is.",
         "sampling_argument": sampling_argument(setup),
         "options": '("generate", "prompt", "finetune", "lora")' if setup.lora else '("generate", "prompt", "finetune")',
         "places": {
