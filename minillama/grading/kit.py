@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -143,10 +144,14 @@ def our_lines() -> frozenset[str]:
 
 def notebook(text: str) -> str:
     """A notebook without outputs. text: cells, each after a line `# %%`, or `# %% [markdown]`."""
-    cells = []
+    cells: list[dict[str, Any]] = []
     for n, part in enumerate(text.split("# %%")[1:]):
         head, _, body = part.partition("\n")
-        cell = {"cell_type": "markdown" if "[markdown]" in head else "code", "id": f"cell-{n}", "metadata": {}}
+        cell: dict[str, Any] = {
+            "cell_type": "markdown" if "[markdown]" in head else "code",
+            "id": f"cell-{n}",
+            "metadata": {},
+        }
         cell["source"] = body.rstrip("\n").splitlines(keepends=True)
         cells.append(cell if cell["cell_type"] == "markdown" else cell | {"execution_count": None, "outputs": []})
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -31,7 +31,7 @@ def texts(setup: Setup) -> dict[str, Any]:
     root = f"the root of (the {size} + eps)" if inside else f"(the root of the {size}) + eps"
     start = "(x - mean)" if layernorm else "x"
     note = " The variance divides by the number of features, not by one less." if layernorm else ""
-    outside = "" if inside else " Mind the place of eps: it is added after the root."
+    outside = "" if inside else "\nMind the place of eps: it is added after the root."
     partner = "2i and 2i + 1" if setup.pairing == "interleaved" else "i and i + hd / 2"
     minus = "" if setup.sign == "plus" else "minus "
     sense = "" if setup.sign == "plus" else " Mind the sign: later positions turn backwards."

@@ -161,6 +161,14 @@ def test_what_the_kit_takes_from_our_modules_must_be_there():
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
+def test_no_line_is_longer_than_120(edition):
+    for seed in range(16):
+        setup = find_setup(edition, seed)
+        for name in (*code_files(setup), *(f"tests/test_{part}.py" for part in setup.parts), "tests/stand_ins.py"):
+            assert max(map(len, solved_text(setup, name).splitlines())) <= 120, (seed, name)
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
 def test_two_runs_give_the_same_bytes(kits, edition):
     solved_text.cache_clear()
     assert kit_files(PLAIN[edition]) == kits[edition]
