@@ -1,4 +1,7 @@
-"""Packs the hand-in zip, or checks one: `python prepare_submit.py ID [--folder DIR] [--out ID.zip] [--check ZIP]`."""
+"""Packs the hand-in zip, or checks one: `python prepare_submit.py ID [--folder DIR] [--out ID.zip] [--check ZIP]`.
+
+--edition says for which course: its prediction files and its size.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fetch_data import COURSE_DATA
 from minillama.cli.display import displayed
@@ -35,6 +38,25 @@ ROW = re.compile(r"([0-9]{1,9}) \|\|\| (.*)", re.DOTALL)
 LINE_END = re.compile(r"\r{0,2}\n|\r")  # as in minillama/text/labelled.py, which would import torch
 
 
+class Edition(NamedTuple):
+    """What an edition of the course wants: kinds of prediction files; the largest zip in bytes, None: SIZE_LIMIT."""
+
+    kinds: tuple[str, ...]
+    most_bytes: int | None = None
+
+    def size_problem(self, size: int) -> str | None:
+        """Why a zip of this size is too large; None if it is not."""
+        if self.most_bytes is None:
+            return f"it must stay under {SIZE_LIMIT:,}" if size >= SIZE_LIMIT else None
+        return f"it may have {self.most_bytes:,} at most" if size > self.most_bytes else None
+
+
+EDITIONS = {
+    "2024": Edition(("prompting", "finetuning")),
+    "fall2025": Edition(("prompting", "finetuning", "lora")),
+    "spring2026": Edition(("prompting",), most_bytes=15_000_000),  # its addition task has no file of a fixed name
+}
+DEFAULT_EDITION = "fall2025"
 STUDENT_ID = re.compile(r"[a-z0-9_-]+")  # also the name of the top folder
 
 
@@ -42,8 +64,8 @@ class Rejected(Exception):
     """Refusal of a hand-in; `args` are its problems."""
 
 
-def required_outputs() -> dict[str, str]:
-    """The required text files, each with the command that makes it."""
+def required_outputs(edition: str = DEFAULT_EDITION) -> dict[str, str]:
+    """The text files that an edition requires, each with the command that makes it."""
     outputs = dict.fromkeys(GENERATED, "python run_llama.py --option generate")
     for corpus in LABELS:
         training = f"--epochs 5 --lr 2e-5 --batch_size {80 if corpus == 'sst' else 10}"
@@ -54,6 +76,8 @@ def required_outputs() -> dict[str, str]:
             ("finetune", "finetuning", training),
             ("lora", "lora", f"{training} --lora_rank 4 --lora_alpha 1.0"),
         ):
+            if kind not in EDITIONS[edition].kinds:
+                continue
             dev, test = (f"{corpus}-{split}-{kind}-output.txt" for split in ("dev", "test"))
             command = f"python run_llama.py --option {option} {settings} {sources} --dev_out {dev} --test_out {test}"
             outputs |= {dev: command, test: command}
@@ -84,14 +108,15 @@ def prediction_problem(name: str, text: str, data: Path) -> str | None:
     return None
 
 
-def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
+def content_problems(files: Mapping[str, bytes], data: Path, edition: str = DEFAULT_EDITION) -> list[str]:
     """Problems of all missing and malformed files of a hand-in. files: content by name."""
     problems = [f"missing {name}, a module of the project" for name in CODE if name not in files]
     imports_package = any(f"from {PACKAGE}".encode() in files.get(name, b"") for name in CODE)
     if imports_package and not any(name.startswith(f"{PACKAGE}/") for name in files):
         problems.append(f"missing {PACKAGE}/, which the modules import")
     missing: dict[str, list[str]] = {}
-    for name, command in required_outputs().items():
+    required = required_outputs(edition)
+    for name, command in required.items():
         if name not in files:
             missing.setdefault(command, []).append(name)
     problems += [f"missing {', '.join(names)}; make it: {command}" for command, names in missing.items()]
@@ -106,7 +131,7 @@ def content_problems(files: Mapping[str, bytes], data: Path) -> list[str]:
         elif PREDICTIONS.fullmatch(name) and (problem := prediction_problem(name, text, data)):
             record = find_record(data.parent, name, raw)
             source = f"; it was made from {record['data']}" if record is not None and record.get("data") else ""
-            problems.append(f"{problem}{source}; make it: {required_outputs().get(name, 'as before')}")
+            problems.append(f"{problem}{source}; make it: {required.get(name, 'as before')}")
     return problems
 
 
@@ -133,7 +158,7 @@ def member_problem(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
+def check(path: Path, student: str | None, data: Path, edition: str = DEFAULT_EDITION) -> list[zipfile.ZipInfo]:
     """The files of the hand-in zip at `path`. student: its id; None accepts any. Raises Rejected with all problems."""
     if not path.is_file():
         raise Rejected(f"there is no file {path}")
@@ -141,10 +166,11 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             problems = [problem for info in entries if (problem := member_problem(info))]
-            if (size := path.stat().st_size) >= SIZE_LIMIT:
+            size = path.stat().st_size
+            if too_large := EDITIONS[edition].size_problem(size):
                 largest = max(entries, key=lambda info: info.compress_size, default=None)
                 what = f"; {largest.filename} takes {largest.compress_size:,}" if largest else ""
-                problems.append(f"the zip has {size:,} bytes; it must stay under {SIZE_LIMIT:,}{what}")
+                problems.append(f"the zip has {size:,} bytes; {too_large}{what}")
             folders = sorted({info.filename.split("/")[0] for info in entries})
             if len(folders) != 1:
                 problems.append(f"it must hold one top folder, not {len(folders)}: {', '.join(folders[:5])}")
@@ -162,21 +188,21 @@ def check(path: Path, student: str | None, data: Path) -> list[zipfile.ZipInfo]:
             contents = {info.filename.partition("/")[2]: archive.read(info) for info in files}
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
         raise Rejected(f"{path} is not a valid zip: {error}") from error
-    if problems := content_problems(contents, data):
+    if problems := content_problems(contents, data, edition):
         raise Rejected(*problems)
     return files
 
 
-def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
+def pack(student: str, folder: Path, out: Path, edition: str = DEFAULT_EDITION) -> list[zipfile.ZipInfo]:
     """Writes the zip of `folder` to `out`, the same bytes for the same files. Raises Rejected with all problems."""
     package = [path for path in (folder / PACKAGE).rglob("*") if path.suffix in (".py", ".css", ".html", ".js")]
     code = [path.relative_to(folder) for path in (*folder.glob("*.py"), *package)]
     hidden = [path for path in code if any(part.startswith(".") or part in FORBIDDEN_FOLDERS for part in path.parts)]
     wanted = [path.as_posix() for path in code if path not in hidden]
     wanted += [f"{corpus}-{split}-advanced-output.txt" for corpus in LABELS for split in ("dev", "test")]
-    wanted += [*required_outputs(), "feedback.txt", f"{student}-report.pdf"]
+    wanted += [*required_outputs(edition), "feedback.txt", f"{student}-report.pdf"]
     contents = {name: (folder / name).read_bytes() for name in sorted(wanted) if (folder / name).is_file()}
-    if problems := content_problems(contents, folder / "data"):
+    if problems := content_problems(contents, folder / "data", edition):
         raise Rejected(*problems)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         part = Path(temporary) / out.name
@@ -186,7 +212,7 @@ def pack(student: str, folder: Path, out: Path) -> list[zipfile.ZipInfo]:
                 info.compress_type, info.create_system = zipfile.ZIP_DEFLATED, 3
                 info.external_attr = (stat.S_IFREG | 0o644) << 16
                 archive.writestr(info, raw)
-        files = check(part, student, folder / "data")
+        files = check(part, student, folder / "data", edition)
         os.replace(part, out)
     return files
 
@@ -219,7 +245,9 @@ def origin_problems(name: str, record: Mapping[str, Any] | None, data: Path) -> 
     return problems
 
 
-def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, Mapping[str, Any] | None]) -> None:
+def print_table(
+    path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, Mapping[str, Any] | None], edition: str
+) -> None:
     """Prints the files of the zip at `path`: sizes in bytes, and the model that made each prediction file."""
     width = max(len(info.filename) for info in files)
     print(f"{'file':<{width}}  {'bytes':>11}  {'packed':>11}  made from")
@@ -233,7 +261,8 @@ def print_table(path: Path, files: list[zipfile.ZipInfo], records: Mapping[str, 
         elif info.filename in records:
             source = "  no record"
         print(f"{info.filename:<{width}}  {info.file_size:>11,}  {info.compress_size:>11,}{source}")
-    print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, under the limit of {SIZE_LIMIT:,}")
+    limit = EDITIONS[edition].most_bytes or SIZE_LIMIT
+    print(f"{path}: {len(files)} files, {path.stat().st_size:,} bytes, within the limit of {limit:,}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,6 +277,8 @@ def pack_or_check(arguments: list[str] | None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("."), metavar="DIR", help="the project (default: here)")
     parser.add_argument("--out", type=Path, metavar="ZIP", help="the zip to write (default: ID.zip)")
     parser.add_argument("--check", type=Path, metavar="ZIP", help="check this zip and write nothing")
+    which = "for which course (default: %(default)s)"
+    parser.add_argument("--edition", choices=EDITIONS, default=DEFAULT_EDITION, help=which)
     options = parser.parse_args(arguments)
     if options.student is None and options.check is None:
         parser.error("give your ID, or --check ZIP")
@@ -262,14 +293,14 @@ def pack_or_check(arguments: list[str] | None) -> int:
         parser.error(f"--out {path}: it must name a file that ends in .zip, in a folder that exists")
     try:
         if options.check is not None:
-            files = check(path, options.student, options.folder / "data")
+            files = check(path, options.student, options.folder / "data", options.edition)
         else:
-            files = pack(options.student, options.folder, path)
+            files = pack(options.student, options.folder, path, options.edition)
         records = find_records(path, files, options.folder)
         for full_name, record in records.items():
             if problems := origin_problems(full_name.partition("/")[2], record, options.folder / "data"):
                 print(f"{parser.prog}: warning: {full_name}: {'; '.join(problems)}", file=sys.stderr)
-        print_table(path, files, records)
+        print_table(path, files, records, options.edition)
     except Rejected as rejected:
         more = [f"and {len(rejected.args) - SHOWN} more problems"] if len(rejected.args) > SHOWN else []
         for problem in (*rejected.args[:SHOWN], *more):

@@ -26,9 +26,10 @@ ORDER = [
     ("training",),
     ("inference",),
     ("serving",),
+    ("grading",),
     ("cli",),
     ("commands", "benchmarks"),
-    ("run_llama", "sanity_check", "fetch_data", "prepare_submit", "benchmark"),
+    ("run_llama", "sanity_check", "fetch_data", "prepare_submit", "benchmark", "course"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "minillama").rglob("*.py")])

@@ -1,0 +1,164 @@
+"""The bundled model for a kit: its weights for the kit's conventions, and reference outputs in float64 with NumPy.
+
+Shares no code with llama.py. The weights of another rotary convention compute the same as those of the bundled model.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minillama.grading.kit_setups import Setup
+
+BF16, F32, I64 = "BF16", "F32", "I64"
+IDS = ((1, 610, 553, 261, 461, 268, 300, 317), (1, 610, 1200, 77, 2048, 5, 4000, 9))  # rows that begin alike
+EMBEDDING = "tok_embeddings.weight"
+
+
+class Model(NamedTuple):
+    """The `model_args` of a checkpoint, and its weights in float32."""
+
+    config: dict[str, Any]
+    weights: dict[str, np.ndarray]
+
+
+def read_model(content: bytes) -> Model:
+    """The model in a .safetensors file of this project, in bfloat16."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    config = json.loads(header.pop("__metadata__")["mini-llama"])["model_args"]
+    weights = {}
+    for name, entry in header.items():
+        assert entry["dtype"] == BF16, f"{name} is {entry['dtype']}"
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        upper = np.frombuffer(content[begin:end], "<u2").astype(np.uint32) << 16
+        weights[name] = upper.view(np.float32).reshape(entry["shape"])
+    return Model(config, weights)
+
+
+def write_tensors(tensors: dict[str, np.ndarray], dtypes: dict[str, str], metadata: dict[str, str]) -> bytes:
+    """The bytes of a .safetensors file: a header's length, a JSON header, the tensors in the order of their names."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    parts, offset = [], 0
+    for name in sorted(tensors):
+        raw = encoded(tensors[name], dtypes[name])
+        header[name] = {
+            "dtype": dtypes[name],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, offset + len(raw)],
+        }
+        parts.append(raw)
+        offset += len(raw)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, *parts))
+
+
+def encoded(tensor: np.ndarray, dtype: str) -> bytes:
+    """A tensor's bytes. A bfloat16 is the upper half of a float32, rounded to even."""
+    if dtype == BF16:
+        bits = np.ascontiguousarray(tensor, "<f4").view("<u4")
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
+    return tensor.astype({F32: "<f4", I64: "<i8"}[dtype]).tobytes()
+
+
+def converted(model: Model, setup: Setup) -> Model:
+    """The model for another setup. Its rotary weights compute the same; those for RMSNorm lose the norms' biases."""
+    config, weights = dict(model.config), dict(model.weights)
+    width = config["dim"] // config["n_heads"]
+    for name in weights:
+        if name.endswith(("compute_query.weight", "compute_key.weight")):
+            pairs = weights[name].reshape(-1, width // 2, 2, config["dim"])  # (heads, pair, 2, D)
+            if setup.sign == "minus":  # a + ib becomes b + ia: turned the other way, it has the same products
+                pairs = pairs[:, :, ::-1]
+            if setup.pairing == "halves":
+                pairs = pairs.swapaxes(1, 2)
+            weights[name] = pairs.reshape(weights[name].shape)
+    if setup.norm == "rmsnorm":
+        # Without a mean in the residual stream, both norms divide by the same. The output keeps the embedding as it is.
+        weights["output.weight"] = weights[EMBEDDING]
+        config["tie_embeddings"] = False
+        weights[EMBEDDING] = weights[EMBEDDING] - weights[EMBEDDING].mean(1, keepdims=True)
+        for name in weights:
+            if name.endswith(("compute_output.weight", "w2.weight")):
+                weights[name] = weights[name] - weights[name].mean(0, keepdims=True)
+        weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
+    return Model(config | {"norm": setup.norm}, weights)
+
+
+def checkpoint(model: Model) -> bytes:
+    """The .safetensors file of a model, in bfloat16."""
+    about = json.dumps({"format_version": 1, "kind": "llama", "model_args": model.config})
+    return write_tensors(model.weights, dict.fromkeys(model.weights, BF16), {"format": "pt", "mini-llama": about})
+
+
+def reference(model: Model, setup: Setup) -> bytes:
+    """A .safetensors file with `ids` (B, T), and logits (B, 1, V) and hidden_states (B, T, D) for them.
+
+    The names begin with "causal." and, where the config says which, also "bidirectional.".
+    """
+    rounded = read_model(checkpoint(model))  # what the file holds
+    ids = np.array(IDS)
+    tensors, dtypes = {"ids": ids}, {"ids": I64}
+    for causal in (True,) if setup.causal_argument else (True, False):
+        hidden = np.stack([forward(rounded, row, setup, causal) for row in ids])
+        output = rounded.weights.get("output.weight", rounded.weights[EMBEDDING]).astype(np.float64)
+        kind = "causal" if causal else "bidirectional"
+        tensors |= {f"{kind}.hidden_states": hidden, f"{kind}.logits": hidden[:, -1:] @ output.T}
+        dtypes |= {f"{kind}.hidden_states": F32, f"{kind}.logits": F32}
+    return write_tensors(tensors, dtypes, {"format": "pt"})
+
+
+def forward(model: Model, ids: np.ndarray, setup: Setup, causal: bool) -> np.ndarray:
+    """Hidden states (T, D) of one row, in float64."""
+    config = model.config
+    weights = {name: tensor.astype(np.float64) for name, tensor in model.weights.items()}
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        if setup.norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        power, eps = (x * x).mean(-1, keepdims=True), config["layer_norm_eps"]
+        x = x / (np.sqrt(power + eps) if setup.eps == "inside" else np.sqrt(power) + eps)
+        return x * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0.0)
+
+    x = weights[EMBEDDING][ids]
+    for i in range(config["n_layers"]):
+        own = f"layers.{i}"
+        x = x + attention(norm(x, f"{own}.attention_norm"), weights, f"{own}.attention", config, setup, causal)
+        inner = norm(x, f"{own}.ffn_norm")
+        gate, up = (inner @ weights[f"{own}.feed_forward.{part}.weight"].T for part in ("w1", "w3"))
+        x = x + gate / (1 + np.exp(-gate)) * up @ weights[f"{own}.feed_forward.w2.weight"].T
+    return norm(x, "norm")
+
+
+def attention(
+    x: np.ndarray, weights: dict[str, np.ndarray], name: str, config: dict[str, Any], setup: Setup, causal: bool
+) -> np.ndarray:
+    """Attention of one row, (T, D) -> (T, D), one query head after another."""
+    query, key, value = (x @ weights[f"{name}.compute_{part}.weight"].T for part in ("query", "key", "value"))
+    width = config["dim"] // config["n_heads"]
+    mixed = []
+    for head in range(config["n_heads"]):
+        shared = head * config["n_kv_heads"] // config["n_heads"]
+        own, theirs = (slice(one * width, (one + 1) * width) for one in (head, shared))
+        scores = turned(query[:, own], config, setup) @ turned(key[:, theirs], config, setup).T / np.sqrt(width)
+        if causal:
+            scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed.append(powers / powers.sum(-1, keepdims=True) @ value[:, theirs])
+    return np.concatenate(mixed, -1) @ weights[f"{name}.compute_output.weight"].T
+
+
+def turned(x: np.ndarray, config: dict[str, Any], setup: Setup) -> np.ndarray:
+    """One head's features (T, hd), rotated by the convention of the setup."""
+    half = x.shape[1] // 2
+    index = np.arange(half)
+    angles = np.outer(np.arange(len(x)), config["rope_theta"] ** (-index / half))
+    turn = np.exp(1j * angles if setup.sign == "plus" else -1j * angles)
+    one, two = (2 * index, 2 * index + 1) if setup.pairing == "interleaved" else (index, index + half)
+    points = (x[:, one] + 1j * x[:, two]) * turn
+    out = np.empty_like(x)
+    out[:, one], out[:, two] = points.real, points.imag
+    return out
