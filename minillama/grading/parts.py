@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from minillama.grading import probes_model, probes_training
+
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 2e-4  # of the largest value; float32 noise is some 1e-6, known mistakes differ by more than 1e-3
 
@@ -43,11 +45,45 @@ PARTS: dict[str, dict[str, int]] = {
 }
 
 
+PROBES: dict[str, Callable[[str, np.random.Generator], list[tuple[str, dict[str, Any], Arrays]]]] = {
+    "norm": probes_model.norm,
+    "rope": probes_model.rope,
+    "scores": probes_model.scores,
+    "attention": probes_model.attention,
+    "block": probes_model.block,
+    "model": probes_model.model,
+    "generate": probes_training.generate,
+    "adamw": probes_training.adamw,
+    "zero_shot": probes_training.zero_shot,
+    "classifier": probes_training.classifier,
+    "lora": probes_training.lora,
+}
+
+
 def cases(part: str, edition: str, seed: int) -> list[Case]:
     """The probes of a part in an edition; the same seed gives the same probes. Raises KeyError for an unknown part."""
-    PARTS[edition][part]
+    if part not in PARTS[edition]:
+        raise KeyError(f"the edition {edition} has no part {part}; its parts are {', '.join(PARTS[edition])}")
     source = np.random.default_rng([seed, zlib.crc32(f"{edition} {part}".encode())])
-    return PROBES[part](edition, source)
+    return [Case(part, *probe) for probe in PROBES[part](edition, source)]
 
 
-PROBES: dict[str, Callable[[str, np.random.Generator], list[Case]]] = {}
+def distance(found: Arrays, wanted: Arrays) -> float:
+    """The largest difference, as a share of the largest value of that array in `wanted`.
+
+    Infinite if names or shapes differ, or if one has NaN or infinity where the other has not.
+    """
+    if set(found) != set(wanted):
+        return float("inf")
+    largest = 0.0
+    for name, right in wanted.items():
+        own = np.asarray(found[name], dtype=np.float64)
+        if own.shape != right.shape:
+            return float("inf")
+        finite = np.isfinite(right)
+        if not np.array_equal(own[~finite], right[~finite], equal_nan=True) or not np.isfinite(own[finite]).all():
+            return float("inf")
+        scale = np.abs(right[finite]).max(initial=0.0)
+        difference = np.abs(own[finite] - right[finite]).max(initial=0.0)
+        largest = max(largest, float(difference / max(scale, 1e-12)))
+    return largest
