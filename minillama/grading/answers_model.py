@@ -133,14 +133,14 @@ def mixed(query: np.ndarray, key: np.ndarray, value: np.ndarray, settings: Setti
         scale_after_softmax=1.0,
     )
     products = products * factor
-    seen = np.tril(np.ones((T, T), dtype=bool))
+    seen, hidden = np.tril(np.ones((T, T), dtype=bool)), -1e9 if "mask_strict_finite" in on else -np.inf
     causal = (settings["causal"] or "causal" in on) and "not_causal" not in on
-    if "mask_strict" in on:
+    if on & {"mask_strict", "mask_strict_finite"}:
         seen = np.tril(seen, -1)
     if "mask_reversed" in on:
         seen = seen.T
     if causal and "mask_after_softmax" not in on:
-        products = products * seen if "mask_as_factor" in on else np.where(seen, products, -np.inf)
+        products = products * seen if "mask_as_factor" in on else np.where(seen, products, hidden)
     axis = one_of(on, right=-1, softmax_over_queries=-2, softmax_over_heads=1)
     weights = products if "no_softmax" in on else softmax(products, axis)
     if causal and "mask_after_softmax" in on:

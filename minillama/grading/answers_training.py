@@ -57,6 +57,8 @@ def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> 
     judged = softmax(logits) if "filter_before_temperature" in on else p
     if "top_p" in settings:
         kept = nucleus(judged, settings["top_p"], on)
+    elif "epsilon" not in settings:  # the edition of 2024 draws from all tokens
+        kept = np.ones_like(p, dtype=bool)
     else:
         epsilon = settings["epsilon"]
         kept = one_of(

@@ -13,7 +13,10 @@ from minillama.grading.parts import PARTS
 
 # The right formula of each part, and where it belongs.
 FORMULAS: dict[str, tuple[str, str]] = {
-    "norm": ("(x - mean) / sqrt(variance + eps) * weight + bias over the last axis", "llama.py, LayerNorm.forward"),
+    "norm": (
+        "(x - mean) / sqrt(variance + eps) * weight + bias over the last axis",
+        "llama.py, LayerNorm.forward (2024: RMSNorm.forward)",
+    ),
     "rope": (
         "even' = even cos(a) - odd sin(a), odd' = even sin(a) + odd cos(a), a = position theta^(-2i/hd)",
         "rope.py, apply_rotary_emb",
@@ -42,6 +45,7 @@ FORMULAS: dict[str, tuple[str, str]] = {
 }
 OTHER_FORMULAS: dict[tuple[str, str], str] = {
     ("norm", "2024"): "x / sqrt(mean(x^2) + eps) * weight over the last axis",
+    ("generate", "2024"): "p = softmax(logits / temperature), temperature 0: the most likely token",
     ("scores", "spring2026"): "softmax(query key^T / sqrt(hd) + mask) value, mask -inf above the diagonal",
     ("generate", "spring2026"): "p = softmax(logits / temperature), the fewest tokens with total probability top_p",
 }
@@ -98,7 +102,7 @@ def mistakes_of(part: str, edition: str) -> list[Mistake]:
 
 def can_be_together(one: Mistake, other: Mistake) -> bool:
     """Whether both fit into one piece of code, and neither hides the other."""
-    if one.part != other.part or one.slots & other.slots:
+    if one.part != other.part or one.slots & other.slots or "alone" in one.slots | other.slots:
         return False
     apart = mistakes_model.APART | mistakes_training.APART
     return not any({one.short_name, other.short_name} == {a, b} for part, a, b in apart if part == one.part)

@@ -88,7 +88,18 @@ SCORES: list[Row] = [
         BIDIRECTIONAL,
     ),
     ("not_causal", "mask", "The causal mask is missing: a position sees later ones.", CAUSAL),
-    ("mask_strict", "mask", "The mask hides a position from itself; it hides only later ones (diagonal=1).", CAUSAL),
+    (
+        "mask_strict",
+        "mask softmax transpose",
+        "The mask hides a position from itself; it hides only later ones (diagonal=1).",
+        CAUSAL,
+    ),
+    (
+        "mask_strict_finite",
+        "mask softmax transpose",
+        "The mask hides a position from itself (with a large number); it hides only later ones (diagonal=1).",
+        CAUSAL,
+    ),
     ("mask_reversed", "mask", "The mask is upside down: it hides earlier positions instead of later ones.", CAUSAL),
     ("mask_as_factor", "mask", "Hidden products become 0; they must become -inf before the softmax.", CAUSAL),
     ("mask_after_softmax", "mask softmax", "The mask comes after the softmax, so weights do not sum to 1.", CAUSAL),
@@ -137,11 +148,11 @@ BLOCK: list[Row] = [
     ("no_second_residual", "second", "h is not added to the feed-forward result (second residual)."),
     ("second_from_normed", "second", "The normed h is added to the feed-forward result; add h itself."),
     ("second_from_input", "second source", "The block's input is added at the end; add h, with attention in it."),
-    ("no_ffn", "norm2 second source ffn", "The feed-forward result is not used."),
+    ("no_ffn", "norm2 second source ffn gate activation product", "The feed-forward result is not used."),
     ("ffn_on_input", "source", "The feed-forward layer reads the block's input; it reads h = x + attention."),
     (
         "ffn_on_attention",
-        "source",
+        "source first second",
         "The feed-forward layer reads attention's result alone; it reads h = x + attention.",
     ),
     ("gate_up_swapped", "gate", "silu is on w3; it is on w1, the gate."),
@@ -166,9 +177,18 @@ MODEL: list[Row] = [
     ("log_probabilities", "scale", "Log-probabilities are returned; return logits, without log-softmax."),
     ("first_position", "position", "The logits are those of the first position; the last one predicts the next token."),
     ("mean_of_positions", "position", "The logits are averaged over the positions; take the last one's."),
-    ("all_positions", "position", "Without targets all positions' logits are returned; return the last one's."),
+    ("all_positions", "position targets", "Without targets all positions' logits are returned; return the last one's."),
     ("targets_ignored", "targets", "With targets the logits of all positions are wanted, not only the last one's."),
 ]
 
 # Pairs of (part, name, name) that are in different places but show as one mistake: one hides the other.
-APART: frozenset[tuple[str, str, str]] = frozenset({("norm", "no_root", "no_upcast")})
+APART: frozenset[tuple[str, str, str]] = frozenset(
+    {
+        ("norm", "no_root", "no_upcast"),
+        # With these two, both transpositions are the same.
+        ("scores", "weights_transposed", "no_softmax"),
+        ("scores", "weights_transposed", "softmax_over_heads"),
+        ("block", "no_attention_norm", "first_from_normed"),
+        ("block", "no_ffn_norm", "second_from_normed"),
+    }
+)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from minillama.grading.mistakes_model import CAUSAL, Row
+from minillama.grading.mistakes_model import CAUSAL, LAYER_NORM, Row
 
-EPSILON, TOP_P = "2024 fall2025", CAUSAL
+# 2024 draws from all tokens, and its AdamW does not clip.
+EPSILON, TOP_P, LATER = "fall2025", CAUSAL, LAYER_NORM
 
 GENERATE: list[Row] = [
     ("least_likely", "greedy", "Temperature 0 takes the token with the lowest logit; take the highest."),
@@ -23,11 +24,22 @@ GENERATE: list[Row] = [
     ("temperature_multiplied", "temperature", "The logits are multiplied by the temperature; divide."),
     (
         "temperature_on_probabilities",
-        "temperature",
+        "temperature filter order draw",
         "The probabilities are divided by the temperature; divide the logits.",
+        LATER,
     ),
-    ("filter_before_temperature", "order", "Tokens are dropped by their probability before the temperature; after it."),
-    ("no_epsilon", "filter", "epsilon is not used: tokens of small probability can be drawn.", EPSILON),
+    (
+        "filter_before_temperature",
+        "order",
+        "Tokens are dropped by their probability before the temperature; after it.",
+        LATER,
+    ),
+    (
+        "no_epsilon",
+        "filter order renormalise",
+        "epsilon is not used: tokens of small probability can be drawn.",
+        EPSILON,
+    ),
     (
         "strictly_above",
         "filter renormalise draw",
@@ -37,7 +49,7 @@ GENERATE: list[Row] = [
     ("epsilon_on_logits", "filter order", "epsilon is compared with logits; compare it with probabilities.", EPSILON),
     ("epsilon_of_largest", "filter", "epsilon is taken as a share of the largest probability (min-p).", EPSILON),
     ("epsilon_below", "filter", "The comparison is reversed: tokens with p < epsilon are kept.", EPSILON),
-    ("no_top_p", "filter", "top_p is not used: all tokens can be drawn.", TOP_P),
+    ("no_top_p", "filter order renormalise restored", "top_p is not used: all tokens can be drawn.", TOP_P),
     (
         "crossing_left_out",
         "filter",
@@ -57,9 +69,18 @@ GENERATE: list[Row] = [
         "renormalise",
         "The filtered probabilities go through softmax again, which gives dropped tokens e^0.",
     ),
-    ("dropped_logits_zero", "renormalise", "Dropped tokens get the logit 0, which may be likely; give them -inf."),
-    ("uniform", "draw", "All kept tokens are equally likely; draw them by their probabilities."),
-    ("arg_max", "draw temperature", "The most likely token is always taken, also at a temperature above 0; draw."),
+    (
+        "dropped_logits_zero",
+        "renormalise",
+        "Dropped tokens get the logit 0, which may be likely; give them -inf.",
+        LATER,
+    ),
+    ("uniform", "draw renormalise", "All kept tokens are equally likely; draw them by their probabilities."),
+    (
+        "arg_max",
+        "draw temperature filter order renormalise restored",
+        "The most likely token is always taken, also at a temperature above 0; draw.",
+    ),
 ]
 
 ADAMW: list[Row] = [
@@ -98,23 +119,25 @@ ADAMW: list[Row] = [
     ("ascent", "sign", "The step goes up the gradient: subtract it."),
     ("first_group_only", "groups", "Only the first parameter group is updated."),
     ("group_settings_ignored", "groups", "All groups use the constructor's settings; read each group's own."),
-    ("clip_left_out", "clip", "max_grad_norm has no effect."),
+    ("clip_left_out", "clip", "max_grad_norm has no effect.", LATER),
     (
         "clip_each_parameter",
         "clip",
         "Each parameter's gradient is clipped alone; clip the norm of the group's together.",
+        LATER,
     ),
     (
         "clip_by_value",
         "clip",
         "Gradients are clipped by value; scale them so that their norm is max_grad_norm at most.",
+        LATER,
     ),
-    ("clip_over_groups", "clip", "The norm is taken over all groups; take each group's own."),
-    ("clip_always", "clip", "Gradients are scaled to max_grad_norm also if their norm is smaller."),
+    ("clip_over_groups", "clip", "The norm is taken over all groups; take each group's own.", LATER),
+    ("clip_always", "clip", "Gradients are scaled to max_grad_norm also if their norm is smaller.", LATER),
     ("state_shared", "step state", "m, v and t are shared by all parameters; each has its own (self.state[p])."),
     (
         "state_not_kept",
-        "step state betas m v correction",
+        "step state betas m v correction clip",
         "m, v and t start again in each step; keep them in self.state[p].",
     ),
     ("nothing_moves", "alone", "The parameters do not change: assign to p.data (in place), not to a local name."),
@@ -209,4 +232,13 @@ LORA: list[Row] = [
     ),
 ]
 
-APART: frozenset[tuple[str, str, str]] = frozenset()
+# Pairs that show as one mistake, as in mistakes_model.py.
+APART: frozenset[tuple[str, str, str]] = frozenset(
+    {
+        ("generate", "no_temperature", "filter_before_temperature"),
+        ("generate", "uniform", "filter_before_temperature"),
+        ("classifier", "no_head_bias", "dropout_on_logits"),
+        ("classifier", "no_head_bias", "softmax_over_rows"),
+        ("classifier", "softmax_over_rows", "dropout_on_logits"),
+    }
+)

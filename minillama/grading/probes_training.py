@@ -1,4 +1,4 @@
-"""Probes of generation, AdamW, the classifiers and LoRA; as in probes_model.py, (name, settings, arrays) of an edition."""
+"""Probes of generation, AdamW, the classifiers and LoRA: (name, settings, arrays), as in probes_model.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DRAWS = 250_000  # of one token each; a frequency then has a standard deviation 
 
 def generate(edition: str, source: Source) -> list[Probe]:
     probes: list[Probe] = []
-    filtered = "top_p" if edition == "spring2026" else "epsilon"
+    filtered = {"fall2025": "epsilon", "spring2026": "top_p"}.get(edition)  # 2024 draws from all tokens
     for name, rows, length, new, context in (
         ("greedy, one row", 1, 4, 5, 16),
         ("greedy beyond the context", 4, int(source.integers(4, 7)), 12, 8),
@@ -25,7 +25,11 @@ def generate(edition: str, source: Source) -> list[Probe]:
             "first": normal(source, vocabulary, vocabulary),
             "prompt": source.integers(0, vocabulary, (rows, length)),
         }
-        settings = {"temperature": 0.0, filtered: 0.3, "max_new_tokens": new, "max_seq_len": context}
+        settings = (
+            {"temperature": 0.0}
+            | ({filtered: 0.3} if filtered else {})
+            | {"max_new_tokens": new, "max_seq_len": context}
+        )
         probes.append((name, conventions(edition) | settings, arrays))
     falling = np.array([2.9, 2.3, 1.8, 1.2, 0.6, -0.1, -0.8, -2.0, -3.0])
     equal = np.zeros(4)
@@ -33,15 +37,17 @@ def generate(edition: str, source: Source) -> list[Probe]:
         ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8}),
         ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85}),
         ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.1, "top_p": 0.55}),
+        ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4}),
         ("draws of tokens exactly at epsilon", equal, 1.0, {"epsilon": 0.25}),
     ):
-        if filtered not in value:
+        if filtered not in (*value, None) or (filtered is None and len(logits) == 4):
             continue
         order = source.permutation(len(logits))
         table = np.tile(logits[order], (len(logits), 1)).astype(np.float32)
         prompt = source.integers(0, len(logits), (1, 3))
-        settings = {"temperature": temperature, filtered: value[filtered], "max_new_tokens": 1, "max_seq_len": 16}
-        settings |= {"draws": DRAWS, "tolerance": 0.02}
+        settings = {"temperature": temperature} | ({filtered: value[filtered]} if filtered else {})
+        settings |= {"max_new_tokens": 1, "max_seq_len": 16}
+        settings |= {"draws": DRAWS, "tolerance": 0.02, "at_epsilon": len(logits) == 4}
         arrays = {"table": table, "first": np.zeros_like(table), "prompt": prompt}
         probes.append((name, conventions(edition) | settings, arrays))
     return probes
@@ -59,6 +65,8 @@ def adamw(edition: str, source: Source) -> list[Probe]:
         ("clipped gradients", plain | {"max_grad_norm": 2.0, "eps": 1e-3}, two, 10, (2, 3), []),
         ("a parameter without gradient", plain | {"weight_decay": 2.0}, [{"count": 3}], 3, (3, 2), [1]),
     ):
+        if defaults["max_grad_norm"] is not None and edition == "2024":
+            continue
         count = sum(group["count"] for group in groups)
         gradients = normal(source, steps, count, *shape, std=0.5)
         if defaults["max_grad_norm"] is not None:  # a long step among short ones: a constant factor would not show
