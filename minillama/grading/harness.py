@@ -169,8 +169,8 @@ def run_child(
     """The child's life: limits, the student's modules, the probes. Does not return."""
     writer = isolate_files(folder.parent / "output.txt", writer)
 
-    def tell(arrays: dict[str, np.ndarray] | None = None, **header: Any) -> None:
-        wire.send(writer, wire.packed(header, arrays), token)
+    def tell(**header: Any) -> None:
+        wire.send(writer, wire.packed(header), token)
 
     def stop(reason: str) -> None:
         tell(stop=reason)
@@ -187,7 +187,8 @@ def run_child(
     limit_resources(limits)
     random.seed(0)
     torch.manual_seed(0)
-    watch(folder, [HERE], [Path(sys.prefix), Path(sys.base_prefix)], stop)
+    harmless = [Path(__file__), Path(run_case.__code__.co_filename)]  # a traceback may show their lines
+    watch(folder, [HERE], [Path(sys.prefix), Path(sys.base_prefix), *harmless], stop)
     if header["stand_ins"]:
         try:
             stand_ins.put_in(header["stand_ins"], modules, ours, header["edition"])
@@ -197,13 +198,11 @@ def run_child(
         tell(begin=i)
         try:
             arrays = {name: np.asarray(array) for name, array in run_case(case, modules).items()}
-            bad = [name for name, array in arrays.items() if array.dtype.kind not in wire.KINDS]
-            if bad:
-                raise TypeError(f"{bad[0]} holds no numbers")
+            raw = wire.packed({"case": i}, arrays)
         except BaseException as error:  # a student's code may raise anything, SystemExit too
             tell(case=i, error=problem(error, folder, limits) | {"module": modules.loading})
         else:
-            tell(arrays, case=i)
+            wire.send(writer, raw, token)
     sys.stdout.flush()
     tell(done=True)
     os._exit(0)  # without the exit handlers that a student's code may have set
@@ -272,10 +271,8 @@ class Modules(dict[str, ModuleType]):
 
 def problem(error: BaseException, folder: Path, limits: Limits) -> dict[str, Any]:
     """An exception as plain values: type, text, and the innermost line of the student's own files, if any."""
-    if error.__traceback__ is not None:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)]
-    else:
-        frames = []
+    # Without source lines: reading them would open files that the student's process must not read.
+    frames = list(traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False))
     own = [frame for frame in frames if os.path.realpath(frame.filename).startswith(os.path.realpath(folder) + os.sep)]
     text = shown(str(error))
     found: dict[str, Any] = {"type": type(error).__name__, "text": text}

@@ -31,7 +31,7 @@ FORERUNNERS: dict[str, tuple[str, ...]] = {
     "block": ("norm", "rope", "scores", "attention"),
     "model": ("norm", "rope", "scores", "attention", "block"),
 }
-FORERUNNERS |= {part: (*FORERUNNERS["model"], "model") for part in ("generate", "zero_shot", "classifier", "lora")}
+FORERUNNERS |= {part: (*FORERUNNERS["model"], "model") for part in ("zero_shot", "classifier", "lora")}
 # The modules that a part needs.
 MODULES: dict[str, tuple[str, ...]] = {
     "rope": ("rope",),

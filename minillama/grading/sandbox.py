@@ -73,6 +73,7 @@ class Run:
 
     end: why the run ended before its last probe, in words; "" if it did not. at: the probe it was at, if any. loading:
     the module that was being loaded then, if any. stand_ins: the problem with putting in our parts, if any.
+    done: whether it came to its end.
     """
 
     answers: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Run:
     at: int | None = None
     loading: str = ""
     stand_ins: Problem | None = None
+    done: bool = False
     seconds: float = 0.0
 
 
@@ -157,6 +159,8 @@ class Sandbox:
             self.close()
         finally:
             shutil.rmtree(copy.parent, ignore_errors=True)
+        if not run.end and not run.done:
+            run.end = "the process ended before it had answered, as with os._exit"
         if not run.end:
             run.at = None
         run.seconds = time.monotonic() - started
@@ -249,6 +253,8 @@ def note(run: Run, header: dict[str, Any], arrays: dict[str, np.ndarray], count:
         run.loading = module[:50]
     elif "loaded" in header:
         run.loading = ""
+    elif header.get("done") is True:
+        run.done = True
     elif isinstance(found := header.get("stand_ins"), dict):
         run.stand_ins = problem_of(found)
     elif isinstance(i := header.get("begin", header.get("case")), int) and 0 <= i < count:

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 64 << 20  # bytes of one message
+LARGEST = 64 << 20  # bytes of the arrays of one message
+MARGIN = 1 << 20  # bytes of its header
 MEMBERS = 200  # arrays in one message
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,100}")
 KINDS = "biuf"  # bool, integers, floats
@@ -37,11 +38,11 @@ def packed(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = 
     for name, array in members.items():
         if array.dtype.kind not in KINDS:
             raise BadMessage(f"{name[2:]} holds {array.dtype}, no numbers")
+    if (size := sum(array.nbytes for array in members.values())) > LARGEST:
+        raise BadMessage(f"it gives {size:,} bytes, too many")
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     out = io.BytesIO()
     np.savez(out, header=text, **members)  # type: ignore[arg-type]
-    if out.tell() > LARGEST:
-        raise BadMessage(f"a message of {out.tell():,} bytes is too large")
     return out.getvalue()
 
 
@@ -95,7 +96,7 @@ def receive(fd: int, deadline: float = math.inf, before: bytes = b"") -> bytes |
     if start is None:
         return None
     (length,) = LENGTH.unpack(start[len(before) :])
-    if start[: len(before)] != before or length > LARGEST:
+    if start[: len(before)] != before or length > LARGEST + MARGIN:
         raise BadMessage("something else was written to the channel")
     raw = _exactly(fd, length, deadline)
     if raw is None:
