@@ -65,9 +65,12 @@ def rounded_to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.round(x / unit) * unit
 
 
-def rotated(x: np.ndarray, theta: float, on: Switches = NONE, positions_axis: int = 1) -> np.ndarray:
-    """x (B, T, H, hd) with the pairs of its last axis rotated by the angle position * theta^(-2i/hd)."""
-    hd, heads = x.shape[-1], x.shape[2]
+def rotated(x: np.ndarray, theta: float, on: Switches = NONE, positions_axis: int = 1, heads: int = 1) -> np.ndarray:
+    """x (B, T, H, hd) with the pairs of its last axis rotated by the angle position * theta^(-2i/hd).
+
+    heads: of the query, for a mistake.
+    """
+    hd = x.shape[-1]
     if "over_heads" in on:
         positions_axis = 2
     positions = np.arange(x.shape[positions_axis], dtype=float) + ("from_one" in on)
@@ -101,7 +104,8 @@ def rotated(x: np.ndarray, theta: float, on: Switches = NONE, positions_axis: in
 
 def rope(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     """Query (B, T, H, hd) and key (B, T, K, hd), rotated."""
-    query, key = (rotated(arrays[name], settings["theta"], on) for name in ("query", "key"))
+    heads = arrays["query"].shape[2]
+    query, key = (rotated(arrays[name], settings["theta"], on, heads=heads) for name in ("query", "key"))
     if "query_only" in on:
         key = arrays["key"]
     if "key_only" in on:
@@ -175,6 +179,8 @@ def attended(x: np.ndarray, weights: Arrays, name: str, settings: Settings, on: 
         return projected.reshape(B, T, heads, hd)
 
     query, key, value = split(query, H), split(key, K), split(value, K)
+    groups = one_of(on, right=np.arange(H) // (H // K), tile=np.arange(H) % K, first_kv_head=np.zeros(H, dtype=int))
+    key, value = key[:, :, groups], value[:, :, groups]  # (B, T, H, hd)
     axis = 2 if "rope_over_heads" in on else 1
     if "no_rope" not in on:
         query = rotated(query, 10000.0, positions_axis=axis)
@@ -182,8 +188,6 @@ def attended(x: np.ndarray, weights: Arrays, name: str, settings: Settings, on: 
             key = rotated(key, 10000.0, positions_axis=axis)
     if "rope_on_value" in on:
         value = rotated(value, 10000.0)
-    groups = one_of(on, right=np.arange(H) // (H // K), tile=np.arange(H) % K, first_kv_head=np.zeros(H, dtype=int))
-    key, value = key[:, :, groups], value[:, :, groups]  # (B, T, H, hd)
     if "heads_by_view" in on:
         query, key, value = (part.reshape(B, H, T, hd) for part in (query, key, value))
     else:

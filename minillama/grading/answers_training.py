@@ -192,8 +192,6 @@ def zero_shot(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     logits, _ = hidden_states(settings, arrays, arrays["tokens"])
     if "softmax_over_rows" in on:
         scored = np.log(softmax(logits, 0))
-    elif "softmax_over_positions" in on:
-        scored = np.log(softmax(logits, 1))
     else:
         scored = logits if on & {"raw_logits", "over_labels_only"} else np.log(softmax(logits))
     if "probabilities" in on:

@@ -75,7 +75,7 @@ GENERATE: list[Row] = [
         "Dropped tokens get the logit 0, which may be likely; give them -inf.",
         LATER,
     ),
-    ("uniform", "draw renormalise", "All kept tokens are equally likely; draw them by their probabilities."),
+    ("uniform", "draw renormalise", "All kept tokens are equally likely; draw them by their probabilities.", LATER),
     (
         "arg_max",
         "draw temperature filter order renormalise restored",

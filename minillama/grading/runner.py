@@ -191,8 +191,11 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     if "draws" not in settings:
         return {"tokens": tokens}
     if tokens.ndim != 2 or len(tokens) != len(prompt):
-        raise ValueError(f"Llama.generate returned shape {tokens.shape} for {tuple(prompt.shape)} and one new token")
-    drawn = tokens[:, -1].astype(int)
+        raise ValueError(f"Llama.generate returned shape {tokens.shape} for prompts of shape {tuple(prompt.shape)}")
+    if not tokens.shape[1]:
+        raise ValueError("Llama.generate returned no token")
+    # The first new token; where the prompt is left out, the first of all.
+    drawn = tokens[:, prompt.shape[1] if tokens.shape[1] > prompt.shape[1] else 0].astype(int)
     counts = np.bincount(drawn[drawn >= 0], minlength=len(table)) / len(drawn)
     return {"frequencies": counts, "drawn": (counts > 0).astype(float)}
 
