@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 NOBODY = 65534
+PARENT_DEATH_SIGNAL, CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 KEEP_CAPABILITIES, CAPABILITY_VERSION, READ_ANYTHING = 8, 0x20080522, 1 << 2  # linux/prctl.h, linux/capability.h
 WRITABLE = ("/dev/null", "/dev/tty", "/dev/shm")
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
@@ -106,6 +108,18 @@ def give_up_root(readable: list[str]) -> bool:
         rights = (ctypes.c_uint32 * 6)(READ_ANYTHING, READ_ANYTHING)  # effective, permitted, inheritable; twice
         ctypes.CDLL(None).capset(header, rights)
     return True
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of its descendants whose own parent ends, so that it can end them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Makes this process end when its parent does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 # Landlock's numbers, the same on all processors (linux/landlock.h).

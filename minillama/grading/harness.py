@@ -12,7 +12,6 @@ import fcntl
 import importlib
 import os
 import random
-import resource
 import secrets
 import signal
 import sys
@@ -31,6 +30,8 @@ from minillama.environment import HERE
 from minillama.grading import stand_ins, wire
 from minillama.grading.confinement import (
     Limits,
+    adopt_orphans,
+    end_with_parent,
     give_up_root,
     limit_resources,
     restrict_writes,
@@ -50,6 +51,7 @@ Tell = Callable[..., None]
 def main() -> int:
     """Answers the requests of the grader until it closes the channel."""
     channel = int(sys.argv[1])
+    adopt_orphans()
     torch.set_num_threads(1)
     importlib.import_module("torch._dynamo")  # torch imports it at the first step of an optimizer, seconds later
     wire.send(channel, wire.packed({"ready": True}))
@@ -119,24 +121,40 @@ def end_child(child: int) -> int:
         if done:
             break
         time.sleep(0.01)
-    for target in (-child, child):
+    for target in (-child,) if done else (-child, child):
         try:
             os.kill(target, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
     if not done:
         _, status = os.waitpid(child, 0)
-    if os.getpid() == 1:  # in a process namespace of its own, this reaches all others, and nothing outside
+    for _ in range(20):
+        left = [-1] if os.getpid() == 1 else handed_over()
+        for process in left:
+            try:
+                os.kill(process, signal.SIGKILL)  # from process 1 of a namespace, -1 is all others in it
+            except (ProcessLookupError, PermissionError):
+                pass
         try:
-            os.kill(-1, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.01)
+        except ChildProcessError:  # none is left
+            break
     return status
+
+
+def handed_over() -> list[int]:
+    """The processes whose parent is now this one, because theirs has ended."""
+    found = []
+    for entry in os.scandir("/proc") if sys.platform == "linux" else ():
+        try:
+            values = Path(entry.path, "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else []
+        except OSError:  # it has ended
+            continue
+        if len(values) > 1 and int(values[1]) == os.getpid():
+            found.append(int(entry.name))
+    return found
 
 
 def ending(status: int, output: int, limits: Limits) -> str:
@@ -184,6 +202,7 @@ def run_child(
     use_only_the_students_modules(folder)
     restrict_writes(folder)
     give_up_root([sys.executable, os.__file__, torch.__file__])
+    end_with_parent()
     limit_resources(limits)
     random.seed(0)
     torch.manual_seed(0)
@@ -217,7 +236,7 @@ def isolate_files(output: Path, writer: int) -> int:
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     os.closerange(3, place)
-    os.closerange(place + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.closerange(place + 1, 65536)
     return place
 
 

@@ -191,9 +191,7 @@ class Sandbox:
             if not (copy / name).exists():
                 shutil.copyfile(HERE / name, copy / name)
         if not (copy / "minillama").exists():
-            shutil.copytree(
-                HERE / "minillama", copy / "minillama", ignore=shutil.ignore_patterns("grading", "__pycache__")
-            )
+            shutil.copytree(HERE / "minillama", copy / "minillama", ignore=shutil.ignore_patterns("grading"))
         if os.geteuid() == 0:  # the student's process becomes another user
             for top, _, names in os.walk(copy):
                 for path in (top, *(os.path.join(top, name) for name in names)):
