@@ -103,7 +103,6 @@ ATTENTION: dict[str, Changes] = {
         (VALUES, "value[:, :, :1].expand(-1, -1, self.n_heads, -1)"),
     ],
     "no_rope": [(TURN, "pass")],
-    "rope_over_heads": [(TURN, "pass"), (HEADS, f"{HEADS}\n{TURN}")],
     "rope_on_value": [(TURN, f"{TURN}\nvalue, _ = apply_rotary_emb(value, value, self.head_dim, self.max_seq_len)")],
     "rope_query_only": [(TURN, TURN.replace("query, key =", "query, _ ="))],
     "key_value_swapped": [("query, key, value = self.compute_query(x)", "query, value, key = self.compute_query(x)")],

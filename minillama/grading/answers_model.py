@@ -71,8 +71,7 @@ def rotated(x: np.ndarray, theta: float, on: Switches = NONE, positions_axis: in
     heads: of the query, for a mistake.
     """
     hd = x.shape[-1]
-    if "over_heads" in on:
-        positions_axis = 2
+    positions_axis = 2 if "over_heads" in on else 1
     positions = np.arange(x.shape[positions_axis], dtype=float) + ("from_one" in on)
     if "bfloat16_positions" in on:
         positions = rounded_to_bfloat16(positions)
@@ -181,11 +180,10 @@ def attended(x: np.ndarray, weights: Arrays, name: str, settings: Settings, on: 
     query, key, value = split(query, H), split(key, K), split(value, K)
     groups = one_of(on, right=np.arange(H) // (H // K), tile=np.arange(H) % K, first_kv_head=np.zeros(H, dtype=int))
     key, value = key[:, :, groups], value[:, :, groups]  # (B, T, H, hd)
-    axis = 2 if "rope_over_heads" in on else 1
     if "no_rope" not in on:
-        query = rotated(query, 10000.0, positions_axis=axis)
+        query = rotated(query, 10000.0)
         if "rope_query_only" not in on:
-            key = rotated(key, 10000.0, positions_axis=axis)
+            key = rotated(key, 10000.0)
     if "rope_on_value" in on:
         value = rotated(value, 10000.0)
     if "heads_by_view" in on:

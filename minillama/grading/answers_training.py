@@ -107,7 +107,7 @@ def adamw(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     parameters = arrays["parameters"].copy()
     m, v, steps = np.zeros_like(parameters), np.zeros_like(parameters), np.zeros(len(parameters), dtype=int)
     after_one = parameters
-    for gradients in arrays["gradients"]:
+    for round_number, gradients in enumerate(arrays["gradients"]):
         start = 0
         for index, own in enumerate(settings["groups"]):
             members = [i for i in range(start, start + own["count"]) if i not in settings["without_gradient"]]
@@ -128,7 +128,7 @@ def adamw(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
                 )
         if "nothing_moves" in on:
             parameters = arrays["parameters"].copy()
-        if gradients is arrays["gradients"][0]:
+        if round_number == 0:
             after_one = parameters.copy()
     return {"after_one": after_one, "after_all": parameters}
 

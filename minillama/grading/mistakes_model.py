@@ -110,8 +110,7 @@ SCORES: list[Row] = [
 ATTENTION: list[Row] = [
     ("tile", "groups", "Key/value heads are repeated in turn (repeat); use repeat_interleave: neighbours share one."),
     ("first_kv_head", "groups", "All query heads read the first key/value head."),
-    ("no_rope", "rope", "Query and key are not rotated (apply_rotary_emb)."),
-    ("rope_over_heads", "rope", "The rotation comes after the transposition, so the head counts as position."),
+    ("no_rope", "rope", "Query and key are not rotated by position: call apply_rotary_emb before the transposition."),
     ("rope_on_value", "rope", "The value is rotated, too; only query and key are."),
     ("rope_query_only", "rope", "The rotated key is not used; only the query is rotated."),
     ("key_value_swapped", "projections", "Key and value are swapped."),

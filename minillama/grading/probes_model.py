@@ -52,8 +52,8 @@ def norm(edition: str, source: Source) -> list[Probe]:
 def rope(edition: str, source: Source) -> list[Probe]:
     probes = []
     for name, theta, rows, length, heads, kv_heads, hd in (
-        ("usual theta", 10000.0, 2, 7, 4, 4, 8),
-        ("grouped heads, another theta", 500.0, 3, int(source.integers(9, 14)), 6, 2, 10),
+        ("usual theta", 10000.0, 2, 7, 4, 4, 4),
+        ("grouped heads, another theta", 100.0, 3, int(source.integers(9, 14)), 6, 2, 10),
         ("one pair, one head", 10000.0, 1, 5, 1, 1, 2),
         ("long row", 10000.0, 1, 301, 3, 1, 4),
     ):
