@@ -57,7 +57,7 @@ GENERATE: list[Row] = [
         TOP_P,
     ),
     ("one_more", "filter", "One token too many is kept: stop as soon as the total reaches top_p.", TOP_P),
-    ("top_p_ascending", "filter", "Tokens are sorted from the least likely; sort from the most likely.", TOP_P),
+    ("top_p_ascending", "filter order", "Tokens are sorted from the least likely; sort from the most likely.", TOP_P),
     (
         "order_not_restored",
         "restored",

@@ -21,7 +21,7 @@ EVERY = [(NEWEST, part) for part in PARTS[NEWEST]] + [
     for part in PARTS[edition]
 ]
 APART = 5.0  # tolerances between two answers, so that one of them alone fits a student's
-APART_OF_DRAWS = 2.5
+APART_OF_DRAWS = 2.1
 
 
 def same_answers(part: str, edition: str, seed: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -113,4 +113,4 @@ def test_two_mistakes_in_one_place_are_no_pair():
 
 def test_tolerances_are_above_the_noise():
     assert TOLERANCE >= 1e-4
-    assert all(isinstance(case, Case) and case.tolerance <= 0.02 for case in cases("generate", NEWEST, 0))
+    assert all(isinstance(case, Case) and case.tolerance <= 0.025 for case in cases("generate", NEWEST, 0))
