@@ -64,7 +64,7 @@ def test_a_single_hand_in_gets_a_table_with_hints(quick, group, capsys):
     assert grade.main([str(group / "bob")]) == 1
     out = capsys.readouterr().out
     assert "adamw         0/12  wrong" in out and "The decay comes first. (optimizer.py, AdamW.step) Right: p -=" in out
-    assert "total        88/100" in out
+    assert "total       88/100" in out
     assert grade.main([str(group / "bob"), "--hints", "area"]) == 1
     out = capsys.readouterr().out
     assert "look at optimizer.py, AdamW.step" in out and "decay" not in out
@@ -195,4 +195,4 @@ def test_early_mistakes_are_named_and_the_rest_is_judged(own, capsys):
     out = capsys.readouterr().out
     for part, name in (("norm", "eps_1e5"), ("rope", "wrong_sign"), ("adamw", "decay_first")):
         assert MISTAKES[f"{part}.{name}"].sentence in out
-    assert "total        68/100" in out
+    assert "total       68/100" in out
