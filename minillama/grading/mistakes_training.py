@@ -24,7 +24,7 @@ GENERATE: list[Row] = [
     ("temperature_multiplied", "temperature", "The logits are multiplied by the temperature; divide."),
     (
         "temperature_on_probabilities",
-        "temperature filter order draw",
+        "temperature filter order draw renormalise",
         "The probabilities are divided by the temperature; divide the logits.",
         LATER,
     ),

@@ -15,9 +15,12 @@ from minillama.grading.runner import run_case
 OURS = ("config", "rope", "llama", "optimizer", "classifier", "lora")
 NOISE = 2e-5  # of float32; half precision and draws have tolerances of their own
 EVERY = [(edition, part) for edition in PARTS for part in PARTS[edition]]
+RUNS = [  # of torch; draws take seconds
+    pytest.param(*one, marks=pytest.mark.slow if one[1] == "generate" and one[0] != "fall2025" else []) for one in EVERY
+]
 
 
-@pytest.mark.parametrize(("edition", "part"), EVERY)
+@pytest.mark.parametrize(("edition", "part"), RUNS)
 def test_our_modules_give_the_right_answer(edition, part):
     modules = {name: import_module(name) for name in OURS}
     for case in cases(part, edition, seed=3):
@@ -25,7 +28,7 @@ def test_our_modules_give_the_right_answer(edition, part):
         assert distance(run_case(case, modules), answer(case)) < bound, case.name
 
 
-@pytest.mark.parametrize(("edition", "part"), EVERY)
+@pytest.mark.parametrize(("edition", "part"), RUNS)
 def test_a_solution_in_the_form_of_the_course_gives_the_right_answer(edition, part):
     modules = student_modules(edition)
     for case in cases(part, edition, seed=4):
