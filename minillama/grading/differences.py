@@ -19,14 +19,14 @@ AXES: dict[str | int, tuple[str, ...]] = {
 
 class Difference(NamedTuple):
     """The largest difference of an answer. size: as a share of the largest right value; infinite if the answer has
-    another shape or is not finite. problem: that, in words. index, got, right: where it is. wrong: all places that
+    another shape or is not finite. problem: that, in words. place: the index where it is. wrong: all places that
     differ. factor: got is right times this, if so.
     """
 
     output: str
     size: float
     problem: str = ""
-    index: tuple[int, ...] = ()
+    place: tuple[int, ...] = ()
     got: float = 0.0
     right: float = 0.0
     wrong: np.ndarray | None = None
@@ -84,7 +84,7 @@ def described(difference: Difference, case: Case, part: str) -> str:
         return f"{output} {difference.problem}, {probe}."
     if difference.factor is not None:
         return f"{output} is the right answer times {difference.factor:.4g}, {probe}."
-    place = f" at index {shown_index(difference.index)}" if difference.index else ""
+    place = f" at index {shown_index(difference.place)}" if difference.place else ""
     text = f"{output} is {difference.got:.5g} instead of {difference.right:.5g}{place}, {probe}"
     text += f" (the largest difference, {difference.size:.1e} of the largest value)."
     return " ".join(filter(None, (text, _only_at(difference.wrong, part))))
@@ -98,7 +98,7 @@ def _only_at(wrong: np.ndarray | None, part: str) -> str:
     names = names if len(names) == wrong.ndim else tuple(f"axis {i}, index" for i in range(wrong.ndim))
     found = []
     for axis, name in enumerate(names):
-        hit = wrong.any(tuple(i for i in range(wrong.ndim) if i != axis))
+        hit = np.asarray(wrong.any(tuple(i for i in range(wrong.ndim) if i != axis)))
         if hit.all() or len(hit) < 2:
             continue
         places = np.flatnonzero(hit).tolist()
@@ -136,7 +136,8 @@ def only_where(failing: Sequence[Case], passing: Sequence[Case]) -> str:
 
 def features(case: Case) -> dict[str, Any]:
     """What may matter for a probe: settings, and what follows from them and from the shapes."""
-    settings, found = case.settings, {}
+    settings = case.settings
+    found: dict[str, Any] = {}
     if isinstance(heads := settings.get("n_heads"), int) and isinstance(shared := settings.get("n_kv_heads"), int):
         found["grouped heads (n_kv_heads < n_heads)"] = shared < heads
     first = next((array for array in case.arrays.values() if array.ndim > 1), None)

@@ -110,10 +110,12 @@ class Judgement:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Judgement:
-        verdicts = [
-            Verdict(**{name: tuple(value) if isinstance(value, list) else value for name, value in one.items()})
-            for one in values["verdicts"]
-        ]
+        verdicts = []
+        for one in values["verdicts"]:
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in one.items()
+            }
+            verdicts.append(Verdict(**fields))
         return cls(**{**values, "verdicts": tuple(verdicts)})
 
 

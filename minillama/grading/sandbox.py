@@ -201,7 +201,8 @@ class Sandbox:
 
 def judged_files(source: Path) -> list[Path]:
     """The files of moderate size in a folder; no links, caches, data or hidden files."""
-    found, size = [], 0
+    found: list[Path] = []
+    size = 0
     for top, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if kept(name) and not os.path.islink(os.path.join(top, name)))
         for name in sorted(names):
