@@ -1,7 +1,7 @@
 """Judges hand-ins of the course part by part, and names the mistakes.
 
 examples:
-  python grade.py my_folder                              check your own folder (40 seconds)
+  python grade.py my_folder                              check your own folder (15 seconds)
   python grade.py my_folder --parts rope,adamw           only these parts
   python grade.py submissions.zip --report class.html    a class: folders, zips, or Canvas's zip of zips
   python grade.py submission --json results.json         for Gradescope
@@ -48,7 +48,7 @@ def options_of(arguments: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     add("--seed", type=SEED, default=0, metavar="N", help="draws the probes (default: %(default)s)")
     add("--parts", metavar="PART,...", help="judge only these; the others are then ours (default: all)")
     add("--hints", choices=("none", "area", "full"), default="full", help="what to say of a failing part")
-    add("--seconds", type=COUNT, default=20, metavar="N", help="computing time of each part (default: %(default)s)")
+    add("--seconds", type=COUNT, default=30, metavar="N", help="computing time of each part (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results in Gradescope's form")
     add("--report", type=Path, metavar="FILE", help="write a page: students, parts, and how often which mistake")
     return parser, parser.parse_args(arguments)

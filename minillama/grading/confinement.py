@@ -40,8 +40,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 class Limits(NamedTuple):
     """What one run of a student's code may use."""
 
-    seconds: int = 20  # of CPU time
-    wall: float = 60.0  # seconds
+    seconds: int = 30  # of CPU time
+    wall: float = 90.0  # seconds
     memory: int = 3 << 30  # bytes of address space, beyond what is in use at the start
     file_size: int = 16 << 20  # bytes of one file, and of the output
     files: int = 64 << 20  # bytes of all files in the copy
