@@ -56,15 +56,19 @@ def generate(edition: str, source: Source) -> list[Probe]:
 def adamw(edition: str, source: Source) -> list[Probe]:
     plain = {"lr": 0.03, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.0}
     plain |= {"correct_bias": True, "max_grad_norm": None}
-    two = [{"count": 2}, {"count": 2, "lr": 0.08, "betas": [0.7, 0.95], "weight_decay": 0.9, "eps": 0.02}]
+    two: list[dict[str, Any]] = [
+        {"count": 2},
+        {"count": 2, "lr": 0.08, "betas": [0.7, 0.95], "weight_decay": 0.9, "eps": 0.02},
+    ]
     probes = []
-    for name, defaults, groups, steps, shape, without in (
+    rows: tuple[tuple[str, dict[str, Any], list[dict[str, Any]], int, tuple[int, ...], list[int]], ...] = (
         ("one group", plain | {"eps": 0.03}, [{"count": 3}], 10, (3, 5), []),
         ("two groups, large weight decay", plain | {"weight_decay": 3.0}, two, 10, (4, 3), []),
         ("without correction of the bias", plain | {"correct_bias": False, "weight_decay": 1.0}, two, 10, (5,), []),
         ("clipped gradients", plain | {"max_grad_norm": 2.0, "eps": 1e-3}, two, 10, (2, 3), []),
         ("a parameter without gradient", plain | {"weight_decay": 2.0}, [{"count": 3}], 3, (3, 2), [1]),
-    ):
+    )
+    for name, defaults, groups, steps, shape, without in rows:
         if defaults["max_grad_norm"] is not None and edition == "2024":
             continue
         count = sum(group["count"] for group in groups)
