@@ -1,0 +1,208 @@
+"""Judges hand-ins of the course part by part, and names the mistakes.
+
+examples:
+  python grade.py my_folder                              check your own folder (15 seconds)
+  python grade.py my_folder --parts rope,adamw           only these parts
+  python grade.py submissions.zip --report class.html    a class: folders, zips, or Canvas's zip of zips
+  python grade.py submission --json results.json         for Gradescope
+
+A student's code runs in processes of its own, in a copy, with limits on time, memory, files and processes, and without
+a network where the system allows it. The probes are drawn from --seed. With --json or --report, finished hand-ins are
+kept in a file beside it until all are done: after an interruption, the same command goes on.
+
+Exit code: 0 if all points were reached; 1 if not; 2 for a folder or option that cannot be used; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillama.cli.display import displayed
+from minillama.cli.parser import COUNT, SEED, OneLineParser
+from minillama.environment import HERE
+
+if TYPE_CHECKING:
+    import argparse
+
+    from minillama.grading.hand_ins import HandIn
+    from minillama.grading.judge import Judgement
+
+EDITIONS = ("2024", "fall2025", "spring2026")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return displayed(grade, arguments)
+
+
+def options_of(arguments: list[str] | None) -> tuple[OneLineParser, argparse.Namespace]:
+    parser = OneLineParser(prog="grade.py", description=__doc__)
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="a student's folder or zip, or one with many of them")
+    add("--edition", choices=EDITIONS, default="fall2025", help="the course's edition (default: %(default)s)")
+    add("--seed", type=SEED, default=0, metavar="N", help="draws the probes (default: %(default)s)")
+    add("--parts", metavar="PART,...", help="judge only these; the others are then ours (default: all)")
+    add("--hints", choices=("none", "area", "full"), default="full", help="what to say of a failing part")
+    add("--seconds", type=COUNT, default=30, metavar="N", help="computing time of each part (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results in Gradescope's form")
+    add("--report", type=Path, metavar="FILE", help="write a page: students, parts, and how often which mistake")
+    return parser, parser.parse_args(arguments)
+
+
+def grade(arguments: list[str] | None) -> int:
+    """Judges the hand-ins and prints and writes the results; returns the exit code."""
+    parser, options = options_of(arguments)
+    for name in ("json", "report"):
+        path = getattr(options, name)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"--{name} {path}: it must name a file in a folder that exists")
+    from minillama.grading.confinement import resource
+
+    if resource is None:
+        parser.error("it needs Linux or macOS, which can limit what a process does")
+    from minillama.grading.hand_ins import BadHandIn, hand_ins
+    from minillama.grading.parts import PARTS
+    from minillama.grading.sandbox import SandboxError, namespaces
+
+    parts = [] if options.parts is None else options.parts.split(",")
+    if wrong := [part for part in parts if part not in PARTS[options.edition]]:
+        parser.error(f"--parts {wrong[0]!r}: the parts of {options.edition} are {', '.join(PARTS[options.edition])}")
+    with tempfile.TemporaryDirectory(prefix="hand-ins-") as temporary:
+        try:
+            found = [one for path in options.folders for one in hand_ins(path, Path(temporary))]
+        except (BadHandIn, OSError) as error:
+            parser.error(str(error))
+        if len(found) == 1 and found[0].folder is None:
+            parser.error(f"{found[0].name}: {found[0].problem}")
+        if "--net" not in namespaces():
+            print("grade.py: the network is not cut off: unshare is not allowed here", file=sys.stderr)
+        try:
+            judgements = judge_all(found, options, parts)
+        except KeyboardInterrupt:
+            return 130
+        except SandboxError as error:
+            print(f"grade.py: error: {error}", file=sys.stderr)
+            return 2
+    write_results(judgements, options)
+    return 0 if all(one.points == one.out_of and not one.note for one in judgements) else 1
+
+
+def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Sequence[str]) -> list[Judgement]:
+    """Judges all hand-ins, with a line for each; takes those that an interrupted run has finished from its file."""
+    from minillama.grading.hand_ins import fingerprint
+    from minillama.grading.judge import Judgement, judge
+    from minillama.grading.sandbox import DEFAULT_LIMITS
+
+    keep = options.report or options.json
+    kept_in = keep.with_name(f"{keep.name}.part") if keep is not None and len(found) > 1 else None
+    finished = {} if kept_in is None else read_finished(kept_in)
+    limits = DEFAULT_LIMITS._replace(seconds=options.seconds, wall=3.0 * options.seconds)
+    many, judgements = len(found) > 1, []
+    for number, (name, folder, problem) in enumerate(found, 1):
+        start = f"{number}/{len(found)} {name}: "
+        key = json.dumps([name, folder and fingerprint(folder), options.edition, options.seed, list(parts), version()])
+
+        def show(part: str, start: str = start) -> None:
+            if sys.stderr.isatty():
+                print(f"\r\x1b[K{start}{part} ...", end="", file=sys.stderr, flush=True)
+
+        again = key in finished
+        try:
+            if folder is None:
+                judgement = not_judged(name, problem, options)
+            elif again:
+                judgement = Judgement.from_dict(finished[key])
+            else:
+                judgement = judge(folder, options.edition, options.seed, parts, limits, name, show)
+        except KeyboardInterrupt:
+            rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in is not None else ""
+            print(f"\ngrade.py: interrupted after {number - 1} of {len(found)}{rest}", file=sys.stderr)
+            raise
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if kept_in is not None and not again and folder is not None:
+            with kept_in.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "judgement": judgement.to_dict()}) + "\n")
+        if many:
+            print(start + summary(judgement, again), flush=True)
+        else:
+            print_table(judgement, options.hints)
+        judgements.append(judgement)
+    if kept_in is not None:
+        kept_in.unlink(missing_ok=True)
+    return judgements
+
+
+def not_judged(name: str, problem: str, options: argparse.Namespace) -> Judgement:
+    """No points for a hand-in that cannot be read."""
+    from minillama.grading.judge import ERROR, Judgement, Verdict
+    from minillama.grading.parts import PARTS
+
+    sentence = f"It cannot be judged: {problem}."
+    verdicts = tuple(Verdict(part, 0, points, ERROR, sentence) for part, points in PARTS[options.edition].items())
+    return Judgement(name, options.edition, options.seed, verdicts, note=problem)
+
+
+def read_finished(path: Path) -> dict[str, Any]:
+    """The judgements of an interrupted run, by key; a line cut short is left out."""
+    finished = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            finished[record["key"]] = record["judgement"]
+        except (ValueError, KeyError, TypeError):
+            pass
+    return finished
+
+
+def version() -> str:
+    """A checksum of the grader: judgements of another version are made again."""
+    import hashlib
+
+    files = sorted((HERE / "minillama" / "grading").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def summary(judgement: Judgement, again: bool) -> str:
+    """The line of a hand-in in a class."""
+    if judgement.note:
+        return f"not judged: {judgement.note}"
+    failing = [verdict.part for verdict in judgement.verdicts if verdict.word != "right"]
+    text = f"{judgement.points}/{judgement.out_of}" + (f", not {', '.join(failing)}" if failing else "")
+    return text + (" (judged before)" if again else f" ({judgement.seconds:.0f} s)")
+
+
+def print_table(judgement: Judgement, hints: str) -> None:
+    """Prints the verdicts on a hand-in."""
+    print(f"{judgement.name}, edition {judgement.edition}, seed {judgement.seed}")
+    for verdict in judgement.verdicts:
+        points = f"{verdict.points}/{verdict.out_of}"
+        print(f"  {verdict.part:<12}{points:>6}  {verdict.word}")
+        if hint := verdict.hint(hints):
+            print(f"{'':22}{hint}")
+    print(f"  {'total':<12}{f'{judgement.points}/{judgement.out_of}':>6}  in {judgement.seconds:.0f} s")
+
+
+def write_results(judgements: Sequence[Judgement], options: argparse.Namespace) -> None:
+    """Writes --json and --report."""
+    from minillama.cli.grading_report import gradescope, report_page
+    from minillama.cli.pages import write_page
+
+    if options.json is not None:
+        results = [gradescope(one, options.hints) for one in judgements]
+        names = {one.name: result for one, result in zip(judgements, results, strict=True)}
+        content = results[0] if len(results) == 1 else {"students": names}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if options.report is not None:
+        write_page(options.report, report_page(judgements))
+    for path in filter(None, (options.json, options.report)):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

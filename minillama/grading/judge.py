@@ -1,0 +1,273 @@
+"""The judge: compares a student's answers with the right ones, and looks wrong ones up among known mistakes.
+
+Parts are judged in the order in which they build on each other. A part whose forerunner fails is judged with ours in
+the forerunner's place, so that one early mistake does not cost what follows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillama.grading import reading
+from minillama.grading.answers import answer
+from minillama.grading.confinement import Limits
+from minillama.grading.differences import Difference, compared, described, only_where
+from minillama.grading.mistakes import MISTAKES, Mistake, mistakes_of, pairs_of
+from minillama.grading.parts import PARTS, Case, cases
+from minillama.grading.sandbox import DEFAULT_LIMITS, Problem, Run, Sandbox
+
+Arrays = dict[str, np.ndarray]
+# The parts that a part calls, directly or not.
+FORERUNNERS: dict[str, tuple[str, ...]] = {
+    "attention": ("rope", "scores"),
+    "block": ("norm", "rope", "scores", "attention"),
+    "model": ("norm", "rope", "scores", "attention", "block"),
+}
+FORERUNNERS |= {part: (*FORERUNNERS["model"], "model") for part in ("zero_shot", "classifier", "lora")}
+# The modules that a part needs.
+MODULES: dict[str, tuple[str, ...]] = {
+    "rope": ("rope",),
+    "adamw": ("optimizer",),
+    "lora": ("lora", "llama"),
+    "zero_shot": ("classifier", "llama"),
+    "classifier": ("classifier", "llama"),
+}
+TITLES = {
+    "norm": "norm",
+    "rope": "rotary positions",
+    "scores": "attention scores",
+    "attention": "attention",
+    "block": "block",
+    "model": "whole model",
+    "generate": "generation",
+    "adamw": "AdamW",
+    "zero_shot": "zero-shot classifier",
+    "classifier": "fine-tuned classifier",
+    "lora": "LoRA",
+}
+RIGHT, WRONG, ERROR, STOPPED, EMPTY = "right", "wrong", "error", "stopped", "not implemented yet"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a part gets. word: one of the five above. sentence: what is wrong; formula: the right one, if a mistake is
+    known. place: where to look. mistakes: names of the known mistakes. stand_ins: parts that were replaced by ours.
+    """
+
+    part: str
+    points: int
+    out_of: int
+    word: str
+    sentence: str = ""
+    place: str = ""
+    formula: str = ""
+    mistakes: tuple[str, ...] = ()
+    stand_ins: tuple[str, ...] = ()
+
+    def hint(self, level: str) -> str:
+        """What the student may read: nothing, the place ("area"), or all that is known ("full")."""
+        if self.word == RIGHT:
+            return f"judged with our {listed(self.stand_ins)}" if self.stand_ins and level == "full" else ""
+        if level == "none":
+            return ""
+        if level == "area" and self.word in (WRONG, ERROR):
+            return f"look at {self.place}"
+        right = f" Right: {self.formula}." if self.formula else ""
+        place = f" ({self.place})" if self.place and self.place not in self.sentence else ""
+        aside = f" Judged with our {listed(self.stand_ins)}." if self.stand_ins and level == "full" else ""
+        return f"{self.sentence}{place}{right if level == 'full' else ''}{aside}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdicts on one hand-in. note: why it could not be judged, if so."""
+
+    name: str
+    edition: str
+    seed: int
+    verdicts: tuple[Verdict, ...] = ()
+    seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def points(self) -> int:
+        return sum(verdict.points for verdict in self.verdicts)
+
+    @property
+    def out_of(self) -> int:
+        return sum(verdict.out_of for verdict in self.verdicts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Judgement:
+        verdicts = []
+        for one in values["verdicts"]:
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in one.items()
+            }
+            verdicts.append(Verdict(**fields))
+        return cls(**{**values, "verdicts": tuple(verdicts)})
+
+
+def judge(
+    folder: Path,
+    edition: str,
+    seed: int,
+    parts: Sequence[str] = (),
+    limits: Limits = DEFAULT_LIMITS,
+    name: str = "",
+    progress: Callable[[str], None] = lambda part: None,
+) -> Judgement:
+    """Judges the modules of a folder. parts: only these; other parts are then ours. progress: called with each part."""
+    started = time.monotonic()
+    asked = [part for part in PARTS[edition] if part in parts] if parts else list(PARTS[edition])
+    verdicts: dict[str, Verdict] = {}
+    broken: dict[str, Verdict] = {}  # modules that do not load in time, and the verdict that this gave
+    with Sandbox(folder, edition, limits) as sandbox:
+        for part in asked:
+            progress(part)
+            needed = FORERUNNERS.get(part, ())
+            replaced = [one for one in needed if one not in asked or verdicts[one].word != RIGHT]
+            known = next((broken[one] for one in MODULES.get(part, ("llama",)) if one in broken), None)
+            if known is not None:
+                out_of = PARTS[edition][part]
+                verdicts[part] = Verdict(part, 0, out_of, known.word, known.sentence, known.place)
+                continue
+            run = sandbox.run(part, probes(part, edition, seed)[0], replaced)
+            verdict = verdict_on(part, edition, seed, run, folder, replaced)
+            if replaced and verdict.word != RIGHT and not run.end:
+                alone = sandbox.run(part, probes(part, edition, seed)[0])
+                second = verdict_on(part, edition, seed, alone, folder, [])
+                verdict = second if second.word == RIGHT or run.stand_ins else verdict
+            verdicts[part] = verdict
+            if run.end and run.loading:
+                broken[run.loading] = verdict
+    return Judgement(name or folder.name, edition, seed, tuple(verdicts.values()), time.monotonic() - started)
+
+
+@lru_cache(maxsize=64)
+def probes(part: str, edition: str, seed: int) -> tuple[list[Case], list[Arrays]]:
+    """The probes of a part and their right answers."""
+    found = cases(part, edition, seed)
+    return found, [answer(case) for case in found]
+
+
+@lru_cache(maxsize=20000)
+def mistaken(part: str, edition: str, seed: int, index: int, names: frozenset[str]) -> Arrays | None:
+    """The answer to a probe with known mistakes; None if they cannot be made there."""
+    try:
+        with np.errstate(all="ignore"):
+            return answer(probes(part, edition, seed)[0][index], names)
+    except (ValueError, IndexError, KeyError):
+        return None
+
+
+def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, replaced: Sequence[str]) -> Verdict:
+    """The verdict on what came back from a run."""
+    found, right = probes(part, edition, seed)
+    out_of, stand_ins = PARTS[edition][part], tuple(replaced)
+    formula, place = of_part(part, edition)
+
+    def zero(word: str, sentence: str, where: str = place, **more: Any) -> Verdict:
+        return Verdict(part, 0, out_of, word, sentence, where, stand_ins=stand_ins, **more)
+
+    if run.end:
+        where = f" while {run.loading}.py was loading" if run.loading else ""
+        if not where and run.at is not None:
+            where = f" on the probe '{found[run.at].name}'"
+        return zero(STOPPED, f"Stopped{where}: {run.end}.")
+    problems = list(run.problems.values())
+    if broke := next((problem for problem in problems if problem.rule), None):
+        return zero(STOPPED, f"Stopped: {broke.rule}.", broke.place or place)
+    differences = {
+        i: difference
+        for i, arrays in run.answers.items()
+        if (difference := compared(arrays, right[i], found[i].tolerance))
+    }
+    if not problems and not differences and len(run.answers) == len(found):
+        return Verdict(part, out_of, out_of, RIGHT, stand_ins=stand_ins)
+    raised = next((problem for problem in problems if problem.type == "NotImplementedError"), None)
+    if raised is not None and raised.place:
+        return zero(EMPTY, f"{raised.place} is not implemented yet.", raised.place)
+    if empty := reading.unimplemented(folder, part):
+        return zero(EMPTY, f"{listed(empty)} is not implemented yet.", empty[0])
+    if raised is not None:
+        return zero(EMPTY, "This part is not implemented yet.")
+    names = look_up(part, edition, seed, run, differences) if differences else ()
+    if problems:
+        failing = [found[i] for i in run.problems]
+        where = only_where(failing, [found[i] for i in run.answers])
+        sentence = told(problems[0], found[min(run.problems)]) + (f" {where}" if where else "")
+        return zero(ERROR, sentence, problems[0].place or place, mistakes=names)
+    if names:
+        known = [MISTAKES[name] for name in names]
+        sentence = " And: ".join(mistake.sentence for mistake in known)
+        return zero(WRONG, sentence, known[0].place, formula=formula, mistakes=names)
+    worst = max(differences, key=lambda i: differences[i].size)
+    sentence = described(differences[worst], found[worst], part)
+    where = only_where([found[i] for i in differences], [case for i, case in enumerate(found) if i not in differences])
+    return zero(WRONG, " ".join(filter(None, (sentence, where))))
+
+
+def of_part(part: str, edition: str) -> tuple[str, str]:
+    """The right formula of a part, and its place."""
+    first: Mistake = next(iter(mistakes_of(part, edition)))
+    return first.formula_in(edition), first.place
+
+
+def look_up(part: str, edition: str, seed: int, run: Run, differences: dict[int, Difference]) -> tuple[str, ...]:
+    """The names of the known mistake, or the pair, whose answers these are; empty if there is none.
+
+    If several fit, the nearest one, and a single before a pair.
+    """
+    found, _ = probes(part, edition, seed)
+    order = [*differences, *(i for i in run.answers if i not in differences)]  # the wrong ones decide sooner
+    singles = [(mistake,) for mistake in mistakes_of(part, edition)]
+    for candidates in (singles, pairs_of(part, edition)):
+        best: tuple[float, tuple[str, ...]] | None = None
+        for candidate in candidates:
+            names = tuple(mistake.name for mistake in candidate)
+            far = 0.0
+            for i in order:
+                wrong = mistaken(part, edition, seed, i, frozenset(names))
+                difference = None if wrong is None else compared(run.answers[i], wrong, 0.0)
+                size = np.inf if wrong is None else difference.size if difference else 0.0
+                far = max(far, size / found[i].tolerance)
+                if far > 1.0:
+                    break
+            if far <= 1.0 and (best is None or far < best[0]):
+                best = far, names
+        if best is not None:
+            return best[1]
+    return ()
+
+
+def told(problem: Problem, case: Case) -> str:
+    """An exception as a sentence for the student."""
+    what = f"{problem.type}: {problem.text}" if problem.text else problem.type
+    if problem.module:
+        return f"{problem.module}.py does not load: {what}{f', at {problem.place}' if problem.place else ''}."
+    if not problem.place:
+        return f"What it gives cannot be used on the probe '{case.name}': {what}."
+    return f"It ends with {what}, at {problem.place}, on the probe '{case.name}'."
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def frequencies(judgements: Sequence[Judgement]) -> list[tuple[str, int]]:
+    """How many hand-ins made each known mistake, the most frequent first."""
+    made = list(chain.from_iterable(verdict.mistakes for one in judgements for verdict in one.verdicts))
+    return sorted(((name, made.count(name)) for name in set(made)), key=lambda item: (-item[1], item[0]))

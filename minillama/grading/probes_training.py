@@ -1,0 +1,137 @@
+"""Probes of generation, AdamW, the classifiers and LoRA: (name, settings, arrays), as in probes_model.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minillama.grading.probes_model import Probe, Source, conventions, model_weights, normal, sizes
+
+DRAWS = 100_000  # rows, whose first new token counts; a frequency then has a standard deviation of 0.0016 at most
+
+
+def generate(edition: str, source: Source) -> list[Probe]:
+    probes: list[Probe] = []
+    filtered = {"fall2025": "epsilon", "spring2026": "top_p"}.get(edition)  # 2024 draws from all tokens
+    for name, rows, length, new, context in (
+        ("greedy, one row", 1, 4, 5, 16),
+        ("greedy beyond the context", 4, int(source.integers(4, 7)), 12, 8),
+        ("greedy, prompt beyond the context", 3, 11, 6, 7),
+    ):
+        vocabulary = 29
+        arrays = {
+            "table": normal(source, vocabulary, vocabulary),
+            "first": normal(source, vocabulary, vocabulary),
+            "prompt": source.integers(0, vocabulary, (rows, length)),
+        }
+        settings = (
+            {"temperature": 0.0}
+            | ({filtered: 0.3} if filtered else {})
+            | {"max_new_tokens": new, "max_seq_len": context}
+        )
+        probes.append((name, conventions(edition) | settings, arrays))
+    falling = np.array([2.9, 2.3, 1.8, 1.2, 0.6, -0.1, -0.8, -2.0, -3.0])
+    equal = np.zeros(4)
+    for name, logits, temperature, value in (
+        ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8}),
+        ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85}),
+        ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.1, "top_p": 0.55}),
+        ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4}),
+        ("draws of tokens exactly at epsilon", equal, 1.0, {"epsilon": 0.25}),
+    ):
+        if filtered not in (*value, None) or (filtered is None and len(logits) == 4):
+            continue
+        order = source.permutation(len(logits))
+        table = np.tile(logits[order], (len(logits), 1)).astype(np.float32)
+        prompt = source.integers(0, len(logits), (1, 3))
+        settings = {"temperature": temperature} | ({filtered: value[filtered]} if filtered else {})
+        settings |= {"max_new_tokens": 2, "max_seq_len": 16}
+        settings |= {"draws": DRAWS, "tolerance": 0.025, "at_epsilon": len(logits) == 4}
+        arrays = {"table": table, "first": np.zeros_like(table), "prompt": prompt}
+        probes.append((name, conventions(edition) | settings, arrays))
+    return probes
+
+
+def adamw(edition: str, source: Source) -> list[Probe]:
+    plain = {"lr": 0.03, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.0}
+    plain |= {"correct_bias": True, "max_grad_norm": None}
+    two: list[dict[str, Any]] = [
+        {"count": 2},
+        {"count": 2, "lr": 0.08, "betas": [0.7, 0.95], "weight_decay": 0.9, "eps": 0.02},
+    ]
+    probes = []
+    rows: tuple[tuple[str, dict[str, Any], list[dict[str, Any]], int, tuple[int, ...], list[int]], ...] = (
+        ("one group", plain | {"eps": 0.03}, [{"count": 3}], 10, (3, 5), []),
+        ("two groups, large weight decay", plain | {"weight_decay": 3.0}, two, 10, (4, 3), []),
+        ("without correction of the bias", plain | {"correct_bias": False, "weight_decay": 1.0}, two, 10, (5,), []),
+        ("clipped gradients", plain | {"max_grad_norm": 2.0, "eps": 1e-3}, two, 10, (2, 3), []),
+        ("a parameter without gradient", plain | {"weight_decay": 2.0}, [{"count": 3}], 3, (3, 2), [1]),
+    )
+    for name, defaults, groups, steps, shape, without in rows:
+        if defaults["max_grad_norm"] is not None and edition == "2024":
+            continue
+        count = sum(group["count"] for group in groups)
+        gradients = normal(source, steps, count, *shape, std=0.5)
+        if defaults["max_grad_norm"] is not None:  # a long step among short ones: a constant factor would not show
+            factors = np.where(np.arange(steps) % 4 == 1, 5.0, 0.5) * source.uniform(0.7, 1.3, steps)
+            gradients *= factors.reshape(-1, *[1] * (gradients.ndim - 1)).astype(np.float32)
+        settings = {"defaults": defaults, "groups": groups, "without_gradient": without}
+        probes.append((name, settings, {"parameters": normal(source, count, *shape), "gradients": gradients}))
+    return probes
+
+
+def small_llama(edition: str, source: Source, **more: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Settings and weights of a Llama of two layers. All its Linears of attention are square."""
+    settings = conventions(edition) | sizes(4, 3, 3, n_layers=2, vocab_size=31, multiple_of=8, **more)
+    return settings, model_weights(source, settings)
+
+
+def zero_shot(edition: str, source: Source) -> list[Probe]:
+    probes = []
+    for name, rows, labels in (("two labels", 2, 2), ("five labels", int(source.integers(3, 6)), 5)):
+        settings, weights = small_llama(edition, source)
+        ids = [int(i) for i in source.permutation(np.arange(4, 31))[:labels]]  # 0 to 3 are special
+        tokens = source.integers(4, 31, (rows, int(source.integers(5, 9))))
+        probes.append((name, settings | {"label_ids": ids}, weights | {"tokens": tokens}))
+    return probes
+
+
+def classifier(edition: str, source: Source) -> list[Probe]:
+    probes = []
+    for name, option, rows, labels, dropout, training in (
+        ("finetune", "finetune", 3, 5, 0.0, False),
+        ("pretrain", "pretrain", 2, 2, 0.0, False),
+        ("dropout of 0.3 in evaluation", "finetune", 2, 3, 0.3, False),
+        ("dropout of 0.3 in training", "finetune", 4, 3, 0.3, True),
+    ):
+        settings, weights = small_llama(edition, source)
+        settings |= {"option": option, "num_labels": labels, "hidden_dropout_prob": dropout, "training": training}
+        arrays = weights | {
+            "tokens": source.integers(0, 31, (rows, int(source.integers(4, 8)))),
+            "classifier_head.weight": normal(source, labels, settings["dim"], std=0.6),
+            "classifier_head.bias": normal(source, labels),
+        }
+        probes.append((name, settings, arrays))
+    return probes
+
+
+def lora(edition: str, source: Source) -> list[Probe]:
+    probes: list[Probe] = []
+    for name, dim, rank, alpha in (("a layer of rank 2", 7, 2, 3.0), ("a layer of rank 3", 9, 3, 1.0)):
+        arrays = {
+            "x": normal(source, 2, 4, dim),
+            "weight": normal(source, dim, dim),
+            "lora_A": normal(source, rank, dim),
+            "lora_B": normal(source, dim, rank),
+        }
+        probes.append((name, {"rank": rank, "alpha": alpha}, arrays))
+    settings, weights = small_llama(edition, source)
+    dim = settings["dim"]
+    for i in range(settings["n_layers"]):
+        for part in ("query", "key", "value", "output"):
+            name = f"layers.{i}.attention.compute_{part}"
+            weights[f"{name}.lora_A"] = normal(source, 2, dim, std=0.5)
+            weights[f"{name}.lora_B"] = normal(source, dim, 2, std=0.5)
+    tokens = source.integers(0, 31, (2, 6))
+    return [*probes, ("a model, then merged", settings | {"rank": 2, "alpha": 3.0}, weights | {"tokens": tokens})]
