@@ -119,7 +119,9 @@ def test_the_readme_has_a_page_for_each_wish():
 
 def test_flags_that_a_page_names_exist():
     shown = "".join(printed(["--option", name, "--help"]) for name in option_names())
-    scripts = [text_of(ROOT / f"{name}.py") for name in ("benchmark", "course", "fetch_data", "prepare_submit")]
+    scripts = [
+        text_of(ROOT / f"{name}.py") for name in ("benchmark", "course", "fetch_data", "grade", "prepare_submit")
+    ]
     known = set(re.findall(r"--[\w-]+", shown + "".join(scripts))) | {"--help"}
     elsewhere = {"--nproc_per_node", "--index-url", "--temp", "--dist"}  # of torchrun, pip, llama.cpp and pytest
     elsewhere |= {"--model", "--model_args", "--tasks"}  # of lm_eval
