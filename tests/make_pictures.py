@@ -8,11 +8,13 @@ from pathlib import Path
 
 from browser import browser
 
-# Of the X-ray: "She", and the map in which it reads "Anna" most.
+# Of the X-ray: the "She" and the map in which it reads "Anna" most, and no token more.
 LOOKS_BACK = """
-const [t, s] = ["␣She", "␣Anna"].map((name) => tokens.indexOf(name));
-const [map] = best(L * H, (i) => weight(Math.floor(i / H), i % H, t, s));
-choose({ t, s, layer: Math.floor(map / H), head: map % H });
+const s = tokens.indexOf("␣Anna"), readers = range(T).filter((t) => tokens[t] === "␣She");
+const all = readers.flatMap((t) => range(L * H).map((i) => ({ t, s, layer: Math.floor(i / H), head: i % H })));
+const value = ({ t, layer, head }, at = s) => weight(layer, head, t, at);
+const most = all.filter((one) => range(one.t).every((other) => value(one, other) <= value(one)));
+choose(most.sort((a, b) => value(b) - value(a))[0]);
 """
 DECIDED = "choose({ t: data.prompt - 1 }); document.querySelector('nav').remove();"
 # name: page, width, height, colours, script, part of the page

@@ -107,9 +107,9 @@ def test_another_models_tokenizer_is_refused(story):
 
 def test_a_text_beyond_the_context_is_warned_of(story):
     with pytest.warns(
-        UserWarning, match=r"^\d+ tokens of prompt and 2 new ones exceed the model's context of 512; it sees"
+        UserWarning, match=r"^\d+ tokens of prompt and 2 new ones exceed the model's context of 1024; it sees"
     ):
-        complete(*story, ["word " * 600], 2)
+        complete(*story, ["word " * 1200], 2)
 
 
 def test_no_texts_have_no_continuations(story):
@@ -153,8 +153,8 @@ def test_bad_texts_are_named_and_cut_ones_are_warned_of(tmp_path):
         classify("one")
     with pytest.raises(ValueError, match="text 1 is empty"):
         classify(["one", " \n"])
-    with pytest.warns(UserWarning, match="1 of 2 texts were cut to the model's 512 tokens"):
-        classify(["one", "word " * 600])
+    with pytest.warns(UserWarning, match="1 of 2 texts were cut to the model's 1024 tokens"):
+        classify(["one", "word " * 1200])
     assert classify([]) == []
 
 

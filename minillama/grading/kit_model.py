@@ -65,7 +65,7 @@ def encoded(tensor: np.ndarray, dtype: str) -> bytes:
 
 
 def converted(model: Model, setup: Setup) -> Model:
-    """The model for another setup. Its rotary weights compute the same; those for RMSNorm lose the norms' biases."""
+    """The model for another setup. Its rotary weights compute the same; the norms of LayerNorm get biases of zero."""
     config, weights = dict(model.config), dict(model.weights)
     width = config["dim"] // config["n_heads"]
     for name in weights:
@@ -76,15 +76,9 @@ def converted(model: Model, setup: Setup) -> Model:
             if setup.pairing == "halves":
                 pairs = pairs.swapaxes(1, 2)
             weights[name] = pairs.reshape(weights[name].shape)
-    if setup.norm == "rmsnorm":
-        # Without a mean in the residual stream, both norms divide by the same. The output keeps the embedding as it is.
-        weights["output.weight"] = weights[EMBEDDING]
-        config["tie_embeddings"] = False
-        weights[EMBEDDING] = weights[EMBEDDING] - weights[EMBEDDING].mean(1, keepdims=True)
-        for name in weights:
-            if name.endswith(("compute_output.weight", "w2.weight")):
-                weights[name] = weights[name] - weights[name].mean(0, keepdims=True)
-        weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
+    if setup.norm == "layernorm":
+        norms = [name for name in weights if name.endswith("norm.weight")]
+        weights |= {f"{name.removesuffix('weight')}bias": np.zeros_like(weights[name]) for name in norms}
     return Model(config | {"norm": setup.norm}, weights)
 
 

@@ -96,10 +96,10 @@ def model_text(setup: Setup) -> str:
     changes = []
     if (setup.pairing, setup.sign) != ("interleaved", "plus"):
         changes.append("The rows of its query and key weights are in the order that this rotation needs.")
-    if setup.norm == "rmsnorm":
+    if setup.norm == "layernorm":
         changes.append(
-            "It was trained with LayerNorm. For RMSNorm its weights are centred and the biases of its norms are lost, "
-            "so it writes worse than it did; it is good enough to see whether your code is right."
+            "It was trained with RMSNorm. With LayerNorm, which also takes the mean away, it writes a little worse "
+            "than it did; it is good enough to see whether your code is right."
         )
     return " ".join(changes) or "The bundled model is mini-llama's own."
 

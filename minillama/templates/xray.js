@@ -83,7 +83,7 @@ function drawTokens() {
     title: `token ${t + 1}, id ${data.ids[t]}`, style: { "--share": Math.sqrt(reads(t)) }, onclick: () => choose({ t }),
   }, tokens[t])));
   const end = L * T + state.t, place = data.lens.rank[L][state.t], answer = quote(data.answers[state.t]);
-  const next = `${answer} (${fixed(data.lens.answer[end])}${place === 1 ? ", the likeliest" : `, number ${place}`})`;
+  const next = `${answer} (${fixed(data.lens.answer[end])}${place > 1 ? `, number ${place}` : state.t + 1 < T ? ", the likeliest" : ""})`;
   const what = data.kind === "classes" ? "the class is" : state.t + 1 < T ? "the next token is" : "the likeliest next token is";
   fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${what} ${next}.`);
 }
@@ -167,7 +167,7 @@ function drawLines() {
   fill("reads", `In ${chosenMap()}, ${quoted(state.t)} ${order.map((i) => reading(i, here(i))).join(", ").replaceAll(", reads", ",")}.`);
   const of = (i) => weight(Math.floor(i / H), i % H, state.t, s), changed = state.view === "difference";
   fill("readers", `Maps in which ${quoted(state.t)} reads ${quoted(s)} ${changed ? "most differently" : "most"}: `,
-    ...best(L * H, (i) => Math.abs(of(i))).slice(0, 5).flatMap((i, n) => [n ? ", " : "", mapLink(Math.floor(i / H), i % H), ` ${fixed(of(i))}`]), ".");
+    ...best(L * H, (i) => Math.abs(of(i))).slice(0, 5).flatMap((i, n) => [n ? ", " : "", mapLink(Math.floor(i / H), i % H), ` (${fixed(of(i))})`]), ".");
 }
 const mapLink = (l, h) => make("button", { type: "button", class: "link", onclick: () => choose({ layer: l, head: h, s: read() }) },
   mapName(l, h));
@@ -254,7 +254,7 @@ function sharesTable(shares, caption) {
   rows.push(line(state.lead ? "difference" : "logit", total));
   const named = parts.flatMap((some, l) => some.map((x, m) => [x, `${m ? `head ${m}` : "feed-forward"} of layer ${l + 1}`]));
   named.sort(([a], [b]) => b - a);
-  const said = (some) => some.map(([x, name]) => `${name} ${fixed(x, 2)}`).join(", ");
+  const said = (some) => some.map(([x, name]) => `${name} (${fixed(x, 2)})`).join(", ");
   const words = `Most for it: ${said(named.slice(0, 3))}. Most against it: ${said(named.slice(-2).reverse())}.`;
   const heads = ["", "sum", "feed-forward", ...range(M).map((m) => `head ${m + 1}`)];
   return make("div", {}, table(heads, rows, caption), make("p", {}, words));

@@ -15,7 +15,8 @@ import torch
 
 import optimizer
 from conftest import ROOT
-from llama import load_pretrained
+from llama import llama_from_checkpoint
+from minillama.formats.checkpoint import read_checkpoint
 from minillama.grading import kit
 from minillama.grading.kit import code_files, kit_files, solved_files, solved_text
 from minillama.grading.kit_cut import cut_bodies, functions, leaks, solution_lines, stream_of, take
@@ -283,7 +284,7 @@ def test_the_solution_agrees_with_the_reference_outputs(tmp_path, capsys, editio
 def test_the_solved_model_computes_what_ours_does(tmp_path, edition, seed):
     """With LayerNorm and eps inside the root. The rotary convention may differ: the weights are in its order."""
     setup = find_setup(edition, seed)
-    ours = load_pretrained(ROOT / "data" / "mini-llama.safetensors")
+    ours = llama_from_checkpoint(read_checkpoint(ROOT / "data" / "mini-llama.safetensors"), norm="layernorm").eval()
     folder = write_files(tmp_path / "solved", solved_files(setup, seed))
     ids = torch.randint(0, 4096, (3, 20), generator=torch.Generator().manual_seed(1))
     with modules_of(folder), torch.no_grad():
