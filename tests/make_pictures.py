@@ -17,6 +17,7 @@ const most = all.filter((one) => range(one.t).every((other) => value(one, other)
 choose(most.sort((a, b) => value(b) - value(a))[0]);
 """
 DECIDED = "choose({ t: data.prompt - 1 }); document.querySelector('nav').remove();"
+DECIDED += "document.querySelector('#part-3').style.scrollMarginTop = 0;"  # nothing lies over it now
 # name: page, width, height, colours, script, part of the page
 PICTURES = {
     "xray": ("xray.html", 1100, 760, "light", LOOKS_BACK, None),
