@@ -8,7 +8,8 @@ from pathlib import Path
 
 from minillama.cli.display import displayed
 from minillama.cli.parser import COUNT_OR_ZERO, OneLineParser, nearest
-from minillama.grading.kit_setups import EDITIONS, POINTS, VARIANTS, find_setup
+from minillama.grading.kit_setups import EDITIONS, VARIANTS, find_setup
+from minillama.grading.parts import PARTS
 
 DESCRIPTION = f"""\
 Writes a student's kit: our modules with the bodies of the exercises cut out, public tests, a checklist that ticks
@@ -18,7 +19,7 @@ examples:
   python course.py kit --edition fall2025 --into kit
   python course.py kit --edition fall2025 --into kit --solution solved --seed 7301 --keep norm,adamw
 
-The parts are {", ".join(POINTS["fall2025"])}
+The parts are {", ".join(PARTS["fall2025"])}
 (lora only in fall2025). A seed makes a term's variant: other rotary pairs or another sign, LayerNorm or RMSNorm,
 another place of eps, another sampling rule. There are {VARIANTS}, by the seed modulo {VARIANTS};
 0, {VARIANTS}, ... are the edition itself, with other probes.

@@ -9,16 +9,9 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from minillama.grading.parts import PARTS
+
 EDITIONS = ("2024", "fall2025", "spring2026")
-# Points of each part, in the order in which a student does them.
-POINTS: dict[str, dict[str, int]] = {
-    "2024": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
-    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
-    "fall2025": {"norm": 8, "rope": 12, "scores": 12, "attention": 8, "block": 10, "model": 8}
-    | {"generate": 10, "adamw": 12, "zero_shot": 4, "classifier": 6, "lora": 10},
-    "spring2026": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
-    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
-}
 NORMS = ("layernorm", "rmsnorm")
 PLACES = ("inside", "outside")  # of eps, by the root
 PAIRINGS = ("interleaved", "halves")
@@ -51,7 +44,7 @@ class Setup:
     @property
     def parts(self) -> tuple[str, ...]:
         """The exercises, in the order in which a student does them."""
-        return tuple(POINTS[self.edition])
+        return tuple(PARTS[self.edition])
 
     @property
     def lora(self) -> bool:
@@ -126,5 +119,5 @@ def hidden_part(setup: Setup, seed: int | None, keep: tuple[str, ...]) -> dict[s
         "variant": setup.choices(),
         "switches": setup.switches,
         "kept": list(keep),
-        "points": {part: points for part, points in POINTS[setup.edition].items() if part not in keep},
+        "points": {part: points for part, points in PARTS[setup.edition].items() if part not in keep},
     }
