@@ -39,7 +39,7 @@ LINE_END = re.compile(r"\r{0,2}\n|\r")  # as in minillama/text/labelled.py, whic
 
 
 class Edition(NamedTuple):
-    """What an edition of the course wants: kinds of prediction files; the largest zip in bytes, None: SIZE_LIMIT."""
+    """The demands of an edition: kinds of prediction files; the largest zip in bytes, None: SIZE_LIMIT."""
 
     kinds: tuple[str, ...]
     most_bytes: int | None = None

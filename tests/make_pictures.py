@@ -16,8 +16,12 @@ const value = ({ t, layer, head }, at = s) => weight(layer, head, t, at);
 const most = all.filter((one) => range(one.t).every((other) => value(one, other) <= value(one)));
 choose(most.sort((a, b) => value(b) - value(a))[0]);
 """
-DECIDED = "choose({ t: data.prompt - 1 }); document.querySelector('nav').remove();"
-DECIDED += "document.querySelector('#part-3').style.scrollMarginTop = 0;"  # nothing lies over it now
+# The third part, without the bar of tokens, and without the room that the page keeps for the bar.
+DECIDED = """
+choose({ t: data.prompt - 1 });
+document.querySelector("nav").remove();
+document.querySelector("#part-3").style.scrollMarginTop = 0;
+"""
 # name: page, width, height, colours, script, part of the page
 PICTURES = {
     "xray": ("xray.html", 1100, 760, "light", LOOKS_BACK, None),

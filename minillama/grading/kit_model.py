@@ -66,7 +66,7 @@ def encoded(tensor: np.ndarray, dtype: str) -> bytes:
 
 def converted(model: Model, setup: Setup) -> Model:
     """The model for another setup. Its rotary weights compute the same; the norms of LayerNorm get biases of zero."""
-    config, weights = dict(model.config), dict(model.weights)
+    config, weights = model.config, dict(model.weights)
     width = config["dim"] // config["n_heads"]
     for name in weights:
         if name.endswith(("compute_query.weight", "compute_key.weight")):
@@ -98,7 +98,7 @@ def reference(model: Model, setup: Setup) -> bytes:
     tensors, dtypes = {"ids": ids}, {"ids": I64}
     for causal in (True,) if setup.causal_argument else (True, False):
         hidden = np.stack([forward(rounded, row, setup, causal) for row in ids])
-        output = rounded.weights.get("output.weight", rounded.weights[EMBEDDING]).astype(np.float64)
+        output = rounded.weights[EMBEDDING].astype(np.float64)  # the two are tied
         kind = "causal" if causal else "bidirectional"
         tensors |= {f"{kind}.hidden_states": hidden, f"{kind}.logits": hidden[:, -1:] @ output.T}
         dtypes |= {f"{kind}.hidden_states": F32, f"{kind}.logits": F32}

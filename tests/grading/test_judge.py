@@ -18,7 +18,7 @@ EDITION, SEED = "fall2025", 0
 
 
 def answers_with(part, *mistakes, noise=1e-6):
-    """What a student with these mistakes would give, in float32."""
+    """The answers of a student with these mistakes, in float32."""
     source = np.random.default_rng(1)
     run = Run(done=True)
     for i in range(len(judging.probes(part, EDITION, SEED)[0])):
