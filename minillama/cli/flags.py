@@ -160,6 +160,12 @@ WINDOW = Flag(
 VOCAB_SIZE = Flag(
     "--vocab_size N", "vocabulary size of a new tokenizer; models take their tokenizer's", COUNT, default_text="4096"
 )
+OPTIMIZER = OwnFlag(
+    "--optimizer",
+    "muon trains the matrices of the layers by Muon, and everything else by AdamW",
+    ("adamw", "muon"),
+    "adamw",
+)
 
 # Labelled rows
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 SPLITS = ("train", "dev", "test")
+LR = 5e-4
+OF_NEW = {"optimizer": "muon", "lr": 4e-3}  # as in pretrain; AdamW does not learn to carry (docs/results.md)
 ANSWER_ROWS = Flag(
     "--answer_rows N",
     "number of dev rows, evenly spaced, to answer after each epoch; the model with the best token F1 is kept. "
@@ -39,7 +41,7 @@ DATA = Group(
     "data",
     (
         *(flags.TRAIN, flags.DEV, flags.TEST, flags.DEV_OUT, flags.TEST_OUT, flags.WINDOW, flags.MAX_NEW_TOKENS),
-        *(flags.BATCH_SIZE, ANSWER_ROWS, flags.OUT_DTYPE, flags.MODEL_OUT),
+        *(flags.BATCH_SIZE, ANSWER_ROWS, flags.OPTIMIZER, flags.OUT_DTYPE, flags.MODEL_OUT),
     ),
     'Lines of {"prompt": "...", "answer": "..."}. Short examples share a row; each attends only to itself.',
 )
@@ -49,9 +51,11 @@ DATA = Group(
 
 
 def resolve(options: Options) -> Options:
-    """The options, with the bundled model if needed, and the demo data if no data is named."""
+    """The options, with the bundled model or what a new one needs, and the demo data if no data is named."""
     if not is_new(options):
         options = use_bundled_model(options)
+    elif not options.lora_rank:
+        options = options.replace(**{name: value for name, value in OF_NEW.items() if name not in options.typed})
     if options.train or options.dev:
         return options
     report(f"--train and --dev are missing; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
@@ -62,6 +66,8 @@ def resolve(options: Options) -> Options:
 def check(options: Options) -> None:
     if not options.lora_rank and (variants := options.changed(*flags.LORA_VARIANTS)):
         raise ValueError(f"--{variants[0]} needs LoRA, but all weights would be trained; add --lora_rank 4")
+    if options.lora_rank and options.optimizer == "muon":
+        raise ValueError("--optimizer muon is for whole matrices, but --lora_rank trains parts; give only one of them")
     check_training(options)
     typed_sizes(options)
     if not (options.train and options.dev):
@@ -221,7 +227,7 @@ python run_llama.py --option sft --train data/demo-qa-train.jsonl --dev data/dem
     --pretrained-model-path data/mini-llama.safetensors --model_out answers.safetensors
 """,
     defaults={
-        "lr": 5e-4,
+        "lr": LR,
         "batch_size": 16,
         "schedule": "cosine",
         "warmup_steps": 20,
@@ -236,6 +242,8 @@ python run_llama.py --option sft --train data/demo-qa-train.jsonl --dev data/dem
         "test_out": "sft-test-answers.jsonl",
     },
     default_texts={
+        "lr": f"{LR:g}; {OF_NEW['lr']:g} for a new model",
+        "optimizer": "adamw; muon for a new model",
         "train": "the demo data, data/demo-qa-train.jsonl",
         "dev": "the demo data",
         "test": "none, or the demo data if --train and --dev are missing",

@@ -83,6 +83,17 @@ def test_a_new_model_needs_none(resolve, option):
     assert args.pretrained_model_path == "stories42M.pt" and lines == []
 
 
+def test_sft_trains_a_new_model_as_pretrain_does_unless_told_otherwise(resolve):
+    def chosen(*arguments):
+        files = ("--train", "a.jsonl", "--dev", "b.jsonl", "--model_out", "c.safetensors")
+        args, _ = resolve("--option", "sft", *files, *arguments)
+        return args.optimizer, args.lr
+
+    assert chosen("--dim", "64") == ("muon", 4e-3)
+    assert chosen("--dim", "64", "--lr", "1e-3", "--optimizer", "adamw") == ("adamw", 1e-3)
+    assert chosen("--pretrained-model-path", "mine.pt") == ("adamw", 5e-4)
+
+
 # The data
 
 
