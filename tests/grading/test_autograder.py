@@ -74,6 +74,23 @@ def test_the_results_of_one_hand_in_are_taken_as_they_are(root):
     assert folder.endswith("/submission") and options == ["--seconds", "15", "--json"]
 
 
+@pytest.mark.parametrize(
+    ("files", "judged"),
+    [
+        (["llama.py", "old/llama.py"], "submission"),
+        (["hw/code/rope.py", "hw/data/x.txt", "other/notes.txt"], "submission/hw/code"),
+        (["a/llama.py", "b/llama.py"], "submission"),
+        ([], "submission"),
+    ],
+)
+def test_the_modules_may_lie_deeper(root, files, judged):
+    folder = root(WRITE.format("{'score': 1, 'tests': [sys.argv[1]]}"))
+    for name in files:
+        (folder / "submission" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "submission" / name).write_text("")
+    assert judge(folder)[0]["tests"] == [str(folder / judged)]
+
+
 def test_the_options_of_the_zip_are_given_to_the_grader(root):
     folder = root(WRITE.format("{'score': 1, 'tests': [sys.argv[2:-2]]}"))
     (folder / "source" / "grade_options.txt").write_text("--seed\n48\n--hints\narea\n")
@@ -87,7 +104,7 @@ def test_the_options_of_the_zip_are_given_to_the_grader(root):
         ("sys.exit(0)", "The grader itself failed."),
         ("import os; os.kill(os.getpid(), 11)", "The grader itself failed."),
         ("time.sleep(60)", "The grader stopped after 1 seconds. Look for a loop in your code that never ends."),
-        (WRITE.format("{'students': {}}"), "The hand-in has several folders. Put llama.py"),
+        (WRITE.format("{'students': {}}"), "The hand-in has several folders with modules. Put llama.py"),
         ("sys.exit('grade.py: error: no')", "The grader itself failed."),
         (
             "sys.stderr.write('grade.py: error: ' + sys.argv[1] + ': no \"x\"\\t\\\\; see python grade.py --help\\n')\n"
