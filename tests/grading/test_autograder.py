@@ -103,6 +103,7 @@ def test_the_options_of_the_zip_are_given_to_the_grader(root):
         ("raise ValueError('a secret')", "The grader itself failed. This is not your fault: please tell your teacher."),
         ("sys.exit(0)", "The grader itself failed."),
         ("import os; os.kill(os.getpid(), 11)", "The grader itself failed."),
+        ("import os; os.kill(os.getpid(), 9)", "The grader was stopped: time or memory ran out."),
         ("time.sleep(60)", "The grader stopped after 1 seconds. Look for a loop in your code that never ends."),
         (WRITE.format("{'students': {}}"), "The hand-in has several folders with modules. Put llama.py"),
         ("sys.exit('grade.py: error: no')", "The grader itself failed."),
@@ -112,7 +113,7 @@ def test_the_options_of_the_zip_are_given_to_the_grader(root):
             'Nothing could be judged. Your hand-in: no "x" \\.',
         ),
     ],
-    ids=["exception", "nothing", "signal", "time", "several", "other status", "message"],
+    ids=["exception", "nothing", "signal", "memory", "time", "several", "other status", "message"],
 )
 def test_without_results_there_is_a_sentence_and_no_points(root, body, sentence):
     results, printed = judge(root(body), AUTOGRADER_SECONDS="1" if "sleep" in body else "60")
