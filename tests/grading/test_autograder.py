@@ -71,7 +71,7 @@ def test_the_results_of_one_hand_in_are_taken_as_they_are(root):
     results, _ = judge(root(WRITE.format("{'score': 12, 'tests': [{'words': sys.argv[1:-1]}]}")))
     assert results["score"] == 12
     folder, *options = results["tests"][0]["words"]
-    assert folder.endswith("/submission") and options == ["--seconds", "15", "--json"]
+    assert folder.endswith("/submission") and options == ["--seconds", "12", "--json"]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_modules_may_lie_deeper(root, files, judged):
 def test_the_options_of_the_zip_are_given_to_the_grader(root):
     folder = root(WRITE.format("{'score': 1, 'tests': [sys.argv[2:-2]]}"))
     (folder / "source" / "grade_options.txt").write_text("--seed\n48\n--hints\narea\n")
-    assert judge(folder)[0]["tests"] == [["--seconds", "15", "--seed", "48", "--hints", "area"]]
+    assert judge(folder)[0]["tests"] == [["--seconds", "12", "--seed", "48", "--hints", "area"]]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,28 @@ def test_wrong_options_are_found_before_the_zip_is_written(tmp_path, monkeypatch
         make_zip(*arguments)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("index", ["", "a place"])
+def test_setup_makes_an_environment_with_an_allowed_pytorch(tmp_path, index):
+    """setup.sh with a python3 that writes down what it is asked for."""
+    (tmp_path / "source").mkdir()
+    shutil.copyfile(ROOT / "requirements.txt", tmp_path / "source" / "requirements.txt")
+    if index:
+        (tmp_path / "source" / "torch_index.txt").write_text(f"{index}\n")
+    pip = f"""#!/bin/sh\nprintf '%s;' "$@" >>{tmp_path}/asked.txt; echo >>{tmp_path}/asked.txt\n"""
+    venv = f"""#!/bin/sh\n[ "$1" = -c ] || {{ mkdir -p "$3/bin"; cp {tmp_path}/bin/pip "$3/bin/python"; }}\n"""
+    for name, text in (("pip", pip), ("python3", venv)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "AUTOGRADER_ROOT": str(tmp_path)}
+    done = subprocess.run(["bash", str(COURSE / "setup.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and ("CUDA comes along" in done.stdout) == (not index), done.stderr
+    torch, rest = (tmp_path / "asked.txt").read_text().splitlines()
+    (allowed,) = re.findall(r"^torch\S+", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    assert torch == "-m;pip;install;" + (f"--index-url;{index};" if index else "") + f"{allowed};"
+    assert rest == f"-m;pip;install;-r;{tmp_path}/source/requirements.txt;"
 
 
 def test_the_shell_scripts_have_no_faults():
