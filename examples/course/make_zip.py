@@ -5,7 +5,7 @@ examples:
   python examples/course/make_zip.py autograder.zip --torch-index ADDRESS --edition spring2026 --seed 48 --hints area
 
 ADDRESS is what pytorch.org/get-started shows after --index-url for Linux, pip and CPU. Without it pip brings CUDA. All
-other options are those of grade.py, and each hand-in is judged with them.
+other options are those of grade.py, and each hand-in is judged with them; a file that one of them names is packed, too.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ def make_zip(arguments: list[str] | None) -> int:
         parser.error("give neither --json, --report nor a folder: run_autograder sets them")
     if options.zip.suffix != ".zip" or not options.zip.absolute().parent.is_dir():
         parser.error(f"{options.zip}: it must be the name of a zip in a folder that exists")
-    texts = {"grade_options.txt": "".join(f"{word}\n" for word in for_grade)}
+    words, more = with_files(for_grade)
+    more["grade_options.txt"] = "".join(f"{word}\n" for word in words).encode()
     if options.torch_index:
-        texts["torch_index.txt"] = f"{options.torch_index}\n"
+        more["torch_index.txt"] = f"{options.torch_index}\n".encode()
     with zipfile.ZipFile(options.zip, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in SCRIPTS:
             entry = zipfile.ZipInfo(name, (2000, 1, 1, 0, 0, 0))
             entry.external_attr = 0o100755 << 16  # Gradescope starts them as programs
             archive.writestr(entry, (HERE / name).read_bytes())
-        for name, text in texts.items():
-            archive.writestr(name, text)
+        for name, content in more.items():
+            archive.writestr(name, content)
         for path in project_files():
             archive.write(path, path.relative_to(ROOT).as_posix())
         count = len(archive.namelist())
@@ -58,6 +59,18 @@ def make_zip(arguments: list[str] | None) -> int:
     if not options.torch_index:
         print("without --torch-index Gradescope installs PyTorch with CUDA: several gigabytes", file=sys.stderr)
     return 0
+
+
+def with_files(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
+    """Options for the place where the zip is unpacked, and the files that they name, which the zip takes along."""
+    moved, files = [], {}
+    for word in words:
+        flag, equals, value = word.rpartition("=")
+        if Path(value).is_file():
+            files[Path(value).name] = Path(value).read_bytes()
+            value = Path(value).name
+        moved.append(f"{flag}{equals}{value}")
+    return moved, files
 
 
 def project_files() -> list[Path]:

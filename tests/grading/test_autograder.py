@@ -23,11 +23,16 @@ COURSE = ROOT / "examples" / "course"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the scripts are for Linux")
 
 
-def make_zip(*arguments):
+def loaded():
+    """examples/course/make_zip.py as a module."""
     spec = importlib.util.spec_from_file_location("make_zip", COURSE / "make_zip.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return module
+
+
+def make_zip(*arguments):
+    return loaded().main([str(argument) for argument in arguments])
 
 
 def our_python(path):
@@ -154,6 +159,13 @@ def test_wrong_options_are_found_before_the_zip_is_written(tmp_path, monkeypatch
         make_zip(*arguments)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_files_that_an_option_names_go_into_the_zip(tmp_path):
+    (tmp_path / "points.json").write_text("{}")
+    words = ["--seed", "3", "--one", f"{tmp_path}/points.json", f"--two={tmp_path}/points.json"]
+    moved = ["--seed", "3", "--one", "points.json", "--two=points.json"]
+    assert loaded().with_files(words) == (moved, {"points.json": b"{}"})
 
 
 @pytest.mark.parametrize("index", ["", "a place"])
