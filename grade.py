@@ -102,10 +102,14 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Seque
     kept_in = keep.with_name(f"{keep.name}.part") if keep is not None and len(found) > 1 else None
     finished = {} if kept_in is None else read_finished(kept_in)
     limits = DEFAULT_LIMITS._replace(seconds=options.seconds, wall=3.0 * options.seconds)
-    many, judgements = len(found) > 1, []
-    for number, (name, folder, problem) in enumerate(found, 1):
+    settings = [options.edition, options.seed, list(parts), version()]
+    keys = [json.dumps([one.name, one.folder and fingerprint(one.folder), *settings]) for one in found]
+    if known := sum(key in finished for key in keys):
+        print(f"{known} of {len(found)} were judged before: taken over from {kept_in}", flush=True)
+    to_judge = sum(one.folder is not None and key not in finished for one, key in zip(found, keys, strict=True))
+    many, judgements, seconds = len(found) > 1, [], []
+    for number, ((name, folder, problem), key) in enumerate(zip(found, keys, strict=True), 1):
         start = f"{number}/{len(found)} {name}: "
-        key = json.dumps([name, folder and fingerprint(folder), options.edition, options.seed, list(parts), version()])
 
         def show(part: str, start: str = start) -> None:
             if sys.stderr.isatty():
@@ -128,8 +132,11 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Seque
         if kept_in is not None and not again and folder is not None:
             with kept_in.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "judgement": judgement.to_dict()}) + "\n")
+        if folder is not None and not again:
+            seconds.append(judgement.seconds)
         if many:
-            print(start + summary(judgement, again), flush=True)
+            left = (to_judge - len(seconds)) * sum(seconds) / max(len(seconds), 1)
+            print(start + summary(judgement, again, left), flush=True)
         else:
             print_table(judgement, options.hints)
         judgements.append(judgement)
@@ -168,13 +175,16 @@ def version() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def summary(judgement: Judgement, again: bool) -> str:
-    """The line of a hand-in in a class."""
+def summary(judgement: Judgement, again: bool = False, left: float = 0.0) -> str:
+    """The line of a hand-in in a class. again: taken over; left: seconds until all are judged, 0 if not known."""
     if judgement.note:
         return f"not judged: {judgement.note}"
     failing = [verdict.part for verdict in judgement.verdicts if verdict.word != "right"]
     text = f"{judgement.points}/{judgement.out_of}" + (f", not {', '.join(failing)}" if failing else "")
-    return text + (" (judged before)" if again else f" ({judgement.seconds:.0f} s)")
+    if again:
+        return f"{text} (judged before)"
+    rest = f"; about {f'{left:.0f} s' if left < 90 else f'{left / 60:.0f} min'} left" if left else ""
+    return f"{text} ({judgement.seconds:.0f} s{rest})"
 
 
 def print_table(judgement: Judgement, hints: str) -> None:

@@ -27,9 +27,8 @@ from minillama.layers.kv_cache import KVCache
 MADE = ROOT / "docs" / "options.md"  # made from the parser, and tested there
 DOCS = sorted({*(ROOT / "docs").glob("*.md")} - {MADE})
 PAGES = [ROOT / "README.md", *DOCS]
-OTHER_PAGES = [
-    ROOT / name for name in ("CONTRIBUTING.md", "data/README.md", "data/MODEL_CARD.md", "examples/README.md")
-]
+OTHER_PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "data/README.md", "data/MODEL_CARD.md")]
+OTHER_PAGES += [ROOT / "examples" / name for name in ("README.md", "course/README.md")]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SVG = ROOT / "docs" / "block.svg"
 

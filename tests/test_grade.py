@@ -86,8 +86,8 @@ def test_a_class_gets_a_line_each_and_a_page(quick, group, tmp_path, capsys):
     page = tmp_path / "class.html"
     assert grade.main([str(group), "--report", str(page)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1/4 ann: 100/100 (1 s)"
-    assert lines[1] == "2/4 bob: 88/100, not adamw (1 s)"
+    assert lines[0] == "1/4 ann: 100/100 (1 s; about 2 s left)"
+    assert lines[1] == "2/4 bob: 88/100, not adamw (1 s; about 1 s left)"
     assert lines[2].startswith("3/4 eve: not judged: eve.zip: the zip cannot be read")
     assert lines[3] == "4/4 smithjo: 88/100, not adamw (1 s)"
     text = page.read_text()
@@ -110,11 +110,21 @@ def test_an_interrupted_class_goes_on(quick, group, tmp_path, monkeypatch, capsy
     assert "interrupted after 1 of 4; the same command goes on" in capsys.readouterr().err
     assert not page.exists()
     assert grade.main([str(group), "--report", str(page)]) == 1
-    assert "1/4 ann: 100/100 (judged before)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"1 of 4 were judged before: taken over from {page}.part\n1/4 ann: 100/100 (judged before)\n")
+    assert "2/4 bob: 88/100, not adamw (1 s; about 1 s left)" in out
     assert seen == ["ann", "bob", "bob", "hw1"]
     (group / "ann" / "optimizer.py").write_text("# wrong\n")  # a changed hand-in is judged again
     assert grade.main([str(group), "--report", str(page)]) == 1
-    assert "1/4 ann: 88/100, not adamw (1 s)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1/4 ann: 88/100, not adamw (1 s; about 2 s left)" in out and "judged before" not in out
+
+
+def test_the_remaining_time_is_told_in_minutes_if_it_is_long():
+    one = Judgement("ann", "fall2025", 0, (Verdict("norm", 8, 8, RIGHT),), 41.7)
+    assert grade.summary(one, left=89.0) == "8/8 (42 s; about 89 s left)"
+    assert grade.summary(one, left=1200.0) == "8/8 (42 s; about 20 min left)"
+    assert grade.summary(one) == "8/8 (42 s)"
 
 
 @pytest.mark.parametrize(

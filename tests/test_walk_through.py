@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -53,3 +54,21 @@ def test_the_cells_run_in_order_and_print_what_is_stored(monkeypatch):
 def test_each_thing_done_by_hand_agrees_with_the_program():
     said = "".join(map(stored, CODE))
     assert "False" not in said and said.count("True") == 13
+
+
+def test_in_colab_the_first_cell_gets_the_project_and_elsewhere_it_does_nothing(monkeypatch, tmp_path):
+    source, done = "".join(CODE[0]["source"]), []
+    assert "google.colab" in source
+    monkeypatch.setattr("subprocess.run", lambda words, check: done.append(words))
+    exec(source, {})
+    assert done == []
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    with pytest.raises(SystemExit, match="Write the address of the project into PROJECT"):
+        exec(source, {})
+    monkeypatch.chdir(tmp_path)
+    filled = source.replace('PROJECT = ""', 'PROJECT = "there"').replace("/content/mini-llama", str(tmp_path))
+    exec(filled, {})  # the folder is there already
+    assert [words[1:4] for words in done] == [["-m", "pip", "install"]]
+    monkeypatch.setattr("os.chdir", lambda folder: done.append(folder))
+    exec(filled.replace(str(tmp_path), str(tmp_path / "new")), {})
+    assert done[1][:2] == ["git", "clone"] and done[1][-2:] == ["there", str(tmp_path / "new")] and len(done) == 4

@@ -71,9 +71,9 @@ def mistakes_table(judgements: Sequence[Judgement]) -> Table:
 
 
 def hints_of(judgement: Judgement) -> list[tuple[str, str, str]]:
-    """Part, verdict and full hint of everything that is not right."""
-    return [
-        (TITLES[verdict.part], verdict.word, verdict.hint("full"))
-        for verdict in judgement.verdicts
-        if verdict.word != RIGHT
-    ]
+    """Parts, verdict and full hint of everything that is not right; parts of which the same is said are together."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for verdict in judgement.verdicts:
+        if verdict.word != RIGHT:
+            together.setdefault((verdict.word, verdict.hint("full")), []).append(TITLES[verdict.part])
+    return [(", ".join(parts), word, hint) for (word, hint), parts in together.items()]

@@ -185,7 +185,7 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
         where = f" while {run.loading}.py was loading" if run.loading else ""
         if not where and run.at is not None:
             where = f" on the probe '{found[run.at].name}'"
-        return zero(STOPPED, f"Stopped{where}: {run.end}.")
+        return zero(STOPPED, f"Stopped{where}: {run.end}.", f"{run.loading}.py" if run.loading else place)
     problems = list(run.problems.values())
     if broke := next((problem for problem in problems if problem.rule), None):
         return zero(STOPPED, f"Stopped: {broke.rule}.", broke.place or place)

@@ -113,7 +113,8 @@ def test_a_stopped_run_gets_no_points_and_a_sentence():
     assert (found.word, found.points) == (STOPPED, 0)
     assert found.sentence == f"Stopped on the probe '{probe}': it computed for more than 20 seconds."
     run.loading = "llama"
-    assert "while llama.py was loading" in verdict("norm", run).sentence
+    found = verdict("norm", run)
+    assert "while llama.py was loading" in found.sentence and found.place == "llama.py"
 
 
 def test_an_error_is_told_with_its_line():
