@@ -24,6 +24,7 @@ bandwidth that is used. (The bandwidth is measured by reading 256 MB.) Decoding 
 epsilon 0.05. --llama2c adds karpathy/llama2.c's programs; minillama/benchmarks/llama2c.py has the commands that
 build them.
 words measures the accuracy of counting words: logistic regression on TF-IDF. Of 24 settings it takes the best on dev.
+With --dev_predictions (and --test_predictions) it also averages its probabilities with those of a model.
 
 Prints a table, and as the last line a JSON object. Figures are medians over the rounds. Some columns:
   epoch s           seconds of the training and of the evaluation after it
@@ -69,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", default="data/sst-train.txt", metavar="FILE", help="(default: %(default)s)")
     add("--dev", default="data/sst-dev.txt", metavar="FILE", help="(default: %(default)s)")
     add("--test", default="data/sst-test.txt", metavar="FILE", help="for words (default: %(default)s)")
+    add("--dev_predictions", nargs="+", metavar="FILE", help="for words: a model's, as its --dev_out wrote them; .csv")
+    add("--test_predictions", nargs="+", metavar="FILE", help="for words: the same of test; several files are averaged")
     add("--label-names", default="data/sst-label-mapping.json", metavar="FILE", help="(default: %(default)s)")
     add("--tokenizer", metavar="FILE", help="(default: tokenizer.model, else data/tokenizer.model)")
     add("--pretrained-model-path", metavar="FILE", help="(default: random weights of stories42M's size)")

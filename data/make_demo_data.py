@@ -310,7 +310,7 @@ def write_files(folder: Path, rows: Rows) -> None:
 def baseline(rows: Rows) -> dict[str, float | None]:
     """The accuracy of counting words."""
     from minillama.text.labelled import Row  # takes a second or two: not for --help
-    from minillama.training.evaluation import counting_words
+    from minillama.training.word_counts import counting_words
 
     return counting_words({split: [Row(label, text) for label, text in rows[split]] for split in rows})
 

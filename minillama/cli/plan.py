@@ -270,7 +270,7 @@ def bar_of_rows(data: Mapping[str, Sequence[Row]], names: Sequence[str]) -> Fact
     """
     from minillama.text.inspection import commonest, smallest_differences
     from minillama.text.labelled import has_gold_labels
-    from minillama.training.evaluation import counting_words
+    from minillama.training.word_counts import counting_words
 
     if not has_gold_labels(data["dev"]):
         return None

@@ -7,7 +7,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,49 +272,6 @@ def score_documents(
     if not torch.isfinite(nats):
         raise not_finite("the model's scores", dtype)
     return float(nats), total
-
-
-@dataclass(frozen=True)
-class WordCounts:
-    """How words are counted: all n-grams up to `ngrams`, of tokens that match `pattern`; sublinear: 1 + log(count).
-
-    The pattern is scikit-learn's own (words of two letters or more) or everything between spaces.
-    """
-
-    ngrams: int = 2
-    pattern: str = r"(?u)\b\w\w+\b"
-    sublinear: bool = False
-
-
-WORD_COUNTS = [
-    WordCounts(ngrams, pattern, sublinear)
-    for ngrams in (1, 2)
-    for pattern in (WordCounts.pattern, r"\S+")
-    for sublinear in (False, True)
-]
-
-
-def counting_words(rows: Mapping[str, Sequence[Row]], counts: WordCounts | None = None) -> dict[str, float | None]:
-    """A baseline, logistic regression on TF-IDF: its C, and its accuracy on dev and test.
-
-    C is 1, 10 or 100, the best on dev. An accuracy is None without gold labels.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # a dependency of scikit-learn; threads slow down a small problem
-
-    counts = counts or WordCounts()
-    how: dict[str, Any] = {"token_pattern": counts.pattern, "sublinear_tf": counts.sublinear}
-    vectorizer = TfidfVectorizer(ngram_range=(1, counts.ngrams), **how).fit([row.sentence for row in rows["train"]])
-    inputs = {split: vectorizer.transform([row.sentence for row in rows[split]]) for split in rows}
-    labels = {split: [row.label for row in rows[split]] for split in rows}
-    with threadpool_limits(1):
-        models = [LogisticRegression(C=c, max_iter=2000).fit(inputs["train"], labels["train"]) for c in (1, 10, 100)]
-        best = max(models, key=lambda model: model.score(inputs["dev"], labels["dev"]))
-        scored = {split: best.score(inputs[split], labels[split]) for split in ("dev", "test")}
-    return {"C": float(best.C)} | {
-        split: float(score) if has_gold_labels(rows[split]) else None for split, score in scored.items()
-    }
 
 
 def describe(evaluation: Evaluation, with_loss: bool = False) -> str:
