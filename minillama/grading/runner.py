@@ -81,8 +81,14 @@ def config_of(settings: Settings, modules: Modules) -> Any:
     """A LlamaConfig of the student's, with the edition's conventions where it has fields for them."""
     cls = modules["config"].LlamaConfig
     chosen = {name: settings[name] for name in (*SIZES, "dropout", "multiple_of") if name in settings}
+    return cls(**chosen, **conventions_of(settings, modules))
+
+
+def conventions_of(settings: Settings, modules: Modules) -> dict[str, Any]:
+    """The edition's norm and mask, as far as the student's LlamaConfig has fields for them."""
+    cls = modules["config"].LlamaConfig
     known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else parameters_of(cls)
-    return cls(**chosen, **{name: settings[name] for name in ("norm", "causal") if name in known & set(settings)})
+    return {name: settings[name] for name in ("norm", "causal") if name in known & set(settings)}
 
 
 def put_weights(module: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
@@ -222,11 +228,12 @@ def adamw(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
 
 @contextmanager
-def checkpoint(settings: Settings, arrays: Arrays) -> Iterator[str]:
+def checkpoint(settings: Settings, arrays: Arrays, modules: Modules) -> Iterator[str]:
     """The path of a checkpoint of the course's kind with the probe's weights."""
     weights = {name: torch.from_numpy(value) for name, value in weights_in(arrays).items()}
     weights["output.weight"] = weights["tok_embeddings.weight"]
     model_args = {name: settings[name] for name in (*SIZES, "dropout", "multiple_of") if name in settings}
+    model_args |= conventions_of(settings, modules)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.pt"
         torch.save({"model": weights, "model_args": model_args}, path)
@@ -258,7 +265,7 @@ def classifier_config(settings: Settings, path: str, **more: Any) -> SimpleNames
 def zero_shot(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     words = {f"label{i}": token for i, token in enumerate(settings["label_ids"])}
     tokenizer = LabelTokenizer(words, settings["vocab_size"])
-    with checkpoint(settings, arrays) as path:
+    with checkpoint(settings, arrays, modules) as path:
         config = classifier_config(settings, path, num_labels=len(words), hidden_dropout_prob=0.0, option="pretrain")
         module = modules["classifier"].LlamaZeroShotClassifier(config, tokenizer, list(words)).eval()
     return {"scores": numbers(module(*tensors(arrays, "tokens")), "LlamaZeroShotClassifier.forward")}
@@ -272,7 +279,7 @@ def trainable_share(parameters: list[nn.Parameter]) -> float:
 
 def classifier(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     more = {name: settings[name] for name in ("num_labels", "hidden_dropout_prob", "option")}
-    with checkpoint(settings, arrays) as path:
+    with checkpoint(settings, arrays, modules) as path:
         module = modules["classifier"].LlamaEmbeddingClassifier(classifier_config(settings, path, **more))
     put_weights(module, {name: value for name, value in arrays.items() if name.startswith("classifier_head")})
     shares = [trainable_share(list(part.parameters())) for part in (module.llama, module.classifier_head)]
