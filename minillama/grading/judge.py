@@ -19,7 +19,7 @@ import numpy as np
 from minillama.grading import reading
 from minillama.grading.answers import answer
 from minillama.grading.confinement import Limits
-from minillama.grading.differences import Difference, compared, described, only_where
+from minillama.grading.differences import Difference, compared, described, only_at, only_where, right_outputs
 from minillama.grading.loading import NAMES
 from minillama.grading.mistakes import MISTAKES, Mistake, mistakes_of, pairs_of
 from minillama.grading.parts import PARTS, Case, cases
@@ -230,9 +230,11 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
         sentence = " And: ".join(mistake.sentence for mistake in known)
         return zero(WRONG, sentence, known[0].place, formula=formula, mistakes=names)
     worst = max(differences, key=lambda i: differences[i].size)
-    sentence = described(differences[worst], found[worst], part)
-    where = only_where([found[i] for i in differences], [case for i, case in enumerate(found) if i not in differences])
-    return zero(WRONG, " ".join(filter(None, (sentence, where))))
+    failing, wrong = [found[i] for i in differences], list(differences.values())
+    where = only_where(failing, [case for i, case in enumerate(found) if i not in differences])
+    sentence = described(differences[worst], found[worst])
+    sentences = (sentence, only_at(wrong, failing, part), right_outputs(wrong), where)
+    return zero(WRONG, " ".join(filter(None, sentences)))
 
 
 def of_part(part: str, edition: str) -> tuple[str, str]:
@@ -273,6 +275,8 @@ def told(problem: Problem, case: Case) -> str:
     what = problem.words
     if problem.module:
         return not_loaded(problem)
+    if problem.type == "KeptBetweenCalls":
+        return f"On the probe '{case.name}' {problem.text}: something is kept from the call before."
     if not problem.place:
         return f"What it gives cannot be used on the probe '{case.name}': {what}."
     return f"It ends with {what}, at {problem.place}, on the probe '{case.name}'."

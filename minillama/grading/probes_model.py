@@ -38,10 +38,13 @@ def norm(edition: str, source: Source) -> list[Probe]:
         ("variance of 1e-4, eps 3e-4", 0.002, 1e-2, 3e-4),
         ("variance of 1e-5, eps 1e-6", 0.001, 3e-3, 1e-6),
         ("large mean", 20.0, 1.5, 1e-3),
+        ("variance of 1e-6, eps 1e-3", 0.001, 1e-3, 1e-3),
     ):
         dim = 2 * int(source.integers(4, 8)) + 1
         x = normal(source, 3, int(source.integers(4, 7)), dim, mean=mean, std=std)
-        probes.append((name, {"norm": kind, "eps": eps}, {"x": x} | norm_weights(source, dim, kind)))
+        arrays = {"x": x} | norm_weights(source, dim, kind)
+        settings = {"norm": kind, "eps": eps} | ({} if probes else {"gradients": list(arrays)})
+        probes.append((name, settings, arrays))
     dim = 13
     half = {"x": normal(source, 3, 5, dim, std=600.0)} | norm_weights(source, dim, kind)
     half = {name: value.astype(np.float16).astype(np.float32) for name, value in half.items()}
@@ -56,24 +59,28 @@ def rope(edition: str, source: Source) -> list[Probe]:
         ("grouped heads, another theta", 100.0, 3, int(source.integers(9, 14)), 6, 2, 10),
         ("one pair, one head", 10000.0, 1, 5, 1, 1, 2),
         ("long row", 10000.0, 1, 301, 3, 1, 4),
+        ("other theta, sizes of the first probe", 300.0, 2, 7, 4, 4, 4),
     ):
         arrays = {
             "query": normal(source, rows, length, heads, hd),
             "key": normal(source, rows, length, kv_heads, hd),
         }
-        probes.append((name, {"theta": theta, "head_dim": hd, "max_seq_len": length + 4}, arrays))
+        settings = {"theta": theta, "head_dim": hd, "max_seq_len": length + 4}
+        probes.append((name, settings | ({} if probes else {"gradients": list(arrays)}), arrays))
     return probes
 
 
 def scores(edition: str, source: Source) -> list[Probe]:
     probes = []
     for name, rows, heads, length, hd, dropout in (
-        ("one row", 1, 3, 5, 6, 0.0),
+        ("one row", 1, 3, 11, 6, 0.0),
         ("batch of three", 3, 2, int(source.integers(6, 10)), 8, 0.0),
         ("dropout of 0.5 in evaluation", 2, 2, 4, 4, 0.5),
+        ("two positions", 2, 4, 2, 10, 0.0),
     ):
         arrays = {part: normal(source, rows, heads, length, hd) for part in ("query", "key", "value")}
         settings = {"dim": heads * hd, "n_heads": heads, "n_kv_heads": heads, "max_seq_len": 32, "dropout": dropout}
+        settings |= {} if probes else {"gradients": list(arrays)}
         probes.append((name, conventions(edition) | settings, arrays))
     return probes
 
@@ -104,7 +111,7 @@ def layer_weights(source: Source, settings: dict[str, Any], name: str = "") -> A
 def attention(edition: str, source: Source) -> list[Probe]:
     probes = []
     for name, hd, heads, kv_heads, rows, length, more in (
-        ("as many key/value heads", 4, 3, 3, 2, 6, {}),
+        ("as many key/value heads", 4, 3, 3, 2, 7, {}),
         ("three queries for each key/value head", 4, 6, 2, 3, int(source.integers(3, 6)) * 2 - 1, {}),
         ("dropout of 0.5 in evaluation", 4, 2, 1, 2, 4, {"dropout": 0.5}),
         ("causal=False", 4, 2, 2, 2, 5, {"causal": False, "causal_argument": True}),
@@ -112,6 +119,7 @@ def attention(edition: str, source: Source) -> list[Probe]:
         if more.get("causal_argument") and edition != "spring2026":
             continue
         settings = conventions(edition) | sizes(hd, heads, kv_heads, **more)
+        settings |= {} if probes else {"gradients": ["x", "compute_value.weight"]}
         x = normal(source, rows, length, settings["dim"])
         probes.append((name, settings, {"x": x} | attention_weights(source, settings)))
     return probes
@@ -119,11 +127,13 @@ def attention(edition: str, source: Source) -> list[Probe]:
 
 def block(edition: str, source: Source) -> list[Probe]:
     probes = []
-    for name, hd, heads, kv_heads, rows, length, mean in (
-        ("one row", 4, 3, 3, 1, 7, 0.0),
-        ("batch, grouped heads, mean of 2", 6, 4, 2, 3, int(source.integers(4, 8)), 2.0),
+    for name, hd, heads, kv_heads, rows, length, mean, layer_id in (
+        ("one row", 4, 3, 3, 1, 7, 0.0, 0),
+        ("batch, grouped heads, mean of 2", 6, 4, 2, 3, int(source.integers(4, 8)), 2.0, 0),
+        ("the second layer", 4, 3, 3, 2, 6, 0.0, 1),
     ):
-        settings = conventions(edition) | sizes(hd, heads, kv_heads)
+        settings = conventions(edition) | sizes(hd, heads, kv_heads, layer_id=layer_id)
+        settings |= {} if probes else {"gradients": ["x", "feed_forward.w1.weight"]}
         x = normal(source, rows, length, settings["dim"], mean=mean)
         probes.append((name, settings, {"x": x} | layer_weights(source, settings)))
     return probes
@@ -143,9 +153,13 @@ def model(edition: str, source: Source) -> list[Probe]:
         ("two layers", 2, 2, 2, 19, 2, 5, 0.0),
         ("three layers, grouped heads", 6, 2, 3, 23, 3, int(source.integers(6, 10)), 0.0),
         ("dropout of 0.5 in evaluation", 2, 1, 2, 11, 2, 4, 0.5),
+        ("three layers, two heads, token 0", 2, 2, 3, 13, 2, 5, 0.0),
     ):
         more = {"n_layers": layers, "vocab_size": vocabulary, "dropout": dropout}
         settings = conventions(edition) | sizes(4, heads, kv_heads, **more)
-        tokens = source.integers(0, vocabulary, (rows, length))
+        settings |= {} if probes else {"gradients": ["tok_embeddings.weight"]}
+        tokens = source.integers(1, vocabulary, (rows, length))
+        if len(probes) == 3:
+            tokens[:, 1] = 0
         probes.append((name, settings, {"tokens": tokens} | model_weights(source, settings)))
     return probes

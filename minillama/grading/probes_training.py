@@ -18,6 +18,7 @@ def generate(edition: str, source: Source) -> list[Probe]:
         ("greedy, one row", 1, 4, 5, 16),
         ("greedy beyond the context", 4, int(source.integers(4, 7)), 12, 8),
         ("greedy, prompt beyond the context", 3, 11, 6, 7),
+        ("greedy, many tokens within the context", 5, 3, 12, 32),
     ):
         vocabulary = 29
         arrays = {
@@ -107,6 +108,7 @@ def classifier(edition: str, source: Source) -> list[Probe]:
     ):
         settings, weights = small_llama(edition, source)
         settings |= {"option": option, "num_labels": labels, "hidden_dropout_prob": dropout, "training": training}
+        settings |= {} if probes else {"gradients": ["tok_embeddings.weight", "classifier_head.weight"]}
         arrays = weights | {
             "tokens": source.integers(0, 31, (rows, int(source.integers(4, 8)))),
             "classifier_head.weight": normal(source, labels, settings["dim"], std=0.6),
@@ -125,7 +127,8 @@ def lora(edition: str, source: Source) -> list[Probe]:
             "lora_A": normal(source, rank, dim),
             "lora_B": normal(source, dim, rank),
         }
-        probes.append((name, {"rank": rank, "alpha": alpha}, arrays))
+        settings = {"rank": rank, "alpha": alpha} | ({} if probes else {"gradients": ["x", "lora_A", "lora_B"]})
+        probes.append((name, settings, arrays))
     settings, weights = small_llama(edition, source)
     dim = settings["dim"]
     for i in range(settings["n_layers"]):

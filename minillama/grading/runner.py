@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillama.grading.gradients import directions, weights_of_outputs
 from minillama.grading.parts import Arrays, Case
 
 Modules = Mapping[str, Any]
@@ -106,21 +107,80 @@ def weights_in(arrays: Arrays) -> Arrays:
     return {name: value for name, value in arrays.items() if "." in name and not name.startswith("classifier_head")}
 
 
+class KeptBetweenCalls(ValueError):
+    """A second call with the same input gives another result."""
+
+
+def called(call: Callable[..., Any], *inputs: Tensor) -> Any:
+    """The result of a call. Raises KeptBetweenCalls if a call with other values in between changes it."""
+    first = call(*(one.clone() for one in inputs))
+    call(*(one.flip(1) for one in inputs))
+    again = call(*(one.clone() for one in inputs))
+    for one, other in zip(parts_of(first), parts_of(again), strict=False):
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.shape != other.shape or not torch.allclose(one, other, 1e-3, 1e-5, equal_nan=True):
+                raise KeptBetweenCalls("a second call with the same input gives another result")
+    return first
+
+
+def parts_of(found: Any) -> tuple[Any, ...]:
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+def gradients(
+    settings: Settings, names: tuple[str, ...], call: Callable[..., Any], *inputs: Tensor, **more: Any
+) -> Arrays:
+    """The derivatives of `gradients.derivatives` for the arrays in settings["gradients"], by backpropagation.
+
+    names: of the results of the call. more: the tensors that these arrays are; an input of the call, or a parameter.
+    """
+    wanted = settings.get("gradients", ())
+    leaves = {name: more[name] if isinstance(more[name], nn.Parameter) else more[name].clone() for name in wanted}
+    if not leaves:
+        return {}
+    for leaf in leaves.values():
+        leaf.requires_grad_(True)
+    same = {id(more[name]): leaf for name, leaf in leaves.items()}
+    with torch.enable_grad():
+        found = call(*(same[id(one)] * 1.0 if id(one) in same else one for one in inputs))
+        results = {name: one for name, one in zip(names, parts_of(found), strict=False) if name}
+        numbers = weights_of_outputs({name: tuple(one.shape) for name, one in results.items()})
+        total = sum((one.double() * torch.from_numpy(numbers[name])).sum() for name, one in results.items())
+    reached: Any = [None] * len(leaves)
+    if isinstance(total, Tensor) and total.requires_grad:
+        reached = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    slopes = {}
+    for (name, leaf), slope in zip(leaves.items(), reached, strict=True):
+        ways = torch.from_numpy(directions(name, tuple(leaf.shape)))
+        along = ways.new_zeros(len(ways)) if slope is None else (ways * slope.double()).flatten(1).sum(1)
+        slopes[f"gradient_of_{name}"] = along.numpy()
+    return slopes
+
+
 def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = getattr(modules["llama"], NORMS[settings["norm"]])(arrays["x"].shape[-1], settings["eps"])
     put_weights(module, {name: value for name, value in arrays.items() if name != "x"})
     dtype = getattr(torch, settings.get("dtype", "float32"))
     (x,) = tensors(arrays, "x")
-    found = module.to(dtype)(x.to(dtype))
-    return {"output": numbers(found, "the norm"), "bytes": np.array(float(found.element_size()))}
+    module, x = module.to(dtype), x.to(dtype, copy=True)
+    output = numbers(found := called(module, x), "the norm")
+    slopes = gradients(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    module(x)
+    size = np.array(float(found.element_size()))
+    return {"output": output, "bytes": size, "input_afterwards": numbers(x, "the norm")} | slopes
 
 
 def rope(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     query, key = tensors(arrays, "query", "key")
     sizes = settings["head_dim"], settings["max_seq_len"], settings["theta"]
     source = "apply_rotary_emb"
-    found = pair(modules["rope"].apply_rotary_emb(query, key, *sizes), source)
-    return {"query": numbers(found[0], source), "key": numbers(found[1], source)}
+
+    def rotate(query: Tensor, key: Tensor) -> Any:
+        return pair(modules["rope"].apply_rotary_emb(query, key, *sizes), source)
+
+    found = called(rotate, query, key)
+    slopes = gradients(settings, ("query", "key"), rotate, query, key, query=query, key=key)
+    return {"query": numbers(found[0], source), "key": numbers(found[1], source)} | slopes
 
 
 def attention_of(settings: Settings, modules: Modules) -> nn.Module:
@@ -132,22 +192,28 @@ def attention_of(settings: Settings, modules: Modules) -> nn.Module:
 @torch.no_grad()
 def scores(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = attention_of(settings, modules)
-    found = module.compute_query_key_value_scores(*tensors(arrays, "query", "key", "value"))  # type: ignore[operator]
-    return {"output": numbers(found, "compute_query_key_value_scores")}
+    inputs = dict(zip(("query", "key", "value"), tensors(arrays, "query", "key", "value"), strict=True))
+    call: Any = module.compute_query_key_value_scores
+    output = numbers(called(call, *inputs.values()), "compute_query_key_value_scores")
+    return {"output": output} | gradients(settings, ("output",), call, *inputs.values(), **inputs)
 
 
 @torch.no_grad()
 def attention(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = attention_of(settings, modules)
     put_weights(module, weights_in(arrays))
-    return {"output": numbers(module(*tensors(arrays, "x")), "Attention.forward")}
+    (x,) = tensors(arrays, "x")
+    output = numbers(called(module, x), "Attention.forward")
+    return {"output": output} | gradients(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
 
 
 @torch.no_grad()
 def block(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
-    module = modules["llama"].LlamaLayer(0, config_of(settings, modules)).eval()
+    module = modules["llama"].LlamaLayer(settings["layer_id"], config_of(settings, modules)).eval()
     put_weights(module, weights_in(arrays))
-    return {"output": numbers(module(*tensors(arrays, "x")), "LlamaLayer.forward")}
+    (x,) = tensors(arrays, "x")
+    output = numbers(called(module, x), "LlamaLayer.forward")
+    return {"output": output} | gradients(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
 
 
 def llama_of(settings: Settings, arrays: Arrays, modules: Modules) -> nn.Module:
@@ -161,10 +227,12 @@ def llama_of(settings: Settings, arrays: Arrays, modules: Modules) -> nn.Module:
 def model(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = llama_of(settings, arrays, modules)
     (tokens,) = tensors(arrays, "tokens")
-    logits, hidden = pair(module(tokens), "Llama.forward")
+    logits, hidden = pair(called(module, tokens), "Llama.forward")
     every, _ = pair(module(tokens, tokens), "Llama.forward")
     found = {"logits": logits, "hidden": hidden, "logits_all": every}
-    return {name: numbers(tensor, "Llama.forward") for name, tensor in found.items()}
+    own = dict(module.named_parameters(remove_duplicate=False))
+    slopes = gradients(settings, ("", "hidden"), module, tokens, **own)
+    return {name: numbers(tensor, "Llama.forward") for name, tensor in found.items()} | slopes
 
 
 @torch.no_grad()
@@ -224,7 +292,7 @@ def adamw(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
             parameter.grad = None if i in settings["without_gradient"] else torch.from_numpy(gradient.copy())
         optimizer.step()
         after.append(np.stack([numbers(parameter, "AdamW") for parameter in parameters]))
-    return {"after_one": after[0], "after_all": after[-1]}
+    return {"parameters": np.stack(after)}
 
 
 @contextmanager
@@ -268,7 +336,7 @@ def zero_shot(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     with checkpoint(settings, arrays, modules) as path:
         config = classifier_config(settings, path, num_labels=len(words), hidden_dropout_prob=0.0, option="pretrain")
         module = modules["classifier"].LlamaZeroShotClassifier(config, tokenizer, list(words)).eval()
-    return {"scores": numbers(module(*tensors(arrays, "tokens")), "LlamaZeroShotClassifier.forward")}
+    return {"scores": numbers(called(module, *tensors(arrays, "tokens")), "LlamaZeroShotClassifier.forward")}
 
 
 def trainable_share(parameters: list[nn.Parameter]) -> float:
@@ -283,12 +351,13 @@ def classifier(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
         module = modules["classifier"].LlamaEmbeddingClassifier(classifier_config(settings, path, **more))
     put_weights(module, {name: value for name, value in arrays.items() if name.startswith("classifier_head")})
     shares = [trainable_share(list(part.parameters())) for part in (module.llama, module.classifier_head)]
+    module.train(settings["training"])
+    (tokens,) = tensors(arrays, "tokens")
     with torch.no_grad():
-        found = module.train(settings["training"])(*tensors(arrays, "tokens"))
-    return {
-        "log_probabilities": numbers(found, "LlamaEmbeddingClassifier.forward"),
-        "trainable": np.array(shares),
-    }
+        found = numbers(called(module, tokens), "LlamaEmbeddingClassifier.forward")
+    own = {name.removeprefix("llama."): one for name, one in module.named_parameters(remove_duplicate=False)}
+    slopes = gradients(settings, ("log_probabilities",), module, tokens, **own)
+    return {"log_probabilities": found, "trainable": np.array(shares)} | slopes
 
 
 @torch.no_grad()
@@ -301,11 +370,11 @@ def lora(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     at_start = [float(not bool(matrix.any())) for matrix in (layer.lora_B, layer.lora_A)]
     put_weights(layer, {name: arrays[name] for name in ("lora_A", "lora_B")})
     owned = (layer.original_layer.weight, layer.lora_A, layer.lora_B)
-    return {
-        "output": numbers(layer(*tensors(arrays, "x")), "LoRALayer.forward"),
-        "starts_at_zero": np.array(at_start),
-        "trainable": np.array([float(parameter.requires_grad) for parameter in owned]),
-    }
+    trained = np.array([float(parameter.requires_grad) for parameter in owned])
+    (x,) = tensors(arrays, "x")
+    output = numbers(called(layer, x), "LoRALayer.forward")
+    slopes = gradients(settings, ("output",), layer, x, x=x, **dict(layer.named_parameters()))
+    return {"output": output, "starts_at_zero": np.array(at_start), "trainable": trained} | slopes
 
 
 def lora_model(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:

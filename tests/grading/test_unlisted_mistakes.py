@@ -63,7 +63,7 @@ CHANGES = [
         "rope.py",
         "torch.arange(seq_len, dtype=torch.float32, device=device)",
         "(torch.arange(seq_len, dtype=torch.float32, device=device) % 256)",
-        "from position 256 on|of 301 or more",
+        "from position 256 on|number of positions of 301 or more",
     ),
     Change(
         "keeps the table of another theta",
@@ -107,7 +107,7 @@ CHANGES = [
         PRODUCTS,
         f"{PRODUCTS}\n        far = torch.ones_like(scores, dtype=torch.bool)\n"
         "        scores = scores.masked_fill(far.triu(5) | far.tril(-5), -math.inf)",
-        "only with",
+        "only with number of positions of",
     ),
     Change(
         "adds a slope for each head",
@@ -125,7 +125,7 @@ CHANGES = [
         "llama.py",
         SHARED,
         f"query = query * (config.kv_heads / config.n_heads) ** 0.5\n        {SHARED}",
-        "only with grouped heads",
+        "only with grouped heads (n_kv_heads < n_heads).",
     ),
     Change(
         "repeats only the values in turn",
@@ -134,7 +134,7 @@ CHANGES = [
         SHARED,
         "key = key.repeat_interleave(config.n_heads // config.kv_heads, 1)\n"
         f"        value = value.repeat(1, config.n_heads // config.kv_heads, 1, 1)\n        {SHARED}",
-        "only with grouped heads|more than one key/value head",
+        "only with several key/value heads, each of several heads.",
     ),
     Change(
         "keeps the keys of the first call",
@@ -143,7 +143,7 @@ CHANGES = [
         SHARED,
         "kept = self.__dict__.setdefault('kept', key)\n"
         f"        key = kept if kept.shape == key.shape else key\n        {SHARED}",
-        "second call",
+        "On the probe |a second call with the same input gives another result",
     ),
     Change(
         "gates with gelu",
@@ -183,7 +183,7 @@ CHANGES = [
         "llama.py",
         "*earlier, last = self.layers\n",
         "*earlier, last = self.layers[:2]\n",
-        "only with n_layers of 3 or more; 2 is right",
+        "only with n_layers of 3 or more (2 is right).",
     ),
     Change(
         "cuts the last position of the logits",
@@ -199,7 +199,7 @@ CHANGES = [
         "llama.py",
         STREAM,
         f"attention_mask = tokens != 0\n        {STREAM}",
-        "only with the token 0",
+        "only with the token 0 in the input.",
     ),
     Change(
         "knows no temperature above 1",
@@ -207,7 +207,7 @@ CHANGES = [
         "llama.py",
         GENERATED,
         GENERATED.replace("=temperature", "=min(temperature, 1.0)"),
-        "only with temperature of 1.3 or more",
+        "only with temperature of 1.3 or more (1 is right).",
     ),
     Change(
         "ends with the context",
@@ -234,14 +234,14 @@ CHANGES = [
         "optimizer.py",
         UPDATE,
         UPDATE.replace("group)", 'group | {"eps": self.defaults["eps"]})'),
-        "only in parameter group 1|only with more than one parameter group",
+        "only in parameter group 1|only with more than one parameter group.",
     ),
     Change(
         "corrects as if the second step were the last",
         "adamw",
         "optimizer.py",
-        "m, v, t = (states[p][name] for name in",
-        "m, v, t = (min(states[p][name], 2) if name == 'step' else states[p][name] for name in",
+        't = step if group["correct_bias"] else math.inf',
+        't = min(step, 2) if group["correct_bias"] else math.inf',
         "from step 2 on",
     ),
     Change(
@@ -251,7 +251,7 @@ CHANGES = [
         UPDATE,
         f"{UPDATE}            for p in group['params']:\n                if p.grad is None:\n"
         "                    p.mul_(1 - group['lr'] * group['weight_decay'])\n",
-        "at parameter 1|only with a parameter without gradient",
+        "at parameter 1|only with a parameter without gradient.",
     ),
     Change(
         "clips by the largest gradient",
@@ -259,7 +259,7 @@ CHANGES = [
         "optimizer.py",
         'clip_grad_norm_(parameters, group["max_grad_norm"])',
         'clip_grad_norm_(parameters, group["max_grad_norm"], norm_type=float("inf"))',
-        "only with max_grad_norm",
+        "only with max_grad_norm.",
     ),
     Change(
         "scores all rows as the first",
@@ -275,7 +275,7 @@ CHANGES = [
         "classifier.py",
         "return logits.float().log_softmax(-1)\n",
         "return logits.bfloat16().log_softmax(-1)\n",
-        "bfloat16",
+        "numbers of bfloat16",
     ),
     Change(
         "knows two labels",
