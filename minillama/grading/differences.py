@@ -49,7 +49,7 @@ class Difference(NamedTuple):
 
 
 def compared(got: dict[str, np.ndarray], right: dict[str, np.ndarray], tolerance: float) -> Difference | None:
-    """The largest difference of the outputs; None if none is above the tolerance."""
+    """The largest difference of the outputs, of gradients only if no other is wrong; None if all are right."""
     differences = {
         name: _difference(name, got.get(name), np.asarray(wanted), tolerance) for name, wanted in right.items()
     }
@@ -57,7 +57,7 @@ def compared(got: dict[str, np.ndarray], right: dict[str, np.ndarray], tolerance
     if not found:
         return None
     others = [name for name, one in differences.items() if one is None and name not in SIDE]
-    worst = max(found, key=lambda one: one.size)
+    worst = max(found, key=lambda one: (not one.output.startswith("gradient_of_"), one.size))
     return worst._replace(others=tuple(name for name in others if not name.startswith("gradient_of_")))
 
 
@@ -130,25 +130,24 @@ def only_at(differences: Sequence[Difference], failing: Sequence[Case], part: st
     said = [places(difference, case, part) for difference, case in zip(differences, failing, strict=True)]
     found = []
     for name in said[0]:
-        if all(name in one for one in said):
-            words = next((words for words in said[0][name] if all(words in one[name] for one in said)), None)
-            share = max(one[name][words] for one in said) if words else 1.0
-            found += [(share, words)] if words else []
+        shares = [one[name][0] for one in said if name in one]
+        words = [words for words in said[0][name][1] if all(name in one and words in one[name][1] for one in said)]
+        if words and min(shares) < 1.0:
+            found.append((min(shares), words[0]))
     return f"It is wrong only {' and '.join(words for _, words in sorted(found))} (counted from 0)." if found else ""
 
 
-def places(difference: Difference, case: Case, part: str) -> dict[str, dict[str, float]]:
-    """For each axis whose indices are not all wrong, by name: what is true of the wrong ones, and their share."""
+def places(difference: Difference, case: Case, part: str) -> dict[str, tuple[float, list[str]]]:
+    """For each axis, by name: the share of its indices that are wrong, and all that is true of these."""
     wrong = difference.wrong
     assert wrong is not None
-    names = next((AXES[key] for key in (difference.output, part, wrong.ndim) if key in AXES), ())
-    names = (*names, *(f"axis {i}, index" for i in range(len(names), wrong.ndim))) if len(names) <= wrong.ndim else ()
+    keys = (part, difference.output, wrong.ndim)
+    names = next((AXES[key] for key in keys if key in AXES and len(AXES[key]) <= wrong.ndim), ())
+    names = (*names, *(f"axis {i}, index" for i in range(len(names), wrong.ndim)))
     found = {}
     for axis, name in enumerate(names):
         hit = np.asarray(wrong.any(tuple(i for i in range(wrong.ndim) if i != axis)))
-        if not hit.all():
-            at, share = np.flatnonzero(hit).tolist(), float(hit.mean())
-            found[name] = dict.fromkeys(sentences_about(at, len(hit), name, case), share)
+        found[name] = float(hit.mean()), sentences_about(np.flatnonzero(hit).tolist(), len(hit), name, case)
     return found
 
 
@@ -165,6 +164,7 @@ def sentences_about(at: list[int], length: int, name: str, case: Case) -> list[s
     said += [f"at the last {name}"] if at == [length - 1] else []
     said += [f"from {name} {at[0]} on"] if at == list(range(at[0], length)) else []
     said += [f"up to {name} {at[-1]}"] if at == list(range(at[-1] + 1)) else []
+    said += [f"at the last {len(at)} {name}s"] if at == list(range(at[0], length)) else []
     for word, first in (("even", 0), ("odd", 1)):
         said += [f"at {word} {name}s"] if length > 2 and at == list(range(first, length, 2)) else []
     return [*said, f"at {name} {', '.join(map(str, at[:6]))}{' ...' if len(at) > 6 else ''}"]

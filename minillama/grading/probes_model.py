@@ -43,7 +43,7 @@ def norm(edition: str, source: Source) -> list[Probe]:
         dim = 2 * int(source.integers(4, 8)) + 1
         x = normal(source, 3, int(source.integers(4, 7)), dim, mean=mean, std=std)
         arrays = {"x": x} | norm_weights(source, dim, kind)
-        settings = {"norm": kind, "eps": eps} | ({} if probes else {"gradients": list(arrays)})
+        settings = {"norm": kind, "eps": eps, "dtype": "float32"} | ({} if probes else {"gradients": list(arrays)})
         probes.append((name, settings, arrays))
     dim = 13
     half = {"x": normal(source, 3, 5, dim, std=600.0)} | norm_weights(source, dim, kind)
@@ -73,10 +73,10 @@ def rope(edition: str, source: Source) -> list[Probe]:
 def scores(edition: str, source: Source) -> list[Probe]:
     probes = []
     for name, rows, heads, length, hd, dropout in (
-        ("one row", 1, 3, 11, 6, 0.0),
+        ("one row", 1, 3, 5, 6, 0.0),
         ("batch of three", 3, 2, int(source.integers(6, 10)), 8, 0.0),
         ("dropout of 0.5 in evaluation", 2, 2, 4, 4, 0.5),
-        ("two positions", 2, 4, 2, 10, 0.0),
+        ("twelve positions", 1, 2, 12, 10, 0.0),
     ):
         arrays = {part: normal(source, rows, heads, length, hd) for part in ("query", "key", "value")}
         settings = {"dim": heads * hd, "n_heads": heads, "n_kv_heads": heads, "max_seq_len": 32, "dropout": dropout}
@@ -111,9 +111,10 @@ def layer_weights(source: Source, settings: dict[str, Any], name: str = "") -> A
 def attention(edition: str, source: Source) -> list[Probe]:
     probes = []
     for name, hd, heads, kv_heads, rows, length, more in (
-        ("as many key/value heads", 4, 3, 3, 2, 7, {}),
+        ("as many key/value heads", 4, 7, 7, 2, 7, {}),
         ("three queries for each key/value head", 4, 6, 2, 3, int(source.integers(3, 6)) * 2 - 1, {}),
         ("dropout of 0.5 in evaluation", 4, 2, 1, 2, 4, {"dropout": 0.5}),
+        ("one head", 6, 1, 1, 4, 11, {}),
         ("causal=False", 4, 2, 2, 2, 5, {"causal": False, "causal_argument": True}),
     ):
         if more.get("causal_argument") and edition != "spring2026":
@@ -130,7 +131,7 @@ def block(edition: str, source: Source) -> list[Probe]:
     for name, hd, heads, kv_heads, rows, length, mean, layer_id in (
         ("one row", 4, 3, 3, 1, 7, 0.0, 0),
         ("batch, grouped heads, mean of 2", 6, 4, 2, 3, int(source.integers(4, 8)), 2.0, 0),
-        ("the second layer", 4, 3, 3, 2, 6, 0.0, 1),
+        ("the second layer", 4, 3, 3, 2, 7, 0.0, 1),
     ):
         settings = conventions(edition) | sizes(hd, heads, kv_heads, layer_id=layer_id)
         settings |= {} if probes else {"gradients": ["x", "feed_forward.w1.weight"]}

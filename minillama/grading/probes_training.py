@@ -90,10 +90,11 @@ def small_llama(edition: str, source: Source, **more: Any) -> tuple[dict[str, An
 
 def zero_shot(edition: str, source: Source) -> list[Probe]:
     probes = []
+    length = int(source.integers(5, 9))
     for name, rows, labels in (("two labels", 2, 2), ("five labels", int(source.integers(3, 6)), 5)):
         settings, weights = small_llama(edition, source)
         ids = [int(i) for i in source.permutation(np.arange(4, 31))[:labels]]  # 0 to 3 are special
-        tokens = source.integers(4, 31, (rows, int(source.integers(5, 9))))
+        tokens = source.integers(4, 31, (rows, length))
         probes.append((name, settings | {"label_ids": ids}, weights | {"tokens": tokens}))
     return probes
 

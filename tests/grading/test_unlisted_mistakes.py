@@ -48,7 +48,9 @@ CHANGES = [
         f"wide -= wide.mean(-1, keepdim=True)\n        {NORM}",
         "'input_afterwards' is",
     ),
-    Change("squares eps", "norm", "llama.py", NORM, NORM.replace("self.eps", "self.eps**2"), "standard deviation"),
+    Change(
+        "squares eps", "norm", "llama.py", NORM, NORM.replace("self.eps", "self.eps**2"), "The probes 'usual values'"
+    ),
     Change(
         "detaches its weight",
         "norm",
@@ -90,7 +92,7 @@ CHANGES = [
         "rope.py",
         "frequencies = rotary_frequencies(head_dim, theta, device)\n",
         "frequencies = rotary_frequencies(head_dim, theta, device)\n        frequencies[-1] = 0.0\n",
-        "from feature",
+        "at the last 2 features",
     ),
     Change(
         "takes the keys of the first row",
@@ -143,7 +145,7 @@ CHANGES = [
         SHARED,
         "kept = self.__dict__.setdefault('kept', key)\n"
         f"        key = kept if kept.shape == key.shape else key\n        {SHARED}",
-        "On the probe |a second call with the same input gives another result",
+        "On the probe |a second call gives another result",
     ),
     Change(
         "gates with gelu",
@@ -283,7 +285,7 @@ CHANGES = [
         "classifier.py",
         "for label, ids in enumerate(self.label_name_ids):",
         "for label, ids in enumerate(self.label_name_ids[:2]):",
-        "from label 2 on",
+        "from label 2 on|only with number of labels of 5 or more (2 is right).",
     ),
     Change(
         "detaches the hidden state",
@@ -323,6 +325,6 @@ CHANGES = [
         "lora.py",
         "if rslora else alpha / rank",
         "if rslora else alpha / original_layer.in_features",
-        "'output' is",
+        "instead of",
     ),
 ]
