@@ -24,6 +24,12 @@ def normal(source: Source, *shape: int, mean: float = 0.0, std: float = 1.0) -> 
     return (mean + std * source.standard_normal(shape)).astype(np.float32)
 
 
+def with_gradients(probes: list[Probe], *names: str) -> list[Probe]:
+    """The probes; the first also asks for the gradients of these arrays."""
+    (name, settings, arrays), *others = probes
+    return [(name, settings | {"gradients": list(names)}, arrays), *others]
+
+
 def norm_weights(source: Source, dim: int, kind: str, name: str = "") -> Arrays:
     weights = {f"{name}weight": normal(source, dim, mean=1.0, std=0.4)}
     return weights | ({f"{name}bias": normal(source, dim, std=0.4)} if kind == "layernorm" else {})
@@ -43,13 +49,13 @@ def norm(edition: str, source: Source) -> list[Probe]:
         dim = 2 * int(source.integers(4, 8)) + 1
         x = normal(source, 3, int(source.integers(4, 7)), dim, mean=mean, std=std)
         arrays = {"x": x} | norm_weights(source, dim, kind)
-        settings = {"norm": kind, "eps": eps, "dtype": "float32"} | ({} if probes else {"gradients": list(arrays)})
-        probes.append((name, settings, arrays))
+        probes.append((name, {"norm": kind, "eps": eps, "dtype": "float32"}, arrays))
     dim = 13
     half = {"x": normal(source, 3, 5, dim, std=600.0)} | norm_weights(source, dim, kind)
     half = {name: value.astype(np.float16).astype(np.float32) for name, value in half.items()}
     settings = {"norm": kind, "eps": 1e-5, "dtype": "float16", "tolerance": 6e-3}
-    return [*probes, ("float16 with squares beyond its range", settings, half)]
+    probes.append(("float16 with squares beyond its range", settings, half))
+    return with_gradients(probes, *half)
 
 
 def rope(edition: str, source: Source) -> list[Probe]:
@@ -66,8 +72,8 @@ def rope(edition: str, source: Source) -> list[Probe]:
             "key": normal(source, rows, length, kv_heads, hd),
         }
         settings = {"theta": theta, "head_dim": hd, "max_seq_len": length + 4}
-        probes.append((name, settings | ({} if probes else {"gradients": list(arrays)}), arrays))
-    return probes
+        probes.append((name, settings, arrays))
+    return with_gradients(probes, "query", "key")
 
 
 def scores(edition: str, source: Source) -> list[Probe]:
@@ -80,9 +86,8 @@ def scores(edition: str, source: Source) -> list[Probe]:
     ):
         arrays = {part: normal(source, rows, heads, length, hd) for part in ("query", "key", "value")}
         settings = {"dim": heads * hd, "n_heads": heads, "n_kv_heads": heads, "max_seq_len": 32, "dropout": dropout}
-        settings |= {} if probes else {"gradients": list(arrays)}
         probes.append((name, conventions(edition) | settings, arrays))
-    return probes
+    return with_gradients(probes, "query", "key", "value")
 
 
 def sizes(hd: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
@@ -120,10 +125,9 @@ def attention(edition: str, source: Source) -> list[Probe]:
         if more.get("causal_argument") and edition != "spring2026":
             continue
         settings = conventions(edition) | sizes(hd, heads, kv_heads, **more)
-        settings |= {} if probes else {"gradients": ["x", "compute_value.weight"]}
         x = normal(source, rows, length, settings["dim"])
         probes.append((name, settings, {"x": x} | attention_weights(source, settings)))
-    return probes
+    return with_gradients(probes, "x", "compute_value.weight")
 
 
 def block(edition: str, source: Source) -> list[Probe]:
@@ -134,10 +138,9 @@ def block(edition: str, source: Source) -> list[Probe]:
         ("the second layer", 4, 3, 3, 2, 7, 0.0, 1),
     ):
         settings = conventions(edition) | sizes(hd, heads, kv_heads, layer_id=layer_id)
-        settings |= {} if probes else {"gradients": ["x", "feed_forward.w1.weight"]}
         x = normal(source, rows, length, settings["dim"], mean=mean)
         probes.append((name, settings, {"x": x} | layer_weights(source, settings)))
-    return probes
+    return with_gradients(probes, "x", "feed_forward.w1.weight")
 
 
 def model_weights(source: Source, settings: dict[str, Any]) -> Arrays:
@@ -149,7 +152,7 @@ def model_weights(source: Source, settings: dict[str, Any]) -> Arrays:
 
 
 def model(edition: str, source: Source) -> list[Probe]:
-    probes = []
+    probes: list[Probe] = []
     for name, heads, kv_heads, layers, vocabulary, rows, length, dropout in (
         ("two layers", 2, 2, 2, 19, 2, 5, 0.0),
         ("three layers, grouped heads", 6, 2, 3, 23, 3, int(source.integers(6, 10)), 0.0),
@@ -158,9 +161,8 @@ def model(edition: str, source: Source) -> list[Probe]:
     ):
         more = {"n_layers": layers, "vocab_size": vocabulary, "dropout": dropout}
         settings = conventions(edition) | sizes(4, heads, kv_heads, **more)
-        settings |= {} if probes else {"gradients": ["tok_embeddings.weight"]}
         tokens = source.integers(1, vocabulary, (rows, length))
         if len(probes) == 3:
             tokens[:, 1] = 0
         probes.append((name, settings, {"tokens": tokens} | model_weights(source, settings)))
-    return probes
+    return with_gradients(probes, "tok_embeddings.weight")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minillama.grading.probes_model import Probe, Source, conventions, model_weights, normal, sizes
+from minillama.grading.probes_model import Probe, Source, conventions, model_weights, normal, sizes, with_gradients
 
 DRAWS = 100_000  # rows, whose first new token counts; a frequency then has a standard deviation of 0.0016 at most
 
@@ -109,14 +109,13 @@ def classifier(edition: str, source: Source) -> list[Probe]:
     ):
         settings, weights = small_llama(edition, source)
         settings |= {"option": option, "num_labels": labels, "hidden_dropout_prob": dropout, "training": training}
-        settings |= {} if probes else {"gradients": ["tok_embeddings.weight", "classifier_head.weight"]}
         arrays = weights | {
             "tokens": source.integers(0, 31, (rows, int(source.integers(4, 8)))),
             "classifier_head.weight": normal(source, labels, settings["dim"], std=0.6),
             "classifier_head.bias": normal(source, labels),
         }
         probes.append((name, settings, arrays))
-    return probes
+    return with_gradients(probes, "tok_embeddings.weight", "classifier_head.weight")
 
 
 def lora(edition: str, source: Source) -> list[Probe]:
@@ -128,8 +127,7 @@ def lora(edition: str, source: Source) -> list[Probe]:
             "lora_A": normal(source, rank, dim),
             "lora_B": normal(source, dim, rank),
         }
-        settings = {"rank": rank, "alpha": alpha} | ({} if probes else {"gradients": ["x", "lora_A", "lora_B"]})
-        probes.append((name, settings, arrays))
+        probes.append((name, {"rank": rank, "alpha": alpha}, arrays))
     settings, weights = small_llama(edition, source)
     dim = settings["dim"]
     for i in range(settings["n_layers"]):
@@ -138,4 +136,5 @@ def lora(edition: str, source: Source) -> list[Probe]:
             weights[f"{name}.lora_A"] = normal(source, 2, dim, std=0.5)
             weights[f"{name}.lora_B"] = normal(source, dim, 2, std=0.5)
     tokens = source.integers(0, 31, (2, 6))
-    return [*probes, ("a model, then merged", settings | {"rank": 2, "alpha": 3.0}, weights | {"tokens": tokens})]
+    probes.append(("a model, then merged", settings | {"rank": 2, "alpha": 3.0}, weights | {"tokens": tokens}))
+    return with_gradients(probes, "x", "lora_A", "lora_B")

@@ -5,7 +5,6 @@ It calls only what the course fixes: the names of classes, methods and parameter
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import tempfile
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.grading.gradients import directions, weights_of_outputs
+from minillama.grading.calls import called, gradients_of
 from minillama.grading.parts import Arrays, Case
 
 Modules = Mapping[str, Any]
@@ -108,67 +107,6 @@ def weights_in(arrays: Arrays) -> Arrays:
     return {name: value for name, value in arrays.items() if "." in name and not name.startswith("classifier_head")}
 
 
-class KeptBetweenCalls(ValueError):
-    """A call changes the result of a later one."""
-
-
-def called(call: Callable[..., Any], *inputs: Tensor) -> Any:
-    """The result of a call. Raises KeptBetweenCalls if it changes a later one, or one with other values changes it."""
-    try:
-        fresh = copy.deepcopy(call)
-    except Exception:  # a module may hold what cannot be copied
-        fresh = call
-    first = call(*(one.clone() for one in inputs))
-    after = call(*(one.flip(1) for one in inputs))
-    again = call(*(one.clone() for one in inputs))
-    if not is_near(first, again) or not is_near(after, fresh(*(one.flip(1) for one in inputs))):
-        raise KeptBetweenCalls("a second call gives another result than a first one with the same input")
-    return first
-
-
-def is_near(found: Any, other: Any) -> bool:
-    """Whether two results of a call are equal but for noise."""
-    return all(
-        one.shape == two.shape and torch.allclose(one, two, 1e-3, 1e-5, equal_nan=True)
-        for one, two in zip(parts_of(found), parts_of(other), strict=False)
-        if isinstance(one, Tensor) and isinstance(two, Tensor)
-    )
-
-
-def parts_of(found: Any) -> tuple[Any, ...]:
-    return tuple(found) if isinstance(found, tuple | list) else (found,)
-
-
-def gradients(
-    settings: Settings, names: tuple[str, ...], call: Callable[..., Any], *inputs: Tensor, **more: Any
-) -> Arrays:
-    """The derivatives of `gradients.derivatives` for the arrays in settings["gradients"], by backpropagation.
-
-    names: of the results of the call. more: the tensors that these arrays are; an input of the call, or a parameter.
-    """
-    wanted = settings.get("gradients", ())
-    leaves = {name: more[name] if isinstance(more[name], nn.Parameter) else more[name].clone() for name in wanted}
-    if not leaves:
-        return {}
-    for leaf in leaves.values():
-        leaf.requires_grad_(True)
-    same = {id(more[name]): leaf for name, leaf in leaves.items()}
-    with torch.enable_grad():
-        found = call(*(same[id(one)] * 1.0 if id(one) in same else one for one in inputs))
-        results = {name: one for name, one in zip(names, parts_of(found), strict=False) if name}
-        numbers = weights_of_outputs({name: tuple(one.shape) for name, one in results.items()})
-        total = sum((one.double() * torch.from_numpy(numbers[name])).sum() for name, one in results.items())
-    reached: Any = [None] * len(leaves)
-    if isinstance(total, Tensor) and total.requires_grad:
-        reached = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    slopes = {}
-    for (name, leaf), slope in zip(leaves.items(), reached, strict=True):
-        ways = torch.from_numpy(directions(name, tuple(leaf.shape)))
-        along = ways.new_zeros(len(ways)) if slope is None else (ways * slope.double()).flatten(1).sum(1)
-        slopes[f"gradient_of_{name}"] = along.numpy()
-    return slopes
-
-
 def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = getattr(modules["llama"], NORMS[settings["norm"]])(arrays["x"].shape[-1], settings["eps"])
     put_weights(module, {name: value for name, value in arrays.items() if name != "x"})
@@ -176,7 +114,7 @@ def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     (x,) = tensors(arrays, "x")
     module, x = module.to(dtype), x.to(dtype, copy=True)
     output = numbers(found := called(module, x), "the norm")
-    slopes = gradients(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    slopes = gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
     module(x)
     size = np.array(float(found.element_size()))
     return {"output": output, "bytes": size, "input_afterwards": numbers(x, "the norm")} | slopes
@@ -191,7 +129,7 @@ def rope(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
         return pair(modules["rope"].apply_rotary_emb(query, key, *sizes), source)
 
     found = called(rotate, query, key)
-    slopes = gradients(settings, ("query", "key"), rotate, query, key, query=query, key=key)
+    slopes = gradients_of(settings, ("query", "key"), rotate, query, key, query=query, key=key)
     return {"query": numbers(found[0], source), "key": numbers(found[1], source)} | slopes
 
 
@@ -207,7 +145,7 @@ def scores(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     inputs = dict(zip(("query", "key", "value"), tensors(arrays, "query", "key", "value"), strict=True))
     call: Any = module.compute_query_key_value_scores
     output = numbers(called(call, *inputs.values()), "compute_query_key_value_scores")
-    return {"output": output} | gradients(settings, ("output",), call, *inputs.values(), **inputs)
+    return {"output": output} | gradients_of(settings, ("output",), call, *inputs.values(), **inputs)
 
 
 @torch.no_grad()
@@ -216,7 +154,7 @@ def attention(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     put_weights(module, weights_in(arrays))
     (x,) = tensors(arrays, "x")
     output = numbers(called(module, x), "Attention.forward")
-    return {"output": output} | gradients(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    return {"output": output} | gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
 
 
 @torch.no_grad()
@@ -225,7 +163,7 @@ def block(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     put_weights(module, weights_in(arrays))
     (x,) = tensors(arrays, "x")
     output = numbers(called(module, x), "LlamaLayer.forward")
-    return {"output": output} | gradients(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    return {"output": output} | gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
 
 
 def llama_of(settings: Settings, arrays: Arrays, modules: Modules) -> nn.Module:
@@ -243,7 +181,7 @@ def model(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     every, _ = pair(module(tokens, tokens), "Llama.forward")
     found = {"logits": logits, "hidden": hidden, "logits_all": every}
     own = dict(module.named_parameters(remove_duplicate=False))
-    slopes = gradients(settings, ("", "hidden"), module, tokens, **own)
+    slopes = gradients_of(settings, ("", "hidden"), module, tokens, **own)
     return {name: numbers(tensor, "Llama.forward") for name, tensor in found.items()} | slopes
 
 
@@ -368,7 +306,7 @@ def classifier(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     with torch.no_grad():
         found = numbers(called(module, tokens), "LlamaEmbeddingClassifier.forward")
     own = {name.removeprefix("llama."): one for name, one in module.named_parameters(remove_duplicate=False)}
-    slopes = gradients(settings, ("log_probabilities",), module, tokens, **own)
+    slopes = gradients_of(settings, ("log_probabilities",), module, tokens, **own)
     return {"log_probabilities": found, "trainable": np.array(shares)} | slopes
 
 
@@ -385,7 +323,7 @@ def lora(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     trained = np.array([float(parameter.requires_grad) for parameter in owned])
     (x,) = tensors(arrays, "x")
     output = numbers(called(layer, x), "LoRALayer.forward")
-    slopes = gradients(settings, ("output",), layer, x, x=x, **dict(layer.named_parameters()))
+    slopes = gradients_of(settings, ("output",), layer, x, x=x, **dict(layer.named_parameters()))
     return {"output": output, "starts_at_zero": np.array(at_start), "trainable": trained} | slopes
 
 
