@@ -207,7 +207,7 @@ CHANGES = [
         "llama.py",
         GENERATED,
         f"max_new_tokens = max(min(max_new_tokens, self.config.max_seq_len - idx.shape[1]), 0)\n        {GENERATED}",
-        "'tokens' has the shape|only with max_seq_len of 8 or less",
+        "'tokens' has the shape|only with max_seq_len of 8 or less (16 is right).",
     ),
     Change(
         "reads one token less than the context",
@@ -218,7 +218,7 @@ CHANGES = [
         "                logits, _ = self(idx[:, 1 - self.config.max_seq_len :])\n"
         "                idx = torch.cat((idx, logits[:, -1:].argmax(-1)), dim=1)\n"
         f"            return idx\n        {GENERATED}",
-        "only with max_seq_len of 8 or less",
+        "only with max_seq_len of 8 or less (16 is right).",
     ),
     Change(
         "has one eps for all groups",
