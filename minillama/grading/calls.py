@@ -64,7 +64,7 @@ def gradients_of(
         numbers = weights_of_outputs({name: tuple(one.shape) for name, one in results.items()})
         total = sum((one.double() * torch.from_numpy(numbers[name])).sum() for name, one in results.items())
     reached: Any = [None] * len(leaves)
-    if isinstance(total, Tensor) and total.requires_grad:
+    if isinstance(total, Tensor) and total.requires_grad and bool(total.isfinite()):
         reached = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     slopes = {}
     for (name, leaf), slope in zip(leaves.items(), reached, strict=True):

@@ -34,21 +34,23 @@ def directions(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def derivatives(solve: Callable[[Arrays], Arrays], arrays: Arrays, part: str, names: Sequence[str]) -> Arrays:
-    """The derivatives of the weighed outputs by each named array, (3,) each, by central differences."""
+    """The derivatives of the weighed outputs by each named array, (3,) each, by central differences.
+
+    Zero if an output is not finite.
+    """
 
     def weighed(name: str, change: np.ndarray) -> float:
         found = solve(arrays | {name: arrays[name] + change})
         return sum(float((found[one] * directions(one, found[one].shape)[0]).sum()) for one in OUTPUTS[part])
 
-    return {
-        f"gradient_of_{name}": np.array(
-            [
-                (weighed(name, STEP * way) - weighed(name, -STEP * way)) / (2 * STEP)
-                for way in directions(name, arrays[name].shape)
-            ]
-        )
-        for name in names
-    }
+    found = solve(arrays)
+    finite = all(np.isfinite(found[one]).all() for one in OUTPUTS[part])
+    slopes = {}
+    for name in names:
+        ways = directions(name, arrays[name].shape) if finite else ()
+        along = [(weighed(name, STEP * way) - weighed(name, -STEP * way)) / (2 * STEP) for way in ways]
+        slopes[f"gradient_of_{name}"] = np.array(along) if finite else np.zeros(DIRECTIONS)
+    return slopes
 
 
 def weights_of_outputs(shapes: Mapping[str, Sequence[int]]) -> Arrays:

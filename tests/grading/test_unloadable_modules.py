@@ -74,7 +74,7 @@ def test_rope_that_hangs_costs_one_time_limit_and_its_own_points(judged):
 
 
 def test_rope_with_a_syntax_error(judged):
-    found, runs = judged({"rope.py": SYNTAX}, "norm", "rope", "attention", "generate", "lora")
+    found, runs = judged({"rope.py": SYNTAX}, "norm", "rope", "attention", "block", "lora")
     assert {part for part, one in found.items() if one.word != RIGHT} == {"rope"}
     assert (found["rope"].word, found["rope"].place) == (ERROR, "rope.py, line 1")
     assert found["rope"].sentence.startswith("rope.py does not load: SyntaxError: ")
