@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from minillama.grading import answers_model, answers_training
+from minillama.grading.gradients import derivatives
 from minillama.grading.mistakes import MISTAKES
 from minillama.grading.parts import Arrays, Case
 
@@ -34,4 +35,10 @@ def answer(case: Case, mistakes: Collection[str] = frozenset()) -> Arrays:
     }
     with np.errstate(all="ignore"):
         found = ANSWERS[case.part](case.settings, arrays, switches)
+        if names := case.settings.get("gradients"):
+
+            def solve(changed: Arrays) -> Arrays:
+                return ANSWERS[case.part](case.settings, changed, switches)
+
+            found |= derivatives(solve, arrays, case.part, names)
     return {name: np.asarray(value, dtype=np.float64) for name, value in found.items()}

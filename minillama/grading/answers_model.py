@@ -31,7 +31,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def norm(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
-    """x (B, T, D) -> the normed x, and the bytes of one number of the result."""
+    """x (B, T, D) -> the normed x, the bytes of one number of the result, and x, which must not change."""
     x, weight = arrays["x"], arrays["weight"]
     bias = arrays["bias"] if settings["norm"] == "layernorm" else np.zeros_like(weight)
     if "weight_before" in on:
@@ -56,7 +56,7 @@ def norm(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     shift = one_of(on, right=bias, bias_left_out=0.0)
     out = (normed + shift) * factor if "bias_first" in on else normed * factor + shift
     half = settings.get("dtype") == "float16" and "keeps_float32" not in on
-    return {"output": out, "bytes": np.array(2.0 if half else 4.0)}
+    return {"output": out, "bytes": np.array(2.0 if half else 4.0), "input_afterwards": arrays["x"]}
 
 
 def rounded_to_bfloat16(x: np.ndarray) -> np.ndarray:

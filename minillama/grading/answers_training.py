@@ -103,11 +103,11 @@ def nucleus(p: np.ndarray, top_p: float, on: Switches) -> np.ndarray:
 
 
 def adamw(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
-    """The parameters (P, ...) after the first and after the last step; gradients are (steps, P, ...)."""
+    """The parameters after each step, (steps, P, ...), as the gradients."""
     parameters = arrays["parameters"].copy()
     m, v, steps = np.zeros_like(parameters), np.zeros_like(parameters), np.zeros(len(parameters), dtype=int)
-    after_one = parameters
-    for round_number, gradients in enumerate(arrays["gradients"]):
+    after = []
+    for gradients in arrays["gradients"]:
         start = 0
         for index, own in enumerate(settings["groups"]):
             members = [i for i in range(start, start + own["count"]) if i not in settings["without_gradient"]]
@@ -128,9 +128,8 @@ def adamw(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
                 )
         if "nothing_moves" in on:
             parameters = arrays["parameters"].copy()
-        if round_number == 0:
-            after_one = parameters.copy()
-    return {"after_one": after_one, "after_all": parameters}
+        after.append(parameters.copy())
+    return {"parameters": np.stack(after)}
 
 
 def clip(gradients: np.ndarray, members: list[int], limit: float | None, on: Switches) -> np.ndarray:

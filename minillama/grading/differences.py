@@ -9,18 +9,31 @@ import numpy as np
 
 from minillama.grading.parts import Case
 
-# Names of the axes of outputs, by part or by the number of axes.
+# Names of the axes of outputs, by output, by part or by the number of axes. Other axes have numbers.
 AXES: dict[str | int, tuple[str, ...]] = {
+    "frequencies": ("token",),
+    "drawn": ("token",),
+    "tokens": ("row", "position"),
     "rope": ("row", "position", "head", "feature"),
     "scores": ("row", "head", "position", "feature"),
+    "adamw": ("step", "parameter"),
+    "zero_shot": ("row", "label"),
+    "log_probabilities": ("row", "label"),
     3: ("row", "position", "feature"),
 }
+# Outputs that say nothing when they are right.
+SIDE = ("bytes", "input_afterwards", "trainable")
+# Settings that say nothing, or follow from others.
+UNTOLD = ("tolerance", "dim", "hidden_dim", "vocab_size", "multiple_of", "draws", "at_epsilon")
+MOST = 3  # features to tell
+HALVES = {"bfloat16": 8, "float16": 11}  # significant bits
 
 
 class Difference(NamedTuple):
     """The largest difference of an answer. size: as a share of the largest right value; infinite if the answer has
     another shape or is not finite. problem: that, in words. place: the index where it is. wrong: all places that
-    differ. factor: got is right times this, if so.
+    differ. factor: got is right times this, if so. rounded: the half precision that all values of the answer have, if
+    so. others: outputs that are right.
     """
 
     output: str
@@ -31,16 +44,21 @@ class Difference(NamedTuple):
     right: float = 0.0
     wrong: np.ndarray | None = None
     factor: float | None = None
+    rounded: str = ""
+    others: tuple[str, ...] = ()
 
 
 def compared(got: dict[str, np.ndarray], right: dict[str, np.ndarray], tolerance: float) -> Difference | None:
-    """The largest difference of the outputs; None if none is above the tolerance."""
-    worst = None
-    for name, wanted in right.items():
-        found = _difference(name, got.get(name), np.asarray(wanted), tolerance)
-        if found is not None and (worst is None or found.size > worst.size):
-            worst = found
-    return worst
+    """The largest difference of the outputs, of gradients only if no other is wrong; None if all are right."""
+    differences = {
+        name: _difference(name, got.get(name), np.asarray(wanted), tolerance) for name, wanted in right.items()
+    }
+    found = [difference for difference in differences.values() if difference is not None]
+    if not found:
+        return None
+    others = [name for name, one in differences.items() if one is None and name not in SIDE]
+    worst = max(found, key=lambda one: (not one.output.startswith("gradient_of_"), one.size))
+    return worst._replace(others=tuple(name for name in others if not name.startswith("gradient_of_")))
 
 
 def _difference(name: str, got: np.ndarray | None, right: np.ndarray, tolerance: float) -> Difference | None:
@@ -65,7 +83,8 @@ def _difference(name: str, got: np.ndarray | None, right: np.ndarray, tolerance:
     if not np.isfinite(wide[index]) and np.isfinite(wanted[index]):
         problem = f"is {wide[index]} at index {shown_index(index)}"
     values = float(wide[index]), float(wanted[index])
-    return Difference(name, size, problem, index, *values, away > tolerance, _factor(wide, wanted, scale, tolerance))
+    factor = _factor(wide, wanted, scale, tolerance)
+    return Difference(name, size, problem, index, *values, away > tolerance, factor, _rounded(wide, wanted, size))
 
 
 def _factor(got: np.ndarray, right: np.ndarray, scale: float, tolerance: float) -> float | None:
@@ -77,8 +96,20 @@ def _factor(got: np.ndarray, right: np.ndarray, scale: float, tolerance: float) 
     return factor if fits and abs(factor) > 1e-9 else None
 
 
-def described(difference: Difference, case: Case, part: str) -> str:
-    """The difference as sentences for the student."""
+def _rounded(got: np.ndarray, right: np.ndarray, size: float) -> str:
+    """The half precision in which all values of an answer are, if it is near the right one and that is not."""
+
+    def all_in(values: np.ndarray, bits: int) -> bool:
+        fractions = np.frexp(values)[0] * 2.0**bits
+        return bool((fractions == np.round(fractions)).all())
+
+    if got.size < 4 or size > 0.02 or not np.isfinite(got).all():
+        return ""
+    return next((name for name, bits in HALVES.items() if all_in(got, bits) and not all_in(right, bits)), "")
+
+
+def described(difference: Difference, case: Case) -> str:
+    """The largest difference of a probe, as a sentence for the student."""
     output, probe = f"'{difference.output}'", f"on the probe '{case.name}'"
     if difference.problem:
         return f"{output} {difference.problem}, {probe}."
@@ -87,66 +118,123 @@ def described(difference: Difference, case: Case, part: str) -> str:
     place = f" at index {shown_index(difference.place)}" if difference.place else ""
     text = f"{output} is {difference.got:.5g} instead of {difference.right:.5g}{place}, {probe}"
     text += f" (the largest difference, {difference.size:.1e} of the largest value)."
-    return " ".join(filter(None, (text, _only_at(difference.wrong, part))))
+    if difference.rounded:
+        text += f" All its values are numbers of {difference.rounded}: compute it in float32."
+    return text
 
 
-def _only_at(wrong: np.ndarray | None, part: str) -> str:
-    """Where the wrong values are, if they are not everywhere: the axis that tells most."""
-    if wrong is None or wrong.all() or not wrong.ndim:
+def only_at(differences: Sequence[Difference], failing: Sequence[Case], part: str) -> str:
+    """Where the wrong values are, if they are not everywhere, as a sentence. It is true of all failing probes."""
+    if not differences or any(difference.wrong is None for difference in differences):
         return ""
-    names = AXES.get(part, AXES.get(wrong.ndim, ()))
-    names = names if len(names) == wrong.ndim else tuple(f"axis {i}, index" for i in range(wrong.ndim))
+    said = [places(difference, case, part) for difference, case in zip(differences, failing, strict=True)]
     found = []
+    for name in said[0]:
+        shares = [one[name][0] for one in said if name in one]
+        words = [words for words in said[0][name][1] if all(name in one and words in one[name][1] for one in said)]
+        if words and min(shares) < 1.0:
+            found.append((min(shares), words[0]))
+    return f"It is wrong only {' and '.join(words for _, words in sorted(found))} (counted from 0)." if found else ""
+
+
+def places(difference: Difference, case: Case, part: str) -> dict[str, tuple[float, list[str]]]:
+    """For each axis, by name: the share of its indices that are wrong, and all that is true of these."""
+    wrong = difference.wrong
+    assert wrong is not None
+    keys = (part, difference.output, wrong.ndim)
+    names = next((AXES[key] for key in keys if key in AXES and len(AXES[key]) <= wrong.ndim), ())
+    names = (*names, *(f"axis {i}, index" for i in range(len(names), wrong.ndim)))
+    found = {}
     for axis, name in enumerate(names):
         hit = np.asarray(wrong.any(tuple(i for i in range(wrong.ndim) if i != axis)))
-        if hit.all() or len(hit) < 2:
-            continue
-        places = np.flatnonzero(hit).tolist()
-        if places == list(range(places[0], len(hit))) and len(places) > 1:
-            words = f"from {name} {places[0]} on"
-        elif len(places) > 1 and places == list(range(places[-1] + 1)):
-            words = f"up to {name} {places[-1]}"
-        else:
-            words = f"at {name} {', '.join(map(str, places[:6]))}{' ...' if len(places) > 6 else ''}"
-        found.append((int(hit.sum()) / len(hit), words))
-    return f"It is wrong only {min(found)[1]} (counted from 0)." if found else ""
+        found[name] = float(hit.mean()), sentences_about(np.flatnonzero(hit).tolist(), len(hit), name, case)
+    return found
+
+
+def sentences_about(at: list[int], length: int, name: str, case: Case) -> list[str]:
+    """All that is true of these of `length` indices, the simplest first."""
+    said = []
+    if name == "parameter":
+        start = 0
+        for i, group in enumerate(case.settings["groups"]):
+            if at == list(range(start, start + group["count"])):
+                said.append(f"in parameter group {i}")
+            start += group["count"]
+    said += [f"at {name} {at[0]}"] if len(at) == 1 else []
+    said += [f"at the last {name}"] if at == [length - 1] else []
+    said += [f"from {name} {at[0]} on"] if at == list(range(at[0], length)) else []
+    said += [f"up to {name} {at[-1]}"] if at == list(range(at[-1] + 1)) else []
+    said += [f"at the last {len(at)} {name}s"] if at == list(range(at[0], length)) else []
+    for word, first in (("even", 0), ("odd", 1)):
+        said += [f"at {word} {name}s"] if length > 2 and at == list(range(first, length, 2)) else []
+    return [*said, f"at {name} {', '.join(map(str, at[:6]))}{' ...' if len(at) > 6 else ''}"]
+
+
+def right_outputs(differences: Sequence[Difference]) -> str:
+    """The outputs that are right on all failing probes, as a sentence."""
+    first = differences[0].others if differences else ()
+    names = [f"'{name}'" for name in first if all(name in one.others for one in differences)]
+    words = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    return f"{words} {'are' if len(names) > 1 else 'is'} right." if names else ""
 
 
 def only_where(failing: Sequence[Case], passing: Sequence[Case]) -> str:
-    """What the failing probes have in common that the others lack, as a sentence."""
+    """What the failing probes have in common that the others lack, as a sentence.
+
+    Probes in which dropout drops everything say nothing, so they do not count as others.
+    """
+    passing = [case for case in passing if not case.settings.get("training")]
     if not passing:
         return ""
     first, second = ([features(case) for case in group] for group in (failing, passing))
+    found = []
     for name in first[0]:
         if not all(name in one for one in (*first, *second)):
             continue
         bad, good = [one[name] for one in first], [one[name] for one in second]
         if isinstance(bad[0], bool | str):
             if len(set(bad)) == 1 and bad[0] not in good:
-                if isinstance(bad[0], str):
-                    return f"This happens only with {name} {bad[0]}."
-                return f"This happens only {'with' if bad[0] else 'without'} {name}."
+                word = "with" if bad[0] else "without"
+                found.append(f"{word} {name} {bad[0]}" if isinstance(bad[0], str) else f"{word} {name}")
         elif min(bad) > max(good):
-            return f"This happens only with {name} of {min(bad):g} or more; {max(good):g} is right."
+            found.append(f"with {name} of {min(bad):g} or more ({max(good):g} is right)")
         elif max(bad) < min(good):
-            return f"This happens only with {name} of {max(bad):g} or less; {min(good):g} is right."
+            found.append(f"with {name} of {max(bad):g} or less ({min(good):g} is right)")
+    if found:
+        which = "; the probes do not tell which" if len(found) > 1 else ""
+        return f"This happens only {' or only '.join(found[:MOST])}{which}."
     names = ", ".join(f"'{case.name}'" for case in passing[:4])
     return f"The probes {names} are right." if len(passing) > 1 else f"The probe {names} is right."
 
 
 def features(case: Case) -> dict[str, Any]:
     """What may matter for a probe: settings, and what follows from them and from the shapes."""
-    settings = case.settings
+    settings = case.settings | case.settings.get("defaults", {})
     found: dict[str, Any] = {}
     if isinstance(heads := settings.get("n_heads"), int) and isinstance(shared := settings.get("n_kv_heads"), int):
         found["grouped heads (n_kv_heads < n_heads)"] = shared < heads
-    first = next((array for array in case.arrays.values() if array.ndim > 1), None)
-    if first is not None:
-        found["more than one row in the batch"] = first.shape[0] > 1
-        found["an odd number of positions"] = first.shape[1] % 2 == 1
+        found["several key/value heads, each of several heads"] = 1 < shared < heads
+    if isinstance(groups := settings.get("groups"), list):
+        found["more than one parameter group"] = len(groups) > 1
+    if isinstance(without := settings.get("without_gradient"), list):
+        found["a parameter without gradient"] = bool(without)
+    if "max_grad_norm" in settings:
+        found["max_grad_norm"] = settings["max_grad_norm"] is not None
+    if isinstance(labels := settings.get("label_ids"), list):
+        found["number of labels"] = len(labels)
+    given = next((case.arrays[name] for name in ("x", "query", "tokens", "prompt") if name in case.arrays), None)
+    if given is not None and "draws" not in settings:
+        if given.dtype.kind == "i":
+            found["the token 0 in the input"] = bool((given == 0).any())
+        else:
+            found["a standard deviation of the input"] = float(f"{given.std():.1g}")
+        found["more than one row in the batch"] = given.shape[0] > 1
+        at = 2 if case.part == "scores" else 1
+        found["an odd number of positions"] = given.shape[at] % 2 == 1
+        found["number of positions"] = given.shape[at]
     for name, value in settings.items():
-        if name != "tolerance" and isinstance(value, bool | int | float | str):
-            found[name] = value
+        if name not in UNTOLD and isinstance(value, bool | int | float | str):
+            found.setdefault(name, value)
     return found
 
 

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from minillama.environment import HERE
-from minillama.grading import stand_ins, wire
+from minillama.grading import calls, loading, stand_ins, wire
 from minillama.grading.confinement import (
     Limits,
     adopt_orphans,
@@ -40,11 +39,8 @@ from minillama.grading.confinement import (
 from minillama.grading.parts import Case
 from minillama.grading.runner import run_case
 
-OURS = ("config", "rope", "lora", "optimizer", "llama", "classifier", "tokenizer")
 PAUSE = 0.2  # seconds between two looks at the files that a child writes
 STOPPED = 70  # exit status of a child that broke a rule
-
-Tell = Callable[..., None]
 
 
 def main() -> int:
@@ -197,15 +193,16 @@ def run_child(
     tempfile.tempdir = str(folder)
     os.environ.update(HOME=str(folder), TMPDIR=str(folder), USER="student", TORCHINDUCTOR_CACHE_DIR=str(folder))
     ours = load_ours() if header["stand_ins"] else {}
-    modules = Modules(folder, tell)
     use_only_the_students_modules(folder)
+    modules = loading.Modules(folder, tell)
     restrict_writes(folder)
     give_up_root([sys.executable, os.__file__, torch.__file__])
     end_with_parent()
     limit_resources(limits)
     random.seed(0)
     torch.manual_seed(0)
-    harmless = [Path(__file__), Path(run_case.__code__.co_filename)]  # a traceback may show their lines
+    # A traceback may show lines of these.
+    harmless = [Path(file) for file in (__file__, loading.__file__, calls.__file__, run_case.__code__.co_filename)]
     watch(folder, [HERE], [Path(sys.prefix), Path(sys.base_prefix), *harmless], stop)
     if header["stand_ins"]:
         try:
@@ -218,7 +215,7 @@ def run_child(
             arrays = {name: np.asarray(array) for name, array in run_case(case, modules).items()}
             raw = wire.packed({"case": i}, arrays)
         except BaseException as error:  # a student's code may raise anything, SystemExit too
-            tell(case=i, error=problem(error, folder, limits) | {"module": modules.loading})
+            tell(case=i, error=problem(error, folder, limits) | {"module": loading.does_not_load(error)})
         else:
             wire.send(writer, raw, token)
     sys.stdout.flush()
@@ -244,7 +241,7 @@ def isolate_files(output: Path, writer: int) -> int:
 def load_ours() -> dict[str, ModuleType]:
     """Our own modules, by name, for parts that are replaced."""
     sys.path.insert(0, str(HERE))
-    return {name: importlib.import_module(name) for name in OURS}
+    return {name: importlib.import_module(name) for name in loading.NAMES}
 
 
 def use_only_the_students_modules(folder: Path) -> None:
@@ -252,41 +249,9 @@ def use_only_the_students_modules(folder: Path) -> None:
     sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != HERE)]
     for name, module in list(sys.modules.items()):
         package, place = name.partition(".")[0], getattr(module, "__file__", None) or ""
-        if package == "minillama" or (package in OURS and place.startswith(str(HERE))):
+        if package == "minillama" or (package in loading.NAMES and place.startswith(str(HERE))):
             del sys.modules[name]
     importlib.invalidate_caches()
-
-
-class Modules(dict[str, ModuleType]):
-    """The student's modules by name, imported when they are asked for. loading: the one that does not load, if any."""
-
-    def __init__(self, folder: Path, tell: Tell) -> None:
-        super().__init__()
-        self.folder, self.tell = folder, tell
-        self.failed: dict[str, BaseException] = {}
-        self.loading: str | None = None
-
-    def __missing__(self, name: str) -> ModuleType:
-        self.loading = name
-        if name in self.failed:
-            raise self.failed[name]
-        if not (self.folder / f"{name}.py").is_file():
-            raise FileNotFoundError(f"there is no {name}.py")
-        self.tell(loading=name)
-        try:
-            self[name] = importlib.import_module(name)
-        except BaseException as error:
-            self.failed[name] = error
-            raise
-        self.tell(loaded=name)
-        self.loading = None
-        return self[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (self.folder / f"{name}.py").is_file()
 
 
 def problem(error: BaseException, folder: Path, limits: Limits) -> dict[str, Any]:

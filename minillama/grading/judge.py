@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,11 @@ import numpy as np
 from minillama.grading import reading
 from minillama.grading.answers import answer
 from minillama.grading.confinement import Limits
-from minillama.grading.differences import Difference, compared, described, only_where
+from minillama.grading.differences import Difference, compared, described, only_at, only_where, right_outputs
+from minillama.grading.loading import NAMES
 from minillama.grading.mistakes import MISTAKES, Mistake, mistakes_of, pairs_of
 from minillama.grading.parts import PARTS, Case, cases
+from minillama.grading.reading import HOMES
 from minillama.grading.sandbox import DEFAULT_LIMITS, Problem, Run, Sandbox
 
 Arrays = dict[str, np.ndarray]
@@ -32,14 +34,6 @@ FORERUNNERS: dict[str, tuple[str, ...]] = {
     "model": ("norm", "rope", "scores", "attention", "block"),
 }
 FORERUNNERS |= {part: (*FORERUNNERS["model"], "model") for part in ("zero_shot", "classifier", "lora")}
-# The modules that a part needs.
-MODULES: dict[str, tuple[str, ...]] = {
-    "rope": ("rope",),
-    "adamw": ("optimizer",),
-    "lora": ("lora", "llama"),
-    "zero_shot": ("classifier", "llama"),
-    "classifier": ("classifier", "llama"),
-}
 TITLES = {
     "norm": "norm",
     "rope": "rotary positions",
@@ -132,27 +126,74 @@ def judge(
     started = time.monotonic()
     asked = [part for part in PARTS[edition] if part in parts] if parts else list(PARTS[edition])
     verdicts: dict[str, Verdict] = {}
-    broken: dict[str, Verdict] = {}  # modules that do not load in time, and the verdict that this gave
+    broken: dict[str, tuple[str, str, str]] = {}  # modules that do not load: word, sentence and place
     with Sandbox(folder, edition, limits) as sandbox:
         for part in asked:
             progress(part)
             needed = FORERUNNERS.get(part, ())
-            replaced = [one for one in needed if one not in asked or verdicts[one].word != RIGHT]
-            known = next((broken[one] for one in MODULES.get(part, ("llama",)) if one in broken), None)
-            if known is not None:
-                out_of = PARTS[edition][part]
-                verdicts[part] = Verdict(part, 0, out_of, known.word, known.sentence, known.place)
+            home, run, replaced = HOMES[part], Run(), []
+            while home not in broken:
+                replaced = [one for one in needed if one not in asked or verdicts[one].word != RIGHT]
+                replaced = [one for one in replaced if HOMES[one] not in broken]
+                run = sandbox.run(part, probes(part, edition, seed)[0], replaced)
+                module = unloadable(run)
+                if not module or module in broken:
+                    break
+                broken[module] = load_failure(module, run)
+                sandbox.put_ours(module)  # once more, with ours
+            if home in broken:
+                word, sentence, place = broken[home]
+                verdicts[part] = Verdict(part, 0, PARTS[edition][part], word, sentence, place)
                 continue
-            run = sandbox.run(part, probes(part, edition, seed)[0], replaced)
-            verdict = verdict_on(part, edition, seed, run, folder, replaced)
+            ours = [f"{module}.py" for module in broken if module in run.loads]
+            verdict = verdict_on(part, edition, seed, run, folder, [*ours, *replaced])
             if replaced and verdict.word != RIGHT and not run.end:
                 alone = sandbox.run(part, probes(part, edition, seed)[0])
-                second = verdict_on(part, edition, seed, alone, folder, [])
+                second = verdict_on(part, edition, seed, alone, folder, ours)
                 verdict = second if second.word == RIGHT or run.stand_ins else verdict
+            if (
+                verdict.word == WRONG
+                and not verdict.mistakes
+                and is_right_alone(sandbox, part, edition, seed, run, replaced)
+            ):
+                text = "Alone this probe is right: something is kept from an earlier call."
+                verdict = replace(verdict, sentence=f"{verdict.sentence} {text}")
             verdicts[part] = verdict
-            if run.end and run.loading:
-                broken[run.loading] = verdict
     return Judgement(name or folder.name, edition, seed, tuple(verdicts.values()), time.monotonic() - started)
+
+
+def is_right_alone(sandbox: Sandbox, part: str, edition: str, seed: int, run: Run, replaced: Sequence[str]) -> bool:
+    """Whether the probe with the largest difference is right in a process of its own."""
+    found, right = probes(part, edition, seed)
+    differences = differences_of(part, edition, seed, run)
+    if not differences or 0 in differences:  # the first has none before it
+        return False
+    worst = max(differences, key=lambda i: differences[i].size)
+    alone = sandbox.run(part, [found[worst]], replaced)
+    return 0 in alone.answers and compared(alone.answers[0], right[worst], found[worst].tolerance) is None
+
+
+def differences_of(part: str, edition: str, seed: int, run: Run) -> dict[int, Difference]:
+    """The largest difference of each probe that is wrong, by its index."""
+    found, right = probes(part, edition, seed)
+    differences = {i: compared(arrays, right[i], found[i].tolerance) for i, arrays in run.answers.items()}
+    return {i: difference for i, difference in differences.items() if difference is not None}
+
+
+def unloadable(run: Run) -> str:
+    """The module that did not load in a run; "" if all did."""
+    if run.end:
+        return run.loading if run.loading in NAMES else ""
+    return next((problem.module for problem in run.problems.values() if problem.module in NAMES), "")
+
+
+def load_failure(module: str, run: Run) -> tuple[str, str, str]:
+    """Why a module did not load in a run: word, sentence and place."""
+    problem = next((problem for problem in run.problems.values() if problem.module == module), None)
+    if run.end or problem is None or problem.rule:
+        reason = run.end if run.end or problem is None else problem.rule
+        return STOPPED, f"Stopped while {module}.py was loading: {reason}.", f"{module}.py"
+    return ERROR, not_loaded(problem), problem.place or f"{module}.py"
 
 
 @lru_cache(maxsize=64)
@@ -189,11 +230,7 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
     problems = list(run.problems.values())
     if broke := next((problem for problem in problems if problem.rule), None):
         return zero(STOPPED, f"Stopped: {broke.rule}.", broke.place or place)
-    differences = {
-        i: difference
-        for i, arrays in run.answers.items()
-        if (difference := compared(arrays, right[i], found[i].tolerance))
-    }
+    differences = differences_of(part, edition, seed, run)
     if not problems and not differences and len(run.answers) == len(found):
         return Verdict(part, out_of, out_of, RIGHT, stand_ins=stand_ins)
     raised = next((problem for problem in problems if problem.type == "NotImplementedError"), None)
@@ -214,9 +251,13 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
         sentence = " And: ".join(mistake.sentence for mistake in known)
         return zero(WRONG, sentence, known[0].place, formula=formula, mistakes=names)
     worst = max(differences, key=lambda i: differences[i].size)
-    sentence = described(differences[worst], found[worst], part)
-    where = only_where([found[i] for i in differences], [case for i, case in enumerate(found) if i not in differences])
-    return zero(WRONG, " ".join(filter(None, (sentence, where))))
+    failing, wrong = [found[i] for i in differences], list(differences.values())
+    outputs = {difference.output for difference in wrong}
+    passing = [case for i, case in enumerate(found) if i not in differences and outputs & set(right[i])]
+    where = only_where(failing, passing)
+    sentence = described(differences[worst], found[worst])
+    sentences = (sentence, only_at(wrong, failing, part), right_outputs(wrong), where)
+    return zero(WRONG, " ".join(filter(None, sentences)))
 
 
 def of_part(part: str, edition: str) -> tuple[str, str]:
@@ -254,12 +295,19 @@ def look_up(part: str, edition: str, seed: int, run: Run, differences: dict[int,
 
 def told(problem: Problem, case: Case) -> str:
     """An exception as a sentence for the student."""
-    what = f"{problem.type}: {problem.text}" if problem.text else problem.type
+    what = problem.words
     if problem.module:
-        return f"{problem.module}.py does not load: {what}{f', at {problem.place}' if problem.place else ''}."
+        return not_loaded(problem)
+    if problem.type == "KeptBetweenCalls":
+        return f"On the probe '{case.name}' {problem.text}: something is kept from the call before."
     if not problem.place:
         return f"What it gives cannot be used on the probe '{case.name}': {what}."
     return f"It ends with {what}, at {problem.place}, on the probe '{case.name}'."
+
+
+def not_loaded(problem: Problem) -> str:
+    """The exception that ended an import, as a sentence for the student."""
+    return f"{problem.module}.py does not load: {problem.words}{f', at {problem.place}' if problem.place else ''}."
 
 
 def listed(words: Sequence[str]) -> str:

@@ -24,6 +24,12 @@ def normal(source: Source, *shape: int, mean: float = 0.0, std: float = 1.0) -> 
     return (mean + std * source.standard_normal(shape)).astype(np.float32)
 
 
+def with_gradients(probes: list[Probe], *names: str) -> list[Probe]:
+    """The probes; the first also asks for the gradients of these arrays."""
+    (name, settings, arrays), *others = probes
+    return [(name, settings | {"gradients": list(names)}, arrays), *others]
+
+
 def norm_weights(source: Source, dim: int, kind: str, name: str = "") -> Arrays:
     weights = {f"{name}weight": normal(source, dim, mean=1.0, std=0.4)}
     return weights | ({f"{name}bias": normal(source, dim, std=0.4)} if kind == "layernorm" else {})
@@ -38,15 +44,18 @@ def norm(edition: str, source: Source) -> list[Probe]:
         ("variance of 1e-4, eps 3e-4", 0.002, 1e-2, 3e-4),
         ("variance of 1e-5, eps 1e-6", 0.001, 3e-3, 1e-6),
         ("large mean", 20.0, 1.5, 1e-3),
+        ("variance of 1e-6, eps 1e-3", 0.001, 1e-3, 1e-3),
     ):
         dim = 2 * int(source.integers(4, 8)) + 1
         x = normal(source, 3, int(source.integers(4, 7)), dim, mean=mean, std=std)
-        probes.append((name, {"norm": kind, "eps": eps}, {"x": x} | norm_weights(source, dim, kind)))
+        arrays = {"x": x} | norm_weights(source, dim, kind)
+        probes.append((name, {"norm": kind, "eps": eps, "dtype": "float32"}, arrays))
     dim = 13
     half = {"x": normal(source, 3, 5, dim, std=600.0)} | norm_weights(source, dim, kind)
     half = {name: value.astype(np.float16).astype(np.float32) for name, value in half.items()}
     settings = {"norm": kind, "eps": 1e-5, "dtype": "float16", "tolerance": 6e-3}
-    return [*probes, ("float16 with squares beyond its range", settings, half)]
+    probes.append(("float16 with squares beyond its range", settings, half))
+    return with_gradients(probes, *half)
 
 
 def rope(edition: str, source: Source) -> list[Probe]:
@@ -56,13 +65,15 @@ def rope(edition: str, source: Source) -> list[Probe]:
         ("grouped heads, another theta", 100.0, 3, int(source.integers(9, 14)), 6, 2, 10),
         ("one pair, one head", 10000.0, 1, 5, 1, 1, 2),
         ("long row", 10000.0, 1, 301, 3, 1, 4),
+        ("other theta, sizes of the first probe", 300.0, 2, 7, 4, 4, 4),
     ):
         arrays = {
             "query": normal(source, rows, length, heads, hd),
             "key": normal(source, rows, length, kv_heads, hd),
         }
-        probes.append((name, {"theta": theta, "head_dim": hd, "max_seq_len": length + 4}, arrays))
-    return probes
+        settings = {"theta": theta, "head_dim": hd, "max_seq_len": length + 4}
+        probes.append((name, settings, arrays))
+    return with_gradients(probes, "query", "key")
 
 
 def scores(edition: str, source: Source) -> list[Probe]:
@@ -71,11 +82,12 @@ def scores(edition: str, source: Source) -> list[Probe]:
         ("one row", 1, 3, 5, 6, 0.0),
         ("batch of three", 3, 2, int(source.integers(6, 10)), 8, 0.0),
         ("dropout of 0.5 in evaluation", 2, 2, 4, 4, 0.5),
+        ("twelve positions", 1, 2, 12, 10, 0.0),
     ):
         arrays = {part: normal(source, rows, heads, length, hd) for part in ("query", "key", "value")}
         settings = {"dim": heads * hd, "n_heads": heads, "n_kv_heads": heads, "max_seq_len": 32, "dropout": dropout}
         probes.append((name, conventions(edition) | settings, arrays))
-    return probes
+    return with_gradients(probes, "query", "key", "value")
 
 
 def sizes(hd: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
@@ -104,9 +116,10 @@ def layer_weights(source: Source, settings: dict[str, Any], name: str = "") -> A
 def attention(edition: str, source: Source) -> list[Probe]:
     probes = []
     for name, hd, heads, kv_heads, rows, length, more in (
-        ("as many key/value heads", 4, 3, 3, 2, 6, {}),
+        ("as many key/value heads", 4, 7, 7, 2, 7, {}),
         ("three queries for each key/value head", 4, 6, 2, 3, int(source.integers(3, 6)) * 2 - 1, {}),
         ("dropout of 0.5 in evaluation", 4, 2, 1, 2, 4, {"dropout": 0.5}),
+        ("one head", 6, 1, 1, 4, 11, {}),
         ("causal=False", 4, 2, 2, 2, 5, {"causal": False, "causal_argument": True}),
     ):
         if more.get("causal_argument") and edition != "spring2026":
@@ -114,19 +127,20 @@ def attention(edition: str, source: Source) -> list[Probe]:
         settings = conventions(edition) | sizes(hd, heads, kv_heads, **more)
         x = normal(source, rows, length, settings["dim"])
         probes.append((name, settings, {"x": x} | attention_weights(source, settings)))
-    return probes
+    return with_gradients(probes, "x", "compute_value.weight")
 
 
 def block(edition: str, source: Source) -> list[Probe]:
     probes = []
-    for name, hd, heads, kv_heads, rows, length, mean in (
-        ("one row", 4, 3, 3, 1, 7, 0.0),
-        ("batch, grouped heads, mean of 2", 6, 4, 2, 3, int(source.integers(4, 8)), 2.0),
+    for name, hd, heads, kv_heads, rows, length, mean, layer_id in (
+        ("one row", 4, 3, 3, 1, 7, 0.0, 0),
+        ("batch, grouped heads, mean of 2", 6, 4, 2, 3, int(source.integers(4, 8)), 2.0, 0),
+        ("the second layer", 4, 3, 3, 2, 7, 0.0, 1),
     ):
-        settings = conventions(edition) | sizes(hd, heads, kv_heads)
+        settings = conventions(edition) | sizes(hd, heads, kv_heads, layer_id=layer_id)
         x = normal(source, rows, length, settings["dim"], mean=mean)
         probes.append((name, settings, {"x": x} | layer_weights(source, settings)))
-    return probes
+    return with_gradients(probes, "x", "feed_forward.w1.weight")
 
 
 def model_weights(source: Source, settings: dict[str, Any]) -> Arrays:
@@ -138,14 +152,17 @@ def model_weights(source: Source, settings: dict[str, Any]) -> Arrays:
 
 
 def model(edition: str, source: Source) -> list[Probe]:
-    probes = []
+    probes: list[Probe] = []
     for name, heads, kv_heads, layers, vocabulary, rows, length, dropout in (
         ("two layers", 2, 2, 2, 19, 2, 5, 0.0),
         ("three layers, grouped heads", 6, 2, 3, 23, 3, int(source.integers(6, 10)), 0.0),
         ("dropout of 0.5 in evaluation", 2, 1, 2, 11, 2, 4, 0.5),
+        ("three layers, two heads, token 0", 2, 2, 3, 13, 2, 5, 0.0),
     ):
         more = {"n_layers": layers, "vocab_size": vocabulary, "dropout": dropout}
         settings = conventions(edition) | sizes(4, heads, kv_heads, **more)
-        tokens = source.integers(0, vocabulary, (rows, length))
+        tokens = source.integers(1, vocabulary, (rows, length))
+        if len(probes) == 3:
+            tokens[:, 1] = 0
         probes.append((name, settings, {"tokens": tokens} | model_weights(source, settings)))
-    return probes
+    return with_gradients(probes, "tok_embeddings.weight")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from minillama.grading.probes_model import Probe, Source, conventions, model_weights, normal, sizes
+from minillama.grading.probes_model import Probe, Source, conventions, model_weights, normal, sizes, with_gradients
 
 DRAWS = 100_000  # rows, whose first new token counts; a frequency then has a standard deviation of 0.0016 at most
 
@@ -18,6 +18,7 @@ def generate(edition: str, source: Source) -> list[Probe]:
         ("greedy, one row", 1, 4, 5, 16),
         ("greedy beyond the context", 4, int(source.integers(4, 7)), 12, 8),
         ("greedy, prompt beyond the context", 3, 11, 6, 7),
+        ("greedy, many tokens within the context", 5, 11, 12, 32),
     ):
         vocabulary = 29
         arrays = {
@@ -36,7 +37,7 @@ def generate(edition: str, source: Source) -> list[Probe]:
     for name, logits, temperature, value in (
         ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8}),
         ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85}),
-        ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.1, "top_p": 0.55}),
+        ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.13, "top_p": 0.55}),
         ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4}),
         ("draws of tokens exactly at epsilon", equal, 1.0, {"epsilon": 0.25}),
     ):
@@ -89,10 +90,11 @@ def small_llama(edition: str, source: Source, **more: Any) -> tuple[dict[str, An
 
 def zero_shot(edition: str, source: Source) -> list[Probe]:
     probes = []
+    length = int(source.integers(5, 9))
     for name, rows, labels in (("two labels", 2, 2), ("five labels", int(source.integers(3, 6)), 5)):
         settings, weights = small_llama(edition, source)
         ids = [int(i) for i in source.permutation(np.arange(4, 31))[:labels]]  # 0 to 3 are special
-        tokens = source.integers(4, 31, (rows, int(source.integers(5, 9))))
+        tokens = source.integers(4, 31, (rows, length))
         probes.append((name, settings | {"label_ids": ids}, weights | {"tokens": tokens}))
     return probes
 
@@ -113,7 +115,7 @@ def classifier(edition: str, source: Source) -> list[Probe]:
             "classifier_head.bias": normal(source, labels),
         }
         probes.append((name, settings, arrays))
-    return probes
+    return with_gradients(probes, "tok_embeddings.weight", "classifier_head.weight")
 
 
 def lora(edition: str, source: Source) -> list[Probe]:
@@ -134,4 +136,5 @@ def lora(edition: str, source: Source) -> list[Probe]:
             weights[f"{name}.lora_A"] = normal(source, 2, dim, std=0.5)
             weights[f"{name}.lora_B"] = normal(source, dim, 2, std=0.5)
     tokens = source.integers(0, 31, (2, 6))
-    return [*probes, ("a model, then merged", settings | {"rank": 2, "alpha": 3.0}, weights | {"tokens": tokens})]
+    probes.append(("a model, then merged", settings | {"rank": 2, "alpha": 3.0}, weights | {"tokens": tokens}))
+    return with_gradients(probes, "x", "lora_A", "lora_B")

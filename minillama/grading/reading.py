@@ -19,6 +19,8 @@ EXERCISES: dict[str, tuple[str, tuple[str, ...]]] = {
     "classifier": ("classifier.py", ("LlamaEmbeddingClassifier",)),
     "lora": ("lora.py", ("",)),
 }
+# The module of each part.
+HOMES = {part: name.removesuffix(".py") for part, (name, _) in EXERCISES.items()}
 
 
 def unimplemented(folder: Path, part: str) -> list[str]:

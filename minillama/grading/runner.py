@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillama.grading.calls import called, gradients_of
 from minillama.grading.parts import Arrays, Case
 
 Modules = Mapping[str, Any]
@@ -81,8 +82,14 @@ def config_of(settings: Settings, modules: Modules) -> Any:
     """A LlamaConfig of the student's, with the edition's conventions where it has fields for them."""
     cls = modules["config"].LlamaConfig
     chosen = {name: settings[name] for name in (*SIZES, "dropout", "multiple_of") if name in settings}
+    return cls(**chosen, **conventions_of(settings, modules))
+
+
+def conventions_of(settings: Settings, modules: Modules) -> dict[str, Any]:
+    """The edition's norm and mask, as far as the student's LlamaConfig has fields for them."""
+    cls = modules["config"].LlamaConfig
     known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else parameters_of(cls)
-    return cls(**chosen, **{name: settings[name] for name in ("norm", "causal") if name in known & set(settings)})
+    return {name: settings[name] for name in ("norm", "causal") if name in known & set(settings)}
 
 
 def put_weights(module: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
@@ -105,16 +112,25 @@ def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     put_weights(module, {name: value for name, value in arrays.items() if name != "x"})
     dtype = getattr(torch, settings.get("dtype", "float32"))
     (x,) = tensors(arrays, "x")
-    found = module.to(dtype)(x.to(dtype))
-    return {"output": numbers(found, "the norm"), "bytes": np.array(float(found.element_size()))}
+    module, x = module.to(dtype), x.to(dtype, copy=True)
+    output = numbers(found := called(module, x), "the norm")
+    slopes = gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    module(x)
+    size = np.array(float(found.element_size()))
+    return {"output": output, "bytes": size, "input_afterwards": numbers(x, "the norm")} | slopes
 
 
 def rope(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     query, key = tensors(arrays, "query", "key")
     sizes = settings["head_dim"], settings["max_seq_len"], settings["theta"]
     source = "apply_rotary_emb"
-    found = pair(modules["rope"].apply_rotary_emb(query, key, *sizes), source)
-    return {"query": numbers(found[0], source), "key": numbers(found[1], source)}
+
+    def rotate(query: Tensor, key: Tensor) -> Any:
+        return pair(modules["rope"].apply_rotary_emb(query, key, *sizes), source)
+
+    found = called(rotate, query, key)
+    slopes = gradients_of(settings, ("query", "key"), rotate, query, key, query=query, key=key)
+    return {"query": numbers(found[0], source), "key": numbers(found[1], source)} | slopes
 
 
 def attention_of(settings: Settings, modules: Modules) -> nn.Module:
@@ -126,22 +142,28 @@ def attention_of(settings: Settings, modules: Modules) -> nn.Module:
 @torch.no_grad()
 def scores(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = attention_of(settings, modules)
-    found = module.compute_query_key_value_scores(*tensors(arrays, "query", "key", "value"))  # type: ignore[operator]
-    return {"output": numbers(found, "compute_query_key_value_scores")}
+    inputs = dict(zip(("query", "key", "value"), tensors(arrays, "query", "key", "value"), strict=True))
+    call: Any = module.compute_query_key_value_scores
+    output = numbers(called(call, *inputs.values()), "compute_query_key_value_scores")
+    return {"output": output} | gradients_of(settings, ("output",), call, *inputs.values(), **inputs)
 
 
 @torch.no_grad()
 def attention(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = attention_of(settings, modules)
     put_weights(module, weights_in(arrays))
-    return {"output": numbers(module(*tensors(arrays, "x")), "Attention.forward")}
+    (x,) = tensors(arrays, "x")
+    output = numbers(called(module, x), "Attention.forward")
+    return {"output": output} | gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
 
 
 @torch.no_grad()
 def block(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
-    module = modules["llama"].LlamaLayer(0, config_of(settings, modules)).eval()
+    module = modules["llama"].LlamaLayer(settings["layer_id"], config_of(settings, modules)).eval()
     put_weights(module, weights_in(arrays))
-    return {"output": numbers(module(*tensors(arrays, "x")), "LlamaLayer.forward")}
+    (x,) = tensors(arrays, "x")
+    output = numbers(called(module, x), "LlamaLayer.forward")
+    return {"output": output} | gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
 
 
 def llama_of(settings: Settings, arrays: Arrays, modules: Modules) -> nn.Module:
@@ -155,10 +177,12 @@ def llama_of(settings: Settings, arrays: Arrays, modules: Modules) -> nn.Module:
 def model(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     module = llama_of(settings, arrays, modules)
     (tokens,) = tensors(arrays, "tokens")
-    logits, hidden = pair(module(tokens), "Llama.forward")
+    logits, hidden = pair(called(module, tokens), "Llama.forward")
     every, _ = pair(module(tokens, tokens), "Llama.forward")
     found = {"logits": logits, "hidden": hidden, "logits_all": every}
-    return {name: numbers(tensor, "Llama.forward") for name, tensor in found.items()}
+    own = dict(module.named_parameters(remove_duplicate=False))
+    slopes = gradients_of(settings, ("", "hidden"), module, tokens, **own)
+    return {name: numbers(tensor, "Llama.forward") for name, tensor in found.items()} | slopes
 
 
 @torch.no_grad()
@@ -218,15 +242,16 @@ def adamw(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
             parameter.grad = None if i in settings["without_gradient"] else torch.from_numpy(gradient.copy())
         optimizer.step()
         after.append(np.stack([numbers(parameter, "AdamW") for parameter in parameters]))
-    return {"after_one": after[0], "after_all": after[-1]}
+    return {"parameters": np.stack(after)}
 
 
 @contextmanager
-def checkpoint(settings: Settings, arrays: Arrays) -> Iterator[str]:
+def checkpoint(settings: Settings, arrays: Arrays, modules: Modules) -> Iterator[str]:
     """The path of a checkpoint of the course's kind with the probe's weights."""
     weights = {name: torch.from_numpy(value) for name, value in weights_in(arrays).items()}
     weights["output.weight"] = weights["tok_embeddings.weight"]
     model_args = {name: settings[name] for name in (*SIZES, "dropout", "multiple_of") if name in settings}
+    model_args |= conventions_of(settings, modules)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.pt"
         torch.save({"model": weights, "model_args": model_args}, path)
@@ -258,10 +283,10 @@ def classifier_config(settings: Settings, path: str, **more: Any) -> SimpleNames
 def zero_shot(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     words = {f"label{i}": token for i, token in enumerate(settings["label_ids"])}
     tokenizer = LabelTokenizer(words, settings["vocab_size"])
-    with checkpoint(settings, arrays) as path:
+    with checkpoint(settings, arrays, modules) as path:
         config = classifier_config(settings, path, num_labels=len(words), hidden_dropout_prob=0.0, option="pretrain")
         module = modules["classifier"].LlamaZeroShotClassifier(config, tokenizer, list(words)).eval()
-    return {"scores": numbers(module(*tensors(arrays, "tokens")), "LlamaZeroShotClassifier.forward")}
+    return {"scores": numbers(called(module, *tensors(arrays, "tokens")), "LlamaZeroShotClassifier.forward")}
 
 
 def trainable_share(parameters: list[nn.Parameter]) -> float:
@@ -272,16 +297,17 @@ def trainable_share(parameters: list[nn.Parameter]) -> float:
 
 def classifier(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     more = {name: settings[name] for name in ("num_labels", "hidden_dropout_prob", "option")}
-    with checkpoint(settings, arrays) as path:
+    with checkpoint(settings, arrays, modules) as path:
         module = modules["classifier"].LlamaEmbeddingClassifier(classifier_config(settings, path, **more))
     put_weights(module, {name: value for name, value in arrays.items() if name.startswith("classifier_head")})
     shares = [trainable_share(list(part.parameters())) for part in (module.llama, module.classifier_head)]
+    module.train(settings["training"])
+    (tokens,) = tensors(arrays, "tokens")
     with torch.no_grad():
-        found = module.train(settings["training"])(*tensors(arrays, "tokens"))
-    return {
-        "log_probabilities": numbers(found, "LlamaEmbeddingClassifier.forward"),
-        "trainable": np.array(shares),
-    }
+        found = numbers(called(module, tokens), "LlamaEmbeddingClassifier.forward")
+    own = {name.removeprefix("llama."): one for name, one in module.named_parameters(remove_duplicate=False)}
+    slopes = gradients_of(settings, ("log_probabilities",), module, tokens, **own)
+    return {"log_probabilities": found, "trainable": np.array(shares)} | slopes
 
 
 @torch.no_grad()
@@ -294,11 +320,11 @@ def lora(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     at_start = [float(not bool(matrix.any())) for matrix in (layer.lora_B, layer.lora_A)]
     put_weights(layer, {name: arrays[name] for name in ("lora_A", "lora_B")})
     owned = (layer.original_layer.weight, layer.lora_A, layer.lora_B)
-    return {
-        "output": numbers(layer(*tensors(arrays, "x")), "LoRALayer.forward"),
-        "starts_at_zero": np.array(at_start),
-        "trainable": np.array([float(parameter.requires_grad) for parameter in owned]),
-    }
+    trained = np.array([float(parameter.requires_grad) for parameter in owned])
+    (x,) = tensors(arrays, "x")
+    output = numbers(called(layer, x), "LoRALayer.forward")
+    slopes = gradients_of(settings, ("output",), layer, x, x=x, **dict(layer.named_parameters()))
+    return {"output": output, "starts_at_zero": np.array(at_start), "trainable": trained} | slopes
 
 
 def lora_model(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:

@@ -24,8 +24,10 @@ from minillama.environment import HERE
 from minillama.grading import wire
 from minillama.grading.confinement import NOBODY, Limits
 from minillama.grading.parts import Case
+from minillama.grading.reading import HOMES
 
 PROVIDED = ("config.py", "tokenizer.py")  # ours are taken if a folder has none
+COMPANIONS = {"llama": ("config", "rope")}  # modules of ours that a module of ours needs
 SKIPPED = {"__pycache__", "node_modules", "venv", "env", "runs", "data"}  # and all names that begin with a dot
 LARGEST_FILE = 2 << 20  # bytes; larger ones, such as checkpoints, are not copied
 LARGEST_COPY = 30 << 20
@@ -61,6 +63,11 @@ class Problem(NamedTuple):
     inside: bool = False
 
     @property
+    def words(self) -> str:
+        """`KeyError: x`."""
+        return f"{self.type}: {self.text}" if self.text else self.type
+
+    @property
     def place(self) -> str:
         """`llama.py, line 12 (forward)`; "" if it is outside the student's files."""
         function = f" ({self.function})" if self.function and self.function != "<module>" else ""
@@ -72,8 +79,8 @@ class Run:
     """What came back from a run. answers: arrays of each probe that has an answer, by its index. problems: exceptions.
 
     end: why the run ended before its last probe, in words; "" if it did not. at: the probe it was at, if any. loading:
-    the module that was being loaded then, if any. stand_ins: the problem with putting in our parts, if any.
-    done: whether it came to its end.
+    the module that was being loaded then, if any. loads: all modules that began to load; open: those that did not end.
+    stand_ins: the problem with putting in our parts, if any. done: whether it came to its end.
     """
 
     answers: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -81,6 +88,8 @@ class Run:
     end: str = ""
     at: int | None = None
     loading: str = ""
+    loads: list[str] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
     stand_ins: Problem | None = None
     done: bool = False
     seconds: float = 0.0
@@ -91,6 +100,7 @@ class Sandbox:
 
     def __init__(self, folder: Path, edition: str, limits: Limits = DEFAULT_LIMITS) -> None:
         self.folder, self.edition, self.limits = folder, edition, limits
+        self.ours: set[str] = set()  # modules of the folder that are replaced by ours
         self.process: subprocess.Popen[bytes] | None = None
         self.channel = -1
         self.place = Path(tempfile.mkdtemp(prefix="grade-"))
@@ -102,6 +112,13 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
         shutil.rmtree(self.place, ignore_errors=True)
+
+    def put_ours(self, module: str) -> None:
+        """Takes our module in the place of the folder's from now on, with those of ours that it needs.
+
+        The module that a part is about stays the student's.
+        """
+        self.ours |= {module, *COMPANIONS.get(module, ())}
 
     def start(self) -> None:
         """Starts the harness without waiting for it."""
@@ -141,7 +158,7 @@ class Sandbox:
         """Runs the probes of a part, with our own parts in the place of those named in `stand_ins`."""
         started = time.monotonic()
         run = Run()
-        copy = self.copy()
+        copy = self.copy(HOMES[part])
         header, arrays = request(part, self.edition, cases, stand_ins, copy, self.limits)
         try:
             self.start()
@@ -181,8 +198,11 @@ class Sandbox:
         lines = (self.place / "harness.txt").read_text(errors="replace").strip().splitlines()
         return lines[-1][:200] if lines else "it says nothing"
 
-    def copy(self) -> Path:
-        """A fresh copy of the folder, with our config.py, tokenizer.py and package where it has none."""
+    def copy(self, kept: str) -> Path:
+        """A fresh copy of the folder, with our config.py, tokenizer.py and package where it has none.
+
+        Modules that are replaced are ours, except the one named `kept`.
+        """
         copy = Path(tempfile.mkdtemp(prefix="run-", dir=self.place)) / "hand-in"
         os.chmod(copy.parent, 0o711)
         copy.mkdir()
@@ -190,6 +210,10 @@ class Sandbox:
         for name in PROVIDED:
             if not (copy / name).exists():
                 shutil.copyfile(HERE / name, copy / name)
+        for module in self.ours - {kept}:
+            shutil.copyfile(HERE / f"{module}.py", copy / f"{module}.py")
+        if "llama" in self.ours:  # ours needs our package
+            shutil.rmtree(copy / "minillama", ignore_errors=True)
         if not (copy / "minillama").exists():
             shutil.copytree(HERE / "minillama", copy / "minillama", ignore=shutil.ignore_patterns("grading"))
         if os.geteuid() == 0:  # the student's process becomes another user
@@ -249,9 +273,12 @@ def note(run: Run, header: dict[str, Any], arrays: dict[str, np.ndarray], count:
     if isinstance(reason := header.get("stop"), str):
         run.end = run.end or reason[:300]
     elif isinstance(module := header.get("loading"), str):
-        run.loading = module[:50]
+        run.loads.append(module[:50])
+        run.open.append(module[:50])
+        run.loading = run.open[-1]
     elif "loaded" in header:
-        run.loading = ""
+        run.open = run.open[:-1]
+        run.loading = run.open[-1] if run.open else ""
     elif header.get("done") is True:
         run.done = True
     elif isinstance(found := header.get("stand_ins"), dict):

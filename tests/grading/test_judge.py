@@ -70,7 +70,7 @@ def test_an_unknown_mistake_is_located():
     found = verdict("rope", run)
     assert (found.word, found.mistakes) == (WRONG, ())
     assert "'query' is" in found.sentence and "instead of" in found.sentence
-    assert "only at feature 1 (counted from 0)" in found.sentence
+    assert "only at feature 1 and from position 3 on (counted from 0)" in found.sentence
     run.answers[0]["query"] = run.answers[0]["query"] * np.nan
     assert "'query' is nan at index (0, 0, 0, 0)" in verdict("rope", run).sentence
     run.answers[0]["query"] = run.answers[0]["query"][0]
@@ -89,7 +89,7 @@ def test_what_an_unknown_mistake_depends_on_is_told():
 def test_a_factor_is_recognised():
     right = {"output": np.arange(1.0, 7.0).reshape(2, 3)}
     difference = compared({"output": right["output"] * 0.5}, right, 1e-4)
-    assert "right answer times 0.5" in described(difference, Case("norm", "x"), "norm")
+    assert "right answer times 0.5" in described(difference, Case("norm", "x"))
     assert compared({"output": right["output"] + 1e-5}, right, 1e-4) is None
     assert compared({}, right, 1e-4).problem == "is missing"
 
@@ -99,7 +99,7 @@ def test_settings_that_separate_probes():
         return [Case("adamw", str(value), {"weight_decay": value, "correct_bias": value > 1}) for value in values]
 
     assert only_where(cases(0.5, 0.7), cases(0.0, 0.1)) == (
-        "This happens only with weight_decay of 0.5 or more; 0.1 is right."
+        "This happens only with weight_decay of 0.5 or more (0.1 is right)."
     )
     assert only_where(cases(0.5, 0.0), cases(0.1)) == "The probe '0.1' is right."
     assert only_where(cases(0.5), []) == ""

@@ -156,7 +156,8 @@ def test_the_grader_cannot_be_imported_and_ours_is_not_taken_for_a_missing_modul
 
 
 def test_each_run_gets_a_fresh_copy(run, tmp_path):
-    body = "assert not os.path.exists('mark')\nif x.dtype == torch.float16: open('mark', 'w').close()"
+    lines = ["if not hasattr(torch, 'fresh'): torch.fresh = not os.path.exists('mark')"]
+    body = "\n".join([*lines, "assert torch.fresh", "open('mark', 'w').close()"])
     assert not run(body).problems
     assert not run(body).problems
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama.py"]
