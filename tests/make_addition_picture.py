@@ -22,7 +22,9 @@ def losses(run: Path) -> list[tuple[float, float]]:
 def main() -> None:
     into, *named = sys.argv[1:]
     runs = [argument.split("=", 1) for argument in named]
-    lines = [(name, losses(Path(run)), colour(number)) for number, (name, run) in enumerate(runs)]
+    lines = [
+        (name, losses(Path(run)), colour(number, dashed=number % 2 == 1)) for number, (name, run) in enumerate(runs)
+    ]
     chart = Chart("loss on the answer, nats a token", "step", lines, dots=False)
     Path(into).write_text(chart_svg("sums of 4 digits", chart), encoding="utf-8")
 
