@@ -1,7 +1,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test bench docs pictures bundled-model bundled-classifier clean
+.PHONY: help install style check test bench docs pictures sums bundled-model bundled-classifier clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,27 @@ pictures:  ## Make the pictures in docs/pictures/ again, from real runs (two min
 	$(RUN) --option wise_ft --finetuned runs/seed-1/best.pt --curve_out wise-ft.csv
 	$(RUN) --option report
 	$(PYTHON) tests/make_pictures.py $(SHOTS) docs/pictures
+
+# The runs of docs/pictures/addition.svg: sums as examples/addition.json has them, and with one thing changed.
+SUMS = runs/sums
+ADD = cd $(SUMS) && $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json
+MAKE_SUMS = $(PYTHON) data/make_addition.py --rows 50000
+
+sums:  ## Train six models on sums, and draw docs/pictures/addition.svg again (six minutes on one core)
+	rm -rf $(SUMS)
+	mkdir -p $(SUMS)/forward $(SUMS)/short
+	$(MAKE_SUMS) --pad --reverse --into $(SUMS)
+	$(MAKE_SUMS) --pad --into $(SUMS)/forward
+	$(MAKE_SUMS) --reverse --into $(SUMS)/short
+	$(ADD) --run_dir wide
+	cd $(SUMS)/forward && $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json --run_dir ../unreversed
+	cd $(SUMS)/short && $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json --run_dir ../unpadded
+	$(ADD) --dim 16 --run_dir narrow
+	$(ADD) --n_layers 1 --run_dir flat
+	$(ADD) --optimizer adamw --run_dir adamw
+	$(PYTHON) tests/make_addition_picture.py docs/pictures/addition.svg "2 layers of 32=$(SUMS)/wide" \
+		"answer not reversed=$(SUMS)/unreversed" "numbers not padded=$(SUMS)/unpadded" "2 layers of 16=$(SUMS)/narrow" \
+		"1 layer of 32=$(SUMS)/flat" "AdamW, 2 layers of 32=$(SUMS)/adamw"
 
 # The collections that data/MODEL_CARD.md names: corpora/ and reviews/.
 COLLECTIONS ?= ../shared/assets

@@ -23,18 +23,19 @@ from minillama.layers.precision import at_least_float32
 from minillama.text.batches import word_ids
 from tokenizer import Tokenizer
 
-POOLINGS = ("last_token", "last_column")
+POOLINGS = ("last_token", "mean", "last_column")
 
 
-def _read_config(config: Any) -> tuple[Llama, str]:
+def _read_config(config: Any, asks: bool = False) -> tuple[Llama, str]:
     """The backbone and the pooling of a classifier's config.
 
     config: a namespace with pretrained_model_path or a loaded model `llama`. Optional: `pooling`, and `norm` and
-    `causal`, which override the checkpoint's.
+    `causal`, which override the checkpoint's. asks: the model answers a prompt, at one token, so no "mean" is possible.
     """
     pooling = getattr(config, "pooling", "last_token")
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(POOLINGS)}")
+    possible = [name for name in POOLINGS if not (asks and name == "mean")]
+    if pooling not in possible:
+        raise ValueError(f"pooling is {pooling!r}; it must be one of {', '.join(possible)}")
     llama = getattr(config, "llama", None)
     if llama is None:
         llama = load_pretrained(
@@ -55,7 +56,7 @@ class LlamaZeroShotClassifier(nn.Module):
         if config.num_labels != len(label_names):
             raise ValueError(f"num_labels is {config.num_labels}, but there are {len(label_names)} label names")
         self.num_labels = config.num_labels
-        self.llama, self.pooling = _read_config(config)
+        self.llama, self.pooling = _read_config(config, asks=True)
         # A label follows the prompt's last word, so its first piece includes a space ("▁good").
         self.label_name_ids = [word_ids(tokenizer, name) for name in label_names]
         # All tokens of a label except the last must fit after the input.
@@ -124,7 +125,7 @@ class LlamaZeroShotClassifier(nn.Module):
 
 
 class LlamaEmbeddingClassifier(nn.Module):
-    """A linear head on the hidden state of each row's last real token.
+    """A linear head on the hidden state of each row's last real token; with pooling "mean", on that of all of them.
 
     config: pretrained_model_path, num_labels, hidden_dropout_prob, option; see `_read_config`. The option "pretrain"
     freezes the backbone, "finetune" trains it, and "lora" leaves it to apply_lora. Raises ValueError for others.
@@ -166,7 +167,7 @@ class LlamaPromptClassifier(nn.Module):
                     "--head linear"
                 )
         self.num_labels = len(words)
-        self.llama, self.pooling = _read_config(config)
+        self.llama, self.pooling = _read_config(config, asks=True)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -177,6 +178,12 @@ class LlamaPromptClassifier(nn.Module):
 
 def _pooled(model: LlamaEmbeddingClassifier | LlamaPromptClassifier, ids: Tensor, mask: Tensor | None) -> Tensor:
     """The hidden state of each row (B, D), after dropout."""
+    if model.pooling == "mean":
+        _, hidden = model.llama(ids, attention_mask=mask)  # (B, T, D)
+        hidden = at_least_float32(hidden)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        share = real / real.sum(-1, keepdim=True)  # of each token in its row's mean
+        return model.dropout((share[..., None].to(hidden.dtype) * hidden).sum(1))
     return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))
 
 

@@ -139,7 +139,7 @@ class TextClassifier:
         )
         if cut:
             warnings.warn(f"{cut} of {len(rows)} texts were cut to the model's {self.context} tokens", stacklevel=2)
-        bucketed = self.model.pooling == "last_token"
+        bucketed = self.model.pooling != "last_column"
         pad_id = self.tokenizer.pad_id
         found = class_log_probs(self.model, rows, batch_size, pad_id=pad_id, bucketed=bucketed, name="classifying")
         named = [dict(zip(self.label_names, row, strict=True)) for row in found.exp().tolist()]

@@ -51,7 +51,11 @@ def answering(llama, pooling="last_token", names=("x", "yz")):
     return LlamaPromptClassifier(config, Pieces(), names).eval()
 
 
-MODELS = {"prompt": zero_shot, "finetune": embedding, "finetune to answer": answering}
+def averaging(llama, pooling="mean"):
+    return embedding(llama, pooling)
+
+
+MODELS = {"prompt": zero_shot, "finetune": embedding, "finetune the mean": averaging, "finetune to answer": answering}
 
 
 def rows_of_lengths(lengths, seed=0):
@@ -98,6 +102,23 @@ def test_the_courses_reading_depends_on_the_batch(option):
     model = MODELS[option](tiny_llama(), "last_column")
     rows = rows_of_lengths([3, 9, 20])
     assert (scores(model, rows, 3) - scores(model, rows, 1)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_mean_is_over_the_real_tokens_of_a_row():
+    model = averaging(tiny_llama())
+    rows = rows_of_lengths([2, 9, 5, 14])
+    wide = copy.deepcopy(model).double()
+    for row, got in zip(rows, scores(model, rows, 4), strict=True):
+        _, hidden = wide.llama(torch.tensor([row.ids]))
+        logits = wide.classifier_head.weight @ hidden[0].mean(0) + wide.classifier_head.bias
+        torch.testing.assert_close(got.double(), logits.log_softmax(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("build", [zero_shot, answering])
+def test_a_prompt_is_not_answered_at_a_mean(build):
+    with pytest.raises(ValueError, match="pooling is 'mean'; it must be one of last_token, last_column"):
+        build(tiny_llama(), "mean")
 
 
 @torch.no_grad()
@@ -295,7 +316,7 @@ def test_bad_settings_are_named():
     llama = tiny_llama()
     with pytest.raises(ValueError, match="option is 'train'; it must be one of pretrain, finetune, lora"):
         embedding(llama, option="train")
-    with pytest.raises(ValueError, match="pooling is 'mean'; it must be one of last_token, last_column"):
-        embedding(llama, "mean")
+    with pytest.raises(ValueError, match="pooling is 'median'; it must be one of last_token, mean, last_column"):
+        embedding(llama, "median")
     with pytest.raises(ValueError, match="num_labels is 3, but there are 4 label names"):
         LlamaZeroShotClassifier(SimpleNamespace(llama=llama, num_labels=3), Pieces(), NAMES)

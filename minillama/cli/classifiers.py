@@ -66,8 +66,12 @@ def check_predictions(options: Options, ending: str) -> None:
         raise ValueError(f"--dev_out and --test_out are both {options.dev_out}; give two files")
 
 
-def check_whole_batches(options: Options) -> None:
-    """Raises ValueError if --pooling last_column would read the padding of a split batch."""
+def check_pooling(options: Options) -> None:
+    """Raises ValueError if --pooling mean would have to answer a prompt, or last_column to read the padding of a split
+    batch.
+    """
+    if options.pooling == "mean" and (options.option == "prompt" or options.head == "prompt"):
+        raise ValueError("--pooling mean is for --head linear: a prompt is answered at its last token; leave it out")
     split = options.command.trains and (options.micro_batch_size or options.batch_size) < options.batch_size
     if options.pooling == "last_column" and (split or options.processes > 1):
         raise ValueError(
@@ -223,7 +227,7 @@ def tokenize_data(
 
 def reading_arguments(options: Options, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of `evaluate` and `class_log_probs` for reading rows."""
-    bucketed = options.pooling == "last_token"
+    bucketed = options.pooling != "last_column"
     return {"batch_size": options.batch_size, "pad_id": tokenizer.pad_id, "dtype": dtype, "bucketed": bucketed}
 
 

@@ -225,9 +225,9 @@ ROWS = Group(
         BATCH_SIZE,
         Flag(
             "--pooling",
-            "position whose state is read: the last real token of a row, with padding masked; or, as in the course, "
-            "the last column of the batch, even if it is padding",
-            ("last_token", "last_column"),
+            "whose state the head reads; last_token: the last real token's; mean: the mean over all real tokens, for "
+            "long texts; last_column: as in the course, that of the batch's last column, even if it is padding",
+            ("last_token", "mean", "last_column"),
             "last_token",
         ),
     ),

@@ -118,7 +118,7 @@ def check(options: Options) -> None:
     for name in options.changed(*PARTS):
         if not getattr(options, PARTS[name]):
             raise ValueError(f"--{name} is a setting of --{PARTS[name]}, which is off; add --{PARTS[name]} 1")
-    classifiers.check_whole_batches(options)
+    classifiers.check_pooling(options)
     check_training(options)
     check_share(options)
     classifiers.check_predictions(options, ENDINGS[options.option])
@@ -216,7 +216,7 @@ def train(
         batch_size=options.batch_size,
         seed=options.seed,
         pad_id=session.tokenizer.pad_id,
-        bucketed=options.pooling == "last_token",
+        bucketed=options.pooling != "last_column",
         label_smoothing=options.label_smoothing,
         evaluate_train=options.eval_train,
         smart=Smart(*smart) if options.smart else None,

@@ -32,7 +32,7 @@ CALIBRATE = Flag(
 
 
 def check(options: Options) -> None:
-    classifiers.check_whole_batches(options)
+    classifiers.check_pooling(options)
     if options.calibrate != "none" and options.pooling == "last_column":
         raise ValueError(
             "--pooling last_column reads most rows at their padding, but prompts without content have none; leave out "
