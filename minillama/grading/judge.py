@@ -20,8 +20,9 @@ from minillama.grading import reading
 from minillama.grading.answers import answer
 from minillama.grading.confinement import Limits
 from minillama.grading.differences import Difference, compared, described, only_where
-from minillama.grading.mistakes import MISTAKES, Mistake, mistakes_of, pairs_of
-from minillama.grading.parts import PARTS, Case, cases
+from minillama.grading.kit_setups import Assignment, Setup
+from minillama.grading.mistakes import MISTAKES, PLACES, mistakes_of, pairs_of, right_formula
+from minillama.grading.parts import Case, cases
 from minillama.grading.sandbox import DEFAULT_LIMITS, Problem, Run, Sandbox
 
 Arrays = dict[str, np.ndarray]
@@ -91,8 +92,7 @@ class Judgement:
     """The verdicts on one hand-in. note: why it could not be judged, if so."""
 
     name: str
-    edition: str
-    seed: int
+    title: str  # of the assignment
     verdicts: tuple[Verdict, ...] = ()
     seconds: float = 0.0
     note: str = ""
@@ -121,62 +121,59 @@ class Judgement:
 
 def judge(
     folder: Path,
-    edition: str,
-    seed: int,
-    parts: Sequence[str] = (),
+    assignment: Assignment,
     limits: Limits = DEFAULT_LIMITS,
     name: str = "",
     progress: Callable[[str], None] = lambda part: None,
 ) -> Judgement:
-    """Judges the modules of a folder. parts: only these; other parts are then ours. progress: called with each part."""
-    started = time.monotonic()
-    asked = [part for part in PARTS[edition] if part in parts] if parts else list(PARTS[edition])
+    """Judges the modules of a folder. Parts without points are ours. progress: called with each part."""
+    started, asked = time.monotonic(), assignment.points
     verdicts: dict[str, Verdict] = {}
     broken: dict[str, Verdict] = {}  # modules that do not load in time, and the verdict that this gave
-    with Sandbox(folder, edition, limits) as sandbox:
+    with Sandbox(folder, assignment.setup, limits) as sandbox:
         for part in asked:
             progress(part)
             needed = FORERUNNERS.get(part, ())
             replaced = [one for one in needed if one not in asked or verdicts[one].word != RIGHT]
             known = next((broken[one] for one in MODULES.get(part, ("llama",)) if one in broken), None)
             if known is not None:
-                out_of = PARTS[edition][part]
-                verdicts[part] = Verdict(part, 0, out_of, known.word, known.sentence, known.place)
+                verdicts[part] = Verdict(part, 0, asked[part], known.word, known.sentence, known.place)
                 continue
-            run = sandbox.run(part, probes(part, edition, seed)[0], replaced)
-            verdict = verdict_on(part, edition, seed, run, folder, replaced)
+            found, _ = probes(part, assignment.setup, assignment.seed)
+            run = sandbox.run(part, found, replaced)
+            verdict = verdict_on(part, assignment, run, folder, replaced)
             if replaced and verdict.word != RIGHT and not run.end:
-                alone = sandbox.run(part, probes(part, edition, seed)[0])
-                second = verdict_on(part, edition, seed, alone, folder, [])
+                alone = sandbox.run(part, found)
+                second = verdict_on(part, assignment, alone, folder, [])
                 verdict = second if second.word == RIGHT or run.stand_ins else verdict
             verdicts[part] = verdict
             if run.end and run.loading:
                 broken[run.loading] = verdict
-    return Judgement(name or folder.name, edition, seed, tuple(verdicts.values()), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Judgement(name or folder.name, assignment.title, tuple(verdicts.values()), seconds)
 
 
 @lru_cache(maxsize=64)
-def probes(part: str, edition: str, seed: int) -> tuple[list[Case], list[Arrays]]:
+def probes(part: str, setup: Setup, seed: int) -> tuple[list[Case], list[Arrays]]:
     """The probes of a part and their right answers."""
-    found = cases(part, edition, seed)
+    found = cases(part, setup, seed)
     return found, [answer(case) for case in found]
 
 
 @lru_cache(maxsize=20000)
-def mistaken(part: str, edition: str, seed: int, index: int, names: frozenset[str]) -> Arrays | None:
+def mistaken(part: str, setup: Setup, seed: int, index: int, names: frozenset[str]) -> Arrays | None:
     """The answer to a probe with known mistakes; None if they cannot be made there."""
     try:
         with np.errstate(all="ignore"):
-            return answer(probes(part, edition, seed)[0][index], names)
+            return answer(probes(part, setup, seed)[0][index], names)
     except (ValueError, IndexError, KeyError):
         return None
 
 
-def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, replaced: Sequence[str]) -> Verdict:
+def verdict_on(part: str, assignment: Assignment, run: Run, folder: Path, replaced: Sequence[str]) -> Verdict:
     """The verdict on what came back from a run."""
-    found, right = probes(part, edition, seed)
-    out_of, stand_ins = PARTS[edition][part], tuple(replaced)
-    formula, place = of_part(part, edition)
+    found, right = probes(part, assignment.setup, assignment.seed)
+    out_of, place, stand_ins = assignment.points[part], PLACES[part], tuple(replaced)
 
     def zero(word: str, sentence: str, where: str = place, **more: Any) -> Verdict:
         return Verdict(part, 0, out_of, word, sentence, where, stand_ins=stand_ins, **more)
@@ -203,7 +200,7 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
         return zero(EMPTY, f"{listed(empty)} is not implemented yet.", empty[0])
     if raised is not None:
         return zero(EMPTY, "This part is not implemented yet.")
-    names = look_up(part, edition, seed, run, differences) if differences else ()
+    names = look_up(part, assignment, run, differences) if differences else ()
     if problems:
         failing = [found[i] for i in run.problems]
         where = only_where(failing, [found[i] for i in run.answers])
@@ -212,34 +209,29 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
     if names:
         known = [MISTAKES[name] for name in names]
         sentence = " And: ".join(mistake.sentence for mistake in known)
-        return zero(WRONG, sentence, known[0].place, formula=formula, mistakes=names)
+        return zero(WRONG, sentence, formula=right_formula(part, assignment.setup), mistakes=names)
     worst = max(differences, key=lambda i: differences[i].size)
     sentence = described(differences[worst], found[worst], part)
     where = only_where([found[i] for i in differences], [case for i, case in enumerate(found) if i not in differences])
     return zero(WRONG, " ".join(filter(None, (sentence, where))))
 
 
-def of_part(part: str, edition: str) -> tuple[str, str]:
-    """The right formula of a part, and its place."""
-    first: Mistake = next(iter(mistakes_of(part, edition)))
-    return first.formula_in(edition), first.place
-
-
-def look_up(part: str, edition: str, seed: int, run: Run, differences: dict[int, Difference]) -> tuple[str, ...]:
+def look_up(part: str, assignment: Assignment, run: Run, differences: dict[int, Difference]) -> tuple[str, ...]:
     """The names of the known mistake, or the pair, whose answers these are; empty if there is none.
 
     If several fit, the nearest one, and a single before a pair.
     """
-    found, _ = probes(part, edition, seed)
+    setup, seed = assignment.setup, assignment.seed
+    found, _ = probes(part, setup, seed)
     order = [*differences, *(i for i in run.answers if i not in differences)]  # the wrong ones decide sooner
-    singles = [(mistake,) for mistake in mistakes_of(part, edition)]
-    for candidates in (singles, pairs_of(part, edition)):
+    singles = [(mistake,) for mistake in mistakes_of(part, setup)]
+    for candidates in (singles, pairs_of(part, setup)):
         best: tuple[float, tuple[str, ...]] | None = None
         for candidate in candidates:
             names = tuple(mistake.name for mistake in candidate)
             far = 0.0
             for i in order:
-                wrong = mistaken(part, edition, seed, i, frozenset(names))
+                wrong = mistaken(part, setup, seed, i, frozenset(names))
                 difference = None if wrong is None else compared(run.answers[i], wrong, 0.0)
                 size = np.inf if wrong is None else difference.size if difference else 0.0
                 far = max(far, size / found[i].tolerance)

@@ -77,6 +77,12 @@ def parameters_of(owner: Any) -> set[str]:
         return set()
 
 
+def takes(function: Any, name: str) -> bool:
+    """Whether a function takes a keyword argument of this name."""
+    found = inspect.signature(function).parameters
+    return name in found or any(one.kind is one.VAR_KEYWORD for one in found.values())
+
+
 def config_of(settings: Settings, modules: Modules) -> Any:
     """A LlamaConfig of the student's, with the edition's conventions where it has fields for them."""
     cls = modules["config"].LlamaConfig
@@ -101,8 +107,13 @@ def weights_in(arrays: Arrays) -> Arrays:
 
 
 def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
-    module = getattr(modules["llama"], NORMS[settings["norm"]])(arrays["x"].shape[-1], settings["eps"])
-    put_weights(module, {name: value for name, value in arrays.items() if name != "x"})
+    llama, name = modules["llama"], NORMS[settings["norm"]]
+    weights = {name: value for name, value in arrays.items() if name != "x"}
+    [other] = set(NORMS.values()) - {name}
+    if not hasattr(llama, name) and hasattr(llama, other):  # a solution of another variant; both have a weight
+        name, weights = other, {"weight": arrays["weight"]}
+    module = getattr(llama, name)(arrays["x"].shape[-1], settings["eps"])
+    put_weights(module, weights)
     dtype = getattr(torch, settings.get("dtype", "float32"))
     (x,) = tensors(arrays, "x")
     found = module.to(dtype)(x.to(dtype))
@@ -173,10 +184,8 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
         return table[read] + first[tokens[:, :1]], torch.zeros(*tokens.shape, 8)
 
     module.forward = forward  # type: ignore[method-assign]
-    taken = parameters_of(module.generate)
-    more = {name: settings[name] for name in ("epsilon", "top_p") if name in settings}
-    if not more and "epsilon" in taken:  # an edition that draws from all tokens
-        more = {"epsilon": 0.0}
+    rule = settings["sampling"]
+    more = {rule: settings[rule]} if rule in settings and takes(module.generate, rule) else {}
     prompt = prompt.expand(settings.get("draws", len(prompt)), -1).contiguous()
     torch.manual_seed(len(prompt))
     try:

@@ -23,8 +23,11 @@ import numpy as np
 from minillama.environment import HERE
 from minillama.grading import wire
 from minillama.grading.confinement import NOBODY, Limits
+from minillama.grading.kit import solved_text
+from minillama.grading.kit_setups import Setup
 from minillama.grading.parts import Case
 
+OURS = ("config", "rope", "llama")  # modules with the parts that may be replaced, each after those that it imports
 PROVIDED = ("config.py", "tokenizer.py")  # ours are taken if a folder has none
 SKIPPED = {"__pycache__", "node_modules", "venv", "env", "runs", "data"}  # and all names that begin with a dot
 LARGEST_FILE = 2 << 20  # bytes; larger ones, such as checkpoints, are not copied
@@ -89,8 +92,8 @@ class Run:
 class Sandbox:
     """Runs the modules of one folder. Use it in a `with` statement: it holds a process and a temporary folder."""
 
-    def __init__(self, folder: Path, edition: str, limits: Limits = DEFAULT_LIMITS) -> None:
-        self.folder, self.edition, self.limits = folder, edition, limits
+    def __init__(self, folder: Path, setup: Setup, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.folder, self.setup, self.limits = folder, setup, limits
         self.process: subprocess.Popen[bytes] | None = None
         self.channel = -1
         self.place = Path(tempfile.mkdtemp(prefix="grade-"))
@@ -142,7 +145,7 @@ class Sandbox:
         started = time.monotonic()
         run = Run()
         copy = self.copy()
-        header, arrays = request(part, self.edition, cases, stand_ins, copy, self.limits)
+        header, arrays = request(part, self.setup, cases, stand_ins, copy, self.limits)
         try:
             self.start()
             self.wait_until_ready()
@@ -229,14 +232,15 @@ def kept(name: str) -> bool:
 
 
 def request(
-    part: str, edition: str, cases: Sequence[Case], stand_ins: Sequence[str], copy: Path, limits: Limits
+    part: str, setup: Setup, cases: Sequence[Case], stand_ins: Sequence[str], copy: Path, limits: Limits
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The message that asks the harness for a run."""
     header = {
         "part": part,
-        "edition": edition,
         "folder": str(copy),
         "stand_ins": list(stand_ins),
+        "ours": {name: solved_text(setup, f"{name}.py") for name in (OURS if stand_ins else ())},
+        "causal": setup.causal_argument,
         "limits": limits._asdict(),
         "cases": [[case.name, case.settings, list(case.arrays)] for case in cases],
     }
