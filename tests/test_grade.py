@@ -14,8 +14,8 @@ from conftest import ROOT
 from minillama.grading import judge as judging
 from minillama.grading.hand_ins import BadHandIn, hand_ins, unpack
 from minillama.grading.judge import RIGHT, WRONG, Judgement, Verdict
+from minillama.grading.kit_setups import PARTS
 from minillama.grading.mistakes import MISTAKES
-from minillama.grading.parts import PARTS
 
 MODULES = ("config.py", "rope.py", "lora.py", "optimizer.py", "llama.py", "classifier.py", "tokenizer.py")
 
@@ -30,14 +30,14 @@ def own(tmp_path):
     return folder
 
 
-def judged(folder, edition, seed, parts, limits, name, progress):
+def judged(folder, assignment, limits, name, progress):
     """A verdict without running anything: AdamW is wrong in folders that say so."""
     wrong = "wrong" in (folder / "optimizer.py").read_text()
-    verdicts = [Verdict(part, points, points, RIGHT) for part, points in PARTS[edition].items()]
+    verdicts = [Verdict(part, points, points, RIGHT) for part, points in assignment.points.items()]
     if wrong:
         more = {"mistakes": ("adamw.decay_first",), "formula": "p -= ..."}
         verdicts[7] = Verdict("adamw", 0, 12, WRONG, "The decay comes first.", "optimizer.py, AdamW.step", **more)
-    return Judgement(name, edition, seed, tuple(verdicts), 1.0)
+    return Judgement(name, assignment.title, tuple(verdicts), 1.0)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> 
 def kept_tokens(p: np.ndarray, scaled: np.ndarray, settings: Settings, on: Switches) -> np.ndarray:
     """Whether each token can be drawn by the rule of the settings, or by the default of a rule that is on instead."""
     rule = next((rule for rule in DEFAULTS if f"{rule}_sampling" in on), settings["sampling"])
-    number, every = settings.get(rule, DEFAULTS.get(rule)), np.ones_like(p, dtype=bool)
+    number, every = settings.get(rule, DEFAULTS.get(rule, 0.0)), np.ones_like(p, dtype=bool)
     if rule == "top_p":
         return nucleus(p, number, on)
     if rule == "epsilon":

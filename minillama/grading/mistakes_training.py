@@ -26,7 +26,7 @@ GENERATE: list[Row] = [
         "temperature_on_probabilities",
         "temperature filter order draw renormalise",
         "The probabilities are divided by the temperature; divide the logits.",
-        FILTERED,
+        f"{EPSILON} {TOP_P}",
     ),
     (
         "filter_before_temperature",
