@@ -176,9 +176,12 @@ def test_two_parts_of_our_own_modules_are_right(own, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("edition", PARTS)
-def test_our_own_modules_get_all_points(own, capsys, edition):
-    assert grade.main([str(own), "--edition", edition]) == 0, capsys.readouterr().out
-    assert "total       100/100" in capsys.readouterr().out
+def test_our_own_modules_get_all_points_but_for_the_rule_of_another_course(own, capsys, edition):
+    code, out = grade.main([str(own), "--edition", edition]), capsys.readouterr().out
+    if edition == "2024":  # that course draws from all tokens, and ours is called as it calls its own
+        assert code == 1 and "total        88/100" in out and MISTAKES["generate.epsilon_sampling"].sentence in out, out
+    else:
+        assert code == 0 and "total       100/100" in out, out
 
 
 @pytest.mark.slow
