@@ -195,7 +195,7 @@ def run_child(
     os.chdir(folder)
     tempfile.tempdir = str(folder)
     os.environ.update(HOME=str(folder), TMPDIR=str(folder), USER="student", TORCHINDUCTOR_CACHE_DIR=str(folder))
-    ours = load_ours(header["ours"])
+    ours = load_ours(header.pop("ours"))
     modules = Modules(folder, tell)
     use_only_the_students_modules(folder)
     restrict_writes(folder)

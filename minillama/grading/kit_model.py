@@ -1,4 +1,4 @@
-"""The bundled model for a kit: its weights for the kit's conventions, and reference outputs in float64 with NumPy.
+"""The bundled model for a kit: its weights for the kit's conventions, and reference outputs by answers_model.py.
 
 Shares no code with llama.py. The weights of another rotary convention compute the same as those of the bundled model.
 """

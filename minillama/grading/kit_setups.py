@@ -1,6 +1,7 @@
 """The setups of the course: three editions, and 48 variants of each, so that a solution of last year fails by name.
 
-A setup says which norm, rotary pairs and sampling rule a kit asks for. Imports no torch and no numpy.
+A setup says which norm, rotary pairs and sampling rule a kit asks for. An assignment adds what hand-ins are judged by;
+a kit's is in hidden.json. Imports no torch and no numpy.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ def generate(setup: Setup, source: Source) -> list[Probe]:
         probes.append((name, sampled(None if rule == "temperature" else 0.3) | settings, arrays))
     falling = np.array([2.9, 2.3, 1.8, 1.2, 0.6, -0.1, -0.8, -2.0, -3.0])
     equal = np.zeros(4)
-    rows: tuple[tuple[str, np.ndarray, float, dict[str, float]], ...] = (
+    draws: tuple[tuple[str, np.ndarray, float, dict[str, float]], ...] = (
         ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8, "min_p": 0.2}),
         ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85, "min_p": 0.12}),
         ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.1, "top_p": 0.55, "min_p": 0.15}),
         ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4, "min_p": 0.5}),
         ("draws of tokens exactly at epsilon", equal, 1.0, {"epsilon": 0.25}),
     )
-    for name, logits, temperature, numbers in rows:
+    for name, logits, temperature, numbers in draws:
         if rule not in ("temperature", *numbers):
             continue
         order = source.permutation(len(logits))
