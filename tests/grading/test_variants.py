@@ -275,6 +275,18 @@ def test_an_empty_kit_gets_no_points_and_its_kept_parts_are_ours(tmp_path, capsy
     assert f" 0/{100 - sum(PARTS['2024'][part] for part in keep)}  in " in capsys.readouterr().out
 
 
+def test_a_kept_part_is_not_judged_and_ours_takes_its_place(tmp_path, monkeypatch):
+    """Whatever the hand-in has there: here it is another variant's."""
+    monkeypatch.setattr(judging, "Sandbox", InThisProcess)
+    setup, other = find_setup("fall2025", 4), find_setup("fall2025", 7)
+    assert all(between(setup, other)[part] for part in ("norm", "rope"))
+    (hidden := tmp_path / "hidden.json").write_text(json.dumps(hidden_part(setup, 4, ("norm", "rope"))))
+    folder = write_hand_in(tmp_path / "other", other, 7)
+    code, words, said = judged(folder, hidden, "--parts", "attention,block,model")
+    assert code == 0 and words == dict.fromkeys(("attention", "block", "model"), RIGHT)
+    assert "judged with our norm, rope" in said
+
+
 def hidden_file(folder: Path, **changes: object) -> Path:
     path = folder / "hidden.json"
     path.write_text(json.dumps(hidden_part(find_setup("fall2025", 7301), 7301, ("norm",)) | changes))
