@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillama.grading.kit_setups import DEFAULTS
 from minillama.grading.parts import Arrays, Case
 
 Modules = Mapping[str, Any]
@@ -185,7 +186,7 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
     module.forward = forward  # type: ignore[method-assign]
     rule = settings["sampling"]
-    more = {rule: settings[rule]} if rule in settings and takes(module.generate, rule) else {}
+    more = {rule: settings[rule]} if rule in DEFAULTS and takes(module.generate, rule) else {}
     prompt = prompt.expand(settings.get("draws", len(prompt)), -1).contiguous()
     torch.manual_seed(len(prompt))
     try:
