@@ -35,10 +35,10 @@ def generate(setup: Setup, source: Source) -> list[Probe]:
     falling = np.array([2.9, 2.3, 1.8, 1.2, 0.6, -0.1, -0.8, -2.0, -3.0])
     equal = np.zeros(4)
     draws: tuple[tuple[str, np.ndarray, float, dict[str, float]], ...] = (
-        ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8, "min_p": 0.2}),
+        ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8, "min_p": 0.3}),
         ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85, "min_p": 0.12}),
         ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.1, "top_p": 0.55, "min_p": 0.15}),
-        ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4, "min_p": 0.5}),
+        ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4, "min_p": 0.2}),
         ("draws of tokens exactly at epsilon", equal, 1.0, {"epsilon": 0.25}),
     )
     for name, logits, temperature, numbers in draws:
