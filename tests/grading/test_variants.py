@@ -44,7 +44,7 @@ from minillama.grading.mistakes import MISTAKES, mistakes_of
 from minillama.grading.parts import cases, distance
 from minillama.grading.runner import run_case
 from minillama.grading.sandbox import OURS, Problem, Run
-from minillama.grading.stand_ins import put_in
+from minillama.grading.stand_ins import NORMS, put_in
 
 FILES = ("config", "rope", "lora", "optimizer", "llama", "tokenizer", "classifier")  # each after what it imports
 CHANGING = ("norm", "rope", "generate")  # parts that a variant changes
@@ -146,14 +146,25 @@ def put_ours(parts: Sequence[str], modules: dict[str, ModuleType], setup: Setup)
     put_in(parts, modules, ours, setup.causal_argument)
 
 
-@pytest.mark.parametrize("form", ["kit", "course", "ours"])
+@pytest.mark.parametrize("form", ["kit", "kit with another norm", "course", "ours"])
 def test_what_replaces_a_failing_part_is_ours_in_the_conventions_of_the_variant(tmp_path, form):
-    """In the modules of another setup, all six parts that can be replaced are."""
+    """In the modules of another setup, all six parts fail and are replaced."""
     setup = find_setup("fall2025", 7301)
     if form == "course":
         modules = student_modules(PLAIN["fall2025"])
     else:
-        modules = modules_in(write_hand_in(tmp_path / "kit", find_setup("fall2025", 2), 2) if form == "kit" else ROOT)
+        seed = {"kit": 0, "kit with another norm": 1}.get(form)
+        kit = None if seed is None else write_hand_in(tmp_path / "kit", find_setup("fall2025", seed), seed)
+        modules = modules_in(kit or ROOT)
+
+    def fails(*_, **__):
+        raise RuntimeError("the student's own")
+
+    llama = modules["llama"]
+    norms = [getattr(llama, name) for name in NORMS if hasattr(llama, name)]
+    for owner in (*norms, llama.Attention, llama.FeedForward, llama.LlamaLayer, llama.Llama):
+        owner.forward = fails
+    llama.Attention.compute_query_key_value_scores = llama.apply_rotary_emb = modules["rope"].apply_rotary_emb = fails
     parts = ("norm", "rope", "scores", "attention", "block", "model")
     put_ours(parts, modules, setup)
     for part in (*parts[2:], "zero_shot", "classifier", "lora"):
