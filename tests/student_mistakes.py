@@ -384,10 +384,7 @@ OTHER_CHANGES: dict[tuple[str, str], Changes] = {
         ("ordered, order = probs.sort", "ordered, order = F.softmax(logits, dim=-1).sort")
     ],
     ("generate.filter_before_temperature", "min_p"): [
-        (
-            KEPT_BY_MIN_P,
-            "kept = F.softmax(logits, dim=-1) >= min_p * F.softmax(logits, dim=-1).max(-1, keepdim=True).values",
-        )
+        (KEPT_BY_MIN_P, KEPT_BY_MIN_P.replace("probs", "F.softmax(logits, dim=-1)"))
     ],
 }
 

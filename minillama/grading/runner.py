@@ -119,7 +119,9 @@ def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     (x,) = tensors(arrays, "x")
     module, x = module.to(dtype), x.to(dtype, copy=True)
     output = numbers(found := called(module, x), "the norm")
-    slopes = gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    leaves = dict(zip(arrays, tensors(arrays, *arrays), strict=True))  # none reaches a weight that the student lacks
+    leaves |= {"x": x} | dict(module.named_parameters())
+    slopes = gradients_of(settings, ("output",), module, x, **leaves)
     module(x)
     size = np.array(float(found.element_size()))
     return {"output": output, "bytes": size, "input_afterwards": numbers(x, "the norm")} | slopes

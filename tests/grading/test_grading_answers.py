@@ -9,6 +9,7 @@ import pytest
 
 from course_student import student_modules
 from minillama.grading.answers import answer
+from minillama.grading.calls import rule_arguments
 from minillama.grading.kit_setups import PARTS, PLAIN
 from minillama.grading.parts import TOLERANCE, Case, cases, distance
 from minillama.grading.runner import run_case
@@ -21,8 +22,7 @@ RUNS = [  # of torch; draws take seconds
 ]
 
 
-# Our `generate` drops unlikely tokens unless it is told not to; the course of 2024 has no parameter for that.
-@pytest.mark.parametrize(("edition", "part"), [run for run in RUNS if run.values != ("2024", "generate")])
+@pytest.mark.parametrize(("edition", "part"), RUNS)
 def test_our_modules_give_the_right_answer(edition, part):
     modules = {name: import_module(name) for name in OURS}
     for case in cases(part, PLAIN[edition], seed=3):
@@ -36,6 +36,27 @@ def test_a_solution_in_the_form_of_the_course_gives_the_right_answer(edition, pa
     for case in cases(part, PLAIN[edition], seed=4):
         bound = NOISE if case.tolerance == TOLERANCE else case.tolerance
         assert distance(run_case(case, modules), answer(case)) < bound, case.name
+
+
+@pytest.mark.parametrize(
+    ("signature", "rule", "wanted"),
+    [
+        ("epsilon=0.05, **more", "temperature", {"epsilon": 0.0}),
+        ("epsilon=0.05, **more", "top_p", {"top_p": 0.4, "epsilon": 0.0}),
+        ("epsilon=0.05, **more", "epsilon", {"epsilon": 0.4}),
+        ("epsilon=0.05, top_p=0.9, min_p=0.1", "top_p", {"top_p": 0.4, "epsilon": 0.0, "min_p": 0.0}),
+        ("epsilon=0.05, top_p=0.9", "min_p", {"epsilon": 0.0, "top_p": 1.0}),
+        ("**more", "min_p", {"min_p": 0.4}),
+        ("epsilon=0.05", "epsilon", {"epsilon": 0.4}),
+        ("epsilon=0.05", "temperature", {}),  # a solution of another variant, which must fail
+        ("top_p=0.95", "epsilon", {}),
+        ("top_k=None", "temperature", {}),
+    ],
+)
+def test_a_generate_that_knows_several_rules_is_told_which_applies(signature, rule, wanted):
+    names = {}
+    exec(f"def generate(idx, max_new_tokens, temperature=1.0, {signature}): ...", names)
+    assert rule_arguments(names["generate"], {"sampling": rule, rule: 0.4}) == wanted
 
 
 @pytest.mark.parametrize(("edition", "part"), EVERY)
