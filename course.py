@@ -8,8 +8,7 @@ from pathlib import Path
 
 from minillama.cli.display import displayed
 from minillama.cli.parser import COUNT_OR_ZERO, OneLineParser, nearest
-from minillama.grading.kit_setups import EDITIONS, VARIANTS, find_setup
-from minillama.grading.parts import PARTS
+from minillama.grading.kit_setups import EDITIONS, PARTS, VARIANTS, find_setup
 
 DESCRIPTION = f"""\
 Writes a student's kit: our modules with the bodies of the exercises cut out, public tests, a checklist that ticks

@@ -5,9 +5,12 @@ examples:
   python grade.py my_folder --parts rope,adamw           only these parts
   python grade.py submissions.zip --report class.html    a class: folders, zips, or Canvas's zip of zips
   python grade.py submission --json results.json         for Gradescope
+  python grade.py submissions.zip --hidden solved/hidden.json
+                                                         a term's variant, from `course.py kit --solution solved`
 
 A student's code runs in processes of its own, in a copy, with limits on time, memory, files and processes, and without
-a network where the system allows it. The probes are drawn from --seed. With --json or --report, finished hand-ins are
+a network where the system allows it. The probes are drawn from --seed. With --hidden, edition, seed, points and what is
+right come from that file, and parts that the kit had solved are ours. With --json or --report, finished hand-ins are
 kept in a file beside it until all are done: after an interruption, the same command goes on.
 
 Exit code: 0 if all points were reached; 1 if not; 2 for a folder or option that cannot be used; 130 after Ctrl-C.
@@ -25,14 +28,13 @@ from typing import TYPE_CHECKING, Any
 from minillama.cli.display import displayed
 from minillama.cli.parser import COUNT, SEED, OneLineParser
 from minillama.environment import HERE
+from minillama.grading.kit_setups import EDITIONS, PARTS, PLAIN, Assignment, read_hidden
 
 if TYPE_CHECKING:
     import argparse
 
     from minillama.grading.hand_ins import HandIn
     from minillama.grading.judge import Judgement
-
-EDITIONS = ("2024", "fall2025", "spring2026")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,14 +46,41 @@ def options_of(arguments: list[str] | None) -> tuple[OneLineParser, argparse.Nam
     parser = OneLineParser(prog="grade.py", description=__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="a student's folder or zip, or one with many of them")
-    add("--edition", choices=EDITIONS, default="fall2025", help="the course's edition (default: %(default)s)")
-    add("--seed", type=SEED, default=0, metavar="N", help="draws the probes (default: %(default)s)")
+    add("--edition", choices=EDITIONS, help="the course's edition (default: fall2025)")
+    add("--seed", type=SEED, metavar="N", help="draws the probes (default: 0)")
+    add("--hidden", type=Path, metavar="FILE", help="the hidden.json of a kit: judge that kit's variant")
     add("--parts", metavar="PART,...", help="judge only these; the others are then ours (default: all)")
     add("--hints", choices=("none", "area", "full"), default="full", help="what to say of a failing part")
     add("--seconds", type=COUNT, default=30, metavar="N", help="computing time of each part (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results in Gradescope's form")
     add("--report", type=Path, metavar="FILE", help="write a page: students, parts, and how often which mistake")
     return parser, parser.parse_args(arguments)
+
+
+def assignment_of(parser: OneLineParser, options: argparse.Namespace) -> Assignment:
+    """What the hand-ins are judged by; ends the program with a line if the options do not fit."""
+    if options.hidden is None:
+        edition = options.edition or "fall2025"
+        assignment = Assignment(PLAIN[edition], options.seed or 0, PARTS[edition])
+    else:
+        try:
+            assignment = read_hidden(options.hidden)
+        except (OSError, ValueError) as error:
+            parser.error(f"--hidden {options.hidden}: {getattr(error, 'strerror', None) or error}")
+        for flag, given, own in (
+            ("edition", options.edition, assignment.setup.edition),
+            ("seed", options.seed, assignment.seed),
+        ):
+            if given not in (None, own):
+                parser.error(f"--{flag} {given}: {options.hidden} says {own}; leave --{flag} out")
+    if options.parts is None:
+        return assignment
+    parts = options.parts.split(",")
+    if wrong := [part for part in parts if part not in assignment.points]:
+        parser.error(
+            f"--parts {wrong[0]!r}: the parts of {assignment.setup.edition} are {', '.join(assignment.points)}"
+        )
+    return assignment.only(parts)
 
 
 def grade(arguments: list[str] | None) -> int:
@@ -66,12 +95,9 @@ def grade(arguments: list[str] | None) -> int:
     if resource is None:
         parser.error("it needs Linux or macOS, which can limit what a process does")
     from minillama.grading.hand_ins import BadHandIn, hand_ins
-    from minillama.grading.parts import PARTS
     from minillama.grading.sandbox import SandboxError, namespaces
 
-    parts = [] if options.parts is None else options.parts.split(",")
-    if wrong := [part for part in parts if part not in PARTS[options.edition]]:
-        parser.error(f"--parts {wrong[0]!r}: the parts of {options.edition} are {', '.join(PARTS[options.edition])}")
+    assignment = assignment_of(parser, options)
     with tempfile.TemporaryDirectory(prefix="hand-ins-") as temporary:
         try:
             found = [one for path in options.folders for one in hand_ins(path, Path(temporary))]
@@ -82,7 +108,7 @@ def grade(arguments: list[str] | None) -> int:
         if "--net" not in namespaces():
             print("grade.py: the network is not cut off: unshare is not allowed here", file=sys.stderr)
         try:
-            judgements = judge_all(found, options, parts)
+            judgements = judge_all(found, options, assignment)
         except KeyboardInterrupt:
             return 130
         except SandboxError as error:
@@ -92,7 +118,7 @@ def grade(arguments: list[str] | None) -> int:
     return 0 if all(one.points == one.out_of and not one.note for one in judgements) else 1
 
 
-def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Sequence[str]) -> list[Judgement]:
+def judge_all(found: Sequence[HandIn], options: argparse.Namespace, assignment: Assignment) -> list[Judgement]:
     """Judges all hand-ins, with a line for each; takes those that an interrupted run has finished from its file."""
     from minillama.grading.hand_ins import fingerprint
     from minillama.grading.judge import Judgement, judge
@@ -102,7 +128,7 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Seque
     kept_in = keep.with_name(f"{keep.name}.part") if keep is not None and len(found) > 1 else None
     finished = {} if kept_in is None else read_finished(kept_in)
     limits = DEFAULT_LIMITS._replace(seconds=options.seconds, wall=3.0 * options.seconds)
-    settings = [options.edition, options.seed, list(parts), version()]
+    settings = [assignment.title, assignment.points, version()]
     keys = [json.dumps([one.name, one.folder and fingerprint(one.folder), *settings]) for one in found]
     if known := sum(key in finished for key in keys):
         print(f"{known} of {len(found)} were judged before: taken over from {kept_in}", flush=True)
@@ -118,11 +144,11 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Seque
         again = key in finished
         try:
             if folder is None:
-                judgement = not_judged(name, problem, options)
+                judgement = not_judged(name, problem, assignment)
             elif again:
                 judgement = Judgement.from_dict(finished[key])
             else:
-                judgement = judge(folder, options.edition, options.seed, parts, limits, name, show)
+                judgement = judge(folder, assignment, limits, name, show)
         except KeyboardInterrupt:
             rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in is not None else ""
             print(f"\ngrade.py: interrupted after {number - 1} of {len(found)}{rest}", file=sys.stderr)
@@ -145,14 +171,13 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, parts: Seque
     return judgements
 
 
-def not_judged(name: str, problem: str, options: argparse.Namespace) -> Judgement:
+def not_judged(name: str, problem: str, assignment: Assignment) -> Judgement:
     """No points for a hand-in that cannot be read."""
     from minillama.grading.judge import ERROR, Judgement, Verdict
-    from minillama.grading.parts import PARTS
 
     sentence = f"It cannot be judged: {problem}."
-    verdicts = tuple(Verdict(part, 0, points, ERROR, sentence) for part, points in PARTS[options.edition].items())
-    return Judgement(name, options.edition, options.seed, verdicts, note=problem)
+    verdicts = tuple(Verdict(part, 0, points, ERROR, sentence) for part, points in assignment.points.items())
+    return Judgement(name, assignment.title, verdicts, note=problem)
 
 
 def read_finished(path: Path) -> dict[str, Any]:
@@ -171,7 +196,7 @@ def version() -> str:
     """A checksum of the grader: judgements of another version are made again."""
     import hashlib
 
-    files = sorted((HERE / "minillama" / "grading").glob("*.py"))
+    files = [path for path in sorted((HERE / "minillama" / "grading").rglob("*")) if path.suffix in (".py", ".jinja")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -189,7 +214,7 @@ def summary(judgement: Judgement, again: bool = False, left: float = 0.0) -> str
 
 def print_table(judgement: Judgement, hints: str) -> None:
     """Prints the verdicts on a hand-in."""
-    print(f"{judgement.name}, edition {judgement.edition}, seed {judgement.seed}")
+    print(f"{judgement.name}, {judgement.title}")
     for verdict in judgement.verdicts:
         points = f"{verdict.points}/{verdict.out_of}"
         print(f"  {verdict.part:<12}{points:>6}  {verdict.word}")

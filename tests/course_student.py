@@ -8,6 +8,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from minillama.grading.kit_setups import Setup
+
 SOURCE = """
 import math
 import torch
@@ -302,15 +304,28 @@ def merge_lora_weights(model):
     return model
 """
 
-EDITIONS: dict[str, list[tuple[str, str]]] = {
-    "fall2025": [],
-    "2024": [
-        ("Norm = LayerNorm", "Norm = RMSNorm"),
+# What is different for a word of a setup (`Setup.words`).
+OF_WORDS: dict[str, list[tuple[str, str]]] = {
+    "rmsnorm": [("Norm = LayerNorm", "Norm = RMSNorm")],
+    "outside": [
+        ("torch.sqrt(variance + self.eps)", "(torch.sqrt(variance) + self.eps)"),
+        ("x * torch.rsqrt(square + self.eps)", "x / (torch.sqrt(square) + self.eps)"),
+    ],
+    "halves": [
+        ("even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)", "even, odd = x.float().chunk(2, dim=-1)"),
+        ("torch.stack((first, second), dim=-1).flatten(-2)", "torch.cat((first, second), dim=-1)"),
+    ],
+    "minus": [("angles = torch.outer(positions, frequencies)", "angles = -torch.outer(positions, frequencies)")],
+    "causal": [("CAUSAL = False", "CAUSAL = True")],
+    "temperature": [
         ("temperature=1.0, epsilon=0.05", "temperature=1.0, top_k=None"),
         ("kept = probs >= epsilon", "kept = probs >= 0.0"),
     ],
-    "spring2026": [
-        ("CAUSAL = False", "CAUSAL = True"),
+    "min_p": [
+        ("temperature=1.0, epsilon=0.05", "temperature=1.0, min_p=0.1"),
+        ("kept = probs >= epsilon", "kept = probs >= min_p * probs.max(-1, keepdim=True).values"),
+    ],
+    "top_p": [
         ("temperature=1.0, epsilon=0.05", "temperature=1.0, top_p=0.95"),
         (
             "kept = probs >= epsilon",
@@ -331,10 +346,10 @@ def replaced(source: str, old: str, new: str) -> str:
     return source.replace(old, new.replace("\n", f"\n{indent}") if "\n    " not in new else new)
 
 
-def student_modules(edition: str, *changes: tuple[str, str]) -> dict[str, Any]:
-    """The modules of the solution for an edition, with texts replaced; each module has all names."""
+def student_modules(setup: Setup, *changes: tuple[str, str]) -> dict[str, Any]:
+    """The modules of the solution for a setup, with texts replaced; each module has all names."""
     source = SOURCE
-    for old, new in (*EDITIONS[edition], *changes):
+    for old, new in (*(change for word in OF_WORDS if word in setup.words for change in OF_WORDS[word]), *changes):
         source = replaced(source, old, new)
     names: dict[str, Any] = {"__name__": "student"}
     exec(compile(source, "student.py", "exec"), names)

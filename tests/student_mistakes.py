@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from course_student import student_modules
+from minillama.grading.kit_setups import Setup
+from minillama.grading.mistakes import Mistake
+
 Changes = list[tuple[str, str]]
 
-ROOT = "torch.sqrt(variance + self.eps)"
+ROOT, ROOT_OUTSIDE = "torch.sqrt(variance + self.eps)", "(torch.sqrt(variance) + self.eps)"
 MEAN, VARIANCE = "mean = x.mean(-1, keepdim=True)", "variance = centred.pow(2).mean(-1, keepdim=True)"
 AFFINE, SQUARE = "normed * self.weight + self.bias", "square = x.pow(2).mean(-1, keepdim=True)"
 NORM: dict[str, Changes] = {
     "no_eps": [(ROOT, "torch.sqrt(variance)")],
     "eps_outside": [(ROOT, "(torch.sqrt(variance) + self.eps)")],
+    "eps_inside": [(ROOT_OUTSIDE, ROOT)],
+    "rms_norm": [("centred = x - mean", "centred = x"), (AFFINE, "normed * self.weight")],
     "eps_clamp": [(ROOT, "torch.sqrt(variance.clamp_min(self.eps))")],
     "eps_1e5": [(ROOT, "torch.sqrt(variance + 1e-5)")],
     "eps_1e6": [(ROOT, "torch.sqrt(variance + 1e-6)")],
@@ -39,8 +48,11 @@ FIRST, SECOND = "first = even * cos - odd * sin", "second = even * sin + odd * c
 POSITIONS, EXPONENT = "positions = torch.arange(seqlen).float()", "exponent = i / head_dim"
 ROPE: dict[str, Changes] = {
     "split_halves": [(SPLIT, "even, odd = x.float().chunk(2, dim=-1)"), (JOIN, CONCATENATED)],
+    "interleaved": [("even, odd = x.float().chunk(2, dim=-1)", SPLIT), (CONCATENATED, JOIN)],
     "concatenated": [(JOIN, CONCATENATED)],
+    "stacked": [(CONCATENATED, JOIN)],
     "wrong_sign": [(FIRST, "first = even * cos + odd * sin"), (SECOND, "second = odd * cos - even * sin")],
+    "plus_sign": [("angles = -torch.outer", "angles = torch.outer")],
     "missing_minus": [(FIRST, "first = even * cos + odd * sin")],
     "no_sin": [(FIRST, "first = even * cos"), (SECOND, "second = odd * cos")],
     "cos_sin_swapped": [("cos, sin = angles.cos()", "sin, cos = angles.cos()")],
@@ -183,6 +195,7 @@ MODEL: dict[str, Changes] = {
 GREEDY, CUT = "logits.argmax(dim=-1, keepdim=True)", "idx if idx.size(1) <= context else idx[:, -context:]"
 SCALED, PROBS, KEPT = "scaled = logits / temperature", "probs = F.softmax(scaled, dim=-1)", "kept = probs >= epsilon"
 AGAIN, DRAW = "probs = probs / probs.sum(-1, keepdim=True)", "idx_next = torch.multinomial(probs, num_samples=1)"
+KEPT_BY_MIN_P = "kept = probs >= min_p * probs.max(-1, keepdim=True).values"
 IN_ORDER = "kept_in_order = total - ordered < top_p"
 RESTORED = "kept = torch.zeros_like(kept_in_order).scatter(-1, order, kept_in_order)"
 GENERATE: dict[str, Changes] = {
@@ -203,6 +216,9 @@ GENERATE: dict[str, Changes] = {
     "epsilon_on_logits": [(KEPT, "kept = scaled >= epsilon")],
     "epsilon_of_largest": [(KEPT, "kept = probs >= epsilon * probs.max(-1, keepdim=True).values")],
     "epsilon_below": [(KEPT, "kept = probs < epsilon")],
+    "no_min_p": [(KEPT_BY_MIN_P, "kept = probs >= 0.0")],
+    "min_p_absolute": [(KEPT_BY_MIN_P, "kept = probs >= min_p")],
+    "min_p_below": [(KEPT_BY_MIN_P, KEPT_BY_MIN_P.replace(">=", "<"))],
     "no_top_p": [(IN_ORDER, "kept_in_order = total > -1.0")],
     "crossing_left_out": [(IN_ORDER, "kept_in_order = total <= top_p")],
     "one_more": [(IN_ORDER, "kept_in_order = torch.cat((total[:, :1] > 0, (total - ordered < top_p)[:, :-1]), -1)")],
@@ -357,9 +373,26 @@ CHANGES: dict[str, Changes] = {
     )
     for name, changes in of_part.items()
 }
-# Changes in another edition, where the lines differ.
+# Changes in the setups that have a word, where the lines differ.
 OTHER_CHANGES: dict[tuple[str, str], Changes] = {
-    ("generate.filter_before_temperature", "spring2026"): [
+    ("norm.no_eps", "outside"): [(ROOT_OUTSIDE, "torch.sqrt(variance)")],
+    ("norm.eps_clamp", "outside"): [(ROOT_OUTSIDE, "torch.sqrt(variance).clamp_min(self.eps)")],
+    ("norm.eps_1e5", "outside"): [(ROOT_OUTSIDE, "(torch.sqrt(variance) + 1e-5)")],
+    ("norm.eps_1e6", "outside"): [(ROOT_OUTSIDE, "(torch.sqrt(variance) + 1e-6)")],
+    ("norm.no_root", "outside"): [(ROOT_OUTSIDE, "(variance + self.eps)")],
+    ("generate.filter_before_temperature", "top_p"): [
         ("ordered, order = probs.sort", "ordered, order = F.softmax(logits, dim=-1).sort")
     ],
+    ("generate.filter_before_temperature", "min_p"): [
+        (KEPT_BY_MIN_P, KEPT_BY_MIN_P.replace("probs", "F.softmax(logits, dim=-1)"))
+    ],
 }
+
+
+def student_with(mistake: Mistake, setup: Setup) -> dict[str, Any]:
+    """The modules of a student who makes a mistake."""
+    rule, _, ending = mistake.short_name.rpartition("_")
+    if ending == "sampling":  # the rule of another setup
+        return student_modules(replace(setup, sampling=rule))
+    others = (OTHER_CHANGES[name, word] for name, word in OTHER_CHANGES if name == mistake.name and word in setup.words)
+    return student_modules(setup, *next(others, CHANGES[mistake.name]))

@@ -14,8 +14,8 @@ from conftest import ROOT
 from minillama.grading import judge as judging
 from minillama.grading.hand_ins import BadHandIn, hand_ins, unpack
 from minillama.grading.judge import RIGHT, WRONG, Judgement, Verdict
+from minillama.grading.kit_setups import PARTS
 from minillama.grading.mistakes import MISTAKES
-from minillama.grading.parts import PARTS
 
 MODULES = ("config.py", "rope.py", "lora.py", "optimizer.py", "llama.py", "classifier.py", "tokenizer.py")
 
@@ -30,14 +30,14 @@ def own(tmp_path):
     return folder
 
 
-def judged(folder, edition, seed, parts, limits, name, progress):
+def judged(folder, assignment, limits, name, progress):
     """A verdict without running anything: AdamW is wrong in folders that say so."""
     wrong = "wrong" in (folder / "optimizer.py").read_text()
-    verdicts = [Verdict(part, points, points, RIGHT) for part, points in PARTS[edition].items()]
+    verdicts = [Verdict(part, points, points, RIGHT) for part, points in assignment.points.items()]
     if wrong:
         more = {"mistakes": ("adamw.decay_first",), "formula": "p -= ..."}
         verdicts[7] = Verdict("adamw", 0, 12, WRONG, "The decay comes first.", "optimizer.py, AdamW.step", **more)
-    return Judgement(name, edition, seed, tuple(verdicts), 1.0)
+    return Judgement(name, assignment.title, tuple(verdicts), 1.0)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_an_interrupted_class_goes_on(quick, group, tmp_path, monkeypatch, capsy
 
 
 def test_the_remaining_time_is_told_in_minutes_if_it_is_long():
-    one = Judgement("ann", "fall2025", 0, (Verdict("norm", 8, 8, RIGHT),), 41.7)
+    one = Judgement("ann", "edition fall2025, seed 0", (Verdict("norm", 8, 8, RIGHT),), 41.7)
     assert grade.summary(one, left=89.0) == "8/8 (42 s; about 89 s left)"
     assert grade.summary(one, left=1200.0) == "8/8 (42 s; about 20 min left)"
     assert grade.summary(one) == "8/8 (42 s)"

@@ -8,7 +8,7 @@ from typing import Any
 
 from minillama.cli.pages import Table, render
 from minillama.grading.judge import RIGHT, TITLES, Judgement, frequencies
-from minillama.grading.mistakes import MISTAKES
+from minillama.grading.mistakes import MISTAKES, PLACES
 
 
 def gradescope(judgement: Judgement, hints: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def report_page(judgements: Sequence[Judgement]) -> str:
     return render(
         "grading.html",
         title="Grades",
-        subtitle=f"edition {first.edition}, seed {first.seed}, hand-ins: {len(judgements)}",
+        subtitle=f"{first.title}, hand-ins: {len(judgements)}",
         points=points_table(judgements, parts),
         mistakes=mistakes_table(judgements),
         words=words_table(judgements, parts),
@@ -63,7 +63,7 @@ def words_table(judgements: Sequence[Judgement], parts: Sequence[str]) -> Table:
 
 def mistakes_table(judgements: Sequence[Judgement]) -> Table:
     rows = [
-        [MISTAKES[name].sentence, MISTAKES[name].place, str(count)]
+        [MISTAKES[name].sentence, PLACES[MISTAKES[name].part], str(count)]
         for name, count in frequencies(judgements)
         if name in MISTAKES
     ]

@@ -29,7 +29,8 @@ def answer(case: Case, mistakes: Collection[str] = frozenset()) -> Arrays:
     for name in mistakes:
         if MISTAKES[name].part != case.part:
             raise ValueError(f"{name} is a mistake of the part {MISTAKES[name].part}, not of {case.part}")
-    switches = frozenset(MISTAKES[name].short_name for name in mistakes)
+    switches = answers_model.right_switches(case.settings, case.part)
+    switches |= {MISTAKES[name].short_name for name in mistakes}
     arrays = {
         name: value if value.dtype.kind == "i" else value.astype(np.float64) for name, value in case.arrays.items()
     }

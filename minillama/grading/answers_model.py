@@ -1,7 +1,8 @@
 """The model in NumPy, float64, written from the formulas and not from llama.py, with a switch for each known mistake.
 
-Each function solves the probes of one part: settings, arrays, and the short names of the mistakes that are on. Shapes:
-B rows, T positions, D width, H query heads, K key/value heads, hd width of a head.
+Each function solves the probes of one part: settings, arrays, and the switches that are on, by the short names of the
+mistakes. A variant has some on that are right there (settings["switches"]). Shapes: B rows, T positions, D width,
+H query heads, K key/value heads, hd width of a head.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ NONE: Switches = frozenset()
 def one_of(on: Switches, **values: Any) -> Any:
     """The value whose name is on; else the value `right`."""
     return next((value for name, value in values.items() if name in on), values["right"])
+
+
+def right_switches(settings: Settings, part: str) -> Switches:
+    """The switches of a part that are right in the variant: the short names."""
+    names = (name.partition(".") for name in settings["switches"])
+    return frozenset(short_name for of_part, _, short_name in names if of_part == part)
 
 
 def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -39,21 +46,28 @@ def norm(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     axis = one_of(on, right=(-1,), axis_sequence=(1,), axis_batch=(0,), axis_row=(1, 2), axis_all=(0, 1, 2))
     centred = x - x.mean(axis, keepdims=True)
     if settings["norm"] == "layernorm":
-        top, under = one_of(on, right=(centred, centred), no_mean=(x, centred), rms=(x, x), raw_variance=(centred, x))
+        top, under = one_of(
+            on,
+            right=(centred, centred),
+            no_mean=(x, centred),
+            rms=(x, x),
+            rms_norm=(x, x),
+            raw_variance=(centred, x),
+        )
     else:
         top, under = one_of(on, right=(x, x), layer_norm=(centred, centred), centred_variance=(x, centred))
     size = np.prod([x.shape[i] for i in axis])
     variance = (under**2).sum(axis, keepdims=True) / (size - 1 if "unbiased" in on else size)
-    eps = one_of(on, right=settings["eps"], no_eps=0.0, eps_outside=0.0, eps_clamp=0.0, eps_1e5=1e-5, eps_1e6=1e-6)
-    variance = np.maximum(variance, settings["eps"]) if "eps_clamp" in on else variance + eps
-    divisor = variance if "no_root" in on else np.sqrt(variance)
-    if "eps_outside" in on:
-        divisor = divisor + settings["eps"]
+    eps = one_of(on, right=settings["eps"], no_eps=0.0, eps_1e5=1e-5, eps_1e6=1e-6)
+    with_eps, outside = np.maximum if "eps_clamp" in on else np.add, "eps_outside" in on and "eps_inside" not in on
+    divisor = variance if outside else with_eps(variance, eps)
+    divisor = divisor if "no_root" in on else np.sqrt(divisor)
+    divisor = with_eps(divisor, eps) if outside else divisor
     if "no_upcast" in on and settings.get("dtype") == "float16":
         divisor = np.full_like(divisor, np.inf)  # the squares are beyond float16's 65504
     normed = top / divisor
     factor = one_of(on, right=weight, weight_left_out=1.0, weight_before=1.0, weight_plus_one=1.0 + weight)
-    shift = one_of(on, right=bias, bias_left_out=0.0)
+    shift = one_of(on, right=bias, bias_left_out=0.0, rms_norm=0.0)
     out = (normed + shift) * factor if "bias_first" in on else normed * factor + shift
     half = settings.get("dtype") == "float16" and "keeps_float32" not in on
     return {"output": out, "bytes": np.array(2.0 if half else 4.0), "input_afterwards": arrays["x"]}
@@ -87,16 +101,18 @@ def rotated(x: np.ndarray, theta: float, on: Switches = NONE, positions_axis: in
     )
     base = 10000.0 if "theta_fixed" in on else theta
     angle = np.outer(positions, base**-exponent)
+    if "wrong_sign" in on and "plus_sign" not in on:
+        angle = -angle
     shape = [1, 1, 1, hd // 2]
     shape[positions_axis] = x.shape[positions_axis]
     cos, sin = np.cos(angle).reshape(shape), np.sin(angle).reshape(shape)
     if "cos_sin_swapped" in on:
         cos, sin = sin, cos
-    halves = "split_halves" in on
+    halves = "split_halves" in on and "interleaved" not in on
     first, second = (x[..., : hd // 2], x[..., hd // 2 :]) if halves else (x[..., 0::2], x[..., 1::2])
-    sign_first, sign_second = one_of(on, right=(-1, 1), wrong_sign=(1, -1), missing_minus=(1, 1), no_sin=(0, 0))
+    sign_first, sign_second = one_of(on, right=(-1, 1), missing_minus=(1, 1), no_sin=(0, 0))
     turned = first * cos + sign_first * second * sin, second * cos + sign_second * first * sin
-    if halves or "concatenated" in on:
+    if one_of(on, right=halves, concatenated=True, stacked=False):
         return np.concatenate(turned, axis=-1)
     return np.stack(turned, axis=-1).reshape(x.shape)
 
@@ -180,12 +196,16 @@ def attended(x: np.ndarray, weights: Arrays, name: str, settings: Settings, on: 
     query, key, value = split(query, H), split(key, K), split(value, K)
     groups = one_of(on, right=np.arange(H) // (H // K), tile=np.arange(H) % K, first_kv_head=np.zeros(H, dtype=int))
     key, value = key[:, :, groups], value[:, :, groups]  # (B, T, H, hd)
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        return rotated(x, settings["rope_theta"], right_switches(settings, "rope"))
+
     if "no_rope" not in on:
-        query = rotated(query, 10000.0)
+        query = turned(query)
         if "rope_query_only" not in on:
-            key = rotated(key, 10000.0)
+            key = turned(key)
     if "rope_on_value" in on:
-        value = rotated(value, 10000.0)
+        value = turned(value)
     if "heads_by_view" in on:
         query, key, value = (part.reshape(B, H, T, hd) for part in (query, key, value))
     else:
@@ -209,7 +229,8 @@ def normed(x: np.ndarray, weights: Arrays, name: str, settings: Settings) -> np.
     own = {"x": x, "weight": weights[f"{name}.weight"]}
     if settings["norm"] == "layernorm":
         own["bias"] = weights[f"{name}.bias"]
-    return norm({"norm": settings["norm"], "eps": settings["layer_norm_eps"]}, own, NONE)["output"]
+    own_settings = {"norm": settings["norm"], "eps": settings["layer_norm_eps"]}
+    return norm(own_settings, own, right_switches(settings, "norm"))["output"]
 
 
 def swiglu(x: np.ndarray, weights: Arrays, name: str, on: Switches = NONE) -> np.ndarray:

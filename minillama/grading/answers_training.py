@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minillama.grading.answers_model import Arrays, Settings, Switches, hidden_states, one_of, softmax
+from minillama.grading.kit_setups import DEFAULTS
 
 
 def generate(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
@@ -55,21 +56,7 @@ def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> 
     if "temperature_on_probabilities" in on:
         p = p / T
     judged = softmax(logits) if "filter_before_temperature" in on else p
-    if "top_p" in settings:
-        kept = nucleus(judged, settings["top_p"], on)
-    elif "epsilon" not in settings:  # the edition of 2024 draws from all tokens
-        kept = np.ones_like(p, dtype=bool)
-    else:
-        epsilon = settings["epsilon"]
-        kept = one_of(
-            on,
-            right=judged >= epsilon - 1e-12,
-            no_epsilon=np.ones_like(p, dtype=bool),
-            strictly_above=judged > epsilon + 1e-12,
-            epsilon_on_logits=scaled >= epsilon,
-            epsilon_of_largest=judged >= epsilon * judged.max(),
-            epsilon_below=judged < epsilon,
-        )
+    kept = kept_tokens(judged, scaled, settings, on)
     if "dropped_logits_zero" in on:
         p = softmax(np.where(kept, scaled, 0.0))
     elif "softmax_twice" in on:
@@ -81,6 +68,28 @@ def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> 
     if "arg_max" in on and p.any():
         p = (np.arange(len(p)) == p.argmax()).astype(float)
     return p / p.sum() if p.any() else p
+
+
+def kept_tokens(p: np.ndarray, scaled: np.ndarray, settings: Settings, on: Switches) -> np.ndarray:
+    """Whether each token can be drawn by the rule of the settings, or by the default of a rule that is on instead."""
+    rule = next((rule for rule in DEFAULTS if f"{rule}_sampling" in on), settings["sampling"])
+    number, every = settings.get(rule, DEFAULTS.get(rule, 0.0)), np.ones_like(p, dtype=bool)
+    if rule == "top_p":
+        return nucleus(p, number, on)
+    if rule == "epsilon":
+        return one_of(
+            on,
+            right=p >= number - 1e-12,
+            no_epsilon=every,
+            strictly_above=p > number + 1e-12,
+            epsilon_on_logits=scaled >= number,
+            epsilon_of_largest=p >= number * p.max(),
+            epsilon_below=p < number,
+        )
+    if rule == "min_p":
+        least = number * p.max()
+        return one_of(on, right=p >= least, no_min_p=every, min_p_absolute=p >= number, min_p_below=p < least)
+    return every  # temperature alone
 
 
 def nucleus(p: np.ndarray, top_p: float, on: Switches) -> np.ndarray:

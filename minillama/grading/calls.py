@@ -1,8 +1,9 @@
-"""Calls of a student's module: whether one changes a later one, and the gradients of its result."""
+"""Calls of a student's module: their arguments, whether one changes a later one, and the gradients of its result."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from minillama.grading.gradients import directions, weights_of_outputs
+from minillama.grading.kit_setups import OFF
 from minillama.grading.parts import Arrays
+
+
+def rule_arguments(generate: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, float]:
+    """The keyword arguments that tell a student's `generate` which sampling rule applies.
+
+    One that knows several rules gets the rule's number, and the others that it names are switched off. One that knows
+    a single rule gets this number only if it is the rule asked for: a solution of another variant must fail.
+    """
+    found = inspect.signature(generate).parameters
+    rule, named = settings["sampling"], [name for name in OFF if name in found]
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in found.values())
+    own = {rule: settings[rule]} if rule in OFF and (rule in named or takes_any) else {}
+    return own | ({name: OFF[name] for name in named if name != rule} if takes_any or len(named) > 1 else {})
 
 
 class KeptBetweenCalls(ValueError):

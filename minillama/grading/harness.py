@@ -192,7 +192,7 @@ def run_child(
     os.chdir(folder)
     tempfile.tempdir = str(folder)
     os.environ.update(HOME=str(folder), TMPDIR=str(folder), USER="student", TORCHINDUCTOR_CACHE_DIR=str(folder))
-    ours = load_ours() if header["stand_ins"] else {}
+    ours = load_ours(header.pop("ours"))
     use_only_the_students_modules(folder)
     modules = loading.Modules(folder, tell)
     restrict_writes(folder)
@@ -206,7 +206,7 @@ def run_child(
     watch(folder, [HERE], [Path(sys.prefix), Path(sys.base_prefix), *harmless], stop)
     if header["stand_ins"]:
         try:
-            stand_ins.put_in(header["stand_ins"], modules, ours, header["edition"])
+            stand_ins.put_in(header["stand_ins"], modules, ours, header["causal"])
         except BaseException as error:
             tell(stand_ins=problem(error, folder, limits))
     for i, case in enumerate(cases):
@@ -238,19 +238,19 @@ def isolate_files(output: Path, writer: int) -> int:
     return place
 
 
-def load_ours() -> dict[str, ModuleType]:
-    """Our own modules, by name, for parts that are replaced."""
-    sys.path.insert(0, str(HERE))
-    return {name: importlib.import_module(name) for name in loading.NAMES}
+def load_ours(texts: dict[str, str]) -> dict[str, ModuleType]:
+    """Our own modules, by name, for parts that are replaced. texts: each after those that it imports."""
+    for name, text in texts.items():
+        sys.modules[name] = ModuleType(name)
+        exec(compile(text, f"our {name}.py", "exec"), vars(sys.modules[name]))
+    return {name: sys.modules.pop(name) for name in texts}
 
 
 def use_only_the_students_modules(folder: Path) -> None:
-    """Makes `import llama` mean the module of the folder, and forgets ours."""
+    """Makes `import llama` mean the module of the folder, and forgets our package."""
     sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != HERE)]
-    for name, module in list(sys.modules.items()):
-        package, place = name.partition(".")[0], getattr(module, "__file__", None) or ""
-        if package == "minillama" or (package in loading.NAMES and place.startswith(str(HERE))):
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "minillama"]:
+        del sys.modules[name]
     importlib.invalidate_caches()
 
 

@@ -20,9 +20,10 @@ from minillama.grading import reading
 from minillama.grading.answers import answer
 from minillama.grading.confinement import Limits
 from minillama.grading.differences import Difference, compared, described, only_at, only_where, right_outputs
+from minillama.grading.kit_setups import Assignment, Setup
 from minillama.grading.loading import NAMES
-from minillama.grading.mistakes import MISTAKES, Mistake, mistakes_of, pairs_of
-from minillama.grading.parts import PARTS, Case, cases
+from minillama.grading.mistakes import MISTAKES, PLACES, mistakes_of, pairs_of, right_formula
+from minillama.grading.parts import Case, cases
 from minillama.grading.reading import HOMES
 from minillama.grading.sandbox import DEFAULT_LIMITS, Problem, Run, Sandbox
 
@@ -85,8 +86,7 @@ class Judgement:
     """The verdicts on one hand-in. note: why it could not be judged, if so."""
 
     name: str
-    edition: str
-    seed: int
+    title: str  # of the assignment
     verdicts: tuple[Verdict, ...] = ()
     seconds: float = 0.0
     note: str = ""
@@ -115,27 +115,25 @@ class Judgement:
 
 def judge(
     folder: Path,
-    edition: str,
-    seed: int,
-    parts: Sequence[str] = (),
+    assignment: Assignment,
     limits: Limits = DEFAULT_LIMITS,
     name: str = "",
     progress: Callable[[str], None] = lambda part: None,
 ) -> Judgement:
-    """Judges the modules of a folder. parts: only these; other parts are then ours. progress: called with each part."""
-    started = time.monotonic()
-    asked = [part for part in PARTS[edition] if part in parts] if parts else list(PARTS[edition])
+    """Judges the modules of a folder. Parts without points are ours. progress: called with each part."""
+    started, asked = time.monotonic(), assignment.points
     verdicts: dict[str, Verdict] = {}
     broken: dict[str, tuple[str, str, str]] = {}  # modules that do not load: word, sentence and place
-    with Sandbox(folder, edition, limits) as sandbox:
+    with Sandbox(folder, assignment.setup, limits) as sandbox:
         for part in asked:
             progress(part)
+            found, _ = probes(part, assignment.setup, assignment.seed)
             needed = FORERUNNERS.get(part, ())
             home, run, replaced = HOMES[part], Run(), []
             while home not in broken:
                 replaced = [one for one in needed if one not in asked or verdicts[one].word != RIGHT]
                 replaced = [one for one in replaced if HOMES[one] not in broken]
-                run = sandbox.run(part, probes(part, edition, seed)[0], replaced)
+                run = sandbox.run(part, found, replaced)
                 module = unloadable(run)
                 if not module or module in broken:
                     break
@@ -143,29 +141,30 @@ def judge(
                 sandbox.put_ours(module)  # once more, with ours
             if home in broken:
                 word, sentence, place = broken[home]
-                verdicts[part] = Verdict(part, 0, PARTS[edition][part], word, sentence, place)
+                verdicts[part] = Verdict(part, 0, asked[part], word, sentence, place)
                 continue
             ours = [f"{module}.py" for module in broken if module in run.loads]
-            verdict = verdict_on(part, edition, seed, run, folder, [*ours, *replaced])
+            verdict = verdict_on(part, assignment, run, folder, [*ours, *replaced])
             if replaced and verdict.word != RIGHT and not run.end:
-                alone = sandbox.run(part, probes(part, edition, seed)[0])
-                second = verdict_on(part, edition, seed, alone, folder, ours)
+                alone = sandbox.run(part, found)
+                second = verdict_on(part, assignment, alone, folder, ours)
                 verdict = second if second.word == RIGHT or run.stand_ins else verdict
             if (
                 verdict.word == WRONG
                 and not verdict.mistakes
-                and is_right_alone(sandbox, part, edition, seed, run, replaced)
+                and is_right_alone(sandbox, part, assignment, run, replaced)
             ):
                 text = "Alone this probe is right: something is kept from an earlier call."
                 verdict = replace(verdict, sentence=f"{verdict.sentence} {text}")
             verdicts[part] = verdict
-    return Judgement(name or folder.name, edition, seed, tuple(verdicts.values()), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Judgement(name or folder.name, assignment.title, tuple(verdicts.values()), seconds)
 
 
-def is_right_alone(sandbox: Sandbox, part: str, edition: str, seed: int, run: Run, replaced: Sequence[str]) -> bool:
+def is_right_alone(sandbox: Sandbox, part: str, assignment: Assignment, run: Run, replaced: Sequence[str]) -> bool:
     """Whether the probe with the largest difference is right in a process of its own."""
-    found, right = probes(part, edition, seed)
-    differences = differences_of(part, edition, seed, run)
+    found, right = probes(part, assignment.setup, assignment.seed)
+    differences = differences_of(part, assignment, run)
     if not differences or 0 in differences:  # the first has none before it
         return False
     worst = max(differences, key=lambda i: differences[i].size)
@@ -173,9 +172,9 @@ def is_right_alone(sandbox: Sandbox, part: str, edition: str, seed: int, run: Ru
     return 0 in alone.answers and compared(alone.answers[0], right[worst], found[worst].tolerance) is None
 
 
-def differences_of(part: str, edition: str, seed: int, run: Run) -> dict[int, Difference]:
+def differences_of(part: str, assignment: Assignment, run: Run) -> dict[int, Difference]:
     """The largest difference of each probe that is wrong, by its index."""
-    found, right = probes(part, edition, seed)
+    found, right = probes(part, assignment.setup, assignment.seed)
     differences = {i: compared(arrays, right[i], found[i].tolerance) for i, arrays in run.answers.items()}
     return {i: difference for i, difference in differences.items() if difference is not None}
 
@@ -197,27 +196,26 @@ def load_failure(module: str, run: Run) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=64)
-def probes(part: str, edition: str, seed: int) -> tuple[list[Case], list[Arrays]]:
+def probes(part: str, setup: Setup, seed: int) -> tuple[list[Case], list[Arrays]]:
     """The probes of a part and their right answers."""
-    found = cases(part, edition, seed)
+    found = cases(part, setup, seed)
     return found, [answer(case) for case in found]
 
 
 @lru_cache(maxsize=20000)
-def mistaken(part: str, edition: str, seed: int, index: int, names: frozenset[str]) -> Arrays | None:
+def mistaken(part: str, setup: Setup, seed: int, index: int, names: frozenset[str]) -> Arrays | None:
     """The answer to a probe with known mistakes; None if they cannot be made there."""
     try:
         with np.errstate(all="ignore"):
-            return answer(probes(part, edition, seed)[0][index], names)
+            return answer(probes(part, setup, seed)[0][index], names)
     except (ValueError, IndexError, KeyError):
         return None
 
 
-def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, replaced: Sequence[str]) -> Verdict:
+def verdict_on(part: str, assignment: Assignment, run: Run, folder: Path, replaced: Sequence[str]) -> Verdict:
     """The verdict on what came back from a run."""
-    found, right = probes(part, edition, seed)
-    out_of, stand_ins = PARTS[edition][part], tuple(replaced)
-    formula, place = of_part(part, edition)
+    found, right = probes(part, assignment.setup, assignment.seed)
+    out_of, place, stand_ins = assignment.points[part], PLACES[part], tuple(replaced)
 
     def zero(word: str, sentence: str, where: str = place, **more: Any) -> Verdict:
         return Verdict(part, 0, out_of, word, sentence, where, stand_ins=stand_ins, **more)
@@ -230,7 +228,7 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
     problems = list(run.problems.values())
     if broke := next((problem for problem in problems if problem.rule), None):
         return zero(STOPPED, f"Stopped: {broke.rule}.", broke.place or place)
-    differences = differences_of(part, edition, seed, run)
+    differences = differences_of(part, assignment, run)
     if not problems and not differences and len(run.answers) == len(found):
         return Verdict(part, out_of, out_of, RIGHT, stand_ins=stand_ins)
     raised = next((problem for problem in problems if problem.type == "NotImplementedError"), None)
@@ -240,7 +238,7 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
         return zero(EMPTY, f"{listed(empty)} is not implemented yet.", empty[0])
     if raised is not None:
         return zero(EMPTY, "This part is not implemented yet.")
-    names = look_up(part, edition, seed, run, differences) if differences else ()
+    names = look_up(part, assignment, run, differences) if differences else ()
     if problems:
         failing = [found[i] for i in run.problems]
         where = only_where(failing, [found[i] for i in run.answers])
@@ -249,7 +247,7 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
     if names:
         known = [MISTAKES[name] for name in names]
         sentence = " And: ".join(mistake.sentence for mistake in known)
-        return zero(WRONG, sentence, known[0].place, formula=formula, mistakes=names)
+        return zero(WRONG, sentence, formula=right_formula(part, assignment.setup), mistakes=names)
     worst = max(differences, key=lambda i: differences[i].size)
     failing, wrong = [found[i] for i in differences], list(differences.values())
     outputs = {difference.output for difference in wrong}
@@ -260,27 +258,22 @@ def verdict_on(part: str, edition: str, seed: int, run: Run, folder: Path, repla
     return zero(WRONG, " ".join(filter(None, sentences)))
 
 
-def of_part(part: str, edition: str) -> tuple[str, str]:
-    """The right formula of a part, and its place."""
-    first: Mistake = next(iter(mistakes_of(part, edition)))
-    return first.formula_in(edition), first.place
-
-
-def look_up(part: str, edition: str, seed: int, run: Run, differences: dict[int, Difference]) -> tuple[str, ...]:
+def look_up(part: str, assignment: Assignment, run: Run, differences: dict[int, Difference]) -> tuple[str, ...]:
     """The names of the known mistake, or the pair, whose answers these are; empty if there is none.
 
     If several fit, the nearest one, and a single before a pair.
     """
-    found, _ = probes(part, edition, seed)
+    setup, seed = assignment.setup, assignment.seed
+    found, _ = probes(part, setup, seed)
     order = [*differences, *(i for i in run.answers if i not in differences)]  # the wrong ones decide sooner
-    singles = [(mistake,) for mistake in mistakes_of(part, edition)]
-    for candidates in (singles, pairs_of(part, edition)):
+    singles = [(mistake,) for mistake in mistakes_of(part, setup)]
+    for candidates in (singles, pairs_of(part, setup)):
         best: tuple[float, tuple[str, ...]] | None = None
         for candidate in candidates:
             names = tuple(mistake.name for mistake in candidate)
             far = 0.0
             for i in order:
-                wrong = mistaken(part, edition, seed, i, frozenset(names))
+                wrong = mistaken(part, setup, seed, i, frozenset(names))
                 difference = None if wrong is None else compared(run.answers[i], wrong, 0.0)
                 size = np.inf if wrong is None else difference.size if difference else 0.0
                 far = max(far, size / found[i].tolerance)

@@ -1,4 +1,4 @@
-"""The bundled model for a kit: its weights for the kit's conventions, and reference outputs in float64 with NumPy.
+"""The bundled model for a kit: its weights for the kit's conventions, and reference outputs by answers_model.py.
 
 Shares no code with llama.py. The weights of another rotary convention compute the same as those of the bundled model.
 """
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minillama.grading import answers_model
+from minillama.grading.answers_model import NONE
 from minillama.grading.kit_setups import Setup
 
 BF16, F32, I64 = "BF16", "F32", "I64"
@@ -93,66 +95,12 @@ def reference(model: Model, setup: Setup) -> bytes:
 
     The names begin with "causal." and, where the config says which, also "bidirectional.".
     """
-    rounded = read_model(checkpoint(model))  # what the file holds
-    ids = np.array(IDS)
+    rounded, ids = read_model(checkpoint(model)), np.array(IDS)  # what the file holds
+    arrays = {name: tensor.astype(np.float64) for name, tensor in rounded.weights.items()} | {"tokens": ids}
     tensors, dtypes = {"ids": ids}, {"ids": I64}
     for causal in (True,) if setup.causal_argument else (True, False):
-        hidden = np.stack([forward(rounded, row, setup, causal) for row in ids])
-        output = rounded.weights[EMBEDDING].astype(np.float64)  # the two are tied
+        found = answers_model.model(rounded.config | {"causal": causal, "switches": setup.switches}, arrays, NONE)
         kind = "causal" if causal else "bidirectional"
-        tensors |= {f"{kind}.hidden_states": hidden, f"{kind}.logits": hidden[:, -1:] @ output.T}
+        tensors |= {f"{kind}.hidden_states": found["hidden"], f"{kind}.logits": found["logits"]}
         dtypes |= {f"{kind}.hidden_states": F32, f"{kind}.logits": F32}
     return write_tensors(tensors, dtypes, {"format": "pt"})
-
-
-def forward(model: Model, ids: np.ndarray, setup: Setup, causal: bool) -> np.ndarray:
-    """Hidden states (T, D) of one row, in float64."""
-    config = model.config
-    weights = {name: tensor.astype(np.float64) for name, tensor in model.weights.items()}
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        if setup.norm == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        power, eps = (x * x).mean(-1, keepdims=True), config["layer_norm_eps"]
-        x = x / (np.sqrt(power + eps) if setup.eps == "inside" else np.sqrt(power) + eps)
-        return x * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0.0)
-
-    x = weights[EMBEDDING][ids]
-    for i in range(config["n_layers"]):
-        own = f"layers.{i}"
-        x = x + attention(norm(x, f"{own}.attention_norm"), weights, f"{own}.attention", config, setup, causal)
-        inner = norm(x, f"{own}.ffn_norm")
-        gate, up = (inner @ weights[f"{own}.feed_forward.{part}.weight"].T for part in ("w1", "w3"))
-        x = x + gate / (1 + np.exp(-gate)) * up @ weights[f"{own}.feed_forward.w2.weight"].T
-    return norm(x, "norm")
-
-
-def attention(
-    x: np.ndarray, weights: dict[str, np.ndarray], name: str, config: dict[str, Any], setup: Setup, causal: bool
-) -> np.ndarray:
-    """Attention of one row, (T, D) -> (T, D), one query head after another."""
-    query, key, value = (x @ weights[f"{name}.compute_{part}.weight"].T for part in ("query", "key", "value"))
-    width = config["dim"] // config["n_heads"]
-    mixed = []
-    for head in range(config["n_heads"]):
-        shared = head * config["n_kv_heads"] // config["n_heads"]
-        own, theirs = (slice(one * width, (one + 1) * width) for one in (head, shared))
-        scores = turned(query[:, own], config, setup) @ turned(key[:, theirs], config, setup).T / np.sqrt(width)
-        if causal:
-            scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
-        powers = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed.append(powers / powers.sum(-1, keepdims=True) @ value[:, theirs])
-    return np.concatenate(mixed, -1) @ weights[f"{name}.compute_output.weight"].T
-
-
-def turned(x: np.ndarray, config: dict[str, Any], setup: Setup) -> np.ndarray:
-    """One head's features (T, hd), rotated by the convention of the setup."""
-    half = x.shape[1] // 2
-    index = np.arange(half)
-    angles = np.outer(np.arange(len(x)), config["rope_theta"] ** (-index / half))
-    turn = np.exp(1j * angles if setup.sign == "plus" else -1j * angles)
-    one, two = (2 * index, 2 * index + 1) if setup.pairing == "interleaved" else (index, index + half)
-    points = (x[:, one] + 1j * x[:, two]) * turn
-    out = np.empty_like(x)
-    out[:, one], out[:, two] = points.real, points.imag
-    return out

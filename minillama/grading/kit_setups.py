@@ -1,17 +1,28 @@
 """The setups of the course: three editions, and 48 variants of each, so that a solution of last year fails by name.
 
-A setup says which norm, rotary pairs and sampling rule a kit asks for. Imports no torch.
+A setup says which norm, rotary pairs and sampling rule a kit asks for. An assignment adds what hand-ins are judged by;
+a kit's is in hidden.json. Imports no torch and no numpy.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from minillama.grading.parts import PARTS
-
-EDITIONS = ("2024", "fall2025", "spring2026")
+# Points for each part, in the order in which the parts build on each other.
+PARTS: dict[str, dict[str, int]] = {
+    "2024": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
+    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
+    "fall2025": {"norm": 8, "rope": 12, "scores": 12, "attention": 8, "block": 10, "model": 8}
+    | {"generate": 10, "adamw": 12, "zero_shot": 4, "classifier": 6, "lora": 10},
+    "spring2026": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
+    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
+}
+EDITIONS = tuple(PARTS)
 NORMS = ("layernorm", "rmsnorm")
 PLACES = ("inside", "outside")  # of eps, by the root
 PAIRINGS = ("interleaved", "halves")
@@ -22,6 +33,10 @@ SAMPLING = {
     "fall2025": ("epsilon", "top_p", "min_p"),
     "spring2026": ("top_p", "min_p", "epsilon"),
 }
+# The number that a kit's `generate` takes by default for each rule that drops tokens.
+DEFAULTS = {"epsilon": 0.05, "top_p": 0.95, "min_p": 0.1}
+# The number with which each of these rules drops nothing.
+OFF = {"epsilon": 0.0, "top_p": 1.0, "min_p": 0.0}
 VARIANTS = 48  # 4 rotary conventions, 4 norms, 3 sampling rules
 NORM_CLASS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 
@@ -64,6 +79,13 @@ class Setup:
             "rope.wrong_sign": self.sign == "minus",
         }
         return [name for name, is_asked in asked.items() if is_asked]
+
+    @property
+    def words(self) -> frozenset[str]:
+        """The edition, the choices and the mask, each in a word; known mistakes ask for them (mistakes.py)."""
+        return frozenset(
+            {self.edition, *self.choices().values(), "causal" if self.causal_argument else "bidirectional"}
+        )
 
     def choices(self) -> dict[str, str]:
         """The choices that a variant changes, as plain values."""
@@ -109,6 +131,26 @@ def exercises(setup: Setup) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {part: found[part] for part in setup.parts}
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What hand-ins are judged by: the setup, the seed of the probes, and the points of each part that is judged."""
+
+    setup: Setup
+    seed: int
+    points: dict[str, int]
+
+    @property
+    def title(self) -> str:
+        """The assignment in words."""
+        choices = self.setup.choices() if self.setup != PLAIN[self.setup.edition] else {}
+        words = [f"edition {self.setup.edition}", *(f"{name} {value}" for name, value in choices.items())]
+        return ", ".join([*words, f"seed {self.seed}"])
+
+    def only(self, parts: Iterable[str]) -> Assignment:
+        """The assignment with these parts alone."""
+        return Assignment(self.setup, self.seed, {part: self.points[part] for part in self.points if part in parts})
+
+
 def hidden_part(setup: Setup, seed: int | None, keep: tuple[str, ...]) -> dict[str, Any]:
     """What only the teacher has: the seed, the seed of the probes, the variant's choices and the points."""
     digest = hashlib.sha256(f"{setup.edition}/{seed}".encode()).digest()
@@ -121,3 +163,31 @@ def hidden_part(setup: Setup, seed: int | None, keep: tuple[str, ...]) -> dict[s
         "kept": list(keep),
         "points": {part: points for part, points in PARTS[setup.edition].items() if part not in keep},
     }
+
+
+def read_hidden(path: Path) -> Assignment:
+    """The assignment in a file that holds a `hidden_part`; its points may be others.
+
+    Raises OSError, and ValueError with the reason in a line if it is no such file or contradicts itself.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON") from None
+    if not isinstance(found, dict) or found.get("edition") not in EDITIONS:
+        raise ValueError(f"it is no hidden.json of a kit: it names no edition ({', '.join(EDITIONS)})")
+    seed, kept, points = (found.get(name) for name in ("seed", "kept", "points"))
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ValueError(f"its seed {seed!r} is no whole number of 0 or more")
+    setup = find_setup(found["edition"], seed)
+    if not isinstance(kept, list) or not all(part in setup.parts for part in kept):
+        raise ValueError(f"its kept parts {kept!r} are not parts of {setup.edition} ({', '.join(setup.parts)})")
+    wanted = hidden_part(setup, seed, tuple(kept))
+    for name in wanted:
+        if name != "points" and found.get(name) != wanted[name]:
+            raise ValueError(f"its {name} is {found.get(name)!r}; with its edition and seed it is {wanted[name]!r}")
+    if not isinstance(points, dict) or set(points) != set(wanted["points"]):
+        raise ValueError(f"its points must be those of {', '.join(wanted['points'])}")
+    if wrong := next((part for part, value in points.items() if type(value) is not int or value < 0), None):
+        raise ValueError(f"its points of {wrong} are {points[wrong]!r}, no whole number of 0 or more")
+    return Assignment(setup, wanted["probe_seed"], {part: points[part] for part in wanted["points"]})

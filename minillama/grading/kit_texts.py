@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from minillama.grading.kit_setups import Setup, exercises
+from minillama.grading.kit_setups import DEFAULTS, Setup, exercises
 
 COS, SIN = 0.540302, 0.841471  # of 1 radian
 COS_HALF, SIN_HALF = 0.877583, 0.479426  # of 0.5 radian
-DEFAULTS = {"epsilon": 0.05, "top_p": 0.95, "min_p": 0.1}
 WHAT = {
     "norm": "normalises a vector",
     "scores": "how much each token reads from each other token",

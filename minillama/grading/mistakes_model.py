@@ -1,27 +1,29 @@
 """Rows of the table of known mistakes for the model's parts: name, slots, sentence for the student.
 
 A slot is a place in the code that holds one thing; two mistakes of one slot cannot be made together. A row may end with
-the editions it belongs to (default: all).
+words: it is a mistake in the setups that have one of them (`Setup.words`; default: in all).
 """
 
 from __future__ import annotations
 
 Row = tuple[str, str, str] | tuple[str, str, str, str]
-BIDIRECTIONAL, CAUSAL, LAYER_NORM = "2024 fall2025", "spring2026", "fall2025 spring2026"
+BIDIRECTIONAL, CAUSAL, LAYER_NORM, RMS_NORM = "bidirectional", "causal", "layernorm", "rmsnorm"
 
 NORM: list[Row] = [
-    ("no_eps", "eps", "eps is missing under the root."),
-    ("eps_outside", "eps root", "eps is added after the root; it belongs under it, to the variance."),
-    ("eps_clamp", "eps", "eps is a lower bound of the variance; it should be added to it."),
+    ("no_eps", "eps", "eps is missing in the divisor."),
+    ("eps_outside", "eps root", "eps is added after the root; it belongs under it, to the variance.", "inside"),
+    ("eps_inside", "eps root", "eps is added under the root; this variant wants it after the root.", "outside"),
+    ("eps_clamp", "eps", "eps is a lower bound; it should be added."),
     ("eps_1e5", "eps", "eps is always 1e-5; use the eps that the constructor was given."),
     ("eps_1e6", "eps", "eps is always 1e-6; use the eps that the constructor was given."),
     ("no_root", "root", "The root is missing: x is divided by the variance, not by the standard deviation."),
     ("unbiased", "count", "The variance is divided by n - 1 (torch.var's default); use n (unbiased=False)."),
     ("no_mean", "centre", "The mean is not subtracted from x.", LAYER_NORM),
-    ("rms", "centre", "This is RMSNorm: LayerNorm subtracts the mean first.", LAYER_NORM),
+    ("rms", "centre", "This is RMSNorm with a bias: LayerNorm subtracts the mean first.", LAYER_NORM),
+    ("rms_norm", "centre bias", "This is RMSNorm: LayerNorm subtracts the mean first, and adds a bias.", LAYER_NORM),
     ("raw_variance", "centre", "The variance is taken of x itself, without its mean subtracted.", LAYER_NORM),
-    ("layer_norm", "centre", "This is LayerNorm: RMSNorm does not subtract the mean.", "2024"),
-    ("centred_variance", "centre", "The mean is subtracted before the squares; RMSNorm takes mean(x^2).", "2024"),
+    ("layer_norm", "centre", "This is LayerNorm: RMSNorm does not subtract the mean.", RMS_NORM),
+    ("centred_variance", "centre", "The mean is subtracted before the squares; RMSNorm takes mean(x^2).", RMS_NORM),
     ("axis_sequence", "axis", "Mean and variance go over the positions (axis 1); they go over the features (axis -1)."),
     ("axis_batch", "axis", "Mean and variance go over the rows of the batch; they go over the features (axis -1)."),
     ("axis_row", "axis", "Mean and variance go over a whole row; each position has its own (axis -1)."),
@@ -36,14 +38,38 @@ NORM: list[Row] = [
 ]
 
 ROPE: list[Row] = [
-    ("split_halves", "pairs", "Features i and i + hd/2 are a pair (split halves); Llama's weights want 2i and 2i+1."),
+    (
+        "split_halves",
+        "pairs",
+        "Features i and i + hd/2 are a pair (split halves); right are pairs (2i, 2i + 1), side by side.",
+        "interleaved",
+    ),
+    (
+        "interleaved",
+        "pairs",
+        "It rotates pairs (2i, 2i + 1); this variant wants split halves, pairs (i, i + hd/2).",
+        "halves",
+    ),
     (
         "concatenated",
         "pairs",
         "The pairs are right, but the results are put one half after the other; interleave them.",
+        "interleaved",
     ),
-    ("wrong_sign", "signs", "The rotation goes the wrong way: both signs of the sine are reversed."),
-    ("missing_minus", "signs", "A minus is missing: the even feature is even * cos - odd * sin."),
+    (
+        "stacked",
+        "pairs",
+        "The pairs are right, but the results are interleaved; put one half after the other.",
+        "halves",
+    ),
+    ("wrong_sign", "signs", "The rotation goes the wrong way: both signs of the sine are reversed.", "plus"),
+    (
+        "plus_sign",
+        "signs",
+        "It turns by plus the angle; this variant turns by minus the angle, position theta^(-2i/hd).",
+        "minus",
+    ),
+    ("missing_minus", "signs", "A minus is missing: one of a pair's two sines is subtracted, the other one added."),
     ("no_sin", "signs", "Only the cosine is used; a rotation mixes both features of a pair."),
     ("cos_sin_swapped", "table", "Cosine and sine are swapped."),
     ("from_one", "start", "Positions count from 1; the first position is 0 and is not rotated."),
@@ -184,6 +210,7 @@ MODEL: list[Row] = [
 APART: frozenset[tuple[str, str, str]] = frozenset(
     {
         ("norm", "no_root", "no_upcast"),
+        ("norm", "rms", "bias_left_out"),  # this is rms_norm
         # With these two, both transpositions are the same.
         ("scores", "weights_transposed", "no_softmax"),
         ("scores", "weights_transposed", "softmax_over_heads"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from minillama.grading.mistakes_model import CAUSAL, LAYER_NORM, Row
+from minillama.grading.mistakes_model import Row
 
-# 2024 draws from all tokens, and its AdamW does not clip.
-EPSILON, TOP_P, LATER = "fall2025", CAUSAL, LAYER_NORM
+EPSILON, TOP_P, MIN_P, FILTERED = "epsilon", "top_p", "min_p", "epsilon top_p min_p"
+CLIPPED = "fall2025 spring2026"  # the AdamW of 2024 does not clip
 
 GENERATE: list[Row] = [
     ("least_likely", "greedy", "Temperature 0 takes the token with the lowest logit; take the highest."),
@@ -26,13 +26,13 @@ GENERATE: list[Row] = [
         "temperature_on_probabilities",
         "temperature filter order draw renormalise",
         "The probabilities are divided by the temperature; divide the logits.",
-        LATER,
+        f"{EPSILON} {TOP_P}",
     ),
     (
         "filter_before_temperature",
         "order",
         "Tokens are dropped by their probability before the temperature; after it.",
-        LATER,
+        FILTERED,
     ),
     (
         "no_epsilon",
@@ -64,6 +64,32 @@ GENERATE: list[Row] = [
         "The kept places of the sorted list are taken as token ids; map them back.",
         TOP_P,
     ),
+    ("no_min_p", "filter order renormalise", "min_p is not used: all tokens can be drawn.", MIN_P),
+    (
+        "min_p_absolute",
+        "filter",
+        "Probabilities are compared with min_p itself; compare them with min_p times the largest one.",
+        MIN_P,
+    ),
+    ("min_p_below", "filter", "The comparison is reversed: tokens below min_p of the largest are kept.", MIN_P),
+    (
+        "epsilon_sampling",
+        "alone",
+        "This is epsilon sampling; here another rule says which tokens can be drawn.",
+        "temperature top_p min_p",
+    ),
+    (
+        "top_p_sampling",
+        "alone",
+        "This is top-p (nucleus) sampling; here another rule says which tokens can be drawn.",
+        "temperature epsilon min_p",
+    ),
+    (
+        "min_p_sampling",
+        "alone",
+        "This is min-p sampling; here another rule says which tokens can be drawn.",
+        "temperature epsilon top_p",
+    ),
     (
         "softmax_twice",
         "renormalise",
@@ -73,9 +99,9 @@ GENERATE: list[Row] = [
         "dropped_logits_zero",
         "renormalise",
         "Dropped tokens get the logit 0, which may be likely; give them -inf.",
-        LATER,
+        FILTERED,
     ),
-    ("uniform", "draw renormalise", "All kept tokens are equally likely; draw them by their probabilities.", LATER),
+    ("uniform", "draw renormalise", "All kept tokens are equally likely; draw them by their probabilities.", FILTERED),
     (
         "arg_max",
         "draw temperature filter order renormalise restored",
@@ -119,21 +145,21 @@ ADAMW: list[Row] = [
     ("ascent", "sign", "The step goes up the gradient: subtract it."),
     ("first_group_only", "groups", "Only the first parameter group is updated."),
     ("group_settings_ignored", "groups", "All groups use the constructor's settings; read each group's own."),
-    ("clip_left_out", "clip", "max_grad_norm has no effect.", LATER),
+    ("clip_left_out", "clip", "max_grad_norm has no effect.", CLIPPED),
     (
         "clip_each_parameter",
         "clip",
         "Each parameter's gradient is clipped alone; clip the norm of the group's together.",
-        LATER,
+        CLIPPED,
     ),
     (
         "clip_by_value",
         "clip",
         "Gradients are clipped by value; scale them so that their norm is max_grad_norm at most.",
-        LATER,
+        CLIPPED,
     ),
-    ("clip_over_groups", "clip", "The norm is taken over all groups; take each group's own.", LATER),
-    ("clip_always", "clip", "Gradients are scaled to max_grad_norm also if their norm is smaller.", LATER),
+    ("clip_over_groups", "clip", "The norm is taken over all groups; take each group's own.", CLIPPED),
+    ("clip_always", "clip", "Gradients are scaled to max_grad_norm also if their norm is smaller.", CLIPPED),
     ("state_shared", "step state", "m, v and t are shared by all parameters; each has its own (self.state[p])."),
     (
         "state_not_kept",

@@ -1,4 +1,4 @@
-"""The parts of the assignment, with the points of each edition, and the probes that a part is judged with.
+"""The probes that the parts of the assignment are judged with.
 
 A probe (`Case`) is a small problem drawn from a seed. `runner.run_case` puts it to a student's modules, and
 `answers.answer` solves it in NumPy, without or with known mistakes. Both give arrays of the same names.
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minillama.grading import probes_model, probes_training
+from minillama.grading.kit_setups import Setup
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 2e-4  # of the largest value; float32 noise is some 1e-6, known mistakes differ by more than 1e-3
@@ -34,18 +35,7 @@ class Case:
         return float(self.settings.get("tolerance", TOLERANCE))
 
 
-# Points for each part, in the order in which the parts build on each other.
-PARTS: dict[str, dict[str, int]] = {
-    "2024": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
-    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
-    "fall2025": {"norm": 8, "rope": 12, "scores": 12, "attention": 8, "block": 10, "model": 8}
-    | {"generate": 10, "adamw": 12, "zero_shot": 4, "classifier": 6, "lora": 10},
-    "spring2026": {"norm": 10, "rope": 14, "scores": 14, "attention": 8, "block": 12, "model": 8}
-    | {"generate": 12, "adamw": 12, "zero_shot": 4, "classifier": 6},
-}
-
-
-PROBES: dict[str, Callable[[str, np.random.Generator], list[tuple[str, dict[str, Any], Arrays]]]] = {
+PROBES: dict[str, Callable[[Setup, np.random.Generator], list[tuple[str, dict[str, Any], Arrays]]]] = {
     "norm": probes_model.norm,
     "rope": probes_model.rope,
     "scores": probes_model.scores,
@@ -60,12 +50,16 @@ PROBES: dict[str, Callable[[str, np.random.Generator], list[tuple[str, dict[str,
 }
 
 
-def cases(part: str, edition: str, seed: int) -> list[Case]:
-    """The probes of a part in an edition; the same seed gives the same probes. Raises KeyError for an unknown part."""
-    if part not in PARTS[edition]:
-        raise KeyError(f"the edition {edition} has no part {part}; its parts are {', '.join(PARTS[edition])}")
-    source = np.random.default_rng([seed, zlib.crc32(f"{edition} {part}".encode())])
-    return [Case(part, *probe) for probe in PROBES[part](edition, source)]
+def cases(part: str, setup: Setup, seed: int) -> list[Case]:
+    """The probes of a part in a setup; the same seed gives the same probes. Raises KeyError for an unknown part.
+
+    Their setting "switches" names the known mistakes that are right in this setup.
+    """
+    if part not in setup.parts:
+        raise KeyError(f"the edition {setup.edition} has no part {part}; its parts are {', '.join(setup.parts)}")
+    source = np.random.default_rng([seed, zlib.crc32(f"{setup.edition} {part}".encode())])
+    probes = PROBES[part](setup, source)
+    return [Case(part, name, {"switches": setup.switches} | settings, arrays) for name, settings, arrays in probes]
 
 
 def distance(found: Arrays, wanted: Arrays) -> float:

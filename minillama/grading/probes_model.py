@@ -1,6 +1,6 @@
 """Probes of the model's parts: norm, rope, scores, attention, block and the whole model.
 
-Each function gives (name, settings, arrays) for an edition, drawn from a source of random numbers. Sizes are small, odd
+Each function gives (name, settings, arrays) for a setup, drawn from a source of random numbers. Sizes are small, odd
 and different from each other, so that a wrong axis shows. Values are float32, so that both sides start from the same.
 """
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from minillama.grading.kit_setups import Setup
+
 Arrays = dict[str, np.ndarray]
 Probe = tuple[str, dict[str, Any], Arrays]
 Source = np.random.Generator
 
 
-def conventions(edition: str) -> dict[str, Any]:
-    """The norm and the attention of an edition."""
-    return {"norm": "rmsnorm" if edition == "2024" else "layernorm", "causal": edition == "spring2026"}
+def conventions(setup: Setup) -> dict[str, Any]:
+    """The norm and the attention of a setup."""
+    return {"norm": setup.norm, "causal": setup.causal_argument}
 
 
 def normal(source: Source, *shape: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
@@ -35,14 +37,14 @@ def norm_weights(source: Source, dim: int, kind: str, name: str = "") -> Arrays:
     return weights | ({f"{name}bias": normal(source, dim, std=0.4)} if kind == "layernorm" else {})
 
 
-def norm(edition: str, source: Source) -> list[Probe]:
-    kind = conventions(edition)["norm"]
+def norm(setup: Setup, source: Source) -> list[Probe]:
+    kind = conventions(setup)["norm"]
     probes = []
     for name, mean, std, eps in (
         ("usual values", 0.3, 1.0, 1e-5),
         ("variance of 1e-4, eps 1e-5", 0.002, 1e-2, 1e-5),
         ("variance of 1e-4, eps 3e-4", 0.002, 1e-2, 3e-4),
-        ("variance of 1e-5, eps 1e-6", 0.001, 3e-3, 1e-6),
+        ("variance of 1e-8, eps 3e-4", 1e-4, 1e-4, 3e-4),
         ("large mean", 20.0, 1.5, 1e-3),
         ("variance of 1e-6, eps 1e-3", 0.001, 1e-3, 1e-3),
     ):
@@ -58,7 +60,7 @@ def norm(edition: str, source: Source) -> list[Probe]:
     return with_gradients(probes, *half)
 
 
-def rope(edition: str, source: Source) -> list[Probe]:
+def rope(setup: Setup, source: Source) -> list[Probe]:
     probes = []
     for name, theta, rows, length, heads, kv_heads, hd in (
         ("usual theta", 10000.0, 2, 7, 4, 4, 4),
@@ -76,7 +78,7 @@ def rope(edition: str, source: Source) -> list[Probe]:
     return with_gradients(probes, "query", "key")
 
 
-def scores(edition: str, source: Source) -> list[Probe]:
+def scores(setup: Setup, source: Source) -> list[Probe]:
     probes = []
     for name, rows, heads, length, hd, dropout in (
         ("one row", 1, 3, 5, 6, 0.0),
@@ -86,14 +88,15 @@ def scores(edition: str, source: Source) -> list[Probe]:
     ):
         arrays = {part: normal(source, rows, heads, length, hd) for part in ("query", "key", "value")}
         settings = {"dim": heads * hd, "n_heads": heads, "n_kv_heads": heads, "max_seq_len": 32, "dropout": dropout}
-        probes.append((name, conventions(edition) | settings, arrays))
+        probes.append((name, conventions(setup) | settings, arrays))
     return with_gradients(probes, "query", "key", "value")
 
 
 def sizes(hd: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
     """Fields of a LlamaConfig. The feed-forward width is odd, so it is not mistaken for the model's."""
     settings = {"dim": hd * heads, "n_heads": heads, "n_kv_heads": kv_heads, "max_seq_len": 32, "dropout": 0.0}
-    return settings | {"hidden_dim": 2 * hd * heads + 1, "layer_norm_eps": 1e-5, "n_layers": 1, "vocab_size": 8} | more
+    settings |= {"hidden_dim": 2 * hd * heads + 1, "layer_norm_eps": 1e-5, "rope_theta": 10000.0}
+    return settings | {"n_layers": 1, "vocab_size": 8} | more
 
 
 def attention_weights(source: Source, settings: dict[str, Any], name: str = "") -> Arrays:
@@ -113,7 +116,7 @@ def layer_weights(source: Source, settings: dict[str, Any], name: str = "") -> A
     return weights
 
 
-def attention(edition: str, source: Source) -> list[Probe]:
+def attention(setup: Setup, source: Source) -> list[Probe]:
     probes = []
     for name, hd, heads, kv_heads, rows, length, more in (
         ("as many key/value heads", 4, 7, 7, 2, 7, {}),
@@ -122,22 +125,22 @@ def attention(edition: str, source: Source) -> list[Probe]:
         ("one head", 6, 1, 1, 4, 11, {}),
         ("causal=False", 4, 2, 2, 2, 5, {"causal": False, "causal_argument": True}),
     ):
-        if more.get("causal_argument") and edition != "spring2026":
+        if more.get("causal_argument") and not setup.causal_argument:
             continue
-        settings = conventions(edition) | sizes(hd, heads, kv_heads, **more)
+        settings = conventions(setup) | sizes(hd, heads, kv_heads, **more)
         x = normal(source, rows, length, settings["dim"])
         probes.append((name, settings, {"x": x} | attention_weights(source, settings)))
     return with_gradients(probes, "x", "compute_value.weight")
 
 
-def block(edition: str, source: Source) -> list[Probe]:
+def block(setup: Setup, source: Source) -> list[Probe]:
     probes = []
     for name, hd, heads, kv_heads, rows, length, mean, layer_id in (
         ("one row", 4, 3, 3, 1, 7, 0.0, 0),
         ("batch, grouped heads, mean of 2", 6, 4, 2, 3, int(source.integers(4, 8)), 2.0, 0),
         ("the second layer", 4, 3, 3, 2, 7, 0.0, 1),
     ):
-        settings = conventions(edition) | sizes(hd, heads, kv_heads, layer_id=layer_id)
+        settings = conventions(setup) | sizes(hd, heads, kv_heads, layer_id=layer_id)
         x = normal(source, rows, length, settings["dim"], mean=mean)
         probes.append((name, settings, {"x": x} | layer_weights(source, settings)))
     return with_gradients(probes, "x", "feed_forward.w1.weight")
@@ -151,7 +154,7 @@ def model_weights(source: Source, settings: dict[str, Any]) -> Arrays:
     return weights | norm_weights(source, settings["dim"], settings["norm"], "norm.")
 
 
-def model(edition: str, source: Source) -> list[Probe]:
+def model(setup: Setup, source: Source) -> list[Probe]:
     probes: list[Probe] = []
     for name, heads, kv_heads, layers, vocabulary, rows, length, dropout in (
         ("two layers", 2, 2, 2, 19, 2, 5, 0.0),
@@ -160,7 +163,7 @@ def model(edition: str, source: Source) -> list[Probe]:
         ("three layers, two heads, token 0", 2, 2, 3, 13, 2, 5, 0.0),
     ):
         more = {"n_layers": layers, "vocab_size": vocabulary, "dropout": dropout}
-        settings = conventions(edition) | sizes(4, heads, kv_heads, **more)
+        settings = conventions(setup) | sizes(4, heads, kv_heads, **more)
         tokens = source.integers(1, vocabulary, (rows, length))
         if len(probes) == 3:
             tokens[:, 1] = 0

@@ -6,14 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from minillama.grading.kit_setups import Setup
 from minillama.grading.probes_model import Probe, Source, conventions, model_weights, normal, sizes, with_gradients
 
 DRAWS = 100_000  # rows, whose first new token counts; a frequency then has a standard deviation of 0.0016 at most
 
 
-def generate(edition: str, source: Source) -> list[Probe]:
+def generate(setup: Setup, source: Source) -> list[Probe]:
     probes: list[Probe] = []
-    filtered = {"fall2025": "epsilon", "spring2026": "top_p"}.get(edition)  # 2024 draws from all tokens
+    rule = setup.sampling
+
+    def sampled(number: float | None) -> dict[str, Any]:
+        return conventions(setup) | {"sampling": rule} | ({} if number is None else {rule: number})
+
     for name, rows, length, new, context in (
         ("greedy, one row", 1, 4, 5, 16),
         ("greedy beyond the context", 4, int(source.integers(4, 7)), 12, 8),
@@ -26,35 +31,31 @@ def generate(edition: str, source: Source) -> list[Probe]:
             "first": normal(source, vocabulary, vocabulary),
             "prompt": source.integers(0, vocabulary, (rows, length)),
         }
-        settings = (
-            {"temperature": 0.0}
-            | ({filtered: 0.3} if filtered else {})
-            | {"max_new_tokens": new, "max_seq_len": context}
-        )
-        probes.append((name, conventions(edition) | settings, arrays))
+        settings = {"temperature": 0.0, "max_new_tokens": new, "max_seq_len": context}
+        probes.append((name, sampled(None if rule == "temperature" else 0.3) | settings, arrays))
     falling = np.array([2.9, 2.3, 1.8, 1.2, 0.6, -0.1, -0.8, -2.0, -3.0])
     equal = np.zeros(4)
-    for name, logits, temperature, value in (
-        ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8}),
-        ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85}),
-        ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.13, "top_p": 0.55}),
-        ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4}),
+    draws: tuple[tuple[str, np.ndarray, float, dict[str, float]], ...] = (
+        ("draws, temperature 1.6", falling, 1.6, {"epsilon": 0.06, "top_p": 0.8, "min_p": 0.3}),
+        ("draws, temperature 0.7", falling + 0.4, 0.7, {"epsilon": 0.12, "top_p": 0.85, "min_p": 0.12}),
+        ("draws, temperature 1.3, low logits", falling - 2.0, 1.3, {"epsilon": 0.13, "top_p": 0.55, "min_p": 0.15}),
+        ("draws of similar tokens", 0.4 * falling, 1.2, {"top_p": 0.4, "min_p": 0.2}),
         ("draws of tokens exactly at epsilon", equal, 1.0, {"epsilon": 0.25}),
-    ):
-        if filtered not in (*value, None) or (filtered is None and len(logits) == 4):
+    )
+    for name, logits, temperature, numbers in draws:
+        if rule not in ("temperature", *numbers):
             continue
         order = source.permutation(len(logits))
         table = np.tile(logits[order], (len(logits), 1)).astype(np.float32)
         prompt = source.integers(0, len(logits), (1, 3))
-        settings = {"temperature": temperature} | ({filtered: value[filtered]} if filtered else {})
-        settings |= {"max_new_tokens": 2, "max_seq_len": 16}
+        settings = {"temperature": temperature, "max_new_tokens": 2, "max_seq_len": 16}
         settings |= {"draws": DRAWS, "tolerance": 0.025, "at_epsilon": len(logits) == 4}
         arrays = {"table": table, "first": np.zeros_like(table), "prompt": prompt}
-        probes.append((name, conventions(edition) | settings, arrays))
+        probes.append((name, sampled(numbers.get(rule)) | settings, arrays))
     return probes
 
 
-def adamw(edition: str, source: Source) -> list[Probe]:
+def adamw(setup: Setup, source: Source) -> list[Probe]:
     plain = {"lr": 0.03, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.0}
     plain |= {"correct_bias": True, "max_grad_norm": None}
     two: list[dict[str, Any]] = [
@@ -70,7 +71,7 @@ def adamw(edition: str, source: Source) -> list[Probe]:
         ("a parameter without gradient", plain | {"weight_decay": 2.0}, [{"count": 3}], 3, (3, 2), [1]),
     )
     for name, defaults, groups, steps, shape, without in rows:
-        if defaults["max_grad_norm"] is not None and edition == "2024":
+        if defaults["max_grad_norm"] is not None and setup.edition == "2024":
             continue
         count = sum(group["count"] for group in groups)
         gradients = normal(source, steps, count, *shape, std=0.5)
@@ -82,24 +83,24 @@ def adamw(edition: str, source: Source) -> list[Probe]:
     return probes
 
 
-def small_llama(edition: str, source: Source, **more: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def small_llama(setup: Setup, source: Source, **more: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Settings and weights of a Llama of two layers. All its Linears of attention are square."""
-    settings = conventions(edition) | sizes(4, 3, 3, n_layers=2, vocab_size=31, multiple_of=8, **more)
+    settings = conventions(setup) | sizes(4, 3, 3, n_layers=2, vocab_size=31, multiple_of=8, **more)
     return settings, model_weights(source, settings)
 
 
-def zero_shot(edition: str, source: Source) -> list[Probe]:
+def zero_shot(setup: Setup, source: Source) -> list[Probe]:
     probes = []
     length = int(source.integers(5, 9))
     for name, rows, labels in (("two labels", 2, 2), ("five labels", int(source.integers(3, 6)), 5)):
-        settings, weights = small_llama(edition, source)
+        settings, weights = small_llama(setup, source)
         ids = [int(i) for i in source.permutation(np.arange(4, 31))[:labels]]  # 0 to 3 are special
         tokens = source.integers(4, 31, (rows, length))
         probes.append((name, settings | {"label_ids": ids}, weights | {"tokens": tokens}))
     return probes
 
 
-def classifier(edition: str, source: Source) -> list[Probe]:
+def classifier(setup: Setup, source: Source) -> list[Probe]:
     probes = []
     for name, option, rows, labels, dropout, training in (
         ("finetune", "finetune", 3, 5, 0.0, False),
@@ -107,7 +108,7 @@ def classifier(edition: str, source: Source) -> list[Probe]:
         ("dropout of 0.3 in evaluation", "finetune", 2, 3, 0.3, False),
         ("dropout of 0.3 in training", "finetune", 4, 3, 0.3, True),
     ):
-        settings, weights = small_llama(edition, source)
+        settings, weights = small_llama(setup, source)
         settings |= {"option": option, "num_labels": labels, "hidden_dropout_prob": dropout, "training": training}
         arrays = weights | {
             "tokens": source.integers(0, 31, (rows, int(source.integers(4, 8)))),
@@ -118,7 +119,7 @@ def classifier(edition: str, source: Source) -> list[Probe]:
     return with_gradients(probes, "tok_embeddings.weight", "classifier_head.weight")
 
 
-def lora(edition: str, source: Source) -> list[Probe]:
+def lora(setup: Setup, source: Source) -> list[Probe]:
     probes: list[Probe] = []
     for name, dim, rank, alpha in (("a layer of rank 2", 7, 2, 3.0), ("a layer of rank 3", 9, 3, 1.0)):
         arrays = {
@@ -128,7 +129,7 @@ def lora(edition: str, source: Source) -> list[Probe]:
             "lora_B": normal(source, dim, rank),
         }
         probes.append((name, {"rank": rank, "alpha": alpha}, arrays))
-    settings, weights = small_llama(edition, source)
+    settings, weights = small_llama(setup, source)
     dim = settings["dim"]
     for i in range(settings["n_layers"]):
         for part in ("query", "key", "value", "output"):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.grading.calls import called, gradients_of
+from minillama.grading.calls import called, gradients_of, rule_arguments
 from minillama.grading.parts import Arrays, Case
 
 Modules = Mapping[str, Any]
@@ -108,13 +108,20 @@ def weights_in(arrays: Arrays) -> Arrays:
 
 
 def norm(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
-    module = getattr(modules["llama"], NORMS[settings["norm"]])(arrays["x"].shape[-1], settings["eps"])
-    put_weights(module, {name: value for name, value in arrays.items() if name != "x"})
+    llama, name = modules["llama"], NORMS[settings["norm"]]
+    weights = {name: value for name, value in arrays.items() if name != "x"}
+    [other] = set(NORMS.values()) - {name}
+    if not hasattr(llama, name) and hasattr(llama, other):  # a solution of another variant; both have a weight
+        name, weights = other, {"weight": arrays["weight"]}
+    module = getattr(llama, name)(arrays["x"].shape[-1], settings["eps"])
+    put_weights(module, weights)
     dtype = getattr(torch, settings.get("dtype", "float32"))
     (x,) = tensors(arrays, "x")
     module, x = module.to(dtype), x.to(dtype, copy=True)
     output = numbers(found := called(module, x), "the norm")
-    slopes = gradients_of(settings, ("output",), module, x, x=x, **dict(module.named_parameters()))
+    leaves = dict(zip(arrays, tensors(arrays, *arrays), strict=True))  # none reaches a weight that the student lacks
+    leaves |= {"x": x} | dict(module.named_parameters())
+    slopes = gradients_of(settings, ("output",), module, x, **leaves)
     module(x)
     size = np.array(float(found.element_size()))
     return {"output": output, "bytes": size, "input_afterwards": numbers(x, "the norm")} | slopes
@@ -187,7 +194,10 @@ def model(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
 @torch.no_grad()
 def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
-    """Calls Llama.generate on a model whose logits are fixed: they depend on the first and the last token alone."""
+    """Calls Llama.generate on a model whose logits are fixed: they depend on the first and the last token alone.
+
+    A `generate` with several sampling rules is called with the other rules switched off.
+    """
     table, first, prompt = tensors(arrays, "table", "first", "prompt")
     small = {"vocab_size": len(table), "dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "hidden_dim": 8}
     module = modules["llama"].Llama(config_of({**settings, **small}, modules)).eval()
@@ -197,10 +207,7 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
         return table[read] + first[tokens[:, :1]], torch.zeros(*tokens.shape, 8)
 
     module.forward = forward  # type: ignore[method-assign]
-    taken = parameters_of(module.generate)
-    more = {name: settings[name] for name in ("epsilon", "top_p") if name in settings}
-    if not more and "epsilon" in taken:  # an edition that draws from all tokens
-        more = {"epsilon": 0.0}
+    more = rule_arguments(module.generate, settings)
     prompt = prompt.expand(settings.get("draws", len(prompt)), -1).contiguous()
     torch.manual_seed(len(prompt))
     try:

@@ -23,9 +23,12 @@ import numpy as np
 from minillama.environment import HERE
 from minillama.grading import wire
 from minillama.grading.confinement import NOBODY, Limits
+from minillama.grading.kit import solved_text
+from minillama.grading.kit_setups import PLAIN, Setup
 from minillama.grading.parts import Case
 from minillama.grading.reading import HOMES
 
+OURS = ("config", "rope", "llama")  # modules with the parts that may be replaced, each after those that it imports
 PROVIDED = ("config.py", "tokenizer.py")  # ours are taken if a folder has none
 COMPANIONS = {"llama": ("config", "rope")}  # modules of ours that a module of ours needs
 SKIPPED = {"__pycache__", "node_modules", "venv", "env", "runs", "data"}  # and all names that begin with a dot
@@ -98,8 +101,8 @@ class Run:
 class Sandbox:
     """Runs the modules of one folder. Use it in a `with` statement: it holds a process and a temporary folder."""
 
-    def __init__(self, folder: Path, edition: str, limits: Limits = DEFAULT_LIMITS) -> None:
-        self.folder, self.edition, self.limits = folder, edition, limits
+    def __init__(self, folder: Path, setup: Setup, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.folder, self.setup, self.limits = folder, setup, limits
         self.ours: set[str] = set()  # modules of the folder that are replaced by ours
         self.process: subprocess.Popen[bytes] | None = None
         self.channel = -1
@@ -159,7 +162,7 @@ class Sandbox:
         started = time.monotonic()
         run = Run()
         copy = self.copy(HOMES[part])
-        header, arrays = request(part, self.edition, cases, stand_ins, copy, self.limits)
+        header, arrays = request(part, self.setup, cases, stand_ins, copy, self.limits)
         try:
             self.start()
             self.wait_until_ready()
@@ -211,7 +214,7 @@ class Sandbox:
             if not (copy / name).exists():
                 shutil.copyfile(HERE / name, copy / name)
         for module in self.ours - {kept}:
-            shutil.copyfile(HERE / f"{module}.py", copy / f"{module}.py")
+            (copy / f"{module}.py").write_text(our_text(self.setup, f"{module}.py"), encoding="utf-8")
         if "llama" in self.ours:  # ours needs our package
             shutil.rmtree(copy / "minillama", ignore_errors=True)
         if not (copy / "minillama").exists():
@@ -221,6 +224,15 @@ class Sandbox:
                 for path in (top, *(os.path.join(top, name) for name in names)):
                     os.chown(path, NOBODY, NOBODY)
         return copy
+
+
+def our_text(setup: Setup, name: str) -> str:
+    """Our module for a setup: this repository's for an edition, as its `generate` knows every rule, and the solution's
+    for a variant.
+    """
+    if setup == PLAIN[setup.edition]:
+        return (HERE / name).read_text(encoding="utf-8")
+    return solved_text(setup, name)
 
 
 def judged_files(source: Path) -> list[Path]:
@@ -253,14 +265,15 @@ def kept(name: str) -> bool:
 
 
 def request(
-    part: str, edition: str, cases: Sequence[Case], stand_ins: Sequence[str], copy: Path, limits: Limits
+    part: str, setup: Setup, cases: Sequence[Case], stand_ins: Sequence[str], copy: Path, limits: Limits
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The message that asks the harness for a run."""
     header = {
         "part": part,
-        "edition": edition,
         "folder": str(copy),
         "stand_ins": list(stand_ins),
+        "ours": {name: solved_text(setup, f"{name}.py") for name in (OURS if stand_ins else ())},
+        "causal": setup.causal_argument,
         "limits": limits._asdict(),
         "cases": [[case.name, case.settings, list(case.arrays)] for case in cases],
     }

@@ -1,12 +1,12 @@
 """Our parts in the place of a student's that fail, so that the parts after them can be judged.
 
-Only methods and functions are exchanged; the student's classes, weights and constructors stay. A class with the
-signature of ours (it takes a cache) gets our method. One of the course's form gets the plain version below.
+Methods and functions are exchanged; the student's classes, weights and constructors stay, but for a norm of the wrong
+kind. Norm and rotation are those of the setup's solution. The rest is written out below: it asks little of the
+student's classes, and takes and ignores the masks and caches that our own modules hand on.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NORMS = ("LayerNorm", "RMSNorm")
 
-def put_in(parts: Sequence[str], modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    """Exchanges these parts in the student's modules. Raises AttributeError if a class is missing."""
+
+def put_in(parts: Sequence[str], modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
+    """Exchanges these parts in the student's modules. ours: the solution's. causal: whether attention looks back only,
+    where the student's does not say. Raises AttributeError if a class is missing.
+    """
     for part in parts:
         {
             "norm": norm,
@@ -27,26 +31,24 @@ def put_in(parts: Sequence[str], modules: Any, ours: Mapping[str, ModuleType], e
             "attention": attention,
             "block": block,
             "model": model,
-        }.get(part, lambda *_: None)(modules, ours, edition)
+        }.get(part, lambda *_: None)(modules, ours, causal)
 
 
-def norm(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    for name in ("LayerNorm", "RMSNorm"):
-        if hasattr(modules["llama"], name):
-            getattr(modules["llama"], name).forward = layer_norm if name == "LayerNorm" else rms_norm
+def norm(modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
+    [right] = (getattr(ours["llama"], name) for name in NORMS if hasattr(ours["llama"], name))
+    llama = modules["llama"]
+    if hasattr(llama, right.__name__):
+        getattr(llama, right.__name__).forward = right.forward
+        return
+    for name in NORMS:  # a solution of another variant
+        if hasattr(llama, name):
+            setattr(llama, name, right)
 
 
-def layer_norm(self: Any, x: Tensor) -> Tensor:
-    wide = x.float()
-    return F.layer_norm(wide, self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+def rope(modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
+    def right(query: Tensor, key: Tensor, *sizes: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return ours["rope"].apply_rotary_emb(query, key, *sizes[:3], **named)
 
-
-def rms_norm(self: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-def rope(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    right = ours["rope"].apply_rotary_emb
     for name in ("rope", "llama"):
         if hasattr(modules[name], "apply_rotary_emb"):
             modules[name].apply_rotary_emb = right
@@ -55,17 +57,12 @@ def rope(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
         module.apply_rotary_emb = right  # type: ignore[union-attr]
 
 
-def takes_a_cache(function: Any) -> bool:
-    """Whether a method has the signature of ours."""
-    return "cache" in inspect.signature(function).parameters
-
-
-def is_causal(module: Any, edition: str) -> bool:
+def is_causal(module: Any, causal: bool) -> bool:
     """Whether an attention of the student's looks back only."""
     for place in (module, getattr(module, "config", None)):
         if isinstance(found := getattr(place, "causal", None), bool):
             return found
-    return edition == "spring2026"
+    return causal
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -77,27 +74,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return weights.softmax(-1) @ value
 
 
-def scores(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    student = modules["llama"].Attention
-    if len(inspect.signature(student.compute_query_key_value_scores).parameters) > 4:  # with a mask, as ours
-        student.compute_query_key_value_scores = ours["llama"].Attention.compute_query_key_value_scores
-        return
+def scores(modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
+    def compute_query_key_value_scores(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        return attend(query, key, value, is_causal(self, causal))
 
-    def compute_query_key_value_scores(self: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, is_causal(self, edition))
-
-    student.compute_query_key_value_scores = compute_query_key_value_scores
+    modules["llama"].Attention.compute_query_key_value_scores = compute_query_key_value_scores
 
 
-def attention(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    student = modules["llama"].Attention
-    if takes_a_cache(student.forward):
-        for name in ("forward", "attend", "compute_query_key_value_scores"):
-            setattr(student, name, getattr(ours["llama"].Attention, name))
-        return
+def attention(modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
     rotated = ours["rope"].apply_rotary_emb
 
-    def forward(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, mask: Any = None, only: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         rows, length, _width = x.shape
         config = getattr(self, "config", None)
         head_dim = getattr(self, "head_dim", None) or config.dim // config.n_heads  # type: ignore[union-attr]
@@ -109,39 +96,31 @@ def attention(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> Non
         shared = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(shared, 2), value.repeat_interleave(shared, 2)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        mixed = attend(query, key, value, is_causal(self, edition))
-        return self.compute_output(mixed.transpose(1, 2).flatten(-2))
+        mixed = attend(query, key, value, is_causal(self, causal))
+        return at(self.compute_output(mixed.transpose(1, 2).flatten(-2)), only)
 
-    student.forward = forward
+    modules["llama"].Attention.forward = forward
 
 
-def block(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    student, feed_forward = modules["llama"].LlamaLayer, modules["llama"].FeedForward
-    feed_forward.SwiGLU = swiglu
-    if takes_a_cache(student.forward):
-        student.forward = ours["llama"].LlamaLayer.forward
-        feed_forward.forward = ours["llama"].FeedForward.forward
-        return
-    feed_forward.forward = swiglu
+def at(x: Tensor, only: Tensor | None) -> Tensor:
+    """x (B, T, D) at one position of each row, (B, 1, D), as our own modules may ask; all of x without positions."""
+    return x if only is None else x[torch.arange(len(x)), only][:, None]
 
-    def forward(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+
+def block(modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
+    def forward(self: Any, x: Tensor, mask: Any = None, only: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.ffn_norm(x))
+        return at(x + self.feed_forward(self.ffn_norm(x)), only)
 
-    student.forward = forward
+    modules["llama"].FeedForward.SwiGLU = modules["llama"].FeedForward.forward = swiglu
+    modules["llama"].LlamaLayer.forward = forward
 
 
 def swiglu(self: Any, x: Tensor) -> Tensor:
     return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def model(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
-    student = modules["llama"].Llama
-    if takes_a_cache(student.forward):
-        for name in ("forward", "last_hidden", "residual_stream", "new_cache"):
-            setattr(student, name, getattr(ours["llama"].Llama, name))
-        return
-
+def model(modules: Any, ours: Mapping[str, ModuleType], causal: bool) -> None:
     def forward(self: Any, tokens: Tensor, targets: Tensor | None = None, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
@@ -149,4 +128,7 @@ def model(modules: Any, ours: Mapping[str, ModuleType], edition: str) -> None:
         hidden = self.norm(x)
         return self.output(hidden if targets is not None else hidden[:, -1:]), hidden
 
-    student.forward = forward
+    def last_hidden(self: Any, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        return forward(self, tokens)[1][:, -1]
+
+    modules["llama"].Llama.forward, modules["llama"].Llama.last_hidden = forward, last_hidden

@@ -17,7 +17,7 @@ import pytest
 import course
 from conftest import ROOT
 from minillama.grading.hand_ins import MODULES
-from minillama.grading.parts import PARTS
+from minillama.grading.kit_setups import PARTS
 
 COURSE = ROOT / "examples" / "course"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the scripts are for Linux")

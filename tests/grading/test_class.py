@@ -53,5 +53,5 @@ def test_an_interrupted_class_goes_on_where_it_was(tmp_path):
 
 def test_parts_of_which_the_same_is_said_stand_together():
     stopped = [Verdict(part, 0, 8, STOPPED, "Stopped while llama.py was loading.") for part in ("norm", "block")]
-    one = Judgement("ann", "fall2025", 0, (*stopped, Verdict("rope", 12, 12, RIGHT)))
+    one = Judgement("ann", "edition fall2025, seed 0", (*stopped, Verdict("rope", 12, 12, RIGHT)))
     assert hints_of(one) == [("norm, block", STOPPED, "Stopped while llama.py was loading.")]

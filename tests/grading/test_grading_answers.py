@@ -9,7 +9,9 @@ import pytest
 
 from course_student import student_modules
 from minillama.grading.answers import answer
-from minillama.grading.parts import PARTS, TOLERANCE, Case, cases, distance
+from minillama.grading.calls import rule_arguments
+from minillama.grading.kit_setups import PARTS, PLAIN
+from minillama.grading.parts import TOLERANCE, Case, cases, distance
 from minillama.grading.runner import run_case
 
 OURS = ("config", "rope", "llama", "optimizer", "classifier", "lora")
@@ -23,22 +25,43 @@ RUNS = [  # of torch; draws take seconds
 @pytest.mark.parametrize(("edition", "part"), RUNS)
 def test_our_modules_give_the_right_answer(edition, part):
     modules = {name: import_module(name) for name in OURS}
-    for case in cases(part, edition, seed=3):
+    for case in cases(part, PLAIN[edition], seed=3):
         bound = NOISE if case.tolerance == TOLERANCE else case.tolerance
         assert distance(run_case(case, modules), answer(case)) < bound, case.name
 
 
 @pytest.mark.parametrize(("edition", "part"), RUNS)
 def test_a_solution_in_the_form_of_the_course_gives_the_right_answer(edition, part):
-    modules = student_modules(edition)
-    for case in cases(part, edition, seed=4):
+    modules = student_modules(PLAIN[edition])
+    for case in cases(part, PLAIN[edition], seed=4):
         bound = NOISE if case.tolerance == TOLERANCE else case.tolerance
         assert distance(run_case(case, modules), answer(case)) < bound, case.name
 
 
+@pytest.mark.parametrize(
+    ("signature", "rule", "wanted"),
+    [
+        ("epsilon=0.05, **more", "temperature", {"epsilon": 0.0}),
+        ("epsilon=0.05, **more", "top_p", {"top_p": 0.4, "epsilon": 0.0}),
+        ("epsilon=0.05, **more", "epsilon", {"epsilon": 0.4}),
+        ("epsilon=0.05, top_p=0.9, min_p=0.1", "top_p", {"top_p": 0.4, "epsilon": 0.0, "min_p": 0.0}),
+        ("epsilon=0.05, top_p=0.9", "min_p", {"epsilon": 0.0, "top_p": 1.0}),
+        ("**more", "min_p", {"min_p": 0.4}),
+        ("epsilon=0.05", "epsilon", {"epsilon": 0.4}),
+        ("epsilon=0.05", "temperature", {}),  # a solution of another variant, which must fail
+        ("top_p=0.95", "epsilon", {}),
+        ("top_k=None", "temperature", {}),
+    ],
+)
+def test_a_generate_that_knows_several_rules_is_told_which_applies(signature, rule, wanted):
+    names = {}
+    exec(f"def generate(idx, max_new_tokens, temperature=1.0, {signature}): ...", names)
+    assert rule_arguments(names["generate"], {"sampling": rule, rule: 0.4}) == wanted
+
+
 @pytest.mark.parametrize(("edition", "part"), EVERY)
 def test_the_seed_decides_the_probes(edition, part):
-    first, again, other = (cases(part, edition, seed) for seed in (1, 1, 2))
+    first, again, other = (cases(part, PLAIN[edition], seed) for seed in (1, 1, 2))
     for one, same in zip(first, again, strict=True):
         assert (one.name, one.settings) == (same.name, same.settings)
         assert all(np.array_equal(one.arrays[name], same.arrays[name]) for name in one.arrays)
@@ -55,12 +78,12 @@ def test_points_of_each_edition_are_a_hundred():
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(KeyError, match="has no part lora"):
-        cases("lora", "2024", 0)
+        cases("lora", PLAIN["2024"], 0)
 
 
 def test_a_mistake_of_another_part_is_refused():
     with pytest.raises(ValueError, match="a mistake of the part rope"):
-        answer(cases("norm", "fall2025", 0)[0], {"rope.swapped"})
+        answer(cases("norm", PLAIN["fall2025"], 0)[0], {"rope.swapped"})
 
 
 def test_distance_is_relative_and_infinite_for_other_shapes():
@@ -73,17 +96,17 @@ def test_distance_is_relative_and_infinite_for_other_shapes():
 
 
 def test_an_answer_that_is_no_tensor_is_told():
-    changed = student_modules("fall2025", ("return output.type_as(input)", "pass"))
+    changed = student_modules(PLAIN["fall2025"], ("return output.type_as(input)", "pass"))
     with pytest.raises((TypeError, AttributeError), match="NoneType"):
-        run_case(cases("norm", "fall2025", 0)[0], changed)
+        run_case(cases("norm", PLAIN["fall2025"], 0)[0], changed)
 
 
 def test_a_parameter_of_another_name_is_told():
-    changed = student_modules("fall2025", ("self.bias = nn.Parameter(torch.zeros(dim))", "self.bias = 0.0"))
+    changed = student_modules(PLAIN["fall2025"], ("self.bias = nn.Parameter(torch.zeros(dim))", "self.bias = 0.0"))
     with pytest.raises(AttributeError, match="LayerNorm has no parameter bias"):
         run_case(Case("norm", "one", *_norm_probe()), changed)
 
 
 def _norm_probe():
-    case = cases("norm", "fall2025", 0)[0]
+    case = cases("norm", PLAIN["fall2025"], 0)[0]
     return case.settings, case.arrays

@@ -9,20 +9,22 @@ from conftest import ROOT
 from minillama.grading import judge as judging
 from minillama.grading.differences import compared, described, only_where
 from minillama.grading.judge import EMPTY, ERROR, RIGHT, STOPPED, WRONG, Judgement, verdict_on
+from minillama.grading.kit_setups import PARTS, PLAIN, Assignment
 from minillama.grading.mistakes import MISTAKES
-from minillama.grading.parts import PARTS, Case
+from minillama.grading.parts import Case
 from minillama.grading.reading import unimplemented
 from minillama.grading.sandbox import Problem, Run
 
 EDITION, SEED = "fall2025", 0
+ASSIGNMENT = Assignment(PLAIN[EDITION], SEED, PARTS[EDITION])
 
 
 def answers_with(part, *mistakes, noise=1e-6):
     """The answers of a student with these mistakes, in float32."""
     source = np.random.default_rng(1)
     run = Run(done=True)
-    for i in range(len(judging.probes(part, EDITION, SEED)[0])):
-        arrays = judging.mistaken(part, EDITION, SEED, i, frozenset(mistakes))
+    for i in range(len(judging.probes(part, PLAIN[EDITION], SEED)[0])):
+        arrays = judging.mistaken(part, PLAIN[EDITION], SEED, i, frozenset(mistakes))
         run.answers[i] = {
             name: (array * (1 + noise * source.standard_normal(array.shape) * (array.size > 9))).astype(np.float32)
             for name, array in arrays.items()
@@ -31,7 +33,7 @@ def answers_with(part, *mistakes, noise=1e-6):
 
 
 def verdict(part, run, folder=ROOT, replaced=()):
-    return verdict_on(part, EDITION, SEED, run, folder, replaced)
+    return verdict_on(part, ASSIGNMENT, run, folder, replaced)
 
 
 @pytest.mark.parametrize("part", PARTS[EDITION])
@@ -79,7 +81,7 @@ def test_an_unknown_mistake_is_located():
 
 def test_what_an_unknown_mistake_depends_on_is_told():
     run = answers_with("attention")
-    found = judging.probes("attention", EDITION, SEED)[0]
+    found = judging.probes("attention", PLAIN[EDITION], SEED)[0]
     for i, case in enumerate(found):
         if case.settings["n_kv_heads"] < case.settings["n_heads"]:
             run.answers[i] = {name: array + 0.3 * (array > 0.2) for name, array in run.answers[i].items()}
@@ -109,7 +111,7 @@ def test_a_stopped_run_gets_no_points_and_a_sentence():
     run = answers_with("norm")
     run.end, run.at, run.done = "it computed for more than 20 seconds", 1, False
     found = verdict("norm", run)
-    probe = judging.probes("norm", EDITION, SEED)[0][1].name
+    probe = judging.probes("norm", PLAIN[EDITION], SEED)[0][1].name
     assert (found.word, found.points) == (STOPPED, 0)
     assert found.sentence == f"Stopped on the probe '{probe}': it computed for more than 20 seconds."
     run.loading = "llama"
@@ -167,7 +169,7 @@ def test_later_parts_are_judged_with_ours_in_the_place_of_failing_ones(monkeypat
     monkeypatch.setattr(judging, "Sandbox", FakeSandbox)
     monkeypatch.setattr(FakeSandbox, "wrong", {"norm": "norm.unbiased", "rope": "rope.split_halves"})
     monkeypatch.setattr(FakeSandbox, "asked", [])
-    found = judging.judge(tmp_path, EDITION, SEED)
+    found = judging.judge(tmp_path, ASSIGNMENT)
     words = {one.part: one.word for one in found.verdicts}
     assert [part for part, word in words.items() if word != RIGHT] == ["norm", "rope"]
     assert dict(FakeSandbox.asked)["block"] == ("norm", "rope")
@@ -180,6 +182,6 @@ def test_later_parts_are_judged_with_ours_in_the_place_of_failing_ones(monkeypat
 def test_parts_that_are_not_asked_for_are_ours(monkeypatch, tmp_path):
     monkeypatch.setattr(judging, "Sandbox", FakeSandbox)
     monkeypatch.setattr(FakeSandbox, "asked", [])
-    found = judging.judge(tmp_path, EDITION, SEED, ["attention"])
+    found = judging.judge(tmp_path, ASSIGNMENT.only(["attention"]))
     assert [one.part for one in found.verdicts] == ["attention"]
     assert FakeSandbox.asked == [("attention", ("rope", "scores"))]

@@ -9,6 +9,7 @@ import pytest
 
 from minillama.grading import wire
 from minillama.grading.confinement import Limits
+from minillama.grading.kit_setups import PLAIN
 from minillama.grading.parts import cases
 from minillama.grading.sandbox import Sandbox, judged_files, namespaces
 
@@ -33,7 +34,7 @@ class LayerNorm(nn.Module):
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory):
-    with Sandbox(tmp_path_factory.mktemp("empty"), "fall2025", Limits(seconds=3, wall=20.0)) as box:
+    with Sandbox(tmp_path_factory.mktemp("empty"), PLAIN["fall2025"], Limits(seconds=3, wall=20.0)) as box:
         yield box
 
 
@@ -46,14 +47,14 @@ def run(sandbox, tmp_path):
         code = source.replace("BODY", ("\n" + " " * 8).join(lines))
         (tmp_path / "llama.py").write_text(code, encoding="utf-8")
         sandbox.folder = tmp_path
-        return sandbox.run("norm", cases("norm", "fall2025", 0))
+        return sandbox.run("norm", cases("norm", PLAIN["fall2025"], 0))
 
     return run_body
 
 
 def test_gives_back_arrays(run):
     result = run()
-    probes = cases("norm", "fall2025", 0)
+    probes = cases("norm", PLAIN["fall2025"], 0)
     assert not result.end and not result.problems and result.done
     assert sorted(result.answers) == list(range(len(probes)))
     x = probes[0].arrays["x"].astype(np.float64)

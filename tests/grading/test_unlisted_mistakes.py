@@ -11,12 +11,12 @@ import pytest
 
 from conftest import ROOT
 from minillama.grading import judge as judging
-from minillama.grading.judge import RIGHT, judge
-from minillama.grading.parts import PARTS
+from minillama.grading.judge import FORERUNNERS, RIGHT, judge
+from minillama.grading.kit_setups import PARTS, PLAIN, Assignment
 from minillama.grading.sandbox import Sandbox
 from unlisted_mistakes import CHANGES
 
-EDITION = "fall2025"
+ASSIGNMENT = Assignment(PLAIN["fall2025"], 0, PARTS["fall2025"])
 FILES = ("config.py", "rope.py", "lora.py", "optimizer.py", "llama.py", "classifier.py", "tokenizer.py")
 # A part that builds on each: it is judged with ours, and keeps its points.
 NEXT = {"norm": "block", "rope": "attention", "scores": "attention", "attention": "block", "block": "model"}
@@ -28,7 +28,7 @@ SLOW = [change.name for change in CHANGES if change.part == "generate"][1:]  # 1
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
     """A sandbox whose process serves all tests."""
-    with Sandbox(tmp_path_factory.mktemp("empty"), EDITION) as shared:
+    with Sandbox(tmp_path_factory.mktemp("empty"), ASSIGNMENT.setup) as shared:
         yield shared
 
 
@@ -54,7 +54,7 @@ def judged(box, tmp_path, monkeypatch):
         text = (ROOT / change.file).read_text()
         assert text.count(change.old) == 1, f"{text.count(change.old)} times in {change.file}: {change.old}"
         (tmp_path / change.file).write_text(text.replace(change.old, change.new))
-        return {one.part: one for one in judge(tmp_path, EDITION, 0, parts).verdicts}
+        return {one.part: one for one in judge(tmp_path, ASSIGNMENT.only(parts)).verdicts}
 
     return judge_change
 
@@ -76,15 +76,16 @@ def check(change, found):
     ],
 )
 def test_an_unlisted_mistake_is_located(judged, change):
-    check(change, judged(change, [change.part, NEXT[change.part]]))
+    own = FORERUNNERS["model"] if change.part == "model" else ()  # an attention of ours would ignore its masks
+    check(change, judged(change, [*own, change.part, NEXT[change.part]]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [pytest.param(one, id=f"{one.part} {one.name}") for one in CHANGES])
 def test_an_unlisted_mistake_costs_no_other_part(judged, change):
-    check(change, judged(change, [part for part in PARTS[EDITION] if part != "generate" or change.part == part]))
+    check(change, judged(change, [part for part in ASSIGNMENT.points if part != "generate" or change.part == part]))
 
 
 def test_each_part_has_an_unlisted_mistake():
-    assert {change.part for change in CHANGES} == set(PARTS[EDITION])
+    assert {change.part for change in CHANGES} == set(ASSIGNMENT.points)
     assert len({change.name for change in CHANGES}) == len(CHANGES) >= 25

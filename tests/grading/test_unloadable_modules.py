@@ -11,9 +11,12 @@ from course_student import SOURCE
 from minillama.grading import judge as judging
 from minillama.grading.confinement import Limits
 from minillama.grading.judge import ERROR, RIGHT, STOPPED
+from minillama.grading.kit import code_files, solved_text
+from minillama.grading.kit_setups import PARTS, PLAIN, Assignment, Setup, find_setup
 from minillama.grading.sandbox import Sandbox
 
-EDITION = "fall2025"
+EDITION = PLAIN["fall2025"]
+VARIANT = find_setup("fall2025", 7301)  # other rotary pairs, eps outside the root
 FILES = ("config.py", "rope.py", "lora.py", "optimizer.py", "llama.py", "classifier.py", "tokenizer.py")
 LOOP, SYNTAX = "while True: pass\n", "def f(:\n"
 
@@ -27,12 +30,15 @@ def box(tmp_path_factory):
 
 @pytest.fixture
 def judged(box, tmp_path, monkeypatch):
-    """Judges our own modules with some replaced by these texts, or left out; gives the verdicts and the runs."""
+    """Judges our own modules, or a variant's solution, with some replaced by these texts, or left out.
+
+    Gives the verdicts and the runs.
+    """
     runs = []
 
     class Shared(Sandbox):
-        def __init__(self, folder, edition, limits):
-            super().__init__(folder, edition, limits)
+        def __init__(self, folder, setup, limits):
+            super().__init__(folder, setup, limits)
             self.start = box.start
             self.wait_until_ready = box.wait_until_ready
 
@@ -50,17 +56,22 @@ def judged(box, tmp_path, monkeypatch):
 
     monkeypatch.setattr(judging, "Sandbox", Shared)
 
-    def judge(texts, *parts, seconds=10):
-        for name in FILES:
-            if (text := texts.get(name, "ours")) == "ours":
-                shutil.copyfile(ROOT / name, tmp_path / name)
-            elif text is not None:
+    def judge(texts, *parts, setup=EDITION, seconds=10):
+        for name, ours in files_of(setup).items():
+            if (text := texts.get(name, ours)) is not None:
                 (tmp_path / name).write_text(text)
         limits = Limits(seconds=seconds, wall=6.0 * seconds)
-        judgement = judging.judge(tmp_path, EDITION, 0, parts, limits)
+        judgement = judging.judge(tmp_path, Assignment(setup, 0, PARTS["fall2025"]).only(parts), limits)
         return {one.part: one for one in judgement.verdicts}, runs
 
     return judge
+
+
+def files_of(setup: Setup) -> dict[str, str]:
+    """Our own modules for the edition; for a variant, its solution."""
+    if setup == EDITION:
+        return {name: (ROOT / name).read_text() for name in FILES}
+    return {name: solved_text(setup, name) for name in code_files(setup)}
 
 
 def test_rope_that_hangs_costs_one_time_limit_and_its_own_points(judged):
@@ -127,6 +138,33 @@ def test_a_config_that_does_not_load_costs_nothing(judged):
     found, _ = judged({"config.py": SYNTAX}, "norm", "rope")
     assert {one.word for one in found.values()} == {RIGHT}
     assert found["norm"].stand_ins == ("config.py",)
+
+
+@pytest.mark.parametrize(
+    ("module", "own"), [("rope", {"rope"}), ("llama", {"norm", "scores", "attention"}), ("lora", {"lora"})]
+)
+def test_in_a_variant_the_module_that_replaces_one_has_its_conventions(judged, module, own):
+    parts = ("norm", "rope", "scores", "attention", "zero_shot", "classifier", "lora")
+    found, runs = judged({f"{module}.py": SYNTAX}, *parts, setup=VARIANT)
+    assert {part for part, one in found.items() if one.word != RIGHT} == own, found
+    assert all(f"{module}.py does not load: SyntaxError" in found[part].sentence for part in own)
+
+
+def test_in_a_variant_the_rope_of_the_edition_is_still_wrong(judged):
+    """Although the hand-in's llama.py does not load and is replaced by one of the variant."""
+    texts = {"llama.py": SYNTAX, "rope.py": solved_text(EDITION, "rope.py")}
+    found, _ = judged(texts, "norm", "rope", "lora", setup=VARIANT)
+    assert {part for part, one in found.items() if one.word == RIGHT} == {"lora"}
+    assert found["rope"].mistakes == ("rope.interleaved",)
+
+
+@pytest.mark.parametrize("module", ["config", "rope", "llama"])
+def test_a_solution_of_the_edition_is_judged_with_our_modules(judged, module):
+    """Their form is not ours: they take no caches and masks."""
+    texts = {name: solved_text(EDITION, name) for name in code_files(EDITION)} | {f"{module}.py": SYNTAX}
+    found, _ = judged(texts, "norm", "rope", "attention", "zero_shot", "classifier", "lora")
+    own = {"rope": {"rope"}, "llama": {"norm", "attention"}}.get(module, set())
+    assert {part for part, one in found.items() if one.word != RIGHT} == own
 
 
 def test_a_classifier_in_the_form_of_the_course_is_judged_with_our_llama(judged):
