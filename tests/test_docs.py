@@ -120,7 +120,8 @@ def test_the_readme_has_a_page_for_each_wish():
 def test_flags_that_a_page_names_exist():
     shown = "".join(printed(["--option", name, "--help"]) for name in option_names())
     scripts = [
-        text_of(ROOT / f"{name}.py") for name in ("benchmark", "course", "fetch_data", "grade", "prepare_submit")
+        text_of(ROOT / f"{name}.py")
+        for name in ("benchmark", "course", "fetch_data", "grade", "prepare_submit", "data/make_addition")
     ]
     known = set(re.findall(r"--[\w-]+", shown + "".join(scripts))) | {"--help"}
     elsewhere = {"--nproc_per_node", "--index-url", "--temp", "--dist"}  # of torchrun, pip, llama.cpp and pytest
