@@ -98,9 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = write_files(options.into, pairs, options.digits, options.pad, options.reverse)
     except OSError as error:
         parser.error(f"--into {options.into}: {error.strerror or error}")
-    print(
-        f"{options.into}: " + ", ".join(f"addition-{split}.jsonl with {count:,} rows" for split, count in rows.items())
-    )
+    named = ", ".join(f"addition-{split}.jsonl ({count:,} rows)" for split, count in rows.items())
+    print(f"wrote {named} and addition.model, in {options.into.resolve()}")
     return 0
 
 
