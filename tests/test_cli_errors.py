@@ -179,6 +179,8 @@ BAD = [
         "has 3 words, names.json 2 classes (bad, g",
     ),
     ("no such calibration", "prompt", ["--calibrate", "yes"], None, "invalid choice: 'yes'"),
+    ("mean of a prompt", "prompt", ["--pooling", "mean"], None, "is for --head linear"),
+    ("mean of an answer", "finetune", ["--pooling", "mean", "--head", "prompt"], None, "is for --head linear"),
     (
         "calibrated padding",
         "prompt",

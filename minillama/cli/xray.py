@@ -104,8 +104,14 @@ def page_of_classes(
     """The page of a sentence that a classifier read.
 
     The other model's answers are those of its own head, if it has one for these classes, else of the first model's.
+    Raises ValueError for a model that reads the mean of all states: the page explains the state of one token.
     """
     from minillama.cli.xray_page import Text, check_length, page
+
+    if model.pooling == "mean":
+        raise ValueError(
+            f"--xray explains the last token's state, but {options.finetuned} reads the mean of all; leave out --xray"
+        )
 
     check_length(len(tokens))
     llama: Any = model.llama

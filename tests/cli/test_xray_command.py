@@ -86,6 +86,16 @@ def test_classifiers_are_compared_by_their_own_heads(command):
     assert code == 0 and "Its stream is read by the classifier of best.pt" in data_of(command)[0], err
 
 
+def test_a_classifier_of_the_mean_classifies_but_has_no_page(command):
+    assert command("finetune", "--pooling", "mean", "--run_dir", "run")[0] == 0
+    asked = ("classify", "--finetuned", "run/best.pt", "--prompt", "one good day")
+    code, out, _ = command(*asked, "--json")
+    by_last, _ = command(*asked, "--json", "--pooling", "last_token")[1:]
+    assert code == 0 and out != by_last, "the run's pooling is taken"
+    code, out, err = command(*asked, "--xray", "page.html")
+    assert (code, out) == (2, "") and "reads the mean of all" in err and not (command.folder / "page.html").exists()
+
+
 def test_zero_shot_shows_its_first_sentence_before_the_work(command_of_words):
     command = command_of_words
     code, _, err = command("prompt", "--xray", "page.html")
