@@ -90,6 +90,8 @@ def grade(arguments: list[str] | None) -> int:
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"--{name} {path}: it must name a file in a folder that exists")
+    if options.json is not None and options.report is not None and options.json.resolve() == options.report.resolve():
+        parser.error(f"--json and --report are both {options.json}; give two files")
     from minillama.grading.confinement import resource
 
     if resource is None:
@@ -114,7 +116,10 @@ def grade(arguments: list[str] | None) -> int:
         except SandboxError as error:
             print(f"grade.py: error: {error}", file=sys.stderr)
             return 2
-    write_results(judgements, options)
+    try:
+        write_results(judgements, options)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
     return 0 if all(one.points == one.out_of and not one.note for one in judgements) else 1
 
 
@@ -150,7 +155,7 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, assignment: 
             else:
                 judgement = judge(folder, assignment, limits, name, show)
         except KeyboardInterrupt:
-            rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in is not None else ""
+            rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in and kept_in.exists() else ""
             print(f"\ngrade.py: interrupted after {number - 1} of {len(found)}{rest}", file=sys.stderr)
             raise
         if sys.stderr.isatty():

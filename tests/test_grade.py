@@ -137,6 +137,7 @@ def test_the_remaining_time_is_told_in_minutes_if_it_is_long():
         (["EMPTY", "--parts", "lora", "--edition", "2024"], "--parts 'lora': the parts of 2024 are"),
         (["EMPTY", "--report", "no/such/place.html"], "it must name a file in a folder that exists"),
         (["EMPTY", "--seed", "-1"], "'-1' is not allowed"),
+        (["EMPTY", "--json", "one.json", "--report", "one.json"], "--json and --report are both one.json"),
     ],
 )
 def test_wrong_arguments_give_one_line_and_exit_code_2(tmp_path, capsys, arguments, words):

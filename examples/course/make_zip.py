@@ -36,7 +36,8 @@ def make_zip(arguments: list[str] | None) -> int:
     parser.add_argument("zip", type=Path, metavar="ZIP", help="the file to write, such as autograder.zip")
     parser.add_argument("--torch-index", default="", metavar="ADDRESS", help="where pip finds PyTorch for the CPU")
     options, for_grade = parser.parse_known_args(arguments)
-    _, judged = grade.options_of(["hand-in", *for_grade])  # leaves with one line if an option is wrong
+    grader, judged = grade.options_of(["hand-in", *for_grade])
+    grade.assignment_of(grader, judged)  # both leave with one line if an option or --hidden's file is wrong
     if judged.json is not None or judged.report is not None or len(judged.folders) > 1:
         parser.error("give neither --json, --report nor a folder: run_autograder sets them")
     if options.zip.suffix != ".zip" or not options.zip.absolute().parent.is_dir():

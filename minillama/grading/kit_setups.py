@@ -185,7 +185,7 @@ def read_hidden(path: Path) -> Assignment:
     wanted = hidden_part(setup, seed, tuple(kept))
     for name in wanted:
         if name != "points" and found.get(name) != wanted[name]:
-            raise ValueError(f"its {name} is {found.get(name)!r}; with its edition and seed it is {wanted[name]!r}")
+            raise ValueError(f"its {name} is {found.get(name)!r}, which does not belong to its edition and seed")
     if not isinstance(points, dict) or set(points) != set(wanted["points"]):
         raise ValueError(f"its points must be those of {', '.join(wanted['points'])}")
     if wrong := next((part for part, value in points.items() if type(value) is not int or value < 0), None):

@@ -112,13 +112,14 @@ def test_the_options_of_the_zip_are_given_to_the_grader(root):
         ("time.sleep(60)", "The grader stopped after 1 seconds. Look for a loop in your code that never ends."),
         (WRITE.format("{'students': {}}"), "The hand-in has several folders with modules. Put llama.py"),
         ("sys.exit('grade.py: error: no')", "The grader itself failed."),
+        ("sys.stderr.write('grade.py: error: --hidden x: a secret\\n')\nsys.exit(2)", "The grader itself failed."),
         (
             "sys.stderr.write('grade.py: error: ' + sys.argv[1] + ': no \"x\"\\t\\\\; see python grade.py --help\\n')\n"
             "sys.exit(2)",
             'Nothing could be judged. Your hand-in: no "x" \\.',
         ),
     ],
-    ids=["exception", "nothing", "signal", "memory", "time", "several", "other status", "message"],
+    ids=["exception", "nothing", "signal", "memory", "time", "several", "other status", "option", "message"],
 )
 def test_without_results_there_is_a_sentence_and_no_points(root, body, sentence):
     results, printed = judge(root(body), AUTOGRADER_SECONDS="1" if "sleep" in body else "60")
@@ -151,6 +152,8 @@ def test_the_zip_has_the_scripts_at_its_top_and_what_the_grader_needs(tmp_path, 
         (["a.zip", "--json", "results.json"], "give neither --json, --report nor a folder"),
         (["a.zip", "another"], "nor a folder"),
         (["autograder"], "it must be the name of a zip"),
+        (["a.zip", "--hidden", "missing.json"], "--hidden missing.json: No such file"),
+        (["a.zip", "--parts", "norm,foo"], "--parts 'foo': the parts of fall2025 are"),
     ],
 )
 def test_wrong_options_are_found_before_the_zip_is_written(tmp_path, monkeypatch, capsys, arguments, message):
