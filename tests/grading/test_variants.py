@@ -332,7 +332,7 @@ PLAIN_POINTS = {part: value for part, value in PARTS["fall2025"].items() if part
         (
             {"variant": {"norm": "rmsnorm"}},
             [],
-            "its variant is {'norm': 'rmsnorm'}, which does not belong to its edition and seed",
+            "its variant is {'norm': 'rmsnorm'}, which does",
         ),
         ({"switches": []}, [], "its switches is []"),
         ({"kept": ["foo"]}, [], "its kept parts ['foo'] are not parts of fall2025"),
