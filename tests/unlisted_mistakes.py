@@ -25,6 +25,13 @@ FED = "return x + self.feed_forward(self.ffn_norm(x))"
 MIXED = "x = (x if only is None else gather_positions(x, only)) + mixed"
 STREAM = "hidden = self.norm(self.residual_stream(tokens, attention_mask, cache=cache))"
 GENERATED = "return generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **more)"
+FILTERED = """if temperature > 0.0:
+            for _ in range(max_new_tokens):
+                p = (self(idx)[0][:, -1] / temperature).softmax(-1)
+                kept = p >= epsilon
+                idx = torch.cat((idx, (p * kept).multinomial(1)), dim=1)
+            return idx
+        """
 UPDATE = "self.update(parameters, group)\n"
 POOLED = 'return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))'
 LORA = "update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling"
@@ -219,6 +226,22 @@ CHANGES = [
         "                idx = torch.cat((idx, logits[:, -1:].argmax(-1)), dim=1)\n"
         f"            return idx\n        {GENERATED}",
         "only with max_seq_len of 8 or less (16 is right).",
+    ),
+    Change(
+        "lets no token stay",
+        "generate",
+        "llama.py",
+        GENERATED,
+        f"{FILTERED}{GENERATED}",
+        "only with epsilon of 0.9 or more (0.3 is right).",
+    ),
+    Change(
+        "keeps the likeliest token of the first row",
+        "generate",
+        "llama.py",
+        GENERATED,
+        FILTERED.replace("epsilon\n", "epsilon\n                kept[:, p[0].argmax()] = True\n") + GENERATED,
+        "at row 1|only with epsilon of 0.9 or more (0.25 is right).",
     ),
     Change(
         "has one eps for all groups",

@@ -11,8 +11,8 @@ from minillama.grading.parts import Case
 
 # Names of the axes of outputs, by output, by part or by the number of axes. Other axes have numbers.
 AXES: dict[str | int, tuple[str, ...]] = {
-    "frequencies": ("token",),
-    "drawn": ("token",),
+    "frequencies": ("row", "token"),
+    "drawn": ("row", "token"),
     "tokens": ("row", "position"),
     "rope": ("row", "position", "head", "feature"),
     "scores": ("row", "head", "position", "feature"),

@@ -52,6 +52,16 @@ def generate(setup: Setup, source: Source) -> list[Probe]:
         settings |= {"draws": DRAWS, "tolerance": 0.025, "at_epsilon": len(logits) == 4}
         arrays = {"table": table, "first": np.zeros_like(table), "prompt": prompt}
         probes.append((name, sampled(numbers.get(rule)) | settings, arrays))
+    # The likeliest token of the first row is the least likely of the second; both are below this epsilon.
+    numbers = {"epsilon": 0.9, "top_p": 0.7, "min_p": 0.3}
+    order = source.permutation(len(falling))
+    logits = np.stack((1.3 * falling[order], 1.3 * falling[::-1][order]))
+    table = np.tile(logits, (4, 1)).astype(np.float32)  # for the last tokens 0 to 7
+    prompt = np.concatenate((source.integers(0, 8, (2, 2)), [[2], [5]]), axis=1)
+    settings = {"temperature": 1.0, "max_new_tokens": 2, "max_seq_len": 16, "draws": DRAWS, "tolerance": 0.025}
+    arrays = {"table": np.concatenate((table, table[:1])), "prompt": prompt}
+    arrays["first"] = np.zeros_like(arrays["table"])
+    probes.append(("draws, two rows of different likeliest tokens", sampled(numbers.get(rule)) | settings, arrays))
     return probes
 
 

@@ -208,7 +208,8 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
     module.forward = forward  # type: ignore[method-assign]
     more = rule_arguments(module.generate, settings)
-    prompt = prompt.expand(settings.get("draws", len(prompt)), -1).contiguous()
+    rows = len(prompt)
+    prompt = prompt.repeat(settings.get("draws", rows) // rows, 1)
     torch.manual_seed(len(prompt))
     try:
         found = module.generate(  # type: ignore[operator]
@@ -217,7 +218,7 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     except RuntimeError:
         if not settings.get("at_epsilon"):
             raise
-        found = prompt.new_full((len(prompt), 1), -1)  # nothing was left to draw
+        found = prompt.new_zeros((len(prompt), 1))  # nothing was left to draw; the likeliest token is the first
     tokens = numbers(found, "Llama.generate")
     if "draws" not in settings:
         return {"tokens": tokens}
@@ -227,7 +228,7 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
         raise ValueError("Llama.generate returned no token")
     # The first new token; where the prompt is left out, the first of all.
     drawn = tokens[:, prompt.shape[1] if tokens.shape[1] > prompt.shape[1] else 0].astype(int)
-    counts = np.bincount(drawn[drawn >= 0], minlength=len(table)) / len(drawn)
+    counts = np.stack([np.bincount(drawn[row::rows], minlength=len(table)) for row in range(rows)]) * rows / len(drawn)
     return {"frequencies": counts, "drawn": (counts > 0).astype(float)}
 
 
