@@ -269,6 +269,25 @@ CHANGES = [
         "at parameter 1|only with a parameter without gradient.",
     ),
     Change(
+        "counts the steps of the group",
+        "adamw",
+        "optimizer.py",
+        'state["step"] += 1',
+        'if p is parameters[0]:\n                group["steps"] = group.get("steps", 0) + 1\n'
+        '            state["step"] = group["steps"]',
+        "at parameter 1|only with a parameter without its first gradient.",
+    ),
+    Change(
+        "decays no vectors",
+        "adamw",
+        "optimizer.py",
+        UPDATE,
+        "self.update([p for p in parameters if p.dim() > 1], group)\n"
+        "            vectors = [p for p in parameters if p.dim() == 1]\n"
+        '            self.update(vectors, group | {"weight_decay": 0.0})\n',
+        "only with parameters that are vectors.",
+    ),
+    Change(
         "clips by the largest gradient",
         "adamw",
         "optimizer.py",

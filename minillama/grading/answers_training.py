@@ -118,10 +118,10 @@ def adamw(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     parameters = arrays["parameters"].copy()
     m, v, steps = np.zeros_like(parameters), np.zeros_like(parameters), np.zeros(len(parameters), dtype=int)
     after = []
-    for gradients in arrays["gradients"]:
-        start = 0
+    for k, gradients in enumerate(arrays["gradients"]):
+        start, without = 0, {*settings["without_gradient"], *(settings["late"] if k == 0 else ())}
         for index, own in enumerate(settings["groups"]):
-            members = [i for i in range(start, start + own["count"]) if i not in settings["without_gradient"]]
+            members = [i for i in range(start, start + own["count"]) if i not in without]
             start += own["count"]
             if index and "first_group_only" in on:
                 continue

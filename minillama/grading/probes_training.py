@@ -11,6 +11,8 @@ from minillama.grading.probes_model import Probe, Source, conventions, model_wei
 
 DRAWS = 100_000  # rows, whose first new token counts; a frequency then has a standard deviation of 0.0016 at most
 
+FIRST_MISSING = "a parameter without its first gradient"
+
 
 def generate(setup: Setup, source: Source) -> list[Probe]:
     probes: list[Probe] = []
@@ -79,6 +81,7 @@ def adamw(setup: Setup, source: Source) -> list[Probe]:
         ("without correction of the bias", plain | {"correct_bias": False, "weight_decay": 1.0}, two, 10, (5,), []),
         ("clipped gradients", plain | {"max_grad_norm": 2.0, "eps": 1e-3}, two, 10, (2, 3), []),
         ("a parameter without gradient", plain | {"weight_decay": 2.0}, [{"count": 3}], 3, (3, 2), [1]),
+        (FIRST_MISSING, plain | {"weight_decay": 1.5}, [{"count": 3}], 5, (4,), []),
     )
     for name, defaults, groups, steps, shape, without in rows:
         if defaults["max_grad_norm"] is not None and setup.edition == "2024":
@@ -88,7 +91,8 @@ def adamw(setup: Setup, source: Source) -> list[Probe]:
         if defaults["max_grad_norm"] is not None:  # a long step among short ones: a constant factor would not show
             factors = np.where(np.arange(steps) % 4 == 1, 5.0, 0.5) * source.uniform(0.7, 1.3, steps)
             gradients *= factors.reshape(-1, *[1] * (gradients.ndim - 1)).astype(np.float32)
-        settings = {"defaults": defaults, "groups": groups, "without_gradient": without}
+        late = [1] if name == FIRST_MISSING else []  # parameters whose first gradient is None
+        settings = {"defaults": defaults, "groups": groups, "without_gradient": without, "late": late}
         probes.append((name, settings, {"parameters": normal(source, count, *shape), "gradients": gradients}))
     return probes
 

@@ -245,9 +245,10 @@ def adamw(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
             chosen["betas"] = tuple(chosen["betas"])
     optimizer = modules["optimizer"].AdamW(groups, **defaults)
     after = []
-    for gradients in arrays["gradients"]:
+    for k, gradients in enumerate(arrays["gradients"]):
+        without = {*settings["without_gradient"], *(settings["late"] if k == 0 else ())}
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            parameter.grad = None if i in settings["without_gradient"] else torch.from_numpy(gradient.copy())
+            parameter.grad = None if i in without else torch.from_numpy(gradient.copy())
         optimizer.step()
         after.append(np.stack([numbers(parameter, "AdamW") for parameter in parameters]))
     return {"parameters": np.stack(after)}
