@@ -193,6 +193,14 @@ CHANGES = [
         "'logits_all' has the shape|'logits' and 'hidden' are right",
     ),
     Change(
+        "gives one token to the first layer alone",
+        "model",
+        "llama.py",
+        "*earlier, last = self.layers\n",
+        "*earlier, last = self.layers if tokens.shape[1] > 1 else self.layers[:1]\n",
+        "only with number of positions of 1 or less (4 is right).",
+    ),
+    Change(
         "takes token 0 for padding",
         "model",
         "llama.py",
