@@ -92,6 +92,14 @@ CHANGES = [
         "at the last 2 features",
     ),
     Change(
+        "gives float64",
+        "rope",
+        "rope.py",
+        ROTATED,
+        ROTATED.replace("table)", "table).double()"),
+        "'bytes' is 8 instead of 4|'query' and 'key' are right.",
+    ),
+    Change(
         "takes the keys of the first row",
         "scores",
         "llama.py",

@@ -137,7 +137,8 @@ def rope(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
     found = called(rotate, query, key)
     slopes = gradients_of(settings, ("query", "key"), rotate, query, key, query=query, key=key)
-    return {"query": numbers(found[0], source), "key": numbers(found[1], source)} | slopes
+    rotated = {"query": numbers(found[0], source), "key": numbers(found[1], source)}
+    return rotated | {"bytes": np.array(float(max(one.element_size() for one in found)))} | slopes
 
 
 def attention_of(settings: Settings, modules: Modules) -> nn.Module:
