@@ -190,6 +190,8 @@ class Llama(nn.Module):
                 scaled = logits / temperature
                 probs = F.softmax(scaled, dim=-1)
                 kept = probs >= epsilon
+                alone = F.one_hot(probs.argmax(-1), probs.size(-1)).bool()
+                kept = torch.where(kept.any(-1, keepdim=True), kept, alone)
                 probs = torch.where(kept, probs, torch.zeros_like(probs))
                 probs = probs / probs.sum(-1, keepdim=True)
                 idx_next = torch.multinomial(probs, num_samples=1)

@@ -25,6 +25,13 @@ FED = "return x + self.feed_forward(self.ffn_norm(x))"
 MIXED = "x = (x if only is None else gather_positions(x, only)) + mixed"
 STREAM = "hidden = self.norm(self.residual_stream(tokens, attention_mask, cache=cache))"
 GENERATED = "return generate(self, idx, max_new_tokens, temperature=temperature, epsilon=epsilon, **more)"
+FILTERED = """if temperature > 0.0:
+            for _ in range(max_new_tokens):
+                p = (self(idx)[0][:, -1] / temperature).softmax(-1)
+                kept = p >= epsilon
+                idx = torch.cat((idx, (p * kept).multinomial(1)), dim=1)
+            return idx
+        """
 UPDATE = "self.update(parameters, group)\n"
 POOLED = 'return model.dropout(model.llama.last_hidden(ids, None if model.pooling == "last_column" else mask))'
 LORA = "update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling"
@@ -83,6 +90,14 @@ CHANGES = [
         "frequencies = rotary_frequencies(head_dim, theta, device)\n",
         "frequencies = rotary_frequencies(head_dim, theta, device)\n        frequencies[-1] = 0.0\n",
         "at the last 2 features",
+    ),
+    Change(
+        "gives float64",
+        "rope",
+        "rope.py",
+        ROTATED,
+        ROTATED.replace("table)", "table).double()"),
+        "'bytes' is 8 instead of 4|'query' and 'key' are right.",
     ),
     Change(
         "takes the keys of the first row",
@@ -186,6 +201,14 @@ CHANGES = [
         "'logits_all' has the shape|'logits' and 'hidden' are right",
     ),
     Change(
+        "gives one token to the first layer alone",
+        "model",
+        "llama.py",
+        "*earlier, last = self.layers\n",
+        "*earlier, last = self.layers if tokens.shape[1] > 1 else self.layers[:1]\n",
+        "only with number of positions of 1 or less (4 is right).",
+    ),
+    Change(
         "takes token 0 for padding",
         "model",
         "llama.py",
@@ -221,6 +244,22 @@ CHANGES = [
         "only with max_seq_len of 8 or less (16 is right).",
     ),
     Change(
+        "lets no token stay",
+        "generate",
+        "llama.py",
+        GENERATED,
+        f"{FILTERED}{GENERATED}",
+        "only with epsilon of 0.9 or more (0.3 is right).",
+    ),
+    Change(
+        "keeps the likeliest token of the first row",
+        "generate",
+        "llama.py",
+        GENERATED,
+        FILTERED.replace("epsilon\n", "epsilon\n                kept[:, p[0].argmax()] = True\n") + GENERATED,
+        "at row 1|only with epsilon of 0.9 or more (0.25 is right).",
+    ),
+    Change(
         "has one eps for all groups",
         "adamw",
         "optimizer.py",
@@ -244,6 +283,25 @@ CHANGES = [
         f"{UPDATE}            for p in group['params']:\n                if p.grad is None:\n"
         "                    p.mul_(1 - group['lr'] * group['weight_decay'])\n",
         "at parameter 1|only with a parameter without gradient.",
+    ),
+    Change(
+        "counts the steps of the group",
+        "adamw",
+        "optimizer.py",
+        'state["step"] += 1',
+        'if p is parameters[0]:\n                group["steps"] = group.get("steps", 0) + 1\n'
+        '            state["step"] = group["steps"]',
+        "at parameter 1|only with a parameter without its first gradient.",
+    ),
+    Change(
+        "decays no vectors",
+        "adamw",
+        "optimizer.py",
+        UPDATE,
+        "self.update([p for p in parameters if p.dim() > 1], group)\n"
+        "            vectors = [p for p in parameters if p.dim() == 1]\n"
+        '            self.update(vectors, group | {"weight_decay": 0.0})\n',
+        "only with parameters that are vectors.",
     ),
     Change(
         "clips by the largest gradient",

@@ -118,14 +118,15 @@ def rotated(x: np.ndarray, theta: float, on: Switches = NONE, positions_axis: in
 
 
 def rope(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
-    """Query (B, T, H, hd) and key (B, T, K, hd), rotated."""
+    """Query (B, T, H, hd) and key (B, T, K, hd), rotated; and the bytes of one number of them."""
     heads = arrays["query"].shape[2]
     query, key = (rotated(arrays[name], settings["theta"], on, heads=heads) for name in ("query", "key"))
     if "query_only" in on:
         key = arrays["key"]
     if "key_only" in on:
         query = arrays["query"]
-    return {"query": key, "key": query} if "swapped" in on else {"query": query, "key": key}
+    rotations = {"query": key, "key": query} if "swapped" in on else {"query": query, "key": key}
+    return rotations | {"bytes": np.array(4.0)}
 
 
 def scores(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:

@@ -14,11 +14,11 @@ from minillama.grading.kit_setups import DEFAULTS
 
 
 def generate(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
-    """Greedy: the ids (B, T + new). Else: the probability of each token after the prompt, and which can be drawn."""
+    """Greedy: the ids (B, T + new). Else, for each row: the probability of each token, and which can be drawn."""
     if settings["temperature"] == 0.0:
         return {"tokens": greedy(settings, arrays, on)}
-    logits = arrays["table"][arrays["prompt"][0, -1]] + arrays["first"][arrays["prompt"][0, 0]]
-    probabilities = next_probabilities(logits, settings, on)
+    rows = arrays["table"][arrays["prompt"][:, -1]] + arrays["first"][arrays["prompt"][:, 0]]
+    probabilities = np.stack([next_probabilities(logits, settings, on) for logits in rows])
     return {"frequencies": probabilities, "drawn": (probabilities > 0).astype(float)}
 
 
@@ -43,7 +43,7 @@ def greedy(settings: Settings, arrays: Arrays, on: Switches) -> np.ndarray:
 
 
 def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> np.ndarray:
-    """The probabilities (V,) that the next token is drawn with; all zero where the draw would fail."""
+    """The probabilities (V,) that the next token is drawn with."""
     T = settings["temperature"]
     scaled = one_of(
         on,
@@ -57,6 +57,8 @@ def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> 
         p = p / T
     judged = softmax(logits) if "filter_before_temperature" in on else p
     kept = kept_tokens(judged, scaled, settings, on)
+    if not kept.any():
+        kept[p.argmax()] = True
     if "dropped_logits_zero" in on:
         p = softmax(np.where(kept, scaled, 0.0))
     elif "softmax_twice" in on:
@@ -65,9 +67,9 @@ def next_probabilities(logits: np.ndarray, settings: Settings, on: Switches) -> 
         p = np.where(kept, p, 0.0)
     if "uniform" in on:
         p = (p > 0).astype(float)
-    if "arg_max" in on and p.any():
+    if "arg_max" in on:
         p = (np.arange(len(p)) == p.argmax()).astype(float)
-    return p / p.sum() if p.any() else p
+    return p / p.sum()
 
 
 def kept_tokens(p: np.ndarray, scaled: np.ndarray, settings: Settings, on: Switches) -> np.ndarray:
@@ -116,10 +118,10 @@ def adamw(settings: Settings, arrays: Arrays, on: Switches) -> Arrays:
     parameters = arrays["parameters"].copy()
     m, v, steps = np.zeros_like(parameters), np.zeros_like(parameters), np.zeros(len(parameters), dtype=int)
     after = []
-    for gradients in arrays["gradients"]:
-        start = 0
+    for k, gradients in enumerate(arrays["gradients"]):
+        start, without = 0, {*settings["without_gradient"], *(settings["late"] if k == 0 else ())}
         for index, own in enumerate(settings["groups"]):
-            members = [i for i in range(start, start + own["count"]) if i not in settings["without_gradient"]]
+            members = [i for i in range(start, start + own["count"]) if i not in without]
             start += own["count"]
             if index and "first_group_only" in on:
                 continue

@@ -11,8 +11,8 @@ from minillama.grading.parts import Case
 
 # Names of the axes of outputs, by output, by part or by the number of axes. Other axes have numbers.
 AXES: dict[str | int, tuple[str, ...]] = {
-    "frequencies": ("token",),
-    "drawn": ("token",),
+    "frequencies": ("row", "token"),
+    "drawn": ("row", "token"),
     "tokens": ("row", "position"),
     "rope": ("row", "position", "head", "feature"),
     "scores": ("row", "head", "position", "feature"),
@@ -217,7 +217,9 @@ def features(case: Case) -> dict[str, Any]:
     if isinstance(groups := settings.get("groups"), list):
         found["more than one parameter group"] = len(groups) > 1
     if isinstance(without := settings.get("without_gradient"), list):
-        found["a parameter without gradient"] = bool(without)
+        found["a parameter without gradient"] = bool(without or settings["late"])
+        found["a parameter without its first gradient"] = bool(settings["late"])
+        found["parameters that are vectors"] = case.arrays["parameters"].ndim == 2
     if "max_grad_norm" in settings:
         found["max_grad_norm"] = settings["max_grad_norm"] is not None
     if isinstance(labels := settings.get("label_ids"), list):

@@ -161,6 +161,7 @@ def model(setup: Setup, source: Source) -> list[Probe]:
         ("three layers, grouped heads", 6, 2, 3, 23, 3, int(source.integers(6, 10)), 0.0),
         ("dropout of 0.5 in evaluation", 2, 1, 2, 11, 2, 4, 0.5),
         ("three layers, two heads, token 0", 2, 2, 3, 13, 2, 5, 0.0),
+        ("two layers, one token", 2, 2, 2, 17, 2, 1, 0.0),
     ):
         more = {"n_layers": layers, "vocab_size": vocabulary, "dropout": dropout}
         settings = conventions(setup) | sizes(4, heads, kv_heads, **more)

@@ -11,6 +11,8 @@ from minillama.grading.probes_model import Probe, Source, conventions, model_wei
 
 DRAWS = 100_000  # rows, whose first new token counts; a frequency then has a standard deviation of 0.0016 at most
 
+FIRST_MISSING = "a parameter without its first gradient"
+
 
 def generate(setup: Setup, source: Source) -> list[Probe]:
     probes: list[Probe] = []
@@ -52,6 +54,16 @@ def generate(setup: Setup, source: Source) -> list[Probe]:
         settings |= {"draws": DRAWS, "tolerance": 0.025, "at_epsilon": len(logits) == 4}
         arrays = {"table": table, "first": np.zeros_like(table), "prompt": prompt}
         probes.append((name, sampled(numbers.get(rule)) | settings, arrays))
+    # The likeliest token of the first row is the least likely of the second; both are below this epsilon.
+    numbers = {"epsilon": 0.9, "top_p": 0.7, "min_p": 0.3}
+    order = source.permutation(len(falling))
+    logits = np.stack((1.3 * falling[order], 1.3 * falling[::-1][order]))
+    table = np.tile(logits, (4, 1)).astype(np.float32)  # for the last tokens 0 to 7
+    prompt = np.concatenate((source.integers(0, 8, (2, 2)), [[2], [5]]), axis=1)
+    settings = {"temperature": 1.0, "max_new_tokens": 2, "max_seq_len": 16, "draws": DRAWS, "tolerance": 0.025}
+    arrays = {"table": np.concatenate((table, table[:1])), "prompt": prompt}
+    arrays["first"] = np.zeros_like(arrays["table"])
+    probes.append(("draws, two rows of different likeliest tokens", sampled(numbers.get(rule)) | settings, arrays))
     return probes
 
 
@@ -69,6 +81,7 @@ def adamw(setup: Setup, source: Source) -> list[Probe]:
         ("without correction of the bias", plain | {"correct_bias": False, "weight_decay": 1.0}, two, 10, (5,), []),
         ("clipped gradients", plain | {"max_grad_norm": 2.0, "eps": 1e-3}, two, 10, (2, 3), []),
         ("a parameter without gradient", plain | {"weight_decay": 2.0}, [{"count": 3}], 3, (3, 2), [1]),
+        (FIRST_MISSING, plain | {"weight_decay": 1.5}, [{"count": 3}], 5, (4,), []),
     )
     for name, defaults, groups, steps, shape, without in rows:
         if defaults["max_grad_norm"] is not None and setup.edition == "2024":
@@ -78,7 +91,8 @@ def adamw(setup: Setup, source: Source) -> list[Probe]:
         if defaults["max_grad_norm"] is not None:  # a long step among short ones: a constant factor would not show
             factors = np.where(np.arange(steps) % 4 == 1, 5.0, 0.5) * source.uniform(0.7, 1.3, steps)
             gradients *= factors.reshape(-1, *[1] * (gradients.ndim - 1)).astype(np.float32)
-        settings = {"defaults": defaults, "groups": groups, "without_gradient": without}
+        late = [1] if name == FIRST_MISSING else []  # parameters whose first gradient is None
+        settings = {"defaults": defaults, "groups": groups, "without_gradient": without, "late": late}
         probes.append((name, settings, {"parameters": normal(source, count, *shape), "gradients": gradients}))
     return probes
 

@@ -137,7 +137,8 @@ def rope(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
     found = called(rotate, query, key)
     slopes = gradients_of(settings, ("query", "key"), rotate, query, key, query=query, key=key)
-    return {"query": numbers(found[0], source), "key": numbers(found[1], source)} | slopes
+    rotated = {"query": numbers(found[0], source), "key": numbers(found[1], source)}
+    return rotated | {"bytes": np.array(float(max(one.element_size() for one in found)))} | slopes
 
 
 def attention_of(settings: Settings, modules: Modules) -> nn.Module:
@@ -208,7 +209,8 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
 
     module.forward = forward  # type: ignore[method-assign]
     more = rule_arguments(module.generate, settings)
-    prompt = prompt.expand(settings.get("draws", len(prompt)), -1).contiguous()
+    rows = len(prompt)
+    prompt = prompt.repeat(settings.get("draws", rows) // rows, 1)
     torch.manual_seed(len(prompt))
     try:
         found = module.generate(  # type: ignore[operator]
@@ -217,7 +219,7 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
     except RuntimeError:
         if not settings.get("at_epsilon"):
             raise
-        found = prompt.new_full((len(prompt), 1), -1)  # nothing was left to draw
+        found = prompt.new_zeros((len(prompt), 1))  # nothing was left to draw; the likeliest token is the first
     tokens = numbers(found, "Llama.generate")
     if "draws" not in settings:
         return {"tokens": tokens}
@@ -227,7 +229,7 @@ def generate(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
         raise ValueError("Llama.generate returned no token")
     # The first new token; where the prompt is left out, the first of all.
     drawn = tokens[:, prompt.shape[1] if tokens.shape[1] > prompt.shape[1] else 0].astype(int)
-    counts = np.bincount(drawn[drawn >= 0], minlength=len(table)) / len(drawn)
+    counts = np.stack([np.bincount(drawn[row::rows], minlength=len(table)) for row in range(rows)]) * rows / len(drawn)
     return {"frequencies": counts, "drawn": (counts > 0).astype(float)}
 
 
@@ -244,9 +246,10 @@ def adamw(settings: Settings, arrays: Arrays, modules: Modules) -> Arrays:
             chosen["betas"] = tuple(chosen["betas"])
     optimizer = modules["optimizer"].AdamW(groups, **defaults)
     after = []
-    for gradients in arrays["gradients"]:
+    for k, gradients in enumerate(arrays["gradients"]):
+        without = {*settings["without_gradient"], *(settings["late"] if k == 0 else ())}
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            parameter.grad = None if i in settings["without_gradient"] else torch.from_numpy(gradient.copy())
+            parameter.grad = None if i in without else torch.from_numpy(gradient.copy())
         optimizer.step()
         after.append(np.stack([numbers(parameter, "AdamW") for parameter in parameters]))
     return {"parameters": np.stack(after)}
