@@ -44,7 +44,7 @@ pictures:  ## Make the pictures in docs/pictures/ again, from real runs (two min
 
 # The runs of docs/pictures/addition.svg: sums as examples/addition.json has them, and with one thing changed.
 SUMS = runs/sums
-ADD = cd $(SUMS) && $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json
+ADD = $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json
 MAKE_SUMS = $(PYTHON) data/make_addition.py --rows 50000
 
 sums:  ## Train six models on sums, and draw docs/pictures/addition.svg again (six minutes on one core)
@@ -53,12 +53,12 @@ sums:  ## Train six models on sums, and draw docs/pictures/addition.svg again (s
 	$(MAKE_SUMS) --pad --reverse --into $(SUMS)
 	$(MAKE_SUMS) --pad --into $(SUMS)/forward
 	$(MAKE_SUMS) --reverse --into $(SUMS)/short
-	$(ADD) --run_dir wide
-	cd $(SUMS)/forward && $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json --run_dir ../unreversed
-	cd $(SUMS)/short && $(PYTHON) $(CURDIR)/run_llama.py --config $(CURDIR)/examples/addition.json --run_dir ../unpadded
-	$(ADD) --dim 16 --run_dir narrow
-	$(ADD) --n_layers 1 --run_dir flat
-	$(ADD) --optimizer adamw --run_dir adamw
+	cd $(SUMS) && $(ADD) --run_dir wide
+	cd $(SUMS)/forward && $(ADD) --run_dir ../unreversed
+	cd $(SUMS)/short && $(ADD) --run_dir ../unpadded
+	cd $(SUMS) && $(ADD) --dim 16 --run_dir narrow
+	cd $(SUMS) && $(ADD) --n_layers 1 --run_dir flat
+	cd $(SUMS) && $(ADD) --optimizer adamw --run_dir adamw
 	$(PYTHON) tests/make_addition_picture.py docs/pictures/addition.svg "2 layers of 32=$(SUMS)/wide" \
 		"answer not reversed=$(SUMS)/unreversed" "numbers not padded=$(SUMS)/unpadded" "2 layers of 16=$(SUMS)/narrow" \
 		"1 layer of 32=$(SUMS)/flat" "AdamW, 2 layers of 32=$(SUMS)/adamw"

@@ -58,7 +58,7 @@ def options_of(arguments: list[str] | None) -> tuple[OneLineParser, argparse.Nam
 
 
 def assignment_of(parser: OneLineParser, options: argparse.Namespace) -> Assignment:
-    """What the hand-ins are judged by; ends the program with a line if the options do not fit."""
+    """The assignment that the hand-ins are judged by; ends the program with a line if the options do not fit."""
     if options.hidden is None:
         edition = options.edition or "fall2025"
         assignment = Assignment(PLAIN[edition], options.seed or 0, PARTS[edition])

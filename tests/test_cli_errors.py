@@ -263,7 +263,7 @@ def test_an_output_folder_without_permission(command):
 
 
 def test_a_write_that_fails_at_the_end_leaves_the_old_file(command, monkeypatch):
-    """What `check_writable` cannot foresee: the disk is full when the predictions are written."""
+    """An error that `check_writable` cannot foresee: the disk is full when the predictions are written."""
     old = command.folder / outputs("prompt")[0]
     old.write_text(BEFORE, encoding="utf-8")
     before = command.files()

@@ -53,7 +53,7 @@ COMMANDS = sorted({tuple(command) for page in PAGES for command in commands_of(p
 
 
 def printed(argv):
-    """What run_llama.py prints before it leaves."""
+    """The text that run_llama.py prints before it leaves."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out), pytest.raises(SystemExit):
         run_llama.main(argv)
     return out.getvalue()

@@ -75,7 +75,7 @@ def with_files(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
 
 
 def project_files() -> list[Path]:
-    """What grade.py needs: the modules, the package, the requirements and the licence."""
+    """The files that grade.py needs: the modules, the package, the requirements and the licence."""
     package = [path for path in (ROOT / "minillama").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return sorted([*ROOT.glob("*.py"), ROOT / "requirements.txt", ROOT / "LICENSE", *package])
 

@@ -8,13 +8,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from minillama.formats.names import PROBABILITY
 from minillama.text.labelled import Row, has_gold_labels, read_labels, read_rows
-from minillama.training.word_counts import WORD_COUNTS, WordCounts, counting_words, fit_word_counts
+from minillama.training.word_counts import WORD_COUNTS, fit_word_counts, score_word_counts
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -34,17 +38,18 @@ def compare(args: argparse.Namespace) -> None:
         if paths
     }
     ways = tqdm(WORD_COUNTS, desc="counting words", leave=False)
-    tried = [(way, asdict(way) | counting_words(rows, way)) for way in ways]
+    fits = [(way, fit_word_counts(rows, way)) for way in ways]
+    tried = [(fitted, asdict(way) | score_word_counts(fitted, rows)) for way, fitted in fits]
     print("n-grams  tokens      sublinear  C    dev")
     for _, one in tried:
         tokens = "with signs" if one["pattern"] == r"\S+" else "words"
         counted = f"1 to {one['ngrams']}   {tokens:<10}  {'yes' if one['sublinear'] else 'no':<9}"
         print(f"{counted}  {one['C']:<3g}  {one['dev']:.3f}")
-    way, best = max(tried, key=lambda one: one[1]["dev"])
+    fitted, best = max(tried, key=lambda one: one[1]["dev"])
     print(f"best on dev of {3 * len(tried)} settings: dev {best['dev']:.3f}, test {shown(best['test'])}")
     found = {"options": vars(args), "best": best, "tried": [one for _, one in tried]}
     if predicted:
-        found |= beside(rows, way, predicted)
+        found |= beside(rows, fitted, predicted)
     print(json.dumps(found))
 
 
@@ -53,10 +58,9 @@ def shown(accuracy: float | None) -> str:
 
 
 def beside(
-    rows: Mapping[str, Sequence[Row]], way: WordCounts, predicted: Mapping[str, np.ndarray]
+    rows: Mapping[str, Sequence[Row]], fitted: Pipeline, predicted: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float | None]]:
     """Prints and returns the accuracy of the predictions, and of their mean with the probabilities of the counts."""
-    fitted = fit_word_counts(rows, way)
     found: dict[str, dict[str, float | None]] = {"predictions": {}, "average": {}}
     for split, probabilities in predicted.items():
         counted = np.zeros_like(probabilities)

@@ -19,6 +19,8 @@ SIZES = {
     "n_kv_heads": "key/value heads",
     "max_seq_len": "context in tokens",
 }
+# How a model with random weights is trained: AdamW learns no carry in sums (docs/results.md).
+TRAINED_BY = {"optimizer": "muon", "lr": 4e-3}
 OF_NEW = "is for a new model; a checkpoint has its own"
 KINDS = (
     Flag(

@@ -11,7 +11,7 @@ from minillama.cli import flags
 from minillama.cli.checks import check_corpus, check_training, model_files, text_and_weight
 from minillama.cli.header import report, report_next
 from minillama.cli.loading import check_causal, training_window
-from minillama.cli.new_model import NEW_MODEL, typed_sizes
+from minillama.cli.new_model import NEW_MODEL, TRAINED_BY, typed_sizes
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT
 from minillama.cli.plan import plan_corpus, scratch_folder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minillama.training.distributed import Processes
     from tokenizer import Tokenizer
 
-LR, LR_OF_CONTINUED = 4e-3, 4e-4
+LR_OF_CONTINUED = 4e-4
 TEXTS = Group(
     "texts",
     (
@@ -155,8 +155,7 @@ python run_llama.py --option pretrain --corpus README.md --tokenizer mine.model 
 python run_llama.py --option pretrain --corpus README.md CHANGELOG.md=3 --max_steps 20 --model_out mine.safetensors
 """,
     defaults={
-        "lr": LR,
-        "optimizer": "muon",
+        **TRAINED_BY,
         "batch_size": 8,
         "schedule": "linear",
         "warmup_steps": 100,
@@ -170,7 +169,7 @@ python run_llama.py --option pretrain --corpus README.md CHANGELOG.md=3 --max_st
         "pretrained_model_path": "a new model with random weights",
         "tokenizer": "tokenizer.model, else data/tokenizer.model, else the bundled one",
         "held_out": "0.01",
-        "lr": f"{LR:g}; {LR_OF_CONTINUED:g} for a checkpoint",
+        "lr": f"{TRAINED_BY['lr']:g}; {LR_OF_CONTINUED:g} for a checkpoint",
         "window": "the model's context",
         "dropout": "0, or the checkpoint's",
         "out_dtype": "fp32",

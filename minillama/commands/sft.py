@@ -10,7 +10,7 @@ from minillama.cli.bundled import use_bundled_model, use_demo_data
 from minillama.cli.checks import check_differ, check_training, model_files, same_rows
 from minillama.cli.header import display_path, report, report_next, warn
 from minillama.cli.loading import add_lora, check_causal, lora_settings, training_window
-from minillama.cli.new_model import NEW_MODEL, is_new, typed_sizes
+from minillama.cli.new_model import NEW_MODEL, TRAINED_BY, is_new, typed_sizes
 from minillama.cli.options import Command, Flag, Group, Options
 from minillama.cli.parser import COUNT_OR_ZERO
 from minillama.cli.plan import plan_examples
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "dev", "test")
 LR = 5e-4
-OF_NEW = {"optimizer": "muon", "lr": 4e-3}  # as in pretrain; AdamW does not learn to carry (docs/results.md)
 ANSWER_ROWS = Flag(
     "--answer_rows N",
     "number of dev rows, evenly spaced, to answer after each epoch; the model with the best token F1 is kept. "
@@ -55,7 +54,7 @@ def resolve(options: Options) -> Options:
     if not is_new(options):
         options = use_bundled_model(options)
     elif not options.lora_rank:
-        options = options.replace(**{name: value for name, value in OF_NEW.items() if name not in options.typed})
+        options = options.replace(**{name: value for name, value in TRAINED_BY.items() if name not in options.typed})
     if options.train or options.dev:
         return options
     report(f"--train and --dev are missing; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
@@ -242,7 +241,7 @@ python run_llama.py --option sft --train data/demo-qa-train.jsonl --dev data/dem
         "test_out": "sft-test-answers.jsonl",
     },
     default_texts={
-        "lr": f"{LR:g}; {OF_NEW['lr']:g} for a new model",
+        "lr": f"{LR:g}; {TRAINED_BY['lr']:g} for a new model",
         "optimizer": "adamw; muon for a new model",
         "train": "the demo data, data/demo-qa-train.jsonl",
         "dev": "the demo data",

@@ -179,7 +179,7 @@ def right_outputs(differences: Sequence[Difference]) -> str:
 
 
 def only_where(failing: Sequence[Case], passing: Sequence[Case]) -> str:
-    """What the failing probes have in common that the others lack, as a sentence.
+    """Features that the failing probes have in common that the others lack, as a sentence.
 
     Probes in which dropout drops everything say nothing, so they do not count as others.
     """
@@ -208,7 +208,7 @@ def only_where(failing: Sequence[Case], passing: Sequence[Case]) -> str:
 
 
 def features(case: Case) -> dict[str, Any]:
-    """What may matter for a probe: settings, and what follows from them and from the shapes."""
+    """Features of a probe that may matter: settings, and what follows from them and from the shapes."""
     settings = case.settings | case.settings.get("defaults", {})
     found: dict[str, Any] = {}
     if isinstance(heads := settings.get("n_heads"), int) and isinstance(shared := settings.get("n_kv_heads"), int):

@@ -133,7 +133,7 @@ def exercises(setup: Setup) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What hand-ins are judged by: the setup, the seed of the probes, and the points of each part that is judged."""
+    """The measure of hand-ins: the setup, the seed of the probes, and the points of each part that is judged."""
 
     setup: Setup
     seed: int
@@ -152,7 +152,7 @@ class Assignment:
 
 
 def hidden_part(setup: Setup, seed: int | None, keep: tuple[str, ...]) -> dict[str, Any]:
-    """What only the teacher has: the seed, the seed of the probes, the variant's choices and the points."""
+    """The teacher's part: the seed, the seed of the probes, the variant's choices and the points."""
     digest = hashlib.sha256(f"{setup.edition}/{seed}".encode()).digest()
     return {
         "edition": setup.edition,

@@ -34,7 +34,11 @@ WORD_COUNTS = [
 
 def counting_words(rows: Mapping[str, Sequence[Row]], counts: WordCounts | None = None) -> dict[str, float | None]:
     """A baseline, logistic regression on TF-IDF: its C, and its accuracy on dev and test (None without gold labels)."""
-    fitted = fit_word_counts(rows, counts)
+    return score_word_counts(fit_word_counts(rows, counts), rows)
+
+
+def score_word_counts(fitted: Pipeline, rows: Mapping[str, Sequence[Row]]) -> dict[str, float | None]:
+    """The C of a fitted baseline, and its accuracy on dev and test (None without gold labels)."""
     scored = {split: fitted.score(*sentences_and_labels(rows[split])) for split in ("dev", "test")}
     return {"C": float(fitted[-1].C)} | {
         split: float(score) if has_gold_labels(rows[split]) else None for split, score in scored.items()
@@ -54,10 +58,11 @@ def fit_word_counts(rows: Mapping[str, Sequence[Row]], counts: WordCounts | None
 
     counts = counts or WordCounts()
     how: dict[str, Any] = {"token_pattern": counts.pattern, "sublinear_tf": counts.sublinear}
-    sentences, labels = sentences_and_labels(rows["train"])
-    vectorizer = TfidfVectorizer(ngram_range=(1, counts.ngrams), **how).fit(sentences)
-    inputs = vectorizer.transform(sentences)
+    (sentences, labels), (dev_sentences, dev_labels) = (sentences_and_labels(rows[split]) for split in ("train", "dev"))
+    vectorizer = TfidfVectorizer(ngram_range=(1, counts.ngrams), **how)
+    inputs = vectorizer.fit_transform(sentences)
+    dev_inputs = vectorizer.transform(dev_sentences)
     with threadpool_limits(1):
         regressions = [LogisticRegression(C=c, max_iter=2000).fit(inputs, labels) for c in (1, 10, 100)]
-    fitted = [make_pipeline(vectorizer, regression) for regression in regressions]
-    return max(fitted, key=lambda one: one.score(*sentences_and_labels(rows["dev"])))
+        best = max(regressions, key=lambda one: one.score(dev_inputs, dev_labels))
+    return make_pipeline(vectorizer, best)

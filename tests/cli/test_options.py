@@ -180,7 +180,7 @@ def test_each_example_is_a_run_that_could_start(path, tmp_path, monkeypatch):
 
 
 def published():
-    """What each published command gives: those of the README, the results, and the Makefile."""
+    """The options that each published command gives: those of the README, the results, and the Makefile."""
     made = subprocess.run(
         ["make", "-n", "bundled-model", "bundled-classifier"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

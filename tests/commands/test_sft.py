@@ -27,7 +27,7 @@ SHORT = ["--epochs", "2", "--batch_size", "4", "--warmup_steps", "1", "--max_new
 
 
 def some_lines(count, first=0):
-    """What colour, so to say, the animal is: the word before it."""
+    """The colour, so to say, the animal is: the word before it."""
     pairs = [(adjective, animal) for adjective in ADJECTIVES for animal in ANIMALS]
     lines = []
     for n in range(first, first + count):

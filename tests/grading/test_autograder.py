@@ -43,7 +43,7 @@ def our_python(path):
 
 
 def judge(root, **environment):
-    """What run_autograder leaves in results.json, and what it prints."""
+    """The results.json that run_autograder leaves, and what it prints."""
     done = subprocess.run(
         ["bash", str(COURSE / "run_autograder")],
         env={**os.environ, "AUTOGRADER_ROOT": str(root), **environment},
