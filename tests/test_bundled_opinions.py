@@ -32,7 +32,7 @@ def test_it_is_small():
 def test_it_answers_with_nothing_trained_and_says_what_it_is(ask):
     (found,), err = ask("--prompt", "A terrible movie.")
     assert found["class"] in BAD and max(found["probabilities"].values()) > 0.9
-    assert "the bundled classifier of opinions on films, data/mini-llama-opinions.pt" in err
+    assert "the bundled classifier of opinions, data/mini-llama-opinions.pt" in err
 
 
 def test_it_is_on_the_right_side_of_nine_of_ten_plain_sentences(ask, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from minillama.cli import checks
 from minillama.training import classification, evaluation
 
 
@@ -28,6 +29,15 @@ def test_the_same_rows_for_train_and_dev_are_told(command, option):
     path = command.folder / "dev.txt"
     path.write_text("1 ||| another\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     assert "the same 12 rows" not in command(option, "--run_dir", "c")[2]
+
+
+def test_few_rows_of_dev_are_told_with_what_their_accuracy_can_be_off_by(command, monkeypatch):
+    path = command.folder / "dev.txt"
+    path.write_text("1 ||| another\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    err = command("finetune", "--run_dir", "a")[2]
+    assert "warning: dev has 13 rows: its accuracy can be off by 0.28 (95 %)" in err
+    monkeypatch.setattr(checks, "FEW_ROWS", 13)
+    assert "can be off by" not in command("finetune", "--run_dir", "b")[2]
 
 
 def test_a_dev_score_below_the_commonest_class_is_told_at_the_end_alone(command, monkeypatch):

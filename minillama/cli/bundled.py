@@ -25,7 +25,7 @@ def use_bundled_model(options: Options) -> Options:
     if "pretrained_model_path" in options.typed or Path(path).exists():
         return options
     bundled = display_path(BUNDLED_MODEL)
-    report(f"{path} is missing (python fetch_data.py downloads it); using the bundled model, {bundled}")
+    report(f"using the bundled model, {bundled} (python fetch_data.py downloads the course's {path})")
     return substitute(options, pretrained_model_path=bundled)
 
 
@@ -34,7 +34,7 @@ def use_bundled_classifier(options: Options) -> Options:
     if options.finetuned is not None or not BUNDLED_CLASSIFIER.exists():
         return options
     bundled = display_path(BUNDLED_CLASSIFIER)
-    report(f"no --finetuned is given; using the bundled classifier of opinions on films, {bundled}")
+    report(f"using the bundled classifier of opinions, {bundled} (--finetuned names another)")
     return substitute(options, finetuned=bundled)
 
 
@@ -58,7 +58,7 @@ def use_bundled_rows(options: Options, ending: str, reads: Sequence[str] = tuple
     demo = bool(missing) and not any(name in typed for name in DEMO_DATA)
     if demo:
         folder = display_path(HERE / "data")
-        report(f"{missing[0]} is missing (python fetch_data.py downloads it); using the demo data, {folder}/demo-*")
+        report(f"using the demo data, {folder}/demo-* (python fetch_data.py downloads the course's {missing[0]})")
         options = use_demo_data(options, DEMO_DATA)
     options = options if demo else complete(options, reads)
     course = demo or not any(name in typed for name in ("train", "dev", "test"))

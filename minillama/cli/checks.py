@@ -109,10 +109,24 @@ def check_model_out(options: Options) -> str:
     return options.model_out
 
 
-def same_rows(options: Options, data: Mapping[str, Sequence[Any]]) -> str | None:
-    """A warning if the rows of --train and --dev are the same; None if they differ or are missing."""
-    if not data.get("train") or data["train"] != data.get("dev"):
+FEW_ROWS = 50
+
+
+def weak_dev(options: Options, data: Mapping[str, Sequence[Any]]) -> str | None:
+    """A warning if the rows of --dev are those of --train, or too few to choose by; None if neither.
+
+    The interval of an accuracy p on n rows is 1.96 sqrt(p (1 - p) / n) wide on each side: at most 0.98 / sqrt(n).
+    """
+    if not data.get("train") or not data.get("dev"):
         return None
+    count = len(data["dev"])
+    if data["train"] != data["dev"]:
+        if count >= FEW_ROWS:
+            return None
+        return (
+            f"dev has {count} {'row' if count == 1 else 'rows'}: its accuracy can be off by {min(1, count**-0.5):.2f} "
+            "(95 %), and the best epoch on it is partly luck; give --dev more rows"
+        )
     files = options.train if options.train == options.dev else f"{options.train} and {options.dev}"
     return (
         f"--train and --dev have the same {len(data['dev'])} rows ({files}): the dev scores show what was learnt by "

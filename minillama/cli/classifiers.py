@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minillama.cli.checks import same_rows
+from minillama.cli.checks import weak_dev
 from minillama.cli.data_files import share_of, source
 from minillama.cli.header import display_path, print_header, report, warn
 from minillama.cli.loading import fit_tokenizer, load_tokenizer
@@ -160,7 +160,7 @@ def read_data(options: Options, splits: Sequence[str], labels: Mapping[str, str 
         )
     if "train" in rows and (missing := missing_classes(options.train, rows["train"], names)):
         report(f"warning: {options.train} has no row of {', '.join(missing)}; the model cannot learn that")
-    warn(same_rows(options, rows))
+    warn(weak_dev(options, rows))
     for split in rows:
         if split != "train":
             check_default_output(options, split, [row.sentence for row in rows[split]])

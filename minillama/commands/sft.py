@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minillama.cli import flags
 from minillama.cli.bundled import use_bundled_model, use_demo_data
-from minillama.cli.checks import check_differ, check_training, model_files, same_rows
+from minillama.cli.checks import check_differ, check_training, model_files, weak_dev
 from minillama.cli.header import display_path, report, report_next, warn
 from minillama.cli.loading import add_lora, check_causal, lora_settings, training_window
 from minillama.cli.new_model import NEW_MODEL, TRAINED_BY, is_new, typed_sizes
@@ -57,7 +57,7 @@ def resolve(options: Options) -> Options:
         options = options.replace(**{name: value for name, value in TRAINED_BY.items() if name not in options.typed})
     if options.train or options.dev:
         return options
-    report(f"--train and --dev are missing; using the demo data, {display_path(HERE / 'data')}/demo-qa-*")
+    report(f"using the demo data, {display_path(HERE / 'data')}/demo-qa-* (--train and --dev name others)")
     splits = [split for split in SPLITS if split != "test" or not options.test]
     return use_demo_data(options, {split: f"demo-qa-{split}.jsonl" for split in splits})
 
@@ -91,7 +91,7 @@ def run(options: Options) -> None:
     from minillama.training.answering import Instruction
 
     raw = {split: read_examples(path) for split in SPLITS if (path := getattr(options, split))}
-    warn(same_rows(options, raw))
+    warn(weak_dev(options, raw))
     judged = [split for split in raw if split != "train"]
     for split in judged:
         check_default_output(options, split, [example.prompt for example in raw[split]])

@@ -60,9 +60,7 @@ def data_of(args):
 def test_a_default_model_that_is_not_here_gives_way_to_the_bundled_one(resolve, option):
     args, lines = resolve("--option", option, "--corpus", "a.txt", there=COURSE[1:])
     assert args.pretrained_model_path == BUNDLED
-    assert lines == [
-        f"stories42M.pt is missing (python fetch_data.py downloads it); using the bundled model, {BUNDLED}"
-    ]
+    assert lines == [f"using the bundled model, {BUNDLED} (python fetch_data.py downloads the course's stories42M.pt)"]
 
 
 def test_a_default_model_that_is_here_is_taken(resolve):
@@ -106,9 +104,9 @@ def test_default_data_that_is_not_all_here_gives_way_to_the_demo_data_together(r
     assert data_of(args) == DEMO and args.label_names == str(ROOT / "data" / "demo-label-mapping.json")
     assert all(os.path.exists(path) for path in [*DEMO.values(), args.label_names])
     (line,) = lines
-    assert "is missing (python fetch_data.py downloads it); using the demo data" in line and "data/demo-*" in line
+    assert line.startswith("using the demo data") and "data/demo-*" in line
     first = next(name for name in COURSE[1:] if name not in there and (option != "prompt" or "train" not in name))
-    assert line.startswith(f"{first} is missing")
+    assert line.endswith(f"(python fetch_data.py downloads the course's {first})")
     assert (args.dev_out, args.test_out) == tuple(f"demo-{split}-{WORDS[option]}-output.txt" for split in SPLITS[1:])
 
 
@@ -120,7 +118,7 @@ def test_prompting_needs_no_training_data_so_that_its_absence_changes_nothing(re
 
 def test_label_names_that_are_not_here_are_missing_data_too(resolve):
     args, lines = resolve("--option", "finetune", there=COURSE[:-1])
-    assert data_of(args) == DEMO and lines[0].startswith("data/cfimdb-label-mapping.json is missing")
+    assert data_of(args) == DEMO and lines[0].endswith("the course's data/cfimdb-label-mapping.json)")
 
 
 @pytest.mark.parametrize("option", WORDS)
