@@ -125,7 +125,7 @@ def test_flags_that_a_page_names_exist():
     ]
     known = set(re.findall(r"--[\w-]+", shown + "".join(scripts))) | {"--help"}
     elsewhere = {"--nproc_per_node", "--index-url", "--temp", "--dist"}  # of torchrun, pip, llama.cpp and pytest
-    elsewhere |= {"--model", "--model_args", "--tasks"}  # of lm_eval
+    elsewhere |= {"--model", "--model_args", "--tasks", "--local-dir"}  # of lm_eval and hf
     for page in PAGES:
         named = set(re.findall(r"(?<![\w`-])--[a-z][\w-]*|(?<=`)--[a-z][\w-]*", text_of(page)))
         assert named <= known | elsewhere, f"{page_name(page)}: {sorted(named - known - elsewhere)}"
