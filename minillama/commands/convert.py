@@ -33,8 +33,20 @@ TO = Flag(
     "safetensors",
 )
 
+AVERAGE = Flag(
+    "--average FILE",
+    "other checkpoints with the same sizes: the mean of all their weights is written, in equal parts. Runs that began "
+    "with the same weights are often better together (model soup)",
+    default=[],
+    nargs="+",
+)
+
 
 def check(options: Options) -> None:
+    if options.average and options.adapter is not None:
+        raise ValueError(
+            "--average and --adapter cannot be combined; merge the adapter first, in a conversion of its own"
+        )
     if options.to in ADAPTER_FORMATS and options.adapter is None:
         raise ValueError(f"--to {options.to} writes an adapter; name it with --adapter")
 
@@ -59,6 +71,8 @@ def run(options: Options) -> None:
     checkpoint = read_checkpoint(options.pretrained_model_path)
     config = replace(checkpoint.config, **overrides(options))
     report(f"model       {options.pretrained_model_path} ({checkpoint.kind}), {config.convention}")
+    if options.average:
+        report(f"average     with {', '.join(options.average)}")
     if options.adapter is not None:
         report(f"adapter     {options.adapter}{'' if options.to in ADAPTER_FORMATS else ', merged into the model'}")
     if options.to == "adapter":
@@ -104,7 +118,9 @@ def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -
     from minillama.formats.checkpoint import fits_float32
     from minillama.layers.precision import DTYPES
 
-    if options.adapter is None:
+    if options.average:
+        state = mean_of_states(checkpoint, config, options.average)
+    elif options.adapter is None:
         state = checkpoint.complete_state(config)
     else:
         llama = llama_from_checkpoint(checkpoint, dtype=None, **overrides(options))
@@ -115,6 +131,26 @@ def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -
         if too_large := [name for name, tensor in state.items() if not fits_float32(tensor)]:
             raise ValueError(f"{too_large[0]} has values too large for {options.out_dtype}; give another --out_dtype")
     return state
+
+
+def mean_of_states(checkpoint: Checkpoint, config: LlamaConfig, others: Sequence[str]) -> dict[str, Tensor]:
+    """The mean of the weights of several models (model soup, arXiv 2203.05482), in the precision of the first.
+
+    Raises ValueError if a model has other sizes or conventions.
+    """
+    from minillama.formats.checkpoint import read_checkpoint
+
+    first = checkpoint.complete_state(config)
+    sums = {name: tensor.float() for name, tensor in first.items()}
+    for path in others:
+        other = read_checkpoint(path)
+        if replace(other.config, dropout=checkpoint.config.dropout) != checkpoint.config:
+            raise ValueError(
+                f"--average {path} has other sizes or conventions than {checkpoint.path}; name models of one kind"
+            )
+        for name, tensor in other.complete_state(config).items():
+            sums[name] += tensor
+    return {name: (total / (1 + len(others))).to(first[name].dtype) for name, total in sums.items()}
 
 
 def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor], stop_ids: Sequence[int]) -> None:
@@ -151,11 +187,13 @@ def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor],
 COMMAND = Command(
     "convert",
     "write a checkpoint in the format of another program",
-    (Group("the result", (TO, flags.OUT_DTYPE, flags.MODEL_OUT)), flags.MODEL),
+    (Group("the result", (TO, AVERAGE, flags.OUT_DTYPE, flags.MODEL_OUT)), flags.MODEL),
     run,
     """
 python run_llama.py --option convert --out_dtype fp16 --pretrained-model-path data/mini-llama.safetensors \\
     --model_out half.safetensors
+python run_llama.py --option convert --pretrained-model-path run-1.safetensors \\
+    --average run-2.safetensors --model_out mean.safetensors
 python run_llama.py --option pretrain --norm rmsnorm --corpus README.md --dim 64 --n_layers 2 --max_seq_len 128 \\
     --batch_size 4 --warmup_steps 5 --model_out mine.safetensors
 python run_llama.py --option convert --to huggingface --pretrained-model-path mine.safetensors --model_out mine
@@ -163,5 +201,6 @@ python run_llama.py --option convert --to huggingface --pretrained-model-path mi
     default_texts={"out_dtype": "the checkpoint's own"},
     resolve=use_bundled_model,
     check=check,
+    inputs=lambda options: [options.pretrained_model_path, *options.average],
     outputs=outputs,
 )

@@ -294,3 +294,36 @@ def test_a_link_to_a_gguf_file_goes_on_pointing(folder, tmp_path):
     (tmp_path / "link.gguf").symlink_to(tmp_path / "real.gguf")
     assert convert(folder, "gguf", tmp_path / "link.gguf") == 0
     assert (tmp_path / "link.gguf").is_symlink() and (tmp_path / "real.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_the_average_is_the_mean_of_the_weights_in_the_first_ones_precision(folder, tmp_path):
+    first = read_checkpoint(folder / "model.safetensors")
+    states = [first.complete_state(first.config)]
+    for number in (1, 2):
+        torch.manual_seed(number)
+        model = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=True)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight)
+        write_safetensors(tmp_path / f"{number}.safetensors", model.state_dict(), model.config)
+        states.append(model.state_dict())
+    others = [str(tmp_path / f"{number}.safetensors") for number in (1, 2)]
+    assert convert(folder, "safetensors", tmp_path / "mean.safetensors", "--average", *others) == 0
+    made = read_checkpoint(tmp_path / "mean.safetensors")
+    for name, tensor in made.complete_state(made.config).items():
+        wanted = sum(state[name].double() for state in states) / 3
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.double(), wanted, rtol=2**-8, atol=1e-7)
+
+
+def test_models_that_differ_or_an_adapter_cannot_be_averaged(folder, tmp_path, capsys):
+    other = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=False)
+    write_safetensors(tmp_path / "other.safetensors", other.state_dict(), other.config)
+    for more, told in (
+        (["--average", str(tmp_path / "other.safetensors")], "has other sizes or conventions than"),
+        (["--average", str(tmp_path / "none.safetensors")], "none.safetensors"),
+        (["--average", str(tmp_path / "out.safetensors")], "out.safetensors"),
+        (["--average", "a.safetensors", "--adapter", "b.pt"], "--average and --adapter cannot be combined"),
+    ):
+        assert convert(folder, "safetensors", tmp_path / "out.safetensors", *more) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out.safetensors").exists()
