@@ -10,6 +10,7 @@ DIR has the folders corpora/ (tinystories.txt, tinystories_recased.txt, books/, 
   books.txt, prose.txt  unchanged
   reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
   reviews-held-out.txt  fold 9, unchanged
+  films.txt             the same reviews twice: unchanged; and as people write, each with a verdict
   opinions.txt          parts of the same reviews, a few sentences long, and product opinions, each with a verdict; in
                         two of three cases the question of `--option prompt` comes before the verdict; half of the
                         parts as people write, with capitals and no space before a comma
@@ -138,6 +139,10 @@ def make(source: Path, into: Path, seed: int = 0) -> None:
     ]
     draw.shuffle(opinions)
     write(into / "opinions.txt", opinions)
+    later = random.Random(seed + 1)  # a draw of its own: the texts below stay the same without this one
+    twice = [text for _, text in learnt] + [as_written(text) + verdict(label, later) for label, text in learnt]
+    later.shuffle(twice)
+    write(into / "films.txt", twice)
     with atomic_file(into / "review_sentences.txt") as file:
         file.writelines(f"{label} ||| {sentence}\n" for label, sentence in review_sentences(learnt, draw))
 

@@ -1,6 +1,6 @@
 """Writes the demo data: short opinions, most of them about films, in five classes. They come from three places:
 
-  own_sentences.txt     plain sentences, written by hand for this project; public domain
+  own_sentences.txt     plain sentences, written one by one by language models; public domain
   review_sentences.txt  short sentences of film reviews, found by make_corpora.py; CC BY 4.0, Pang and Lee, ACL 2004
   the grammar below     tricky sentences; public domain
 

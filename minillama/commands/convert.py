@@ -35,8 +35,8 @@ TO = Flag(
 
 AVERAGE = Flag(
     "--average FILE",
-    "other checkpoints with the same sizes: the mean of all their weights is written, in equal parts. Runs that began "
-    "with the same weights are often better together (model soup)",
+    "other checkpoints with the same sizes: the mean of all weights is written. A file named twice counts "
+    "twice. Runs that began with the same weights are often better together (model soup)",
     default=[],
     nargs="+",
 )

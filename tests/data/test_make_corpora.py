@@ -47,7 +47,7 @@ def test_what_is_held_out_is_in_nothing_that_is_trained_on(made):
     assert made["stories"] == [*(f"story {i} ." for i in range(7)), "Story recased ."]
     assert len(made["reviews-held-out"]) == 4 and all(text.startswith("film 9 ") for text in made["reviews-held-out"])
     assert len(made["reviews"]) == 36 and not any(
-        "film 9 " in text.lower() for text in made["reviews"] + made["opinions"]
+        "film 9 " in text.lower() for text in made["reviews"] + made["opinions"] + made["films"]
     )
     assert sum("film" in text.lower() for text in made["opinions"]) >= 36
 
@@ -61,6 +61,15 @@ def test_each_opinion_ends_in_the_verdict_of_its_label(made):
         "a good lens",
         "too heavy",
     ]
+
+
+def test_each_review_comes_twice_in_films_once_without_a_verdict(made):
+    without = [text for text in made["films"] if text.endswith("is what it is .")]
+    endings = tuple(f" {word}." for words in make_corpora.WORDS for word in words)
+    assert sorted(text.partition(" was seen")[0] for text in without) == [
+        f"film {fold} {i}" for fold in range(9) for i in range(4)
+    ]
+    assert len(made["films"]) == 72 and all(text.endswith(endings) for text in made["films"] if text not in without)
 
 
 def test_books_and_prose_are_kept_as_they_are(made):

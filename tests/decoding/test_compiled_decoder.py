@@ -402,3 +402,15 @@ def test_damaged_files_of_the_cache_and_a_full_disk_do_not_end_a_run(damage, tmp
     assert again[0] == cured[0] == good[0]
     assert again[1].count("because Numba failed") == 1 and "Traceback" not in again[1]
     assert "notice" not in cured[1]
+
+
+@pytest.mark.slow
+def test_a_compilation_that_was_killed_does_no_harm(tmp_path, monkeypatch):
+    """Without the outer loop's file, Numba compiles it around inner loops from the cache; such a file once crashed."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    good = starts(tmp_path, dict(os.environ)).communicate()
+    for path in (tmp_path / "cache").rglob("*block_step*"):
+        path.unlink()
+    for _ in range(2):
+        process = starts(tmp_path, dict(os.environ))
+        assert process.communicate()[0] == good[0] and process.returncode == 0
