@@ -1,4 +1,4 @@
-"""The classifier that ships: small, of this bundled model, and right about plain sentences that it was not trained on."""
+"""The classifier that ships: small, of this bundled model, and right about plain sentences that are new to it."""
 
 from __future__ import annotations
 
