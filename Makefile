@@ -82,7 +82,7 @@ bundled-model:  ## Make the bundled model again from the collections in COLLECTI
 		--model_out data/mini-llama.safetensors
 	$(PYTHON) tests/make_bundled_reference.py
 
-bundled-classifier:  ## Make the bundled classifier of opinions again from the demo data (five minutes)
+bundled-classifier:  ## Make the bundled classifier of opinions again from the demo data (eight minutes)
 	rm -rf runs/opinions
 	$(STAGE)-5-opinions.json
 	$(PYTHON) run_llama.py --option convert --to adapter --adapter runs/opinions/best.pt --out_dtype bf16 \

@@ -274,7 +274,7 @@ LORA = command(
     "train LoRA adapters and a head on labelled sentences",
     (flags.LORA,),
     """
-python run_llama.py --option lora --lora_rank 8 --lora_alpha 16 --lora_targets all --lr 2e-3 --epochs 3 \\
+python run_llama.py --option lora --lora_rank 8 --lora_alpha 16 --lora_targets all --lr 1e-3 --epochs 5 \\
     --batch_size 16 --schedule cosine
 python run_llama.py --option lora --lora_rank 8 --lora_alpha 8 --dora --lr 3e-3 --epochs 10 --batch_size 16
 """,
