@@ -70,7 +70,7 @@ TEXTS = runs/corpora
 STAGE = $(PYTHON) run_llama.py --config examples/bundled
 
 # The weights are two parts of the third run and one of the second: a file that is named twice counts twice.
-bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (three and a half hours on two cores)
+bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (three hours on two cores)
 	rm -rf runs/general runs/bundled runs/longer runs/bundled-tokens
 	$(PYTHON) data/make_corpora.py --source $(COLLECTIONS) --into $(TEXTS)
 	$(STAGE)-1-tokenizer.json

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minillama.cli.data_files import share_of
 from minillama.cli.options import Options, all_flags
 from minillama.cli.parser import POSITIVE
 from minillama.formats.names import RUN_FILES, RUNS, path_and_fold, tokenizer_beside
@@ -121,12 +122,14 @@ def weak_dev(options: Options, data: Mapping[str, Sequence[Any]]) -> str | None:
         return None
     count = len(data["dev"])
     if data["train"] != data["dev"]:
-        if count >= FEW_ROWS:
+        unlabelled = len({getattr(row, "label", row) for row in data["dev"]}) == 1  # a placeholder: no score
+        if count >= FEW_ROWS or unlabelled:
             return None
-        return (
-            f"dev has {count} {'row' if count == 1 else 'rows'}: its accuracy can be off by {min(1, count**-0.5):.2f} "
-            "(95 %), and the best epoch on it is partly luck; give --dev more rows"
-        )
+        luck = " and the best epoch on them is partly luck;" if options.epochs > 1 else ""
+        held_out = share_of(options.dev) is not None
+        more = "hold out more, for example --dev 0.3, or label more rows" if held_out else "give --dev more rows"
+        off = f"a share of them that is right can be off by {min(1, count**-0.5):.2f} (95 %);"
+        return f"dev has {count} {'row' if count == 1 else 'rows'}: {off}{luck} {more}"
     files = options.train if options.train == options.dev else f"{options.train} and {options.dev}"
     return (
         f"--train and --dev have the same {len(data['dev'])} rows ({files}): the dev scores show what was learnt by "

@@ -212,7 +212,7 @@ python run_llama.py --option classify --finetuned reviews-finetune-10-0.0003.pt 
     )
     | {
         "prompt": "none; give this, --prompt_file or --interactive",
-        "finetuned": "the bundled classifier of opinions on films",
+        "finetuned": "the bundled classifier of opinions",
     },
     resolve=use_bundled_classifier,
     check=check,

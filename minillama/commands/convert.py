@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ TO = Flag(
     "safetensors",
 )
 
+# Of a config: what does not change the numbers, and the sizes that the shapes of the weights show.
+MAY_DIFFER = ("dropout", "max_seq_len", "use_cache", "attention_kernel", "hidden_dim", "multiple_of")
 AVERAGE = Flag(
     "--average FILE",
     "other checkpoints with the same sizes: the mean of all weights is written. A file named twice counts "
@@ -119,7 +121,7 @@ def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -
     from minillama.layers.precision import DTYPES
 
     if options.average:
-        state = mean_of_states(checkpoint, config, options.average)
+        state = mean_of_states(options, checkpoint, config)
     elif options.adapter is None:
         state = checkpoint.complete_state(config)
     else:
@@ -133,24 +135,29 @@ def whole_state(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -
     return state
 
 
-def mean_of_states(checkpoint: Checkpoint, config: LlamaConfig, others: Sequence[str]) -> dict[str, Tensor]:
-    """The mean of the weights of several models (model soup, arXiv 2203.05482), in the precision of the first.
+def mean_of_states(options: Options, checkpoint: Checkpoint, config: LlamaConfig) -> dict[str, Tensor]:
+    """The mean of the weights of `checkpoint` and --average (model soup, arXiv 2203.05482), in the first's precision.
 
-    Raises ValueError if a model has other sizes or conventions.
+    Raises ValueError if a model computes something else.
     """
+    import torch
+
     from minillama.formats.checkpoint import read_checkpoint
 
-    first = checkpoint.complete_state(config)
-    sums = {name: tensor.float() for name, tensor in first.items()}
-    for path in others:
-        other = read_checkpoint(path)
-        if replace(other.config, dropout=checkpoint.config.dropout) != checkpoint.config:
-            raise ValueError(
-                f"--average {path} has other sizes or conventions than {checkpoint.path}; name models of one kind"
-            )
-        for name, tensor in other.complete_state(config).items():
-            sums[name] += tensor
-    return {name: (total / (1 + len(others))).to(first[name].dtype) for name, total in sums.items()}
+    others = [read_checkpoint(path) for path in options.average]
+    for other in others:
+        theirs = replace(other.config, **overrides(options), **{name: getattr(config, name) for name in MAY_DIFFER})
+        for name in (field.name for field in fields(config)):
+            if getattr(theirs, name) != getattr(config, name):
+                raise ValueError(
+                    f"--average {other.path}: its {name} is {getattr(theirs, name)}, that of {checkpoint.path} is "
+                    f"{getattr(config, name)}; name models of one kind"
+                )
+    states = [one.complete_state(config) for one in (checkpoint, *others)]
+    return {
+        name: torch.stack([state[name].float() for state in states]).mean(0).to(tensor.dtype)
+        for name, tensor in states[0].items()
+    }
 
 
 def write_model(options: Options, config: LlamaConfig, state: dict[str, Tensor], stop_ids: Sequence[int]) -> None:

@@ -296,30 +296,50 @@ def test_a_link_to_a_gguf_file_goes_on_pointing(folder, tmp_path):
     assert (tmp_path / "link.gguf").is_symlink() and (tmp_path / "real.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_the_average_is_the_mean_of_the_weights_in_the_first_ones_precision(folder, tmp_path):
-    first = read_checkpoint(folder / "model.safetensors")
-    states = [first.complete_state(first.config)]
-    for number in (1, 2):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_is_the_mean_of_the_weights_in_the_first_ones_precision(dtype, tied, tmp_path):
+    paths, states = [], []
+    for number in range(3):
         torch.manual_seed(number)
-        model = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=True)
+        model = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=True, tie_embeddings=tied)
         for weight in model.parameters():
             torch.nn.init.normal_(weight)
-        write_safetensors(tmp_path / f"{number}.safetensors", model.state_dict(), model.config)
-        states.append(model.state_dict())
-    others = [str(tmp_path / f"{number}.safetensors") for number in (1, 2)]
-    assert convert(folder, "safetensors", tmp_path / "mean.safetensors", "--average", *others) == 0
+        paths.append(str(tmp_path / f"{number}.safetensors"))
+        write_safetensors(paths[-1], model.state_dict(), model.config, torch.float32 if number else dtype)
+        states.append(
+            {name: tensor.to(torch.float32 if number else dtype) for name, tensor in model.state_dict().items()}
+        )
+    (tmp_path / "0.model").write_bytes(BUNDLED_TOKENIZER.read_bytes())
+    path = [
+        "--pretrained-model-path",
+        paths[0],
+        "--average",
+        *paths[1:],
+        "--model_out",
+        str(tmp_path / "mean.safetensors"),
+    ]
+    assert main(["--option", "convert", *path]) == 0
     made = read_checkpoint(tmp_path / "mean.safetensors")
     for name, tensor in made.complete_state(made.config).items():
         wanted = sum(state[name].double() for state in states) / 3
-        assert tensor.dtype == torch.bfloat16
-        torch.testing.assert_close(tensor.double(), wanted, rtol=2**-8, atol=1e-7)
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor.double(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_the_same_model_in_another_format_can_be_averaged_with_it(folder, tmp_path):
+    for to in ("huggingface", "llama2c-v1"):
+        assert convert(folder, to, tmp_path / to) == 0
+        assert convert(folder, "safetensors", tmp_path / f"{to}.mean", "--average", str(tmp_path / to)) == 0
+        first, mean = (read_checkpoint(path) for path in (folder / "model.safetensors", tmp_path / f"{to}.mean"))
+        assert same(mean.complete_state(mean.config), first.complete_state(first.config))
 
 
 def test_models_that_differ_or_an_adapter_cannot_be_averaged(folder, tmp_path, capsys):
     other = tiny_llama(vocab_size=4096, norm="rmsnorm", causal=False)
     write_safetensors(tmp_path / "other.safetensors", other.state_dict(), other.config)
     for more, told in (
-        (["--average", str(tmp_path / "other.safetensors")], "has other sizes or conventions than"),
+        (["--average", str(tmp_path / "other.safetensors")], "its causal is False, that of "),
         (["--average", str(tmp_path / "none.safetensors")], "none.safetensors"),
         (["--average", str(tmp_path / "out.safetensors")], "out.safetensors"),
         (["--average", "a.safetensors", "--adapter", "b.pt"], "--average and --adapter cannot be combined"),
