@@ -344,10 +344,10 @@ def inherit_options(options: Options, found: FineTuned, names: Sequence[str]) ->
 
 
 def load_classifier(
-    options: Options, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str = "its base, not needed"
+    options: Options, found: FineTuned, device: torch.device, dtype: torch.dtype, base: str | None = None
 ) -> tuple[LlamaEmbeddingClassifier | LlamaPromptClassifier, Tokenizer, tuple[str, ...]]:
     """Loads the fine-tuned classifier on the CPU and prints the header. Returns the classifier, its tokenizer and, for
-    a prompted model, the text before and after a sentence. base: the header's words for the base model.
+    a prompted model, the text before and after a sentence. base: the header's words for the base model, if not usual.
     """
     from classifier import classifier_of
     from minillama.text.batches import prompt_parts
@@ -357,6 +357,7 @@ def load_classifier(
     model = classifier_of(found, tokenizer)
     model.pooling = options.pooling
     prompt = prompt_parts(found.template, found.words, options.pooling) if found.head == "prompt" else ()
+    base = base or ("its base" if "base_sha256" in found.options else "its base, not needed")  # an adapter needs it
     report(f"finetuned   {found.path} ({found.options.get('option')}, {found.head} head)")
     print_header(options, model.llama, base, tokenizer, device, dtype)
     if prompt:

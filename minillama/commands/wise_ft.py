@@ -164,9 +164,7 @@ def run(options: Options) -> None:
     device = choose_device(options)
     dtype = choose_dtype(options, device)
     mixes = set(options.alphas) != {1.0}
-    model, tokenizer, prompt = classifiers.load_classifier(
-        options, found, device, dtype, "its base" if mixes else "its base, not needed"
-    )
+    model, tokenizer, prompt = classifiers.load_classifier(options, found, device, dtype, "its base" if mixes else None)
     paths = {"dev": found.options["train"] if share_of(options.dev) is not None else options.dev, "test": options.test}
     data = {one.name: (paths[one.name], len(one.rows)) for one in (sets[0], *tests)}
     origin = Origin.of(options, data, options.finetuned)
