@@ -38,7 +38,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Limits(NamedTuple):
-    """What one run of a student's code may use."""
+    """The limits of one run of a student's code."""
 
     seconds: int = 30  # of CPU time
     wall: float = 90.0  # seconds

@@ -53,7 +53,7 @@ RIGHT, WRONG, ERROR, STOPPED, EMPTY = "right", "wrong", "error", "stopped", "not
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a part gets. word: one of the five above. sentence: what is wrong; formula: the right one, if a mistake is
+    """A part's result. word: one of the five above. sentence: what is wrong; formula: the right one, if a mistake is
     known. place: where to look. mistakes: names of the known mistakes. stand_ins: parts that were replaced by ours.
     """
 
@@ -68,7 +68,7 @@ class Verdict:
     stand_ins: tuple[str, ...] = ()
 
     def hint(self, level: str) -> str:
-        """What the student may read: nothing, the place ("area"), or all that is known ("full")."""
+        """The text that the student may read: nothing, the place ("area"), or all that is known ("full")."""
         if self.word == RIGHT:
             return f"judged with our {listed(self.stand_ins)}" if self.stand_ins and level == "full" else ""
         if level == "none":

@@ -24,7 +24,7 @@ WHAT = {
 
 
 def texts(setup: Setup) -> dict[str, Any]:
-    """What the templates of a kit say about its setup."""
+    """The phrases about a setup that the templates of its kit print."""
     layernorm, inside = setup.norm == "layernorm", setup.eps == "inside"
     size = "variance" if layernorm else "mean of the squares"
     root = f"the root of (the {size} + eps)" if inside else f"(the root of the {size}) + eps"
@@ -60,7 +60,7 @@ def texts(setup: Setup) -> dict[str, Any]:
 
 
 def causal_text(setup: Setup) -> str:
-    """What a query may see."""
+    """The keys that a query may see, in words."""
     if setup.causal_argument:
         return (
             "Attention is causal, unless it was made with Attention(config, causal=False):\n"
@@ -104,7 +104,7 @@ def model_text(setup: Setup) -> str:
 
 
 def rope_numbers(setup: Setup) -> dict[str, list[float]]:
-    """What the public test of `rope` expects: features 0, 2 and 3 turned by hand, in lists of four."""
+    """The numbers that the public test of `rope` expects: features 0, 2 and 3 turned by hand, in lists of four."""
     sign = 1.0 if setup.sign == "plus" else -1.0
     if setup.pairing == "interleaved":  # pairs (0, 1) and (2, 3)
         first, third = [COS, sign * SIN, 0.0, 0.0], [0.0, 0.0, COS_HALF, sign * SIN_HALF]

@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class Run:
-    """What came back from a run. answers: arrays of each probe that has an answer, by its index. problems: exceptions.
+    """The outcome of a run. answers: arrays of each probe that has an answer, by its index. problems: exceptions.
 
     end: why the run ended before its last probe, in words; "" if it did not. at: the probe it was at, if any. loading:
     the module that was being loaded then, if any. loads: all modules that began to load; open: those that did not end.
