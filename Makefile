@@ -84,7 +84,7 @@ bundled-model:  ## Make the bundled model again from the collections in COLLECTI
 
 bundled-classifier:  ## Make the bundled classifier of opinions again from the demo data (eight minutes)
 	rm -rf runs/opinions
-	$(STAGE)-5-opinions.json
+	$(PYTHON) run_llama.py --config examples/demo-lora.json --run_dir runs/opinions
 	$(PYTHON) run_llama.py --option convert --to adapter --adapter runs/opinions/best.pt --out_dtype bf16 \
 		--pretrained-model-path data/mini-llama.safetensors --model_out data/mini-llama-opinions.pt
 
