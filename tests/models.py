@@ -73,7 +73,7 @@ def padded(rows: list[torch.Tensor], side: str, pad_id: int = 0) -> tuple[torch.
 
 
 def with_kernel(model: Llama, kernel: str) -> Llama:
-    """The same weights in a model that uses this attention kernel."""
+    """A model with equal weights that uses this attention kernel."""
     other = Llama(replace(model.config, attention_kernel=kernel)).to(model.tok_embeddings.weight.dtype)
     other.load_state_dict(model.state_dict())
     return other.train(model.training)
@@ -134,7 +134,7 @@ COURSE_ARGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multip
 
 
 def course_content(model: Llama | None = None) -> dict:
-    """What the course's files hold: no biases, sizes only."""
+    """The content of a course checkpoint: no biases, and of the configuration only sizes."""
     model = model or tiny_llama(n_layers=1)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".bias")}
     arguments = {name: getattr(model.config, name) for name in COURSE_ARGS}

@@ -34,7 +34,7 @@ class Program:
         return code, *self.capsys.readouterr()
 
     def metrics(self, run_dir: str = "run") -> list[dict]:
-        """What the run tells of each epoch, but for the time it took."""
+        """The run's line about each epoch, without its time."""
         lines = (self.folder / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 

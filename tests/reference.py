@@ -34,7 +34,7 @@ def norm(x: Tensor, state: dict[str, Tensor], name: str, kind: str, eps: float) 
 
 
 def softmax_weights(query: Tensor, keys: list[Tensor], extra: list[float]) -> list[float]:
-    """Of one query (hd,) over the keys it sees, each score with what is added to it."""
+    """Attention of one query (hd,) over its keys, with an addition for each score."""
     scores = [float(query @ key) / math.sqrt(len(query)) + more for key, more in zip(keys, extra, strict=True)]
     exponentials = [math.exp(score - max(scores)) for score in scores]
     return [one / sum(exponentials) for one in exponentials]
@@ -88,7 +88,7 @@ def logits(
     maps: list[Tensor] | None = None,
     states: list[Tensor] | None = None,
 ) -> Tensor:
-    """What a Llama with these weights (float64) says of one row of ids (T,): (T, V).
+    """Logits (T, V) of a Llama with these weights (float64) for one row of ids (T,).
 
     maps: takes each layer's weights (H, T, T). states: takes what the final norm makes of each layer's stream (T, D).
     """

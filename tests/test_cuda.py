@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in about five minutes on one card: `python -m pytest -m cuda tests/test_cuda.py -s`.
+"""Tests that need a GPU; about five minutes on one card: `python -m pytest -m cuda tests/test_cuda.py -s`.
 
 Without a card, or with ON_CPU=1, the tests that can run on the CPU do so, which checks the tests themselves. Those for
 two cards are skipped on one.

@@ -210,7 +210,7 @@ def test_a_chat_has_the_tokenizers_format(ask, parts):
 
 
 def test_the_payloads_of_lm_evaluation_harness(ask):
-    """As lm_eval 0.4.13 sends them and reads the answers (models/openai_completions.py, local-completions)."""
+    """Requests in the form of lm_eval 0.4.13, which also reads the answers so (models/openai_completions.py)."""
     contexts = [
         ask("/tokenize", {"prompt": text, "add_special_tokens": False})[1]["tokens"] for text in ("the dog", "a")
     ]

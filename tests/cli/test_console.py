@@ -103,7 +103,7 @@ def test_a_stream_without_bytes_is_read_and_a_closed_one_refused(monkeypatch):
 
 
 def type_lines(monkeypatch, *lines):
-    """What typed_lines hands on, as on a terminal."""
+    """Lines typed on a terminal, as typed_lines yields them."""
     typed = iter(lines)
 
     def ask(prompt):

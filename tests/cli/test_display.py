@@ -165,7 +165,7 @@ def test_the_streams_come_back(monkeypatch):
 
 
 def test_a_closed_stream_is_not_given_to_a_file_that_is_opened(tmp_path):
-    """What C code prints to descriptor 1 or 2 would land in it."""
+    """Output of C code to descriptor 1 or 2 would land in it."""
     code = "from minillama.cli.display import safe_display\nwith safe_display(): print(open('file', 'w').fileno() > 2)"
     line = f'"{sys.executable}" -c "{code}" 2>&-'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -203,7 +203,7 @@ def test_predictions_that_another_run_has_written_meanwhile_are_kept_too(command
 
 
 def test_a_file_and_its_record_are_of_one_run(tmp_path):
-    """Of two runs that write one file, one waits until the other has both."""
+    """Two runs write one file: one waits until the other has both."""
     path, order = tmp_path / "output.txt", []
 
     def run(name):

@@ -150,7 +150,7 @@ def test_training_goes_on_from_its_own_output(command):
 
 
 def test_the_tokenizer_that_lies_where_the_models_would_go_is_left_there(command):
-    """As in the examples of --help: `--tokenizer mine.model --model_out mine.safetensors`."""
+    """The example of --help: `--tokenizer mine.model --model_out mine.safetensors`."""
     before = os.stat("tok.model")
     code, _, err = command.pretrain(out="tok.safetensors")
     assert code == 0, err

@@ -30,7 +30,7 @@ def test_guessing_from_the_text_changes_no_greedy_token_and_saves_passes(max_seq
 
 
 def test_guessing_draws_from_the_same_distribution():
-    """Of three tokens, of which the first two are find_draft right now and then."""
+    """Three tokens; now and then find_draft guesses the first two rightly."""
     model = tiny_llama(causal=True, vocab_size=4, n_layers=1)
     prompt, draws = torch.tensor([[1, 2, 3, 1, 2]]), 2000
     generator = seeded(5)

@@ -172,7 +172,7 @@ def test_headers_that_lie_are_refused(tmp_path):
 
 
 def test_mutated_headers_load_or_are_refused_in_one_line(tmp_path):
-    """Of safetensors and of both kinds of JSON, a few bytes at a time; nothing else may come out."""
+    """Safetensors and both kinds of JSON, damaged a few bytes at a time: only these errors may come out."""
     generator = random.Random(2)
     folder = huggingface_folder(tmp_path / "model")
     model, config = folder / "model.safetensors", folder / "config.json"

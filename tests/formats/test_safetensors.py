@@ -102,7 +102,7 @@ def test_safetensors_that_are_not_ours_are_refused_in_one_line(tmp_path, metadat
 
 
 def test_safetensors_with_ours_in_the_metadata_are_read(tmp_path):
-    """What the refused ones above lack is nothing but what they say."""
+    """The files that are refused above differ from this one only in the fault that they name."""
     model = load_pretrained(safetensors_file(tmp_path / "a", described()))
     assert same(model.state_dict(), tiny_llama().state_dict())
     with pytest.raises(ValueError, match="norm.weight holds NaN"):

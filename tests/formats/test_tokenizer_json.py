@@ -49,7 +49,7 @@ def texts(asset, count=1000):
 
 
 def exported(tokenizer, folder):
-    """What AutoTokenizer makes of the tokenizer, beside the configuration of a model as well as without."""
+    """AutoTokenizer opens the tokenizer, with the configuration of a model beside it and without."""
     from transformers import AutoTokenizer
 
     write_huggingface_tokenizer(tokenizer, folder)
@@ -57,7 +57,7 @@ def exported(tokenizer, folder):
 
 
 def assert_same(tokenizer, other, lines):
-    """The same ids of text with bos and without, and the same text of these, of random ones and of the marks."""
+    """Both give equal ids for a text, with bos and without, and equal texts for these ids, random and special ones."""
     ids = [tokenizer.encode(line, bos=True, eos=False) for line in lines]
     assert other(lines)["input_ids"] == ids
     assert other(lines[-9:], add_special_tokens=False)["input_ids"] == [row[1:] for row in ids[-9:]]

@@ -26,7 +26,7 @@ def tokenizer(request, tokenizers):
 
 
 def llama3_text(count=128_000):
-    """As many ranks as Llama 3 has, of one, two and three bytes."""
+    """The number of ranks that Llama 3 has, of one, two and three bytes."""
     tokens = itertools.chain.from_iterable(itertools.product(range(256), repeat=size) for size in (1, 2, 3))
     rows = (b"%s %d\n" % (base64.b64encode(bytes(t)), n) for n, t in enumerate(itertools.islice(tokens, count)))
     return b"".join(rows)

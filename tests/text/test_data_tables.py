@@ -1,4 +1,4 @@
-"""What the columns of a table are, where that is not plain."""
+"""Tables whose columns are not plain: which one is the text, which one the label."""
 
 from __future__ import annotations
 
