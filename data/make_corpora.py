@@ -11,6 +11,7 @@ DIR has the folders corpora/ (tinystories.txt, tinystories_recased.txt, books/, 
   reviews.txt           film reviews, each ending in its verdict ("This movie is good."); folds 0 to 8 of 10
   reviews-held-out.txt  fold 9, unchanged
   films.txt             the same reviews twice: unchanged; and as people write, each with a verdict
+  own.txt               own_reviews.txt (it ships) twice: as written, some with a verdict; and tokenized in lower case
   opinions.txt          parts of the same reviews, a few sentences long, and product opinions, each with a verdict; in
                         two of three cases the question of `--option prompt` comes before the verdict; half of the
                         parts as people write, with capitals and no space before a comma
@@ -38,10 +39,12 @@ from minillama.text.documents import DOCUMENT_END, read_documents  # noqa: E402
 
 HELD_OUT_STORIES = 980
 HELD_OUT_FOLD = "cv9"
+OWN_REVIEWS = Path(__file__).with_name("own_reviews.txt")
 WORDS = (("bad", "awful"), ("good", "excellent"))  # for label 0 and label 1
+CLASSES = ("awful", "bad", "average", "good", "excellent")  # of an own review
 QUESTIONS = (
     prompt_question(["bad", "good"]),
-    prompt_question(["awful", "bad", "average", "good", "excellent"]),
+    prompt_question(CLASSES),
     " This movie is ",
 )
 
@@ -79,6 +82,21 @@ def as_written(text: str) -> str:
     text = re.sub(r" ([.,;:!?)]|'(?:s|m|d|ll|re|ve)\b|n't\b)", r"\1", text).replace("( ", "(")
     text = re.sub(r"\bi\b", "I", text)
     return re.sub(r"(^|[.!?] )([a-z])", lambda start: start[1] + start[2].upper(), text)
+
+
+def tokenized(text: str) -> str:
+    """A text in lower case with a space on both sides of punctuation, as in the collection of film reviews."""
+    return " ".join(re.sub(r'([.,;:!?()"])', r" \1 ", text.lower()).split())
+
+
+def own_reviews(draw: random.Random) -> Iterator[str]:
+    """Each of the project's own reviews, as written and tokenized; of films, one in six as written has a verdict."""
+    for line in OWN_REVIEWS.read_text(encoding="utf-8").splitlines():
+        label, text = line.split(" ||| ", 1)
+        asks = draw.random() < 1 / 6 and re.search(r"\b(?:film|movie)s?\b", text) is not None
+        question = draw.choice(QUESTIONS[1:])  # those that allow all classes
+        yield text + f"{question}{CLASSES[int(label)]}." * asks
+        yield tokenized(text)
 
 
 def review_sentences(films: list[tuple[int, str]], draw: random.Random) -> Iterator[tuple[int, str]]:
@@ -143,6 +161,10 @@ def make(source: Path, into: Path, seed: int = 0) -> None:
     twice = [text for _, text in learnt] + [as_written(text) + verdict(label, later) for label, text in learnt]
     later.shuffle(twice)
     write(into / "films.txt", twice)
+    own = random.Random(seed + 2)
+    reviews_of_ours = list(own_reviews(own))
+    own.shuffle(reviews_of_ours)
+    write(into / "own.txt", reviews_of_ours)
     with atomic_file(into / "review_sentences.txt") as file:
         file.writelines(f"{label} ||| {sentence}\n" for label, sentence in review_sentences(learnt, draw))
 

@@ -72,6 +72,25 @@ def test_each_review_comes_twice_in_films_once_without_a_verdict(made):
     assert len(made["films"]) == 72 and all(text.endswith(endings) for text in made["films"] if text not in without)
 
 
+def test_own_reviews_come_twice_and_a_verdict_is_of_their_label(made):
+    rows = [line.split(" ||| ", 1) for line in make_corpora.OWN_REVIEWS.read_text(encoding="utf-8").splitlines()]
+    assert len(made["own"]) == 2 * len(rows) and len({text for _, text in rows}) == len(rows)
+    documents = set(made["own"])
+    asked = 0
+    for label, text in rows:
+        assert make_corpora.tokenized(text) in documents
+        ends = {f"{text}{question}{make_corpora.CLASSES[int(label)]}." for question in make_corpora.QUESTIONS[1:]}
+        assert len(documents & {text, *ends}) == 1
+        asked += text not in documents
+    assert 0.08 < asked / len(rows) < 0.17  # one in six of those on films
+
+
+def test_a_tokenized_text_has_the_form_of_the_film_reviews():
+    assert make_corpora.tokenized("I said: \"It's good, isn't it?\" (No.)") == (
+        "i said : \" it's good , isn't it ? \" ( no . )"
+    )
+
+
 def test_books_and_prose_are_kept_as_they_are(made):
     assert made["books"] == ["book a", "book b"] and made["prose"] == ["prose a", "prose b"]
 
