@@ -68,10 +68,9 @@ COLLECTIONS ?= ../shared/assets
 # Where the files of examples/bundled-*.json look.
 TEXTS = runs/corpora
 STAGE = $(PYTHON) run_llama.py --config examples/bundled
-
 MEAN = $(PYTHON) run_llama.py --option convert --tokenizer runs/bundled.model
 
-# The third and the fourth run end in a mean of weights: a file that is named twice counts twice.
+# After the third and the fourth run a mean of weights is taken. A file that is named twice counts twice.
 bundled-model:  ## Make the bundled model again from the collections in COLLECTIONS (three and a half hours on two cores)
 	rm -rf runs/general runs/bundled runs/longer runs/own runs/bundled-tokens
 	$(PYTHON) data/make_corpora.py --source $(COLLECTIONS) --into $(TEXTS)
