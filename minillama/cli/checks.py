@@ -126,8 +126,9 @@ def weak_dev(options: Options, data: Mapping[str, Sequence[Any]]) -> str | None:
         if count >= FEW_ROWS or unlabelled:
             return None
         luck = " and the best epoch on them is partly luck;" if options.epochs > 1 else ""
-        held_out = share_of(options.dev) is not None
-        more = "hold out more, for example --dev 0.3, or label more rows" if held_out else "give --dev more rows"
+        share = share_of(options.dev)
+        hold_out = "hold out more, for example --dev 0.3, or " if share is not None and share < 0.3 else ""
+        more = f"{hold_out}label more rows" if share is not None else "give --dev more rows"
         off = f"a share of them that is right can be off by {min(1, count**-0.5):.2f} (95 %);"
         return f"dev has {count} {'row' if count == 1 else 'rows'}: {off}{luck} {more}"
     files = options.train if options.train == options.dev else f"{options.train} and {options.dev}"
