@@ -341,10 +341,10 @@ class Training:
         start = time.perf_counter()
         score = self.task.score(self.model, settings.dtype, self.processes, self.check_interrupts, name)
         self.pace.add_score(time.perf_counter() - start)
-        best = progress.best_quality
-        is_best = progress.best_epoch == 0 or best is None or (score.quality is not None and score.quality > best)
+        is_best = progress.is_beaten_by(score)
         if is_best:
             progress.best_epoch, progress.best_quality = progress.epoch, score.quality
+            progress.best_loss = score.metrics.get("dev_loss")
         stops_early = self.is_stale(progress.epoch)
         finished = stops_early or progress.epoch >= self.task.epochs
         left = "" if finished else self.time_left(scored=1)
@@ -368,6 +368,7 @@ class Training:
             step=progress.step,
             best_epoch=progress.best_epoch,
             best_quality=progress.best_quality,
+            best_loss=progress.best_loss,
             skipped=progress.skipped,
             finished=finished,
         )

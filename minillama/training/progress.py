@@ -23,8 +23,21 @@ class Progress:
     seen: int = 0
     best_epoch: int = 0
     best_quality: float | None = None
+    best_loss: float | None = None  # on dev, of the best epoch
     finished: bool = False
     skipped: int = 0  # steps of the whole run that fp16 skipped
+
+    def is_beaten_by(self, score: Score) -> bool:
+        """Whether a score is better than the best so far. At the same quality the lower loss on dev is better.
+
+        On few rows many epochs have the same accuracy; the first of them has often learnt least.
+        """
+        if self.best_epoch == 0 or self.best_quality is None:
+            return True
+        if score.quality is None or score.quality != self.best_quality:
+            return score.quality is not None and score.quality > self.best_quality
+        loss = score.metrics.get("dev_loss")
+        return loss is not None and self.best_loss is not None and loss < self.best_loss
 
     @property
     def mean_loss(self) -> float:

@@ -22,9 +22,10 @@ from minillama.training.distributed import Processes
 from minillama.training.evaluation import Evaluation, evaluate
 from minillama.training.interrupts import Stopped
 from minillama.training.loop import Training
+from minillama.training.progress import Progress
 from minillama.training.run_directory import RunDirectory
 from minillama.training.settings import Settings, learning_rate, make_optimizer
-from minillama.training.task import PIECE_COST, cut_batch
+from minillama.training.task import PIECE_COST, Score, cut_batch
 from optimizer import AdamW, decay_groups
 from run_llama import parse
 
@@ -106,7 +107,7 @@ def test_frozen_weights_stay(fit):
 @pytest.mark.parametrize(
     "accuracies, best", [([0.1, 0.3, 0.2], 2), ([0.3, 0.3, 0.1], 1), ([0.1, 0.2, 0.3], 3), ([None, None, None], 3)]
 )
-def test_the_best_epoch_is_kept_and_a_tie_goes_to_the_earlier(fit, monkeypatch, accuracies, best):
+def test_the_best_epoch_is_kept_and_a_tie_without_losses_goes_to_the_earlier(fit, monkeypatch, accuracies, best):
     rows, model, weights, saved = some_rows(), Bag(), {}, []
     with_dev_accuracies(monkeypatch, accuracies)
 
@@ -122,6 +123,17 @@ def test_the_best_epoch_is_kept_and_a_tie_goes_to_the_earlier(fit, monkeypatch, 
     assert torch.equal(model.table, weights[best])
     assert saved[-1] == (best, accuracies[best - 1])
     assert not model.training
+
+
+def test_a_tie_goes_to_the_lower_loss():
+    def score(quality, loss):
+        return Score(quality, "", {"dev_loss": loss})
+
+    best = Progress(best_epoch=1, best_quality=0.5, best_loss=1.0)
+    assert best.is_beaten_by(score(0.5, 0.9)) and best.is_beaten_by(score(0.6, 2.0))
+    assert not best.is_beaten_by(score(0.5, 1.0)) and not best.is_beaten_by(score(0.4, 0.1))
+    assert not best.is_beaten_by(score(0.5, None)) and not best.is_beaten_by(score(None, 0.1))
+    assert Progress().is_beaten_by(score(None, None))
 
 
 @pytest.mark.parametrize("patience, epochs", [(1, 3), (2, 6), (None, 7)])
