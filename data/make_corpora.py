@@ -32,6 +32,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from make_demo_data import sentences  # noqa: E402
+
 from minillama.cli.parser import OneLineParser  # noqa: E402
 from minillama.formats.files import atomic_file  # noqa: E402
 from minillama.text.batches import prompt_question  # noqa: E402
@@ -39,7 +41,7 @@ from minillama.text.documents import DOCUMENT_END, read_documents  # noqa: E402
 
 HELD_OUT_STORIES = 980
 HELD_OUT_FOLD = "cv9"
-OWN_REVIEWS = Path(__file__).with_name("own_reviews.txt")
+OWN_REVIEWS = "own_reviews.txt"  # beside this script
 WORDS = (("bad", "awful"), ("good", "excellent"))  # for label 0 and label 1
 CLASSES = ("awful", "bad", "average", "good", "excellent")  # of an own review
 QUESTIONS = (
@@ -91,11 +93,10 @@ def tokenized(text: str) -> str:
 
 def own_reviews(draw: random.Random) -> Iterator[str]:
     """Each of the project's own reviews, as written and tokenized; of films, one in six as written has a verdict."""
-    for line in OWN_REVIEWS.read_text(encoding="utf-8").splitlines():
-        label, text = line.split(" ||| ", 1)
+    for label, text in sentences(OWN_REVIEWS):
         asks = draw.random() < 1 / 6 and re.search(r"\b(?:film|movie)s?\b", text) is not None
         question = draw.choice(QUESTIONS[1:])  # those that allow all classes
-        yield text + f"{question}{CLASSES[int(label)]}." * asks
+        yield text + f"{question}{CLASSES[label]}." * asks
         yield tokenized(text)
 
 

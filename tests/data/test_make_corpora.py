@@ -74,7 +74,8 @@ def test_each_review_comes_twice_in_films_once_without_a_verdict(made):
 
 
 def test_own_reviews_come_twice_and_a_verdict_is_of_their_label(made):
-    rows = [line.split(" ||| ", 1) for line in make_corpora.OWN_REVIEWS.read_text(encoding="utf-8").splitlines()]
+    path = ROOT / "data" / make_corpora.OWN_REVIEWS
+    rows = [line.split(" ||| ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(made["own"]) == 2 * len(rows) and len({text for _, text in rows}) == len(rows)
     documents = set(made["own"])
     asked = 0
