@@ -117,11 +117,13 @@ class CompiledDecoder:
         finally:
             config.CACHE_DIR = before
         self.blocks = [numba_step.Block(*weights) for weights in self.weights]
-        self.team = Team(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+        threads = torch.get_num_threads()
+        self.team = Team(min(threads, config.NUMBA_NUM_THREADS))
         self.set_threads, self.loops = numba.set_num_threads, numba_step
         # This starts Numba's threads. Without them, loops read from the cache may call a function that is not there
         # (github.com/numba/numba/issues/8578): so after a first compilation that was killed before it ended.
         self.set_threads(1)
+        torch.set_num_threads(threads)  # Numba's start made it the number of processors, for torch too
 
     def compile(self, lock: IO[bytes]) -> None:
         """Computes one step with made-up inputs, for which Numba compiles the loops or reads them from the cache.

@@ -129,6 +129,19 @@ def test_in_int8_the_perplexity_of_held_out_stories_is_within_a_hundredth(asset)
     assert 1.0 < nats[0] < 2.5 and 0 < abs(nats[1] - nats[0]) < 0.01
 
 
+def test_numba_leaves_torch_the_number_of_threads_that_the_user_chose():
+    """Two threads on a busy processor can take forty times as long as one, and training goes on after a sample."""
+    code = (
+        "import torch; from minillama.decoding.fast_llama import InferenceLlama; from models import tiny_llama; "
+        "torch.set_num_threads(1); assert InferenceLlama(tiny_llama(causal=True)).has_loops(); "
+        "import numba; print(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)"
+    )
+    paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "NUMBA_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "3"]
+
+
 @torch.no_grad()
 def test_it_continues_in_the_cache_of_torch_and_torch_in_its():
     model = tiny_llama(causal=True)
