@@ -139,30 +139,28 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, assignment: 
         print(f"{known} of {len(found)} were judged before: taken over from {kept_in}", flush=True)
     to_judge = sum(one.folder is not None and key not in finished for one, key in zip(found, keys, strict=True))
     many, judgements, seconds = len(found) > 1, [], []
-    for number, ((name, folder, problem), key) in enumerate(zip(found, keys, strict=True), 1):
-        start = f"{number}/{len(found)} {name}: "
 
-        def show(part: str, start: str = start) -> None:
+    def judge_next(hand_in: HandIn, key: str, number: int) -> None:
+        """Judges one hand-in, or takes it over; keeps and prints the judgement."""
+        name, folder, problem = hand_in
+        start, again = f"{number}/{len(found)} {name}: ", key in finished
+
+        def show(part: str) -> None:
             if sys.stderr.isatty():
                 print(f"\r\x1b[K{start}{part} ...", end="", file=sys.stderr, flush=True)
 
-        again = key in finished
-        try:
-            if folder is None:
-                judgement = not_judged(name, problem, assignment)
-            elif again:
-                judgement = Judgement.from_dict(finished[key])
-            else:
-                judgement = judge(folder, assignment, limits, name, show)
-        except KeyboardInterrupt:
-            rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in and kept_in.exists() else ""
-            print(f"\ngrade.py: interrupted after {number - 1} of {len(found)}{rest}", file=sys.stderr)
-            raise
+        if folder is None:
+            judgement = not_judged(name, problem, assignment)
+        elif again:
+            judgement = Judgement.from_dict(finished[key])
+        else:
+            judgement = judge(folder, assignment, limits, name, show)
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         if kept_in is not None and not again and folder is not None:
             with kept_in.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "judgement": judgement.to_dict()}) + "\n")
+        judgements.append(judgement)
         if folder is not None and not again:
             seconds.append(judgement.seconds)
         if many:
@@ -170,7 +168,14 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, assignment: 
             print(start + summary(judgement, again, left), flush=True)
         else:
             print_table(judgement, options.hints)
-        judgements.append(judgement)
+
+    try:
+        for number, (hand_in, key) in enumerate(zip(found, keys, strict=True), 1):
+            judge_next(hand_in, key, number)
+    except KeyboardInterrupt:
+        rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in and kept_in.exists() else ""
+        print(f"\ngrade.py: interrupted after {len(judgements)} of {len(found)}{rest}", file=sys.stderr)
+        raise
     if kept_in is not None:
         kept_in.unlink(missing_ok=True)
     return judgements
