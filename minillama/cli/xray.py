@@ -104,20 +104,17 @@ def page_of_classes(
     """The page of a sentence that a classifier read.
 
     The other model's answers are those of its own head, if it has one for these classes, else of the first model's.
-    Raises ValueError for a model that reads the mean of all states: the page explains the state of one token.
     """
     from minillama.cli.xray_page import Text, check_length, page
-
-    if model.pooling == "mean":
-        raise ValueError(
-            f"--xray explains the last token's state, but {options.finetuned} reads the mean of all; leave out --xray"
-        )
 
     check_length(len(tokens))
     llama: Any = model.llama
     subject = subject_of(options.finetuned, llama, tokens)
     subject.readout, subject.weight, subject.bias = head_of(model)
-    best = int(subject.readout(subject.trace.hidden[-1:]).argmax())
+    logits = subject.readout(subject.trace.hidden).detach().float()  # (T, classes)
+    # The head is linear, so that its logits of the mean of the states are the mean of its logits.
+    answer = (logits.mean(0) if model.pooling == "mean" else logits[-1]).softmax(-1).tolist()
+    best = answer.index(max(answer))
     second = None
     if (other := read_other(options, llama.config, tokenizer)) is not None:
         second = subject_of(other.path, other.llama, tokens, beside=options.finetuned)
@@ -125,6 +122,8 @@ def page_of_classes(
         second.readout, second.weight, second.bias = head_of(other.classifier if own else model)
         second.borrows_head = not own
     text = Text(tokenizer, len(tokens), [best] * len(tokens), classes)
+    if model.pooling == "mean":
+        text.mean = sorted(zip(classes, answer, strict=True), key=lambda one: -one[1])
     return page(subject, text, second)
 
 

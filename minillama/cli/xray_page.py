@@ -52,14 +52,16 @@ class Subject:
 class Text:
     """The text of the page. prompt: the number of tokens that were given; the model wrote the others.
 
-    answers: the token or class to explain at each position; classes: their names, for a classifier; settings: of the
-    decoding, as in SLIDERS.
+    answers: the token or class to explain at each position; classes: their names, for a classifier; mean: its classes
+    and their probabilities, the likeliest first, if it reads the mean of all states; settings: of the decoding, as in
+    SLIDERS.
     """
 
     tokenizer: Tokenizer
     prompt: int
     answers: list[int]
     classes: list[str] = field(default_factory=list)
+    mean: list[tuple[str, float]] = field(default_factory=list)
     settings: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -95,6 +97,7 @@ def html(subject: Subject, text: Text, against: Subject | None, data: dict[str, 
         note="The numbers are those of one forward pass.",
         written=text.prompt < len(text.answers),
         classes=bool(text.classes),
+        mean=[(name, f"{p:.3f}") for name, p in text.mean],
         differential=config.attention_type == "differential",
         rest=f"{rest:,}" if rest else "",
         penalty=f"{text.settings.get('repetition_penalty') or 1:g}",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from minillama.cli.xray_page import MOST_TOKENS
 from minillama.formats.checkpoint import write_checkpoint
@@ -86,14 +89,24 @@ def test_classifiers_are_compared_by_their_own_heads(command):
     assert code == 0 and "Its stream is read by the classifier of best.pt" in data_of(command)[0], err
 
 
-def test_a_classifier_of_the_mean_classifies_but_has_no_page(command):
+def test_of_a_classifier_of_the_mean_the_page_has_each_tokens_logits(command):
     assert command("finetune", "--pooling", "mean", "--run_dir", "run")[0] == 0
-    asked = ("classify", "--finetuned", "run/best.pt", "--prompt", "one good day")
+    asked = ("classify", "--finetuned", "run/best.pt", "--prompt", "one good day", "--dtype", "fp32")
     code, out, _ = command(*asked, "--json")
     by_last, _ = command(*asked, "--json", "--pooling", "last_token")[1:]
     assert code == 0 and out != by_last, "the run's pooling is taken"
-    code, out, err = command(*asked, "--xray", "page.html")
-    assert (code, out) == (2, "") and "reads the mean of all" in err and not (command.folder / "page.html").exists()
+    code, _, err = command(*asked, "--xray", "page.html")
+    assert code == 0, err
+    page, data = data_of(command)
+    said = json.loads(out)
+    shown = ", ".join(f"{name} {p:.3f}" for name, p in sorted(said["probabilities"].items(), key=lambda one: -one[1]))
+    assert f"from the mean over all tokens: {shown}." in " ".join(page.split())
+    assert set(data["answers"]) == {shown.split()[0]} and "Only the last token decides" not in page
+    stored = np.frombuffer(base64.b64decode(data["logits"]["data"]), data["logits"]["kind"])
+    logits = torch.tensor(stored.reshape(len(data["tokens"]), -1) * data["logits"]["scale"]).mean(0)
+    assert dict(zip(data["vocabulary"], logits.softmax(-1).tolist(), strict=True)) == pytest.approx(
+        said["probabilities"], abs=1e-4
+    )
 
 
 def test_zero_shot_shows_its_first_sentence_before_the_work(command_of_words):
