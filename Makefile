@@ -85,7 +85,7 @@ bundled-model:  ## Make the bundled model again from the collections in COLLECTI
 		--model_out data/mini-llama.safetensors
 	$(PYTHON) tests/make_bundled_reference.py
 
-bundled-classifier:  ## Make the bundled classifier of opinions again from the demo data (eight minutes)
+bundled-classifier:  ## Make the bundled classifier of opinions again from the demo data (six minutes)
 	rm -rf runs/opinions
 	$(PYTHON) run_llama.py --config examples/demo-lora.json --run_dir runs/opinions
 	$(PYTHON) run_llama.py --option convert --to adapter --adapter runs/opinions/best.pt --out_dtype bf16 \
