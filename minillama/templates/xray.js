@@ -82,10 +82,11 @@ function drawTokens() {
     type: "button", "aria-pressed": t === state.t, tabindex: t === state.t ? 0 : -1, class: t < data.prompt ? "given" : "written",
     title: `token ${t + 1}, id ${data.ids[t]}`, style: { "--share": Math.sqrt(reads(t)) }, onclick: () => choose({ t }),
   }, tokens[t])));
-  const end = L * T + state.t, place = data.lens.rank[L][state.t], answer = quote(data.answers[state.t]);
-  const next = `${answer} (${fixed(data.lens.answer[end])}${place > 1 ? `, number ${place}` : state.t + 1 < T ? ", the likeliest" : ""})`;
-  const what = data.kind === "classes" ? "the class is" : state.t + 1 < T ? "the next token is" : "the likeliest next token is";
-  fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${what} ${next}.`);
+  const place = data.lens.rank[L][state.t], answer = quote(data.answers[state.t]), p = fixed(data.lens.answer[L * T + state.t]);
+  const rank = place > 1 ? `, number ${place}` : state.t + 1 < T ? ", the likeliest" : "";
+  const next = data.kind === "classes" ? `at this token the classifier's answer, ${answer}, has ${p}${rank}` :
+    `${state.t + 1 < T ? "the next token is" : "the likeliest next token is"} ${answer} (${p}${rank})`;
+  fill("chosen", `Chosen: ${quoted(state.t)}, token ${state.t + 1} of ${T}; ${next}.`);
 }
 document.addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, Home: -T, End: T }[event.key];
@@ -230,12 +231,12 @@ function lensTable(lens, caption) {
   return table(["after", ...range(n).map((i) => `${i + 1}.`), quote(answer), "rank"], rows, caption);
 }
 function drawLens() {
-  const first = data.first[state.t], answer = quote(data.answers[state.t]);
-  const { texts, p, rank } = data.lens, own = quote(texts[L][state.t][0]), n = texts[0][0].length;
-  fill("first", first > L ? `The text goes on with ${answer}, which is the model's number ${rank[L][state.t]}; ` +
-    `its own choice would be ${own} (${fixed(p[(L * T + state.t) * n])}).` :
-    `${answer} is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked), first with ` +
-    `${fixed(data.lens.answer[first * T + state.t], 2)}, at the end with ${fixed(data.lens.answer[L * T + state.t], 2)}.`);
+  const { t } = state, first = data.first[t], answer = quote(data.answers[t]), { texts, p, rank } = data.lens;
+  const choice = quote(texts[L][t][0]), chance = fixed(p[(L * T + t) * texts[0][0].length]), number = rank[L][t];
+  fill("first", first <= L ? `${answer} is the likeliest from here on: ${first === 0 ? "the embedding" : `layer ${first}`} (marked), ` +
+    `first with ${fixed(data.lens.answer[first * T + t], 2)}, at the end with ${fixed(data.lens.answer[L * T + t], 2)}.` :
+    data.kind === "classes" ? `At this token ${choice} is the likeliest (${chance}); the classifier's answer, ${answer}, is number ${number}.` :
+    `The text goes on with ${answer}, which is the model's number ${number}; its own choice would be ${choice} (${chance}).`);
   fill("lens", lensTable(data.lens, ""), other && lensTable(other.lens, `The other model, ${other.model}`));
 }
 
@@ -316,19 +317,20 @@ function random(seed) { // numbers in (0, 1), by Park and Miller's "minimal stan
 }
 const nameOf = (id) => (id < 0 ? `one of ${data.rest} rarer tokens` : data.vocabulary[id]);
 function drawCandidates() {
+  const classes = data.kind === "classes", columns = classes ? ["before"] : ["before", "after"]; // of classes nothing is cut
   const all = candidates(state.t, settings);
   const kept = all.filter((one) => one.after > 0), cut = all.filter((one) => one.after === 0);
   const size = (some) => some.reduce((total, one) => total + one.n, 0);
   const mass = cut.reduce((total, one) => total + one.n * one.before, 0);
   const bars = (one) => make("td", { class: "bars" },
-    ...[["i", one.before], ["b", one.after]].map(([tag, p]) => make(tag, { style: { width: `${100 * p}%` } })));
+    ...(classes ? [["b", one.before]] : [["i", one.before], ["b", one.after]]).map(([tag, p]) => make(tag, { style: { width: `${100 * p}%` } })));
   const line = (one) => ({ head: nameOf(one.id), class: one.after ? "" : "cut",
-    cells: [bars(one), fixed(one.before), one.after ? fixed(one.after) : "cut"] });
+    cells: [bars(one), ...columns.map((when) => (one[when] ? fixed(one[when]) : "cut"))] });
   const rest = (some, word) => (some.length ? [{ head: `${size(some)} more ${word}`, class: "cut", cells: [make("td"),
-    ...["before", "after"].map((when) => fixed(some.reduce((total, one) => total + one.n * one[when], 0)))] }] : []);
+    ...columns.map((when) => fixed(some.reduce((total, one) => total + one.n * one[when], 0)))] }] : []);
   const rows = [...kept.slice(0, 12).map(line), ...rest(kept.slice(12), "kept"), ...cut.slice(0, 6).map(line), ...rest(cut.slice(6), "cut")];
-  fill("candidates", table([data.kind === "classes" ? "class" : "token", "", "before", "after"], rows, ""));
-  if (data.kind === "classes") return;
+  fill("candidates", table(classes ? ["class", "", "probability"] : ["token", "", ...columns], rows, ""));
+  if (classes) return;
   fill("counts", `Kept ${size(kept)}, cut ${size(cut)} with ${fixed(mass)} of the probability.`);
   const next = random(Number($("seed").value) || 0), drawn = new Map();
   for (let i = 0; i < 20; i++) {

@@ -35,4 +35,6 @@ class Interrupts:
         self.number = number
         self.__exit__()
         with suppress(OSError):  # stderr may be closed; print is not safe in a signal handler
-            os.write(2, b"\nstopping after this step; a second signal stops at once and loses unsaved steps\n")
+            os.write(
+                2, b"\nstopping after this step; a second Ctrl-C (or signal) stops at once and loses unsaved steps\n"
+            )

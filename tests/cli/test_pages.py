@@ -243,6 +243,28 @@ def test_a_second_model_is_shown_beside_the_first(opened):
     assert "No difference is above 0.1 %" in opened(same).text("section:last-of-type p")
 
 
+@in_browser
+def test_each_token_of_a_classifier_of_the_mean_has_its_own_answer(opened):
+    model, tokens = tiny_llama(norm="rmsnorm", causal=True, max_seq_len=128), random_ids(1, 10)[0].tolist()
+    one, classes = subject(model, tokens), ["bad", "fair", "good"]
+    one.readout = torch.nn.Linear(len(one.trace.hidden[0]), 3)
+    one.weight, one.bias = one.readout.weight, one.readout.bias
+    own = one.readout(one.trace.hidden).detach().softmax(-1)
+    best = int(one.readout(one.trace.hidden).mean(0).argmax())
+    t = next(t for t in range(10) if own[t].argmax() != best)
+    text = Text(Words(), 10, [best] * 10, classes, [("bad", 0.5), ("fair", 0.3), ("good", 0.2)])
+    tab = opened(page(one, text))
+    assert "from the mean over all tokens: bad 0.500, fair 0.300, good 0.200." in tab.text("#part-5")
+    tab.run(f"choose({{ t: {t} }})")
+    likeliest, place = classes[int(own[t].argmax())], 1 + int((own[t] > own[t, best]).sum())
+    assert tab.text("#first") == (
+        f"At this token “{likeliest}” is the likeliest ({own[t].max():.3f}); "
+        f"the classifier's answer, “{classes[best]}”, is number {place}."
+    )
+    assert f"the classifier's answer, “{classes[best]}”, has {own[t, best]:.3f}, number {place}" in tab.text("#chosen")
+    assert {len(cells) for cells in rows(tab, "#candidates")} == {3}, "a class, its bar and its probability"
+
+
 def test_a_page_is_made_smaller_until_it_fits(monkeypatch):
     content, *_ = xray_page()
     monkeypatch.setattr("minillama.cli.xray_page.MOST_BYTES", len(content) - 1)
