@@ -325,7 +325,7 @@ function drawCandidates() {
   const bars = (one) => make("td", { class: "bars" },
     ...(classes ? [["b", one.before]] : [["i", one.before], ["b", one.after]]).map(([tag, p]) => make(tag, { style: { width: `${100 * p}%` } })));
   const line = (one) => ({ head: nameOf(one.id), class: one.after ? "" : "cut",
-    cells: [bars(one), ...columns.map((when) => (one[when] ? fixed(one[when]) : "cut"))] });
+    cells: [bars(one), ...columns.map((when) => (when === "after" && !one.after ? "cut" : fixed(one[when])))] });
   const rest = (some, word) => (some.length ? [{ head: `${size(some)} more ${word}`, class: "cut", cells: [make("td"),
     ...columns.map((when) => fixed(some.reduce((total, one) => total + one.n * one[when], 0)))] }] : []);
   const rows = [...kept.slice(0, 12).map(line), ...rest(kept.slice(12), "kept"), ...cut.slice(0, 6).map(line), ...rest(cut.slice(6), "cut")];
