@@ -1,8 +1,8 @@
 """Classifiers on a Llama: zero-shot by the probability of each label's words, a linear head, and label-word prediction.
 
-All read each row's last real token under a padding mask, so a row's result does not depend on its batch.
-`config.pooling = "last_column"` reproduces the course, which ignores the mask. There, queries attend to padding, and
-the last column is read even if it is padding.
+All read each row's last real token under a padding mask, or with `config.pooling = "mean"` the mean of all real tokens,
+so a row's result does not depend on its batch. "last_column" reproduces the course, which ignores the mask. There,
+queries attend to padding, and the last column is read even if it is padding.
 """
 
 from __future__ import annotations

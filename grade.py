@@ -85,7 +85,19 @@ def assignment_of(parser: OneLineParser, options: argparse.Namespace) -> Assignm
 
 def grade(arguments: list[str] | None) -> int:
     """Judges the hand-ins and prints and writes the results; returns the exit code."""
-    parser, options = options_of(arguments)
+    try:
+        return judge_and_write(*options_of(arguments))
+    except KeyboardInterrupt as stop:
+        print(f"\ngrade.py: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except OSError as error:  # such as a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"grade.py: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def judge_and_write(parser: OneLineParser, options: argparse.Namespace) -> int:
+    """Judges the hand-ins, prints and writes the results, and returns the exit code unless it is interrupted."""
     for name in ("json", "report"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -109,28 +121,30 @@ def grade(arguments: list[str] | None) -> int:
             parser.error(f"{found[0].name}: {found[0].problem}")
         if "--net" not in namespaces():
             print("grade.py: the network is not cut off: unshare is not allowed here", file=sys.stderr)
+        keep = options.report or options.json
+        kept_in = keep.with_name(f"{keep.name}.part") if keep is not None and len(found) > 1 else None
         try:
-            judgements = judge_all(found, options, assignment)
-        except KeyboardInterrupt:
-            return 130
+            judgements = judge_all(found, options, assignment, kept_in)
         except SandboxError as error:
             print(f"grade.py: error: {error}", file=sys.stderr)
             return 2
-    try:
-        write_results(judgements, options)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
+    write_results(judgements, options)
+    if kept_in is not None:
+        kept_in.unlink(missing_ok=True)
     return 0 if all(one.points == one.out_of and not one.note for one in judgements) else 1
 
 
-def judge_all(found: Sequence[HandIn], options: argparse.Namespace, assignment: Assignment) -> list[Judgement]:
-    """Judges all hand-ins, with a line for each; takes those that an interrupted run has finished from its file."""
+def judge_all(
+    found: Sequence[HandIn], options: argparse.Namespace, assignment: Assignment, kept_in: Path | None
+) -> list[Judgement]:
+    """Judges all hand-ins, with a line for each.
+
+    kept_in: a file that keeps what is done, and from which a run after an interrupted one takes it.
+    """
     from minillama.grading.hand_ins import fingerprint
     from minillama.grading.judge import Judgement, judge
     from minillama.grading.sandbox import DEFAULT_LIMITS
 
-    keep = options.report or options.json
-    kept_in = keep.with_name(f"{keep.name}.part") if keep is not None and len(found) > 1 else None
     finished = {} if kept_in is None else read_finished(kept_in)
     limits = DEFAULT_LIMITS._replace(seconds=options.seconds, wall=3.0 * options.seconds)
     settings = [assignment.title, assignment.points, version()]
@@ -174,10 +188,7 @@ def judge_all(found: Sequence[HandIn], options: argparse.Namespace, assignment: 
             judge_next(hand_in, key, number)
     except KeyboardInterrupt:
         rest = f"; the same command goes on, {kept_in} holds what is done" if kept_in and kept_in.exists() else ""
-        print(f"\ngrade.py: interrupted after {len(judgements)} of {len(found)}{rest}", file=sys.stderr)
-        raise
-    if kept_in is not None:
-        kept_in.unlink(missing_ok=True)
+        raise KeyboardInterrupt(f"interrupted after {len(judgements)} of {len(found)}{rest}") from None
     return judgements
 
 

@@ -66,12 +66,15 @@ def check_predictions(options: Options, ending: str) -> None:
         raise ValueError(f"--dev_out and --test_out are both {options.dev_out}; give two files")
 
 
+MEAN_OF_PROMPT = "--pooling mean is for --head linear: a prompt is answered at its last token; leave it out"
+
+
 def check_pooling(options: Options) -> None:
     """Raises ValueError if --pooling mean would have to answer a prompt, or last_column to read the padding of a split
     batch.
     """
     if options.pooling == "mean" and (options.option == "prompt" or options.head == "prompt"):
-        raise ValueError("--pooling mean is for --head linear: a prompt is answered at its last token; leave it out")
+        raise ValueError(MEAN_OF_PROMPT)
     split = options.command.trains and (options.micro_batch_size or options.batch_size) < options.batch_size
     if options.pooling == "last_column" and (split or options.processes > 1):
         raise ValueError(
@@ -352,13 +355,16 @@ def load_classifier(
     from classifier import classifier_of
     from minillama.text.batches import prompt_parts
 
+    if found.head == "prompt" and options.pooling == "mean":
+        raise ValueError(MEAN_OF_PROMPT)
     tokenizer = load_tokenizer(options, finetuned=options.finetuned)
     fit_tokenizer(found.path, found.config, tokenizer, lies_with=options.pretrained_model_path)
     model = classifier_of(found, tokenizer)
     model.pooling = options.pooling
     prompt = prompt_parts(found.template, found.words, options.pooling) if found.head == "prompt" else ()
     base = base or ("its base" if "base_sha256" in found.options else "its base, not needed")  # an adapter needs it
-    report(f"finetuned   {found.path} ({found.options.get('option')}, {found.head} head)")
+    head = f"{found.head} head" + (" on the mean of all tokens" if options.pooling == "mean" else "")
+    report(f"finetuned   {found.path} ({found.options.get('option')}, {head})")
     print_header(options, model.llama, base, tokenizer, device, dtype)
     if prompt:
         report(f"prompt      {'{sentence}'.join(prompt)}")

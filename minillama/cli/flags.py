@@ -225,8 +225,9 @@ ROWS = Group(
         BATCH_SIZE,
         Flag(
             "--pooling",
-            "whose state the head reads; last_token: the last real token's; mean: the mean over all real tokens, for "
-            "long texts; last_column: as in the course, that of the batch's last column, even if it is padding",
+            "whose state the head reads; last_token: the last real token's; mean: the mean over all real tokens, "
+            "better for LoRA and for long texts; last_column: as in the course, that of the batch's last column, even "
+            "if it is padding",
             ("last_token", "mean", "last_column"),
             "last_token",
         ),

@@ -99,9 +99,14 @@ def page_of_tokens(
 
 
 def page_of_classes(
-    options: Options, model: nn.Module, tokenizer: Tokenizer, tokens: Sequence[int], classes: list[str]
+    options: Options,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    classes: list[str],
+    probabilities: list[float],
 ) -> str:
-    """The page of a sentence that a classifier read.
+    """The page of a sentence that a classifier read, with its answer: the probabilities of the classes.
 
     The other model's answers are those of its own head, if it has one for these classes, else of the first model's.
     """
@@ -111,20 +116,25 @@ def page_of_classes(
     llama: Any = model.llama
     subject = subject_of(options.finetuned, llama, tokens)
     subject.readout, subject.weight, subject.bias = head_of(model)
-    logits = subject.readout(subject.trace.hidden).detach().float()  # (T, classes)
-    # The head is linear, so that its logits of the mean of the states are the mean of its logits.
-    answer = (logits.mean(0) if model.pooling == "mean" else logits[-1]).softmax(-1).tolist()
-    best = answer.index(max(answer))
+    best = probabilities.index(max(probabilities))
+    if model.pooling == "mean":
+        subject.mean = ranked(classes, probabilities)
     second = None
     if (other := read_other(options, llama.config, tokenizer)) is not None:
         second = subject_of(other.path, other.llama, tokens, beside=options.finetuned)
         own = other.classifier is not None and list(other.classes) == classes
-        second.readout, second.weight, second.bias = head_of(other.classifier if own else model)
+        reads: Any = other.classifier if own else model
+        second.readout, second.weight, second.bias = head_of(reads)
         second.borrows_head = not own
-    text = Text(tokenizer, len(tokens), [best] * len(tokens), classes)
-    if model.pooling == "mean":
-        text.mean = sorted(zip(classes, answer, strict=True), key=lambda one: -one[1])
-    return page(subject, text, second)
+        if reads.pooling == "mean":  # the head is linear: its logits of the mean are the mean of its logits
+            mean = second.readout(second.trace.hidden).detach().float().mean(0)
+            second.mean = ranked(classes, mean.softmax(-1).tolist())
+    return page(subject, Text(tokenizer, len(tokens), [best] * len(tokens), classes), second)
+
+
+def ranked(classes: Sequence[str], probabilities: Sequence[float]) -> list[tuple[str, float]]:
+    """The classes with their probabilities, the likeliest first."""
+    return sorted(zip(classes, probabilities, strict=True), key=lambda one: -one[1])
 
 
 def head_of(model: Any) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor | None]:

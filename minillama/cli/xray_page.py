@@ -36,7 +36,8 @@ class Subject:
     """A traced model on the page. name: of its file; facts: its sizes in words.
 
     readout: hidden states (T, D) -> logits of the classes, if the model is a classifier; weight (classes, D) and bias
-    (classes,) of its linear layer.
+    (classes,) of its linear layer; mean: its answer, the classes and their probabilities with the likeliest first, if
+    it reads the mean of all states.
     """
 
     name: str
@@ -46,22 +47,26 @@ class Subject:
     weight: Tensor | None = None
     bias: Tensor | None = None
     borrows_head: bool = False  # whether the readout is that of another model
+    mean: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def said(self) -> str:
+        """The answer from the mean, in words: its five likeliest classes."""
+        return ", ".join(f"{name} {p:.3f}" for name, p in self.mean[:5]) + ", ..." * (len(self.mean) > 5)
 
 
 @dataclass
 class Text:
     """The text of the page. prompt: the number of tokens that were given; the model wrote the others.
 
-    answers: the token or class to explain at each position; classes: their names, for a classifier; mean: its classes
-    and their probabilities, the likeliest first, if it reads the mean of all states; settings: of the decoding, as in
-    SLIDERS.
+    answers: the token or class to explain at each position; classes: their names, for a classifier; settings: of the
+    decoding, as in SLIDERS.
     """
 
     tokenizer: Tokenizer
     prompt: int
     answers: list[int]
     classes: list[str] = field(default_factory=list)
-    mean: list[tuple[str, float]] = field(default_factory=list)
     settings: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -97,7 +102,7 @@ def html(subject: Subject, text: Text, against: Subject | None, data: dict[str, 
         note="The numbers are those of one forward pass.",
         written=text.prompt < len(text.answers),
         classes=bool(text.classes),
-        mean=[(name, f"{p:.3f}") for name, p in text.mean],
+        mean=subject.said,
         differential=config.attention_type == "differential",
         rest=f"{rest:,}" if rest else "",
         penalty=f"{text.settings.get('repetition_penalty') or 1:g}",
@@ -215,6 +220,11 @@ def page_data(
         other_lens, other_share = subject_data(against, answers, rivals, names, kind)
         data["other"] = {
             "model": against.name,
+            "answers": f"from the mean over all tokens: {against.said}"
+            if against.mean
+            else "at its last token"
+            if text.classes
+            else "",
             "maps": maps_of([layer.maps for layer in against.trace.layers], config.causal, kind),
             "lens": lens_data(other_lens, names),
             "shares": other_share,

@@ -135,10 +135,11 @@ def run(options: Options) -> None:
 
     def label(rows: list[Row]) -> None:
         rows = classifiers.tokenize_data(options, {"": rows}, tokenizer, found.config.max_seq_len, *prompt)[""]
-        if options.xray:
-            write_xray(options, page_of_classes(options, model, tokenizer, rows[0].ids, found.label_names))
         log_probs = class_log_probs(model, rows, **how, name="classifying")
         likeliest, probabilities = log_probs.argmax(-1).tolist(), log_probs.softmax(-1).tolist()
+        if options.xray:
+            answer = found.label_names, probabilities[0]
+            write_xray(options, page_of_classes(options, model, tokenizer, rows[0].ids, *answer))
         if (path := out_file(options)) is not None:
             with lock_predictions(path):
                 write_predictions(path, likeliest, rows, found.labels, probabilities, **form)

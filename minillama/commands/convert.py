@@ -85,7 +85,8 @@ def run(options: Options) -> None:
         with atomic_folder(options.model_out) as folder:
             write_peft(folder, adapter, config, base=options.pretrained_model_path)
         if adapter.head:
-            report("head        the classifier head is in classifier_head.safetensors; peft does not read it")
+            name = f"classifier_head.safetensors (pooling {adapter.pooling})"
+            report(f"head        the classifier head is in {name}; peft does not read it")
     else:
         write_model(options, config, whole_state(options, checkpoint, config), checkpoint.stop_ids)
     report(f"wrote       {options.model_out} ({options.to})")

@@ -37,7 +37,7 @@ HEAD = Group(
     (
         Flag(
             "--head",
-            "linear: train a new layer on the last token of each sentence. prompt: add no layer; ask the model with "
+            "linear: train a new layer on the state that --pooling names. prompt: add no layer; ask the model with "
             "--template, as --option prompt does, and train it to answer with the label's word; only the first token "
             "of the word counts",
             ("linear", "prompt"),

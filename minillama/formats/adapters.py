@@ -35,6 +35,7 @@ class Adapter:
     alpha: float
     head: dict[str, Tensor]  # of a classifier trained with it
     rslora: bool = False
+    pooling: str = "last_token"  # which state the head reads, as for --pooling
 
     def __post_init__(self) -> None:
         for name, tensor in self.state.items():
@@ -83,7 +84,7 @@ def adapter_of(path: Path, state: dict[str, Tensor], options: dict[str, Any]) ->
     if not adapter or type(rank) is not int or not _is_alpha(alpha) or type(rslora) is not bool:
         raise ValueError(f"{path} holds a model without LoRA; --adapter takes a file of --option lora")
     head = {name: tensor for name, tensor in state.items() if name.startswith("classifier_head.")}
-    return Adapter(adapter, rank, float(alpha), head, rslora)
+    return Adapter(adapter, rank, float(alpha), head, rslora, str(options.get("pooling", "last_token")))
 
 
 def write_adapter(
@@ -184,7 +185,8 @@ def write_peft(folder: Path, adapter: Adapter, config: LlamaConfig, base: str) -
     targets = sorted({name.split(".")[-2] for name in names.values()})
     files.write_safetensors_file(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     if adapter.head:
-        files.write_safetensors_file(folder / "classifier_head.safetensors", adapter.head, {"format": "pt"})
+        metadata = {"format": "pt", "pooling": adapter.pooling}
+        files.write_safetensors_file(folder / "classifier_head.safetensors", adapter.head, metadata)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

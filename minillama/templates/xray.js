@@ -237,7 +237,8 @@ function drawLens() {
     `first with ${fixed(data.lens.answer[first * T + t], 2)}, at the end with ${fixed(data.lens.answer[L * T + t], 2)}.` :
     data.kind === "classes" ? `At this token ${choice} is the likeliest (${chance}); the classifier's answer, ${answer}, is number ${number}.` :
     `The text goes on with ${answer}, which is the model's number ${number}; its own choice would be ${choice} (${chance}).`);
-  fill("lens", lensTable(data.lens, ""), other && lensTable(other.lens, `The other model, ${other.model}`));
+  fill("lens", lensTable(data.lens, ""), other && lensTable(other.lens, `The other model, ${other.model}` +
+    (other.answers ? `, which answers ${other.answers}` : "")));
 }
 
 // 4. Shares
@@ -326,7 +327,7 @@ function drawCandidates() {
     ...(classes ? [["b", one.before]] : [["i", one.before], ["b", one.after]]).map(([tag, p]) => make(tag, { style: { width: `${100 * p}%` } })));
   const line = (one) => ({ head: nameOf(one.id), class: one.after ? "" : "cut",
     cells: [bars(one), ...columns.map((when) => (when === "after" && !one.after ? "cut" : fixed(one[when])))] });
-  const rest = (some, word) => (some.length ? [{ head: `${size(some)} more ${word}`, class: "cut", cells: [make("td"),
+  const rest = (some, word) => (some.length ? [{ head: `${size(some)} more ${classes ? "classes" : word}`, class: "cut", cells: [make("td"),
     ...columns.map((when) => fixed(some.reduce((total, one) => total + one.n * one[when], 0)))] }] : []);
   const rows = [...kept.slice(0, 12).map(line), ...rest(kept.slice(12), "kept"), ...cut.slice(0, 6).map(line), ...rest(cut.slice(6), "cut")];
   fill("candidates", table(classes ? ["class", "", "probability"] : ["token", "", ...columns], rows, ""));

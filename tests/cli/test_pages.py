@@ -252,8 +252,8 @@ def test_each_token_of_a_classifier_of_the_mean_has_its_own_answer(opened):
     own = one.readout(one.trace.hidden).detach().softmax(-1)
     best = int(one.readout(one.trace.hidden).mean(0).argmax())
     t = next(t for t in range(10) if own[t].argmax() != best)
-    text = Text(Words(), 10, [best] * 10, classes, [("bad", 0.5), ("fair", 0.3), ("good", 0.2)])
-    tab = opened(page(one, text))
+    one.mean = [("bad", 0.5), ("fair", 0.3), ("good", 0.2)]
+    tab = opened(page(one, Text(Words(), 10, [best] * 10, classes)))
     assert "from the mean over all tokens: bad 0.500, fair 0.300, good 0.200." in tab.text("#part-5")
     tab.run(f"choose({{ t: {t} }})")
     likeliest, place = classes[int(own[t].argmax())], 1 + int((own[t] > own[t, best]).sum())

@@ -109,10 +109,35 @@ def test_of_a_classifier_of_the_mean_the_page_has_each_tokens_logits(command):
     )
 
 
-def test_zero_shot_shows_its_first_sentence_before_the_work(command_of_words):
+def test_of_two_classifiers_each_answers_by_its_own_pooling(command):
+    for pooling in ("mean", "last_token"):
+        assert command("finetune", "--pooling", pooling, "--run_dir", pooling)[0] == 0
+    asked = ("--prompt", "one good day", "--dtype", "fp32", "--json")
+    said = json.loads(command("classify", "--finetuned", "mean/best.pt", *asked)[1])["probabilities"]
+    words = ", ".join(f"{name} {p:.3f}" for name, p in sorted(said.items(), key=lambda one: -one[1]))
+    for first, second, answers in (
+        ("mean", "last_token", "at its last token"),
+        ("last_token", "mean", f"from the mean over all tokens: {words}"),
+    ):
+        shown = (*asked[:-1], "--xray", "page.html", "--against", f"{second}/best.pt")
+        code, _, err = command("classify", "--finetuned", f"{first}/best.pt", *shown)
+        page, data = data_of(command)
+        assert code == 0 and data["other"]["answers"] == answers, err
+        assert ("All tokens decide" in page) == (first == "mean") == ("linear head on the mean of all tokens" in err)
+
+
+def test_a_prompt_head_does_not_read_the_mean(command_of_words):
+    command = command_of_words
+    assert command("finetune", "--head", "prompt", "--run_dir", "run")[0] == 0
+    asked = ("classify", "--finetuned", "run/best.pt", "--prompt", "good", "--pooling", "mean")
+    code, out, err = command(*asked)
+    assert (code, out) == (2, "") and "a prompt is answered at its last token; leave it out" in err
+
+
+def test_zero_shot_shows_its_first_sentence(command_of_words):
     command = command_of_words
     code, _, err = command("prompt", "--xray", "page.html")
-    assert code == 0 and err.index("wrote page.html") < err.index("dev") or "wrote page.html" in err
+    assert code == 0 and "wrote page.html" in err, err
     assert "Is" in "".join(data_of(command)[1]["tokens"])
     (command.folder / "page.html").unlink()
     code, out, _ = command("prompt", "--xray", "page.html", "--against", other(command, n_layers=3))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from classifier import LlamaEmbeddingClassifier
 from llama import Llama, load_pretrained
@@ -116,7 +117,7 @@ def test_the_file_of_a_fine_tuned_classifier_holds_an_adapter(tmp_path, variant)
     with torch.no_grad():
         for parameter in get_lora_optimizer_params(model):
             parameter.normal_()
-    options = {"lora_rank": 2, "lora_alpha": 5.0, **variant}
+    options = {"lora_rank": 2, "lora_alpha": 5.0, "pooling": "mean", **variant}
     path = tmp_path / "lora.pt"
     write_checkpoint(path, model.state_dict(), backbone.config, kind="classifier", options=options)
     plain = tiny_llama(norm="rmsnorm", causal=True)
@@ -132,7 +133,8 @@ def test_the_file_of_a_fine_tuned_classifier_holds_an_adapter(tmp_path, variant)
     with pytest.raises(ValueError, match="alone.pt is a fine-tuned adapter, not a language model; give its base"):
         load_pretrained(tmp_path / "alone.pt")
     write_peft(tmp_path, adapter, plain.config, "base")
-    assert (tmp_path / "classifier_head.safetensors").is_file()
+    with safe_open(tmp_path / "classifier_head.safetensors", "pt") as file:
+        assert file.metadata()["pooling"] == "mean" and set(file.keys()) == set(adapter.head)
     again = read_adapter(tmp_path, plain.config)
     assert again.state.keys() == adapter.state.keys()
     assert (again.rslora, again.dora) == (variant.get("rslora", False), variant.get("dora", False))

@@ -11,6 +11,7 @@ import zipfile
 
 import pytest
 
+import grade
 from conftest import ROOT
 from minillama.cli.grading_report import hints_of
 from minillama.grading.judge import RIGHT, STOPPED, Judgement, Verdict
@@ -49,6 +50,28 @@ def test_an_interrupted_class_goes_on_where_it_was(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert "both signs of the sine are reversed" in text and "rope.py does not load: SyntaxError" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.zip", "class.html"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="it needs Unix's signals and limits")
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)])
+def test_what_was_judged_is_kept_until_the_results_are_written(tmp_path, monkeypatch, capsys, error, code):
+    for name in ("ann", "bob"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rope.py").write_text("def broken(:\n", encoding="utf-8")
+    page = tmp_path / "class.html"
+    arguments = [str(tmp_path / "ann"), str(tmp_path / "bob"), "--parts", "rope", "--report", str(page)]
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grade, "write_results", fails)
+        assert grade.main(arguments) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("grade.py: ") and not page.exists()
+    assert grade.main(arguments) == 1
+    assert "2 of 2 were judged before" in capsys.readouterr().out
+    assert page.exists() and not (tmp_path / "class.html.part").exists()
 
 
 def test_parts_of_which_the_same_is_said_stand_together():
