@@ -218,13 +218,10 @@ def page_data(
     }
     if against is not None:
         other_lens, other_share = subject_data(against, answers, rivals, names, kind)
+        answers_from = f"from the mean over all tokens: {against.said}" if against.mean else "at its last token"
         data["other"] = {
             "model": against.name,
-            "answers": f"from the mean over all tokens: {against.said}"
-            if against.mean
-            else "at its last token"
-            if text.classes
-            else "",
+            "answers": answers_from if text.classes else "",
             "maps": maps_of([layer.maps for layer in against.trace.layers], config.causal, kind),
             "lens": lens_data(other_lens, names),
             "shares": other_share,
