@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from functools import partial
 
 import pytest
 
@@ -33,7 +34,9 @@ def test_an_interrupted_class_goes_on_where_it_was(tmp_path):
         archive.writestr("dan_7_7_hw.zip", b"no zip")
     page = tmp_path / "class.html"
     command = [sys.executable, "grade.py", str(tmp_path / "all.zip"), "--parts", "rope", "--report", str(page)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores Ctrl-C
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("1/4 ann: 12/12 (")
         process.send_signal(signal.SIGINT)
