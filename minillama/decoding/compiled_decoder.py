@@ -252,10 +252,12 @@ def interrupts_wait() -> Iterator[None]:
 def cache_folder(tell: Callable[[str], None] = lambda line: None) -> Path:
     """The folder of the compiled loops: in ~/.cache, or where NUMBA_CACHE_DIR or XDG_CACHE_HOME say.
 
-    One compilation serves all sizes of a model, until the loops, Numba or NumPy change. If the place is not writable,
-    or belongs to another user, who could place code there, the folder is a temporary one of this process.
+    One compilation serves all sizes of a model, until the loops, Numba or NumPy change. Each copy of the project has its
+    own folder, because Numba compiles again for another path or time of the file. If the place is not writable, or
+    belongs to another user, who could place code there, the folder is a temporary one of this process.
     """
-    text = "".join((LOOPS.read_text("utf-8"), version("numba"), version("numpy")))
+    file = f"{LOOPS} {LOOPS.stat().st_mtime_ns}"
+    text = "".join((LOOPS.read_text("utf-8"), file, version("numba"), version("numpy")))
     place = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache")
     try:
         folder = Path(place).expanduser() / "mini-llama" / hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -297,9 +297,14 @@ def test_the_cache_is_where_the_user_says_and_depends_on_the_loops(tmp_path, mon
     first = cache_folder()
     assert first.parent == tmp_path / "one" / "mini-llama" and first == cache_folder()
     changed = tmp_path / "numba_step.py"
-    changed.write_text("# other loops\n", encoding="utf-8")
     monkeypatch.setattr(compiled_decoder, "LOOPS", changed)
-    assert cache_folder() != first and cache_folder().parent == first.parent
+    folders = {first}
+    for text, time in (("# loops\n", 1), ("# other loops\n", 1), ("# other loops\n", 2)):
+        changed.write_text(text, encoding="utf-8")
+        os.utime(changed, (time, time))  # Numba compiles again for another time, too
+        folders.add(cache_folder())
+        assert cache_folder().parent == first.parent
+    assert len(folders) == 4
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "two"))
     assert cache_folder().parent == tmp_path / "two" / "mini-llama"
 
