@@ -252,8 +252,8 @@ def interrupts_wait() -> Iterator[None]:
 def cache_folder(tell: Callable[[str], None] = lambda line: None) -> Path:
     """The folder of the compiled loops: in ~/.cache, or where NUMBA_CACHE_DIR or XDG_CACHE_HOME say.
 
-    One compilation serves all sizes of a model, until the loops, Numba or NumPy change. Each copy of the project has its
-    own folder, because Numba compiles again for another path or time of the file. If the place is not writable, or
+    One compilation serves all sizes of a model, until the loops, Numba or NumPy change. Each copy of the project has
+    its own folder, because Numba compiles again for another path or time of the file. If the place is not writable, or
     belongs to another user, who could place code there, the folder is a temporary one of this process.
     """
     file = f"{LOOPS} {LOOPS.stat().st_mtime_ns}"
