@@ -101,21 +101,21 @@ def read_file(
     """
     name, pattern = path_and_fold(str(path))
     file = Path(name)
-    table = f"data file (a table of texts{' and labels' if labelled else ''})"
-    kind = table if is_table(name) else "data file of `label ||| sentence` records"
+    texts = "texts and labels" if labelled else "texts"
+    kind = f"data file (a table of {texts})" if is_table(name) else "data file of `label ||| sentence` records"
     text = read_text(file, kind).rstrip(" \r\n")  # a tab at the end belongs to a column
     with file.open("rb") as content:
         marked = content.read(3) == codecs.BOM_UTF8
-    found = replace(read_table(file, text, columns, labels, labelled), marked=marked)
+    table = replace(read_table(file, text, columns, labels, labelled), marked=marked)
     if pattern is None:
-        return found
-    folds = {record.fold for record in found.records if record.fold is not None}
+        return table
+    folds = {record.fold for record in table.records if record.fold is not None}
     if not folds:
         raise ValueError(f"{file} has no column beside label and text; leave out #fold={pattern}")
-    records = [record for record in found.records if record.fold is not None and fnmatchcase(record.fold, pattern)]
+    records = [record for record in table.records if record.fold is not None and fnmatchcase(record.fold, pattern)]
     if not records:
         raise ValueError(f"{path}: no rows are left; its folds include {', '.join(sorted(folds)[:5])}")
-    return replace(found, records=records)
+    return replace(table, records=records)
 
 
 def infer_labels(table: Table, named: bool = False) -> dict[str, str | None]:

@@ -134,8 +134,18 @@ def test_a_prompt_head_does_not_read_the_mean(command_of_words):
     assert (code, out) == (2, "") and "a prompt is answered at its last token; leave it out" in err
 
 
-def test_zero_shot_shows_its_first_sentence(command_of_words):
+def test_zero_shot_shows_its_first_sentence_before_the_work(command_of_words, monkeypatch):
     command = command_of_words
+
+    def work(*_):
+        assert (command.folder / "page.html").exists()
+        done.append("work")
+
+    done: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("minillama.cli.classifiers.predict", work)
+        code, _, err = command("prompt", "--xray", "page.html")
+    assert code == 0 and "wrote page.html" in err and done == ["work"], err
     code, _, err = command("prompt", "--xray", "page.html")
     assert code == 0 and "wrote page.html" in err, err
     assert "Is" in "".join(data_of(command)[1]["tokens"])
